@@ -1,0 +1,399 @@
+"""One experiment, typed and validated: YAML in, MLflow parameters out.
+
+A study is described by one YAML file. Everything in it is checked here, before anything expensive starts; the checks
+that need the data (datalists, volumes) follow in `ssl_ray.cohort`.
+"""
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+VIT_PATCH = 16
+"""Side of a ViT token in voxels: MONAI's UNETR fixes it, and ViTAutoEnc wants a square number."""
+VIT_LAYERS = 12
+"""Transformer blocks: MONAI's UNETR takes its skip connections from the outputs of blocks 3, 6 and 9 of 12."""
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def _three(value: Any) -> Any:
+    return [value] * 3 if isinstance(value, int | float | str) else value
+
+
+PatchSize = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_three)]
+Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeValidator(_three)]
+
+
+class Strict(BaseModel):
+    """A section of the YAML: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Preparation(Strict):
+    """From NIfTI to the canonical array; every field is part of the cache key."""
+
+    orientation: Literal["RAS", "LPS", "LAS"] | None = "RAS"
+    spacing: Spacing = Field(description="mm")
+    window: tuple[float, float] = Field(description="HU that become 0 and 1; values outside are clipped")
+    crop_foreground: bool = True
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Preparation":
+        if not self.window[0] < self.window[1]:
+            raise ValueError(f"window: the lower HU must be below the upper, got {list(self.window)}")
+        return self
+
+
+class Source(Strict):
+    """One datalist of unlabelled volumes."""
+
+    root: str
+    datalist: str
+
+
+class PhantomCohort(Strict):
+    """The synthetic cohort that a study makes for itself before it starts."""
+
+    root: str
+    unlabelled: Positive
+    labelled: Positive
+    validation: Positive
+    test: Annotated[int, Field(ge=0)] = 0
+    splits: tuple[Positive, ...]
+    seed: int = 0
+
+
+class Network(Strict):
+    """Width of the ViT (768, 3072, 12: ViT-B) and of UNETR's convolutional decoder."""
+
+    hidden_size: Positive = 768
+    mlp_dim: Positive = 3072
+    num_heads: Positive = 12
+    feature_size: Positive = 16
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Network":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads, got {self.hidden_size} and {self.num_heads}"
+            )
+        return self
+
+
+class Corruption(Strict):
+    """Boxes in voxels; the defaults are the recipe's for 96³ patches."""
+
+    outpaint_prob: Share = 0.5
+    inpaint_boxes: Positive = 6
+    inpaint_size: tuple[Positive, Positive] = (5, 32)
+    outpaint_boxes: Positive = 6
+    outpaint_size: tuple[Positive, Positive] = (20, 64)
+    shuffle_prob: Share = 0.8
+    shuffle_boxes: Positive = 10
+    shuffle_size: Positive = 8
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Corruption":
+        for name in ("inpaint_size", "outpaint_size"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: the smallest side must not exceed the largest, got {[low, high]}")
+        return self
+
+    @property
+    def largest_box(self) -> int:
+        """The longest side in voxels that a box may have."""
+        return max(self.inpaint_size[1], self.outpaint_size[1], self.shuffle_size)
+
+
+class Optimizer(Strict):
+    """Adam or AdamW, with a linear warm-up and then a constant or cosine learning rate."""
+
+    name: Literal["adam", "adamw"] = "adamw"
+    lr: PositiveFloat = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip_norm: PositiveFloat | None = None
+
+
+class Contrastive(Strict):
+    """Second view of every patch; total loss = L1 + contrastive * L1."""
+
+    enabled: bool = False
+    temperature: PositiveFloat = 0.05
+
+
+class Pretrain(Strict):
+    """Self-supervised pretraining of ViTAutoEnc."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    preparation: Preparation
+    patch_size: PatchSize = (96, 96, 96)
+    patches_per_volume: Positive = 2
+    batch_size: Positive = Field(8, description="patches a step, over all workers")
+    epochs: Positive = 300
+    corruption: Corruption = Corruption()
+    contrastive: Contrastive = Contrastive()
+    optimizer: Optimizer = Optimizer(name="adam")
+    precision: Precision = "auto"
+    validate_every: Positive = Field(2, description="epochs")
+    picture_every: Positive = Field(5, description="validations")
+    checkpoint_every: Positive = Field(500, description="steps; a validation saves one as well")
+    log_every: Positive = Field(10, description="steps")
+    workers: Positive = 1
+    gpu: bool = False
+    cpus_per_worker: PositiveFloat = 1
+    block_megabytes: PositiveFloat = Field(64, description="size of one Ray Data block")
+    max_failures: Annotated[int, Field(ge=-1)] = Field(3, description="restarts after a fault; -1: no limit")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Pretrain":
+        _check_patch(self.patch_size)
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"batch_size must be a multiple of workers, got {self.batch_size} patches for {self.workers} workers"
+            )
+        if self.corruption.largest_box > min(self.patch_size):
+            raise ValueError(
+                f"corruption: a box of {self.corruption.largest_box} voxels does not fit into patch_size "
+                f"{list(self.patch_size)}"
+            )
+        return self
+
+
+class LabelledCohort(Strict):
+    """Labelled volumes: a datalist a split, or one datalist and the training ids of each split."""
+
+    root: str
+    classes: Annotated[int, Field(ge=2, le=256)] = Field(description="organs + background")
+    splits: Annotated[dict[Positive, str | tuple[str, ...]], Field(min_length=1)]
+    datalist: str | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "LabelledCohort":
+        by_ids = [size for size, split in self.splits.items() if not isinstance(split, str)]
+        if by_ids and self.datalist is None:
+            raise ValueError(f"splits.{by_ids[0]} lists ids: name the list that they come from in 'datalist'")
+        return self
+
+
+class Augmentation(Strict):
+    """Random augmentation of a fine-tuning patch; the defaults are the recipe's."""
+
+    flip_prob: Share = 0.1
+    flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
+    rotate_prob: Share = 0.1
+    shift: Annotated[float, Field(ge=0)] = 0.1
+    shift_prob: Share = 0.5
+
+
+class Grid(Strict):
+    """The cells that Ray Tune runs: every combination."""
+
+    splits: tuple[Positive, ...] | None = Field(None, description="sizes out of cohort.splits; all of them if left out")
+    init: Annotated[tuple[Literal["random", "pretrained"], ...], Field(min_length=1)] = ("random", "pretrained")
+    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-4,)
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+
+
+class Finetune(Strict):
+    """Segmentation with UNETR over the grid."""
+
+    cohort: LabelledCohort
+    preparation: Preparation
+    patch_size: PatchSize = (96, 96, 96)
+    volumes_per_step: Positive = 1
+    patches_per_volume: Positive = 4
+    foreground_prob: Share = Field(0.5, description="share of patches centred on a labelled voxel")
+    steps: Positive = 30_000
+    validate_every: Positive = Field(100, description="steps")
+    window_batch: Positive = 4
+    window_overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    surface_tolerance: PositiveFloat = Field(2.0, description="mm, for surface Dice")
+    augmentation: Augmentation = Augmentation()
+    optimizer: Optimizer = Optimizer(name="adamw", weight_decay=1e-5)
+    precision: Precision = "auto"
+    grid: Grid = Grid()
+    weights: str | None = Field(None, description="pretrained weights to start from instead of this study's own")
+    max_concurrent_trials: Positive | None = None
+    cpus_per_trial: PositiveFloat = 1
+    gpus_per_trial: Annotated[float, Field(ge=0)] = 0
+    max_failures: Annotated[int, Field(ge=-1)] = 2
+
+    @property
+    def split_sizes(self) -> tuple[int, ...]:
+        """Numbers of training volumes in the grid, ascending."""
+        return tuple(sorted(self.grid.splits or self.cohort.splits))
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Finetune":
+        _check_patch(self.patch_size)
+        unknown = sorted(set(self.split_sizes) - set(self.cohort.splits))
+        if unknown:
+            raise ValueError(f"grid.splits: {unknown} are not in cohort.splits, which has {sorted(self.cohort.splits)}")
+        for name in ("splits", "init", "lr", "seeds"):
+            values = getattr(self.grid, name) or ()
+            if len(set(values)) < len(values):
+                raise ValueError(f"grid.{name}: a value stands twice in {list(values)}")
+        return self
+
+
+class Tracking(Strict):
+    """Where MLflow keeps the runs; without a URI, in SQLite under the output folder."""
+
+    uri: str | None = None
+    experiment: str | None = Field(None, description="MLflow experiment; the study's name if left out")
+
+
+class LocalCluster(Strict):
+    """The Ray cluster that is started where none is running; ignored on an existing one."""
+
+    cpus: Positive | None = None
+    object_store_gigabytes: PositiveFloat = 1.0
+
+
+class Study(Strict):
+    """One experiment file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    output: str = "output"
+    cache: str | None = Field(None, description="store of prepared volumes; <output>/cache if left out")
+    seed: Annotated[int, Field(ge=0)] = 0
+    on_bad_volume: Literal["fail", "skip"] = "fail"
+    phantom: PhantomCohort | None = None
+    network: Network = Network()
+    pretrain: Pretrain
+    finetune: Finetune
+    tracking: Tracking = Tracking()
+    cluster: LocalCluster = LocalCluster()
+
+    @property
+    def folder(self) -> Path:
+        """`<output>/<name>`, absolute: everything that this study writes except the cache and MLflow's own files."""
+        return Path(self.output).absolute() / self.name
+
+    @property
+    def cache_folder(self) -> Path:
+        """The store of prepared volumes, absolute."""
+        return Path(self.cache or Path(self.output) / "cache").absolute()
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's tracking URI."""
+        return self.tracking.uri or f"sqlite:///{Path(self.output).absolute() / 'mlflow.db'}"
+
+    @property
+    def experiment(self) -> str:
+        """Name of the MLflow experiment."""
+        return self.tracking.experiment or self.name
+
+
+def _check_patch(patch_size: tuple[int, int, int]) -> None:
+    if any(side % VIT_PATCH for side in patch_size):
+        raise ValueError(f"patch_size: every side must be a multiple of {VIT_PATCH} voxels, got {list(patch_size)}")
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Study:
+    """Read and validate an experiment.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.of.value=yaml` strings that replace or add single values, e.g. `pretrain.optimizer.lr=2e-4`.
+
+    Raises:
+        ValueError: naming the file, the key, the rule and the value; an unknown key with the nearest valid one.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot read the experiment: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: an experiment is a mapping of sections, got {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Study.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(str(path), details) for details in error.errors(include_url=False)]
+        raise ValueError("\n".join(lines)) from None
+
+
+def dump(study: Study) -> str:
+    """The resolved experiment as YAML; `load` of it gives the same study."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys and values as MLflow parameters, e.g. `{"pretrain.optimizer.lr": "0.0001"}`."""
+    tree = section.model_dump(mode="json") if isinstance(section, BaseModel) else section
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"--set {override}: '{parent}' is a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _explain(path: str, details: Any) -> str:
+    location = [str(part) for part in details["loc"]]
+    place = f"{path}: {'.'.join(location)}" if location else path
+    if details["type"] == "extra_forbidden":
+        valid = _fields_at(Study, details["loc"][:-1])
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{place}: unknown key; {hint}"
+    if details["type"] == "missing":
+        return f"{place}: this key is required"
+    rule = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "value_error":
+        return f"{place}: {rule}"
+    return f"{place}: {rule[0].lower()}{rule[1:]}, got {details['input']!r}"
+
+
+def _fields_at(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+    """Valid keys of the section that a pydantic error location points to."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is not None:
+            model = next(iter(_models(field.annotation)), model)
+    return list(model.model_fields)
+
+
+def _models(annotation: Any) -> Iterable[type[BaseModel]]:
+    if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
+        for argument in get_args(annotation):
+            yield from _models(argument)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation

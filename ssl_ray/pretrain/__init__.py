@@ -1,0 +1,1 @@
+"""Restoration pretraining: plan, stream, corruption and the distributed loop."""
