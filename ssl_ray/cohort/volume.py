@@ -1,0 +1,219 @@
+"""NIfTI -> canonical array: orientation, spacing, HU window, crop to foreground.
+
+The file is read defensively, because one bad volume among thousands must be named and not crash or stall a run; the
+preparation itself is MONAI's own chain of deterministic transforms.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from ssl_ray.config import Preparation
+
+VERSION = 1
+"""Part of the cache key: raise it whenever `prepare` gives another result for the same input."""
+
+_DEFLATE_RATIO = 1032
+"""No deflate stream inflates by more (RFC 1951: 258 bytes from 2 bits), so a header that promises more lies."""
+
+
+@dataclass(frozen=True)
+class Nifti:
+    """Voxels (X, Y, Z) as float32 in HU or label values, and the voxel-to-world affine (4, 4) in mm, RAS+."""
+
+    voxels: npt.NDArray[np.float32]
+    affine: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A volume on its canonical grid.
+
+    `image` (X, Y, Z) holds 0..`levels` for the window's lower to upper HU; `label` (X, Y, Z) uint8 or None; `affine`
+    of this grid; `box` is the foreground box (start, end) in voxels of the resampled grid that the crop came from.
+    """
+
+    image: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+    label: npt.NDArray[np.uint8] | None
+    levels: int
+    affine: npt.NDArray[np.float64]
+    box: tuple[tuple[int, ...], tuple[int, ...]]
+    original_shape: tuple[int, ...]
+    original_affine: npt.NDArray[np.float64]
+
+
+def levels(window: tuple[float, float]) -> int:
+    """Largest stored value: 255 where the window has at most 256 integer HU levels, else 65535."""
+    return 255 if window[1] - window[0] <= 255 else 65535
+
+
+def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
+    """Read one volume.
+
+    Args:
+        path: a .nii or .nii.gz file.
+        content: its bytes, where the caller has them already.
+
+    Raises:
+        ValueError: when the file is not a whole, finite 3D volume with an invertible affine; names file and rule.
+    """
+    try:
+        raw = path.read_bytes() if content is None else content
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror}") from error
+    try:
+        image = _parse(raw)
+    except (HeaderDataError, ImageFileError, isal_zlib.error, EOFError, OverflowError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    shape = image.shape[:3]
+    voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape)
+    if not np.isfinite(voxels).all():
+        count = int(voxels.size - np.isfinite(voxels).sum())
+        raise ValueError(f"{path}: {count} of {voxels.size} voxels are not finite (NaN or infinite)")
+    return Nifti(voxels, np.asarray(image.affine, dtype=np.float64))
+
+
+def read_label(path: Path, content: bytes | None = None) -> Nifti:
+    """`read_nifti` for a label map.
+
+    Raises:
+        ValueError: also for values that are not integers in 0..255.
+    """
+    label = read_nifti(path, content)
+    low, high = float(label.voxels.min()), float(label.voxels.max())
+    if low < 0 or high > 255 or not np.array_equal(label.voxels, np.rint(label.voxels)):
+        raise ValueError(f"{path}: label values must be integers in 0..255, got values from {low:g} to {high:g}")
+    return label
+
+
+def check_same_grid(image: Nifti, label: Nifti, place: Path) -> None:
+    """Refuse a label on another grid than its image.
+
+    Raises:
+        ValueError: for another shape, or affines whose corner voxels lie more than 0.1 voxel apart.
+    """
+    if image.voxels.shape != label.voxels.shape:
+        raise ValueError(f"{place}: the label has shape {label.voxels.shape}, its image {image.voxels.shape}")
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(image.voxels.shape) - 1)
+    apart = nib.affines.apply_affine(image.affine, corners) - nib.affines.apply_affine(label.affine, corners)
+    worst, voxel = float(np.linalg.norm(apart, axis=1).max()), float(nib.affines.voxel_sizes(image.affine).min())
+    if worst > 0.1 * voxel:
+        raise ValueError(f"{place}: the label's affine puts its voxels up to {worst:.3g} mm from those of its image")
+
+
+def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prepared:
+    """MONAI's deterministic transforms, then storage in 8 or 16 bits.
+
+    Raises:
+        ValueError: when nothing of the volume lies above the window's lower end.
+    """
+    import monai.transforms as mt  # seconds of import that a run with a full cache does not pay
+    import torch
+    from monai.data import MetaTensor
+
+    def tensor(volume: Nifti) -> Any:
+        return MetaTensor(torch.from_numpy(volume.voxels)[None], affine=torch.from_numpy(volume.affine))
+
+    data = {"image": tensor(image)} | ({"label": tensor(label)} if label else {})
+    keys = list(data)
+    modes = ["bilinear", "nearest"][: len(keys)]
+    low, high = preparation.window
+    chain: list[Any] = []
+    if preparation.orientation:
+        # The codes name where an axis points to, in nibabel's convention.
+        chain.append(
+            mt.Orientationd(keys, axcodes=preparation.orientation, labels=(("L", "R"), ("P", "A"), ("I", "S")))
+        )
+    chain.append(mt.Spacingd(keys, pixdim=preparation.spacing, mode=modes, dtype=torch.float32))
+    chain.append(mt.ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True))
+    for transform in chain:
+        data = transform(data)
+    start: tuple[int, ...] = (0, 0, 0)
+    end: tuple[int, ...] = tuple(data["image"].shape[1:])
+    if preparation.crop_foreground:
+        if not (data["image"] > 0).any():
+            raise ValueError(f"no voxel lies above {low:g} HU, the lower end of the window: nothing to crop to")
+        data = mt.CropForegroundd(keys, source_key="image")(data)
+        start, end = (tuple(int(v) for v in data[f"foreground_{name}_coord"]) for name in ("start", "end"))
+    top = levels(preparation.window)
+    stored = (data["image"][0].numpy() * np.float32(top)).round().astype(np.uint8 if top == 255 else np.uint16)
+    stored_label = data["label"][0].numpy().astype(np.uint8) if label else None
+    affine = data["image"].affine.numpy().astype(np.float64)
+    return Prepared(
+        np.ascontiguousarray(stored),
+        None if stored_label is None else np.ascontiguousarray(stored_label),
+        top,
+        affine,
+        (start, end),
+        image.voxels.shape,
+        image.affine,
+    )
+
+
+def _parse(raw: bytes) -> Any:
+    """A nibabel image over checked bytes; nothing is inflated that the header does not account for."""
+    compressed = raw[:2] == b"\x1f\x8b"
+    head = isal_zlib.decompressobj(31).decompress(raw, 540) if compressed else raw[:540]
+    if len(head) < 352:
+        raise ValueError(f"not a NIfTI file: {len(head)} bytes of header, expected at least 352")
+    second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
+    kind = nib.Nifti2Image if second else nib.Nifti1Image
+    header = kind.header_class.from_fileobj(io.BytesIO(head), check=True)
+    size = _check_header(header)
+    if compressed:
+        if size > _DEFLATE_RATIO * len(raw):
+            raise ValueError(f"the header promises {size} bytes, more than {len(raw)} compressed bytes can hold")
+        raw = _inflate(raw, size)
+    if len(raw) < size:
+        raise ValueError(f"truncated: {len(raw)} bytes of the {size} that the header promises")
+    image = kind.from_bytes(raw)
+    affine = image.affine
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(f"the affine must be finite and invertible, got {np.round(affine, 3).tolist()}")
+    return image
+
+
+def _check_header(header: Any) -> int:
+    """Bytes of the whole file, by its header."""
+    if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
+        raise ValueError(f"not a single-file NIfTI: magic {header['magic'].item()!r}")
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    if dtype.fields or dtype.kind not in "iuf":
+        raise ValueError(f"voxels must be integers or floats, got {dtype}")
+    if len(shape) < 3 or any(side != 1 for side in shape[3:]):
+        raise ValueError(f"must be a 3D volume, got shape {tuple(shape)}")
+    if min(shape) < 1 or min(shape[:3]) < 2:
+        raise ValueError(f"every axis must have at least 2 voxels, got shape {tuple(shape)}")
+    slope, intercept = header.get_slope_inter()
+    if not all(value is None or math.isfinite(value) for value in (slope, intercept)):
+        raise ValueError(f"scl_slope and scl_inter must be finite, got {slope} and {intercept}")
+    return int(header.get_data_offset()) + math.prod(int(side) for side in shape) * int(dtype.itemsize)
+
+
+def _inflate(raw: bytes, size: int) -> bytes:
+    """At most `size` bytes of the gzip members in `raw`, their checksums verified."""
+    parts: list[bytes] = []
+    found = 0
+    while raw[:2] == b"\x1f\x8b":
+        member = isal_zlib.decompressobj(31)
+        part = member.decompress(raw, max(1, size - found))
+        parts.append(part)
+        found += len(part)
+        if not member.eof and found >= size:
+            # The trailer with the checksum is read only when one more byte is asked for.
+            rest = member.decompress(member.unconsumed_tail, 1)
+            if rest:
+                break  # bytes after the voxels, allowed by the format
+        if not member.eof:
+            raise ValueError(f"truncated gzip: {found} of {size} bytes")
+        raw = member.unused_data
+    return b"".join(parts)
