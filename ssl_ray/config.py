@@ -67,7 +67,7 @@ class PhantomCohort(Strict):
     unlabelled: Positive
     labelled: Positive
     validation: Positive
-    test: Annotated[int, Field(ge=0)] = 0
+    test: Positive
     splits: tuple[Positive, ...]
     seed: int = 0
 
@@ -197,6 +197,13 @@ class Augmentation(Strict):
     shift_prob: Share = 0.5
 
 
+class SegmentationLoss(Strict):
+    """MONAI's DiceCELoss (softmax, one-hot); the defaults are the recipe's."""
+
+    include_background: bool = Field(True, description="count background in the Dice term")
+    batch: bool = Field(False, description="one Dice over the batch instead of one a patch, steadier for small organs")
+
+
 class Grid(Strict):
     """The cells that Ray Tune runs: every combination."""
 
@@ -215,12 +222,14 @@ class Finetune(Strict):
     volumes_per_step: Positive = 1
     patches_per_volume: Positive = 4
     foreground_prob: Share = Field(0.5, description="share of patches centred on a labelled voxel")
+    balance_organs: bool = Field(False, description="centre on every organ equally often, not by its volume")
     steps: Positive = 30_000
     validate_every: Positive = Field(100, description="steps")
     window_batch: Positive = 4
     window_overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
     surface_tolerance: PositiveFloat = Field(2.0, description="mm, for surface Dice")
     augmentation: Augmentation = Augmentation()
+    loss: SegmentationLoss = SegmentationLoss()
     optimizer: Optimizer = Optimizer(name="adamw", weight_decay=1e-5)
     precision: Precision = "auto"
     grid: Grid = Grid()

@@ -2,7 +2,7 @@
 
     <cache>/<2 hex digits>/<key>/image.npy       (X, Y, Z) uint8 or uint16
                                  label.npy       (X, Y, Z) uint8, labelled volumes only
-                                 foreground.npy  flat indices of labelled voxels
+                                 foreground.npy  flat indices of labelled voxels, organ by organ
                                  manifest.json
 
 The key covers the source bytes, every preparation parameter and the preparation's version, so whatever is found under a
@@ -92,7 +92,7 @@ class Store:
             arrays: dict[str, npt.NDArray[Any]] = {"image": prepared.image}
             if prepared.label is not None:
                 arrays["label"] = prepared.label
-                arrays["foreground"] = np.flatnonzero(prepared.label).astype(np.int64)
+                arrays["foreground"] = foreground_index(prepared.label)
             for name, array in arrays.items():
                 with (scratch / f"{name}.npy").open("wb") as file:
                     np.save(file, array)
@@ -115,6 +115,12 @@ class Store:
         for scratch in self.folder.glob("tmp-*"):
             if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def foreground_index(label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Flat indices of all labelled voxels, sorted by label value; `Volume.label_voxels` has the counts."""
+    found = np.flatnonzero(label)
+    return found[np.argsort(label.ravel()[found], kind="stable")].astype(np.int64)
 
 
 def prepare_case(case: Case, preparation: Preparation, store: Store) -> tuple[Volume, bool]:

@@ -1,0 +1,176 @@
+"""Commands; nothing else."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_ray.config import Study, load
+from ssl_ray.console import say, track
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit code: 0, 2 for what the user can mend, 1 for the rest.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        code: int = options.command(options)
+        return code
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        print(f"ssl-ray: {error}", file=sys.stderr)
+        if os.environ.get("SSL_RAY_TRACEBACK"):
+            traceback.print_exc()
+        return 2
+    except KeyboardInterrupt:
+        print("ssl-ray: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if os.environ.get("SSL_RAY_TRACEBACK"):
+            traceback.print_exc()
+        print(f"ssl-ray: {type(error).__name__}: {error}", file=sys.stderr)
+        print(
+            "ssl-ray: SSL_RAY_TRACEBACK=1 shows where; finished work is kept, the same command goes on", file=sys.stderr
+        )
+        return 1
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())
+
+
+def _run(options: Any) -> int:
+    runner = _runner(options)
+    failed = runner.grid.failed
+    return _show(runner) or (1 if failed else 0)
+
+
+def _prepare(options: Any) -> int:
+    _ = _runner(options).prepared
+    return 0
+
+
+def _pretrain(options: Any) -> int:
+    _ = _runner(options).pretrained
+    return 0
+
+
+def _finetune(options: Any) -> int:
+    return 1 if _runner(options).grid.failed else 0
+
+
+def _report(options: Any) -> int:
+    return _show(_runner(options))
+
+
+def _show(runner: Any) -> int:
+    report = runner.report()
+    study: Study = runner.study
+    say(f"\n{report.table}\n")
+    say(f"report:  {report.html}")
+    say(f"MLflow:  mlflow ui --backend-store-uri {study.tracking_uri}   (experiment {study.experiment!r})")
+    return 0
+
+
+def _phantom(options: Any) -> int:
+    from ssl_ray.cohort.phantom import write_cohort
+
+    write_cohort(
+        options.folder,
+        unlabelled=options.volumes,
+        labelled=options.labelled,
+        validation=options.validation,
+        test=options.test,
+        splits=options.splits,
+        seed=options.seed,
+        progress=track("synthesizing volumes"),
+    )
+    say(f"{options.folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in options.splits)}")
+    return 0
+
+
+def _datalist(options: Any) -> int:
+    from ssl_ray.cohort.listing import write_datalists
+
+    written = write_datalists(options.folder, options.splits, options.validation, options.subject, options.seed)
+    for name, (training, validation) in written.items():
+        say(f"{options.folder / name}: {training} training, {validation} validation volumes")
+    return 0
+
+
+def _runner(options: Any) -> Any:
+    study = load(options.experiment, options.set)
+    from ssl_ray.study import Runner  # a typo in the YAML must not wait for torch and Ray to load
+
+    return Runner(study)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ssl-ray",
+        description="Does self-supervised pretraining on my unlabelled CT help my segmentation, and with how many "
+        "labelled volumes? One YAML describes a study; `ssl-ray run` carries it out and skips what is already done.",
+        epilog="Exit code 0: done. 2: something to mend in the input, named in one message. 1: anything else.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, function, text in (
+        ("run", _run, "the whole study: prepare, pretrain, fine-tune, report"),
+        ("prepare", _prepare, "only bring the volumes into the store"),
+        ("pretrain", _pretrain, "prepare, then pretrain"),
+        ("finetune", _finetune, "prepare, pretrain, then fine-tune the grid"),
+        ("report", _report, "table, figures and page again, from MLflow alone"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("experiment", type=Path, help="the study's YAML, e.g. experiments/demo.yaml")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="replace one value, e.g. --set pretrain.optimizer.lr=2e-4; may be repeated",
+        )
+        command.set_defaults(command=function)
+
+    phantom = commands.add_parser("phantom", help="write a synthetic labelled CT cohort", description=_phantom.__doc__)
+    phantom.add_argument("folder", type=Path, metavar="DIR")
+    phantom.add_argument("--volumes", type=_count, default=40, metavar="N", help="unlabelled volumes (40)")
+    phantom.add_argument("--labelled", type=_count, default=24, metavar="M", help="labelled training volumes (24)")
+    phantom.add_argument("--validation", type=_count, default=6, metavar="N", help="labelled validation volumes (6)")
+    phantom.add_argument("--test", type=_count, default=8, metavar="N", help="labelled test volumes (8)")
+    phantom.add_argument("--splits", type=_count, nargs="+", default=[6, 12, 24], metavar="N", help="nested (6 12 24)")
+    phantom.add_argument("--seed", type=int, default=0, metavar="S")
+    phantom.set_defaults(command=_phantom)
+
+    datalist = commands.add_parser("datalist", help="write datalists for a folder of NIfTI")
+    datalist.add_argument("folder", type=Path, metavar="DIR")
+    datalist.add_argument("--splits", type=_count, nargs="*", default=[], metavar="N", help="labelled training volumes")
+    datalist.add_argument("--validation", type=_share, default=0.2, metavar="SHARE", help="of the subjects (0.2)")
+    datalist.add_argument(
+        "--subject",
+        default=r".*",
+        metavar="REGEX",
+        help="what in a file name is the subject, e.g. '(A-\\d+)'; by default every volume is one of its own",
+    )
+    datalist.add_argument("--seed", type=int, default=0, metavar="S")
+    datalist.set_defaults(command=_datalist)
+    return parser
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0 < (number := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
+    return number

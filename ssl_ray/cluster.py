@@ -1,0 +1,64 @@
+"""The Ray cluster that a study runs on: the one that is there, or one started on this machine."""
+
+import logging
+import os
+from typing import Any
+
+from ssl_ray.config import Study
+
+_CHATTY = (
+    "ray.data._internal.execution.streaming_executor",
+    "ray.data._internal.progress.progress_bar",
+    "ray.data._internal.progress.base_progress",
+    "ray.data._internal.progress.logging_progress",
+    "ray.data._internal.logging",
+    "ray.train",
+    "ray.tune",
+)
+"""Ray's loggers of routine messages; from warnings on they stay audible."""
+
+
+def connect(study: Study) -> None:
+    """Connect to the running cluster (RAY_ADDRESS, or inside `ray job submit`), or start one on this machine.
+
+    Raises:
+        ValueError: when the cluster cannot hold the training workers and one CPU that reads data for them.
+    """
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    quiet()
+    if not ray.is_initialized():
+        options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
+        if not os.environ.get("RAY_ADDRESS"):
+            options |= {
+                "num_cpus": study.cluster.cpus or max(2, os.cpu_count() or 2),
+                "object_store_memory": int(study.cluster.object_store_gigabytes * 2**30),
+                "include_dashboard": False,
+            }
+        ray.init(runtime_env={"worker_process_setup_hook": quiet}, **options)
+    _check_resources(study, ray.cluster_resources())
+
+
+def quiet() -> None:
+    """Let Ray's libraries speak from warnings on; runs in the driver and at the start of every worker process."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _check_resources(study: Study, resources: dict[str, float]) -> None:
+    pretrain, finetune = study.pretrain, study.finetune
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    needed = pretrain.workers * pretrain.cpus_per_worker + 1
+    if cpus < needed:
+        raise ValueError(
+            f"pretrain.workers: {pretrain.workers} workers with {pretrain.cpus_per_worker:g} CPUs each and one CPU to "
+            f"read data need {needed:g} CPUs, the cluster has {cpus:g}"
+        )
+    if pretrain.gpu and gpus < pretrain.workers:
+        raise ValueError(f"pretrain.gpu: {pretrain.workers} workers need a GPU each, the cluster has {gpus:g}")
+    if cpus < finetune.cpus_per_trial:
+        raise ValueError(f"finetune.cpus_per_trial: {finetune.cpus_per_trial:g} asked for, the cluster has {cpus:g}")
+    if gpus < finetune.gpus_per_trial:
+        raise ValueError(f"finetune.gpus_per_trial: {finetune.gpus_per_trial:g} asked for, the cluster has {gpus:g}")

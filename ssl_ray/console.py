@@ -1,0 +1,93 @@
+"""What a person sees in the terminal: progress, and lines that read well in a log file too."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+_LOG_SECONDS = 20.0
+"""Where there is no terminal, e.g. under `ray job submit`, progress is a line at most this often."""
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line for the user."""
+    console.print(text, markup=False)
+
+
+class Bar:
+    """Progress of one long piece of work: a bar on a terminal, now and then a line in a log."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total, self._done = title, total, 0
+        self._facts = ""
+        self._printed = self._started = time.monotonic()
+        self._progress: Progress | None = None
+        if sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
+                console=console,
+            )
+            self._task = self._progress.add_task(title, total=total, facts="")
+
+    def __enter__(self) -> "Bar":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+        elif kind is None:
+            self._line()
+
+    def update(self, done: int, facts: str = "") -> None:
+        """Set how much is done, and what else is worth knowing, e.g. `loss 0.031, 210 patches/s`."""
+        self._done, self._facts = done, facts or self._facts
+        if self._progress:
+            self._progress.update(self._task, completed=done, facts=self._facts)
+        elif time.monotonic() - self._printed > _LOG_SECONDS:
+            self._line()
+
+    def _line(self) -> None:
+        self._printed = time.monotonic()
+        elapsed = self._printed - self._started
+        left = (
+            f", {_clock(elapsed / self._done * (self._total - self._done))} left"
+            if 0 < self._done < self._total
+            else ""
+        )
+        facts = f": {self._facts}" if self._facts else ""
+        say(f"{self._title} {self._done}/{self._total}, {_clock(elapsed)}{left}{facts}")
+
+
+def track(title: str) -> Any:
+    """A function `progress(items, total)` that shows a `Bar` while the items pass; a sequence needs no total."""
+
+    def progress(items: Iterable[T], total: int | None = None) -> Iterator[T]:
+        with Bar(title, total if total is not None else len(cast(Sized, items))) as bar:
+            for done, item in enumerate(items, 1):
+                yield item
+                bar.update(done)
+
+    return progress
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,221 @@
+"""Ray Tune over labelled split x initialisation x learning rate x seed."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from ssl_ray.checkpoint import digest
+from ssl_ray.cohort.cache import Volume
+from ssl_ray.cohort.datalist import Splits
+from ssl_ray.config import Study
+from ssl_ray.console import Bar
+from ssl_ray.finetune.trial import Cell, TrialData, run_trial
+from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer
+from ssl_ray.pretrain.train import Pretrained
+from ssl_ray.tracking import PRETRAINING_RUN, Run, Tracker, study_params
+
+_NO_EFFECT = {"grid", "cohort", "weights", "max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "max_failures"}
+"""Settings that do not change what one cell computes, or that its key names in another way."""
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """The grid's MLflow run, how many cells were trained now or before, and which failed for good."""
+
+    run_id: str
+    trained: int
+    finished: int
+    failed: tuple[str, ...]
+
+
+def cells(study: Study) -> list[Cell]:
+    """Every cell of the grid, those with few volumes first."""
+    grid = study.finetune.grid
+    product = itertools.product(study.finetune.split_sizes, grid.init, grid.lr, grid.seeds)
+    return [Cell(split, init, lr, seed) for split, init, lr, seed in product]
+
+
+def check_transfer(study: Study, weights: Path) -> dict[str, Any]:
+    """The report of a weight transfer into this study's UNETR, before any trial starts.
+
+    Raises:
+        ValueError: when anything of the encoder does not match.
+    """
+    unetr = build_unetr(study.network, study.finetune.patch_size, study.finetune.cohort.classes)
+    return transfer(load_weights(weights), unetr, str(weights), load_metadata(weights)).summary()
+
+
+def finetune(
+    study: Study,
+    splits: Splits,
+    volumes: Mapping[str, Volume],
+    pretrained: Pretrained | None,
+    tracker: Tracker,
+    config_yaml: str,
+) -> GridResult:
+    """Train every cell that is not finished yet.
+
+    Args:
+        study: the experiment.
+        splits: cases of every split, of validation and of test.
+        volumes: prepared volumes by image path; a case that is not in it was skipped as bad.
+        pretrained: weights for the cells with `init: pretrained`; None where the grid has none.
+        tracker: the study's MLflow experiment.
+        config_yaml: the resolved experiment, kept with the grid's run.
+    """
+    config = study.finetune
+    data = {size: _trial_data(study, splits, size, volumes) for size in config.split_sizes}
+    base = [
+        config.model_dump(mode="json", exclude=_NO_EFFECT),
+        config.cohort.classes,
+        study.network.model_dump(mode="json"),
+        [volume.key for part in ("validation", "test") for volume in getattr(data[config.split_sizes[0]], part)],
+    ]
+    grid_key = digest(base)
+    folder = study.folder / f"finetune-{grid_key}"
+    keys = {
+        cell: digest(
+            base,
+            [cell.split, cell.init, cell.lr, cell.seed],
+            [volume.key for volume in data[cell.split].training],
+            pretrained.key if pretrained and cell.init == "pretrained" else None,
+        )
+        for cell in cells(study)
+    }
+    grid_run = tracker.open("grid", grid_key, "grid", study_params(study, "finetune"))
+    grid_run.text(config_yaml, "experiment.yaml")
+    pending = [cell for cell in keys if not tracker.finished("trial", keys[cell])]
+    failed: list[str] = []
+    try:
+        if pretrained:
+            report = check_transfer(study, pretrained.weights)
+            grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
+            grid_run.metrics({"transferred_share": report["share"]}, 0)
+        if pending:
+            total = len(keys) * config.steps
+            with Bar("fine-tuning", total) as bar:
+                runs = _Runs(
+                    study, tracker, grid_run.id, pretrained, keys, bar, (len(keys) - len(pending)) * config.steps
+                )
+                _tune(study, pending, keys, data, pretrained, folder, runs)
+            failed = runs.failed
+    except BaseException:
+        grid_run.close("FAILED")
+        raise
+    grid_run.close()
+    return GridResult(grid_run.id, len(pending) - len(failed), len(keys) - len(pending), tuple(failed))
+
+
+def _trial_data(study: Study, splits: Splits, size: int, volumes: Mapping[str, Volume]) -> TrialData:
+    def prepared(cases: Any) -> tuple[Volume, ...]:
+        return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
+
+    training, validation = prepared(splits.training[size]), prepared(splits.validation)
+    if not training or not validation:
+        raise ValueError(f"finetune.cohort.splits.{size}: no usable volume is left for training or validation")
+    return TrialData(study.cache_folder, training, validation, prepared(splits.test), splits.organs)
+
+
+def _tune(
+    study: Study,
+    pending: list[Cell],
+    keys: Mapping[Cell, str],
+    data: Mapping[int, TrialData],
+    pretrained: Pretrained | None,
+    folder: Path,
+    runs: "_Runs",
+) -> None:
+    config = study.finetune
+
+    def trainable(space: dict[str, Any]) -> None:
+        cell: Cell = space["cell"]
+        torch.set_num_threads(max(1, int(config.cpus_per_trial)))
+        device = torch.device("cuda" if config.gpus_per_trial else "cpu")
+        weights = pretrained.weights if pretrained and cell.init == "pretrained" else None
+        home = folder / f"{cell.name}-{keys[cell][:8]}"
+        for step, metrics in run_trial(study, cell, data[cell.split], weights, home, device):
+            tune.report({"step": step, "metrics": metrics, "folder": str(home)})
+
+    resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
+    tune.Tuner(
+        tune.with_resources(trainable, resources),
+        param_space={"cell": tune.grid_search(pending)},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=config.max_concurrent_trials,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(study.folder / "ray"),
+            failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            callbacks=[runs],
+            verbose=0,
+        ),
+    ).fit()
+
+
+class _Runs(tune.Callback):
+    """In the driver: a child run in MLflow for each trial, and the progress bar."""
+
+    def __init__(
+        self,
+        study: Study,
+        tracker: Tracker,
+        parent: str,
+        pretrained: Pretrained | None,
+        keys: Mapping[Cell, str],
+        bar: Bar,
+        done: int,
+    ) -> None:
+        self._study, self._tracker, self._parent, self._pretrained = study, tracker, parent, pretrained
+        self._keys, self._bar, self._done = keys, bar, done
+        self._open: dict[str, tuple[Run, int]] = {}
+        self._steps: dict[str, int] = {}
+        self.failed: list[str] = []
+        bar.update(done)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if trial.trial_id in self._open:
+            return
+        cell: Cell = trial.config["cell"]
+        params: dict[str, Any] = {"split": cell.split, "init": cell.init, "lr": cell.lr, "seed": cell.seed}
+        params |= {name: value for name, value in study_params(self._study, "finetune").items() if "grid" not in name}
+        tags = {}
+        if self._pretrained and self._pretrained.run_id and cell.init == "pretrained":
+            tags[PRETRAINING_RUN] = self._pretrained.run_id
+        run = self._tracker.open("trial", self._keys[cell], cell.name, params, self._parent, tags)
+        self._open[trial.trial_id] = run, run.last_step("loss")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "metrics" not in result:
+            return
+        run, logged = self._open[trial.trial_id]
+        step, metrics = int(result["step"]), result["metrics"]
+        if step > logged or "selected/step" in metrics:
+            run.metrics(metrics, step)
+        self._open[trial.trial_id] = run, max(step, logged)
+        self._steps[trial.trial_id] = step
+        loss = f"loss {metrics['loss']:.3f} ({trial.config['cell'].name})" if "loss" in metrics else ""
+        self._bar.update(self._done + sum(self._steps.values()), loss)
+        if "selected/step" in metrics:
+            run.artifact(Path(result["folder"]) / "evaluation.json")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        run, _ = self._open.pop(trial.trial_id)
+        run.close()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        # Tune calls this after every failure; the trial is over only when no retry is left.
+        if trial.trial_id in self._open and trial.status == "ERROR":
+            run, _ = self._open.pop(trial.trial_id)
+            run.close("FAILED")
+            self.failed.append(trial.config["cell"].name)

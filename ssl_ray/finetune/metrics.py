@@ -1,0 +1,310 @@
+"""Segmentation metrics of one volume, and their means over volumes.
+
+A volume is scored on two grids. On the *canonical* grid (resampled and cropped) Dice is what the published scripts
+report; on the *original* grid of the NIfTI file Dice, HD95 and surface Dice are what a reader of the labels would see.
+
+Conventions, the same for every metric:
+
+- organ absent from the truth of a volume: the organ does not count for that volume (nan here, null in JSON), whatever
+  was predicted, as in MONAI's `ignore_empty=True`;
+- organ in the truth but not predicted: the worst value, so that a missed organ never drops out of a mean
+  (Maier-Hein et al., Metrics Reloaded, Nature Methods 2024): Dice 0, surface Dice 0, HD95 the volume's diagonal in mm.
+
+Prediction and truth hold class numbers: 0 is background, 1 to classes - 1 are organs.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from monai.metrics.utils import get_edge_surface_distance
+from nibabel.affines import voxel_sizes
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+
+DICE_WITH_BACKGROUND = "dice_with_background"
+"""Canonical grid: mean over volumes of the mean over present classes, background included. MONAI's
+`DiceMetric(include_background=True, reduction="mean").aggregate()` after all volumes."""
+PUBLISHED_DICE = "published_dice"
+"""Canonical grid: what the tutorial's `validation()` returns. It calls `aggregate()` after every volume without a reset
+and averages those running means, so the first of 6 volumes weighs 41 % and the last 3 %; in the order of the cases."""
+DICE_FOREGROUND = "dice_foreground"
+"""Canonical grid: mean over volumes of the mean over present organs."""
+ORIGINAL_DICE_FOREGROUND = "original_dice_foreground"
+ORIGINAL_HD95 = "original_hd95"
+ORIGINAL_SURFACE_DICE = "original_surface_dice"
+"""These three on the original grid, HD95 in mm: mean over volumes of the mean over present organs."""
+
+Scores = tuple[float | None, ...]
+Volume = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class SurfaceScores:
+    """Arrays of shape (classes - 1,), organ 1 first, nan where the organ is absent from the truth."""
+
+    hd95: NDArray[np.float64]
+    """mm"""
+    surface_dice: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CaseScores:
+    """All scores of one volume; None for a class that is absent from its truth."""
+
+    case: str
+    dice: Scores
+    """Canonical grid, (classes,), background first."""
+    original_dice: Scores | None = None
+    """Original grid, (classes - 1,) like the next two; None if only the canonical grid was scored."""
+    original_hd95: Scores | None = None
+    """mm"""
+    original_surface_dice: Scores | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, numbers and None, one entry of `evaluation.json`."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> "CaseScores":
+        """The inverse of `to_json`."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()
+        }
+        return cls(**fields)
+
+
+def predict(
+    model: nn.Module,
+    image: Tensor,
+    patch_size: Sequence[int],
+    classes: int,
+    *,
+    window_batch: int,
+    overlap: float,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """Segment one volume with MONAI's sliding window: mean of the logits of overlapping windows, then argmax.
+
+    Windows are computed on the model's device, `window_batch` at a time, and put together on the image's device, which
+    needs about 4 * (classes + 1) bytes a voxel: leave the image on the CPU where that is too much for the GPU. The
+    model predicts in eval mode and is left in the mode it came in.
+
+    Args:
+        model: (B, 1, *patch_size) float32 -> (B, classes, *patch_size) logits.
+        image: (X, Y, Z) float32 in 0..1; padded with 0 by MONAI where it is smaller than the patch.
+        patch_size: voxels.
+        classes: organs + background, at most 256.
+        window_batch: windows a forward pass.
+        overlap: of neighbouring windows, share of the patch side, 0 <= overlap < 1.
+        autocast: dtype of mixed precision, e.g. `torch.bfloat16`; None: as the model is.
+
+    Returns:
+        (X, Y, Z) uint8 on the image's device.
+
+    Raises:
+        ValueError: the model has another number of classes.
+    """
+    device = next(model.parameters()).device
+
+    def logits(windows: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            output: Tensor = model(windows)
+        if output.shape[1] != classes:
+            raise ValueError(f"the model predicts {output.shape[1]} classes, but the cohort has {classes}")
+        return output
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            volume = sliding_window_inference(
+                image[None, None],
+                tuple(patch_size),
+                window_batch,
+                logits,
+                overlap=overlap,
+                sw_device=device,
+                device=image.device,
+            )
+    finally:
+        model.train(training)
+    # plane by plane: indices of the whole volume would add 8 bytes a voxel; max, as argmax takes 3 times as long here
+    return torch.stack([plane.max(0).indices.to(torch.uint8) for plane in volume[0].unbind(1)])
+
+
+def dice(prediction: Tensor, truth: Tensor, classes: int) -> NDArray[np.float64]:
+    """Dice of every class, (classes,), background first; nan where the class is absent from the truth.
+
+    Args:
+        prediction: (X, Y, Z) integers in 0..classes-1, on the same device as the truth.
+        truth: (X, Y, Z) integers in 0..classes-1.
+        classes: organs + background.
+    """
+    pairs = (truth.int() * classes + prediction).flatten()
+    confusion = torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).double().cpu().numpy()
+    true, predicted = confusion.sum(1), confusion.sum(0)
+    scores = np.full(classes, np.nan)
+    np.divide(2 * confusion.diagonal(), true + predicted, out=scores, where=true > 0)
+    return scores
+
+
+def to_original_grid(
+    prediction: Tensor | NDArray[np.uint8],
+    canonical_affine: ArrayLike,
+    original_shape: Sequence[int],
+    original_affine: ArrayLike,
+) -> NDArray[np.uint8]:
+    """Nearest-neighbour resampling of a label volume through the affines, as nibabel's `resample_from_to(order=0)`.
+
+    Unlike nibabel's default, a canonical voxel reaches to its faces and not only to its centre (`grid-constant`): where
+    the last slice of the file lies less than half a voxel beyond the last canonical centre, it keeps its label.
+
+    Args:
+        prediction: (X, Y, Z) uint8 on the canonical grid.
+        canonical_affine: 4x4, voxel indices of the canonical grid -> mm.
+        original_shape: voxels of the NIfTI file.
+        original_affine: 4x4, voxel indices of the NIfTI file -> mm; orientation, rotation and spacing may all differ.
+
+    Returns:
+        uint8 of the original shape; 0 (background) outside the canonical grid.
+    """
+    labels = prediction.cpu().numpy() if isinstance(prediction, Tensor) else prediction
+    to_canonical = np.linalg.inv(np.asarray(canonical_affine, float)) @ np.asarray(original_affine, float)
+    resampled: NDArray[np.uint8] = ndimage.affine_transform(
+        labels, to_canonical, output_shape=tuple(original_shape), order=0, mode="grid-constant", cval=0
+    )
+    return resampled
+
+
+def surface_scores(
+    prediction: Volume, truth: Volume, classes: int, spacing: Sequence[float], tolerance: float
+) -> SurfaceScores:
+    """HD95 and surface Dice of every organ, with MONAI's definitions.
+
+    A surface is the set of voxels that erosion removes. HD95 is the larger of the two directed 95th percentiles
+    (`compute_hausdorff_distance(percentile=95)`); surface Dice is the share of the voxels of both surfaces that lie
+    within the tolerance of the other one (`compute_surface_dice`). Both come from one pair of distances per organ here.
+
+    Args:
+        prediction: (X, Y, Z) integers on the original grid.
+        truth: (X, Y, Z) integers on the original grid.
+        classes: organs + background.
+        spacing: mm of the original grid; in an oblique one its voxel sizes (`nibabel.affines.voxel_sizes`).
+        tolerance: mm.
+    """
+    hd95, surface_dice = np.full(classes - 1, np.nan), np.full(classes - 1, np.nan)
+    diagonal = np.linalg.norm(np.multiply(truth.shape, spacing))
+    boxes = (ndimage.find_objects(volume, classes - 1) for volume in (prediction, truth))
+    for organ, (predicted_box, true_box) in enumerate(zip(*boxes, strict=True)):
+        if true_box is None:
+            continue
+        if predicted_box is None:
+            hd95[organ], surface_dice[organ] = diagonal, 0.0
+            continue
+        # MONAI's edges count what lies outside of the box as background, so the tightest common box changes nothing
+        pairs = zip(predicted_box, true_box, strict=True)
+        box = tuple(slice(min(one.start, two.start), max(one.stop, two.stop)) for one, two in pairs)
+        masks = (torch.from_numpy(volume[box] == organ + 1) for volume in (prediction, truth))
+        _, distances, _ = get_edge_surface_distance(*masks, spacing=np.asarray(spacing), symmetric=True)
+        hd95[organ] = max(np.percentile(directed.numpy(), 95) for directed in distances)
+        within = sum(int((directed <= tolerance).sum()) for directed in distances)
+        surface_dice[organ] = within / sum(len(directed) for directed in distances)
+    return SurfaceScores(hd95, surface_dice)
+
+
+def evaluate_canonical(case: str, prediction: Tensor, truth: Tensor, classes: int) -> CaseScores:
+    """Dice on the canonical grid only: the cheap score for validation in the course of training."""
+    return CaseScores(case, _scores(dice(prediction, truth, classes)))
+
+
+def evaluate(
+    case: str,
+    prediction: Tensor,
+    truth: Tensor,
+    canonical_affine: ArrayLike,
+    original_truth: Volume,
+    original_affine: ArrayLike,
+    *,
+    classes: int,
+    tolerance: float,
+) -> CaseScores:
+    """All scores of one volume, on both grids.
+
+    Args:
+        case: its id.
+        prediction: (X, Y, Z) uint8 on the canonical grid.
+        truth: (X, Y, Z) integers on the canonical grid, on the prediction's device.
+        canonical_affine: 4x4, voxel indices -> mm.
+        original_truth: integers in 0..classes-1 on the grid of the NIfTI file.
+        original_affine: 4x4, voxel indices -> mm.
+        classes: organs + background.
+        tolerance: mm, of surface Dice.
+    """
+    predicted = to_original_grid(prediction, canonical_affine, original_truth.shape, original_affine)
+    spacing = voxel_sizes(np.asarray(original_affine, float))
+    surface = surface_scores(predicted, original_truth, classes, spacing, tolerance)
+    return replace(
+        evaluate_canonical(case, prediction, truth, classes),
+        original_dice=_scores(dice(torch.as_tensor(predicted), torch.as_tensor(original_truth), classes)[1:]),
+        original_hd95=_scores(surface.hd95),
+        original_surface_dice=_scores(surface.surface_dice),
+    )
+
+
+def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, float]:
+    """Means over volumes, by MLflow metric name; a mean of nothing is left out.
+
+    Args:
+        cases: one entry a volume. Their order matters to `published_dice` alone.
+        organs: names of the classes 1, 2, ..., without background.
+
+    Returns:
+        The metrics of this module's constants, and for every organ the mean over the volumes that have it:
+        `original_dice/<organ>`, `original_hd95/<organ>` (mm), `original_surface_dice/<organ>`, with `organ_keys`.
+    """
+    canonical = _table(cases, "dice", len(organs) + 1)
+    with_background = _mean(canonical, axis=1)
+    running = [_mean(with_background[: count + 1]) for count in range(len(cases))]
+    means = {
+        DICE_WITH_BACKGROUND: _mean(with_background),
+        PUBLISHED_DICE: _mean(np.array(running)),
+        DICE_FOREGROUND: _mean(_mean(canonical[:, 1:], axis=1)),
+    }
+    for name, field in (
+        (ORIGINAL_DICE_FOREGROUND, "original_dice"),
+        (ORIGINAL_HD95, "original_hd95"),
+        (ORIGINAL_SURFACE_DICE, "original_surface_dice"),
+    ):
+        original = _table(cases, field, len(organs))
+        means[name] = _mean(_mean(original, axis=1))
+        means |= {f"{field}/{key}": mean for key, mean in zip(organ_keys(organs), _mean(original, axis=0), strict=True)}
+    return {name: float(mean) for name, mean in means.items() if not np.isnan(mean)}
+
+
+def organ_keys(organs: Sequence[str]) -> list[str]:
+    """Organ names as parts of a metric name: what MLflow may refuse becomes `_`, and equal results get their number."""
+    keys = [re.sub(r"[^\w\- ]", "_", organ) for organ in organs]
+    return [key if keys.count(key) == 1 else f"{key}_{number}" for number, key in enumerate(keys, start=1)]
+
+
+def _scores(values: NDArray[np.float64]) -> Scores:
+    return tuple(None if np.isnan(value) else float(value) for value in values)
+
+
+def _table(cases: Sequence[CaseScores], field: str, columns: int) -> NDArray[np.float64]:
+    """(volumes that have the field, columns), nan for None."""
+    rows = [getattr(case, field) for case in cases if getattr(case, field) is not None]
+    return np.array(rows, dtype=float).reshape(len(rows), columns)
+
+
+def _mean(values: NDArray[np.float64], axis: int | None = None) -> Any:
+    """Sum over count of what is not nan; unlike `np.nanmean`, nan without a warning where nothing is left."""
+    known = ~np.isnan(values)
+    total, count = np.where(known, values, 0).sum(axis), known.sum(axis)
+    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)

@@ -1,0 +1,95 @@
+"""Training patches of a trial: index-addressed like the pretraining plan, augmented as in the recipe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ssl_ray.cohort.cache import Volume, open_array, read_patch
+from ssl_ray.config import Augmentation, Finetune
+
+_ORDER, _PATCH = 11, 12
+_TRIES = 200
+
+
+@dataclass(frozen=True)
+class PatchSampler:
+    """Patch *i* of a trial is a function of `(seed, i)`: which volume, which centre, which augmentation."""
+
+    volumes: tuple[Volume, ...]
+    store: Path
+    config: Finetune
+    seed: int
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 1, X, Y, Z) float32 in 0..1 and labels (B, 1, X, Y, Z) int64 of one step, augmented.
+
+        A step takes the next `volumes_per_step` volumes of an endless sequence of shuffled epochs, and
+        `patches_per_volume` patches of each.
+        """
+        config = self.config
+        images, labels = [], []
+        for place in range(step * config.volumes_per_step, (step + 1) * config.volumes_per_step):
+            epoch, index = divmod(place, len(self.volumes))
+            order = _random(self.seed, _ORDER, epoch).permutation(len(self.volumes))
+            volume = self.volumes[order[index]]
+            for patch in range(config.patches_per_volume):
+                random = _random(self.seed, _PATCH, place * config.patches_per_volume + patch)
+                image, label = self._crop(volume, random)
+                image, label = augment(image, label, config.augmentation, random)
+                images.append(image)
+                labels.append(label)
+        return torch.stack(images).unsqueeze(1), torch.stack(labels).unsqueeze(1)
+
+    def _crop(self, volume: Volume, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        image, label = (open_array(self.store, volume.key, name) for name in ("image", "label"))
+        origin = crop_origin(self._centre(volume, image, label, random), volume.shape, self.config.patch_size)
+        size = self.config.patch_size
+        intensity = read_patch(image, origin, size).astype(np.float32) / np.float32(volume.levels)
+        return torch.from_numpy(intensity), torch.from_numpy(read_patch(label, origin, size).astype(np.int64))
+
+    def _centre(
+        self, volume: Volume, image: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8], random: np.random.Generator
+    ) -> tuple[int, ...]:
+        """A voxel of an organ, or of the body outside all organs (MONAI's `RandCropByPosNegLabel`)."""
+        counts = [count for value, count in volume.label_voxels.items() if value != "0"]
+        if counts and random.random() < self.config.foreground_prob:
+            first, last = 0, sum(counts)
+            if self.config.balance_organs:
+                organ = int(random.integers(len(counts)))
+                first, last = sum(counts[:organ]), sum(counts[: organ + 1])
+            chosen = open_array(self.store, volume.key, "foreground")[random.integers(first, last)]
+            return tuple(int(v) for v in np.unravel_index(chosen, volume.shape))
+        voxel = (0, 0, 0)
+        for _ in range(_TRIES):  # rejection draws from the same distribution as a list of all such voxels would
+            x, y, z = random.integers(0, volume.shape)
+            voxel = (int(x), int(y), int(z))
+            if image[voxel] > 0 and label[voxel] == 0:
+                break
+        return voxel
+
+
+def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
+    """Origin (3 voxels) of the patch around a centre, moved inside the volume as MONAI does."""
+    return tuple(
+        max(0, min(middle - side // 2, length - side)) for middle, length, side in zip(centre, shape, size, strict=True)
+    )
+
+
+def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Flips, a rotation by a multiple of 90° in the axial plane, an intensity shift; shapes (X, Y, Z) stay."""
+    axes = [axis for axis in config.flip_axes if random.random() < config.flip_prob]
+    turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
+    shift = random.uniform(-config.shift, config.shift) if random.random() < config.shift_prob else 0.0
+    if image.shape[0] != image.shape[1]:
+        turns = turns // 2 * 2  # a quarter turn would exchange the sides
+    image, label = (torch.rot90(torch.flip(volume, axes), turns) for volume in (image, label))
+    return image + shift, label
+
+
+def _random(seed: int, stream: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))

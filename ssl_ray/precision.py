@@ -1,0 +1,23 @@
+"""Which floating-point type a step computes in."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from ssl_ray.config import Precision
+
+
+def resolve(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of `precision` on a device; `auto` is bfloat16 where the hardware multiplies in it, else float32."""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Context in which a forward pass computes in `dtype`; weights, losses and gradients stay float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

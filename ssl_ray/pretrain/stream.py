@@ -1,0 +1,192 @@
+"""Plan -> Ray Data -> batches of a rank.
+
+One row of the Ray dataset is one *block*: the batches of one rank over a few consecutive steps, read by one task.
+Block *j* belongs to rank `j mod world`, which is how `streaming_split(equal=True)` deals out equal blocks in order.
+Ray Data's cost is per block (its scheduling loop handles some tens a second), so blocks are sized by bytes, and a long
+run is streamed in *windows* of some hundred blocks; the next one is opened while the current one is being consumed.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ssl_ray.cohort.cache import open_array, read_patch
+from ssl_ray.pretrain.plan import Plan, Sample
+
+WINDOW_BLOCKS = 256
+"""Blocks a window over all ranks: start-up costs 2 to 3 ms a block, measured."""
+
+_DEPTH = 2
+"""Batches that wait in front of the training step, beyond the block that Ray Data has already fetched."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a data task needs to read any sample: the plan, and where its volumes lie."""
+
+    plan: Plan
+    store: Path
+    keys: tuple[str, ...]
+    dtype: str
+    levels: int
+
+    def read(self, samples: Sequence[Sample]) -> npt.NDArray[Any]:
+        """Patches (N, X, Y, Z) as stored."""
+        out = np.empty((len(samples), *self.plan.patch_size), dtype=self.dtype)
+        for row, sample in enumerate(samples):
+            read_patch(
+                open_array(self.store, self.keys[sample.volume]), sample.origin, self.plan.patch_size, out=out[row]
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps `[start, stop)` in blocks of `block_steps` steps for each of `world` ranks."""
+
+    start: int
+    stop: int
+    block_steps: int
+    world: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, a multiple of the number of ranks."""
+        return -(-(self.stop - self.start) // self.block_steps) * self.world
+
+    def samples(self, plan: Plan, block: int) -> list[int]:
+        """Sample indices of a block, in the order in which its rank consumes them."""
+        group, rank = divmod(block, self.world)
+        first = self.start + group * self.block_steps
+        steps = range(first, min(first + self.block_steps, self.stop))
+        return [index for step in steps for index in plan.rank_samples(step, rank, self.world)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` (B, X, Y, Z) as stored, `indices` (B,) of its samples, and the seconds spent waiting for them."""
+
+    step: int
+    images: npt.NDArray[Any]
+    indices: npt.NDArray[np.int64]
+    waited: float
+
+
+def windows(plan: Plan, start: int, world: int, block_bytes: float, itemsize: int) -> list[Window]:
+    """The windows of a run from step `start` on."""
+    batch_bytes = plan.batch_size // world * int(np.prod(plan.patch_size)) * itemsize
+    block_steps = max(1, int(block_bytes // batch_bytes))
+    length = max(1, WINDOW_BLOCKS // world) * block_steps
+    return [
+        Window(first, min(first + length, plan.steps), block_steps, world) for first in range(start, plan.steps, length)
+    ]
+
+
+def open_window(feed: Any, plan: Plan, window: Window) -> list[Any]:
+    """One Ray Data iterator a rank.
+
+    Args:
+        feed: reference to a `Feed` in the object store.
+        plan: of the run.
+        window: the steps to stream.
+    """
+    import ray  # the tasks import this module only to read patches
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    with DataContext.current(context):
+        dataset = ray.data.range(window.blocks, override_num_blocks=window.blocks)
+        dataset = dataset.map_batches(partial(_read_block, feed=feed, window=window), batch_size=None)
+        iterators: list[Any] = dataset.streaming_split(window.world, equal=True)
+        return iterators
+
+
+class Stream:
+    """Batches of one rank from a step on; iterate it step by step on all ranks alike."""
+
+    def __init__(
+        self, plan: Plan, rank: int, schedule: Sequence[Window], opener: Callable[[Window], Sequence[Any]]
+    ) -> None:
+        """Args:
+        plan: of the run.
+        rank: whose batches.
+        schedule: windows to stream, in order.
+        opener: gives the iterators of all ranks for a window; called on every rank at the same step.
+        """
+        self._plan, self._rank, self._schedule, self._open = plan, rank, list(schedule), opener
+        self._step = schedule[0].start if schedule else plan.steps
+        self._current = self._start_next()
+        self._next: _Reader | None = None
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._current is None:
+            raise StopIteration
+        window = self._current.window
+        if self._next is None and self._schedule and self._step >= (window.start + window.stop) // 2:
+            self._next = self._start_next()
+        images, indices, waited = self._current.get()
+        share = self._plan.rank_samples(self._step, self._rank, window.world)
+        if len(indices) != len(share) or indices[0] != share[0] or indices[-1] != share[-1]:
+            raise RuntimeError(
+                f"rank {self._rank} got samples {indices[0]}..{indices[-1]} at step {self._step}, the plan has "
+                f"{share[0]}..{share[-1]}: Ray Data did not keep the order of blocks"
+            )
+        batch = Batch(self._step, images, indices, waited)
+        self._step += 1
+        if self._step == window.stop:
+            self._current, self._next = self._next or self._start_next(), None
+        return batch
+
+    def _start_next(self) -> "_Reader | None":
+        if not self._schedule:
+            return None
+        window = self._schedule.pop(0)
+        return _Reader(window, self._open(window)[self._rank], self._plan.batch_size // window.world)
+
+
+class _Reader:
+    """Drains one window's iterator in a thread, a few batches ahead of the training step."""
+
+    def __init__(self, window: Window, iterator: Any, batch_size: int) -> None:
+        self.window = window
+        self._queue: queue.Queue[Any] = queue.Queue(_DEPTH)
+        threading.Thread(target=self._drain, args=(iterator, batch_size), daemon=True).start()
+
+    def get(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], float]:
+        start = time.perf_counter()
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item["image"], item["index"], time.perf_counter() - start
+
+    def _drain(self, iterator: Any, batch_size: int) -> None:
+        try:
+            for batch in iterator.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=1):
+                self._queue.put(batch)
+            self._queue.put(RuntimeError(f"the stream of steps {self.window.start} to {self.window.stop} ended early"))
+        except Exception as error:  # the training thread raises it where it asks for the next batch
+            self._queue.put(error)
+
+
+def _read_block(rows: dict[str, npt.NDArray[Any]], feed: Any, window: Window) -> dict[str, npt.NDArray[Any]]:
+    import ray  # the tasks already have it
+
+    source: Feed = ray.get(feed)
+    indices = [index for block in rows["id"] for index in window.samples(source.plan, int(block))]
+    return {
+        "image": source.read([source.plan.sample(index) for index in indices]),
+        "index": np.array(indices, dtype=np.int64),
+    }

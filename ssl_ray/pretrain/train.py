@@ -1,0 +1,171 @@
+"""The TorchTrainer around the worker's loop, and what the driver does with its reports."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import train
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
+
+from ssl_ray.checkpoint import digest, load_state
+from ssl_ray.cohort.cache import Volume
+from ssl_ray.config import Study
+from ssl_ray.console import Bar
+from ssl_ray.networks import describe, export
+from ssl_ray.pretrain.loop import Job, train_loop
+from ssl_ray.pretrain.plan import Plan
+from ssl_ray.pretrain.stream import Feed
+from ssl_ray.tracking import Run, Tracker, study_params
+
+_NO_EFFECT = {"workers", "gpu", "cpus_per_worker", "block_megabytes", "max_failures", "log_every", "checkpoint_every"}
+"""Settings that change how a run is carried out but not what it computes; they may differ when it is taken up again."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Encoder weights (those best on validation), a key that names their content, and the MLflow run that made them.
+
+    `run_id` is None for weights that were made elsewhere; `fresh` is True when they were trained just now.
+    """
+
+    weights: Path
+    key: str
+    run_id: str | None = None
+    fresh: bool = False
+
+
+def pretraining_key(study: Study, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
+    """Digest of everything that the pretrained weights depend on."""
+    settings = study.pretrain.model_dump(mode="json", exclude=_NO_EFFECT | {"sources"})
+    return digest(
+        settings,
+        study.network.model_dump(mode="json", exclude={"feature_size"}),
+        study.seed,
+        [volume.key for volume in training],
+        [volume.key for volume in validation],
+    )
+
+
+def pretrain(
+    study: Study, training: Sequence[Volume], validation: Sequence[Volume], tracker: Tracker, config_yaml: str
+) -> Pretrained:
+    """Pretrain, or find that it is done already; a run that was cut off goes on from its last checkpoint.
+
+    Raises:
+        ray.train.TrainingFailedError: when it failed more often than `max_failures` allows.
+    """
+    key = pretraining_key(study, training, validation)
+    folder = study.folder / f"pretrain-{key}"
+    weights = folder / "best.safetensors"
+    if (done := tracker.finished("pretraining", key)) and weights.is_file():
+        return Pretrained(weights, key, done.info.run_id)
+    config = study.pretrain
+    job = Job(study, _feed(study, training), _feed(study, validation), folder / "pictures", key)
+    plan = job.training.plan
+    run = tracker.open("pretraining", key, "pretrain", study_params(study, "pretrain"))
+    run.text(config_yaml, "experiment.yaml")
+    reports = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=job,
+        scaling_config=train.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {}),
+        ),
+        run_config=train.RunConfig(
+            name=folder.name,
+            storage_path=str(study.folder / "ray"),
+            failure_config=train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=train.CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
+            ),
+            callbacks=[_Forward(reports)],
+        ),
+    )
+    try:
+        with Bar("pretraining", plan.steps) as bar, _Collector(reports, run, bar):
+            result = trainer.fit()
+        best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1].get("validation_loss", np.inf))
+        with best.as_directory() as checkpoint:
+            state = load_state(Path(checkpoint))
+        facts = {"step": str(state["step"]), "validation_loss": f"{metrics['validation_loss']:.6f}", "run": run.id}
+        export(weights, state["model"], describe(study.network, config.patch_size) | facts)
+        run.artifact(weights)
+        run.metrics({"best_validation_loss": metrics["validation_loss"], "best_step": state["step"]}, plan.steps)
+    except BaseException:
+        run.close("FAILED")
+        raise
+    run.close()
+    return Pretrained(weights, key, run.id, fresh=True)
+
+
+def _feed(study: Study, volumes: Sequence[Volume]) -> Feed:
+    config = study.pretrain
+    plan = Plan(
+        seed=study.seed,
+        shapes=np.array([volume.shape for volume in volumes], dtype=np.int64),
+        patch_size=config.patch_size,
+        patches_per_volume=config.patches_per_volume,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+    )
+    first = volumes[0]
+    return Feed(plan, study.cache_folder, tuple(volume.key for volume in volumes), first.dtype, first.levels)
+
+
+class _Forward(train.UserCallback):
+    """Runs in Ray Train's controller, which sees the reports of all ranks, and hands their sums to the driver."""
+
+    def __init__(self, reports: Queue) -> None:
+        self._reports = reports
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        first = metrics[0]
+        patches = sum(rank["patches"] for rank in metrics)
+        seconds = max(rank["seconds"] for rank in metrics)
+        report = {
+            name: value for name, value in first.items() if name not in ("loss_sum", "patches", "waited", "seconds")
+        }
+        report["loss"] = sum(rank["loss_sum"] for rank in metrics) / patches
+        report["patches_per_second"] = patches / seconds
+        report["data_wait_share"] = max(rank["waited"] for rank in metrics) / seconds
+        self._reports.put(report)
+
+
+class _Collector:
+    """Takes reports from the queue in a thread of the driver: to MLflow and to the progress bar."""
+
+    def __init__(self, reports: Queue, run: Run, bar: Bar) -> None:
+        self._reports, self._run, self._bar = reports, run, bar
+        self._logged = run.last_step("loss")
+        self._thread = threading.Thread(target=self._collect, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._reports.put(None)
+        self._thread.join()
+        self._reports.shutdown()
+
+    def _collect(self) -> None:
+        while (report := self._reports.get()) is not None:
+            step, picture = int(report.pop("step")), report.pop("picture", None)
+            if step > self._logged:
+                self._logged = step
+                self._run.metrics(report, step)
+                if picture:
+                    self._run.artifact(Path(picture), "pictures")
+            self._bar.update(step, _facts(report))
+
+
+def _facts(report: dict[str, float]) -> str:
+    facts = f"loss {report['loss']:.4f}, {report['patches_per_second']:.0f} patches/s"
+    if "validation_loss" in report:
+        facts += f", validation {report['validation_loss']:.4f}"
+    return facts

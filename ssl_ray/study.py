@@ -1,0 +1,171 @@
+"""The steps of a study in their order; each finds out what is done already and does the rest."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ssl_ray.cluster import connect
+from ssl_ray.cohort.cache import BadVolume, Store, Volume, prepare_cohort
+from ssl_ray.cohort.datalist import Case, Splits, check_held_out, read_labelled, read_unlabelled
+from ssl_ray.cohort.phantom import write_cohort
+from ssl_ray.config import PhantomCohort, Preparation, Study, dump
+from ssl_ray.console import say, track
+from ssl_ray.finetune.grid import GridResult, check_transfer, finetune
+from ssl_ray.pretrain.train import Pretrained, pretrain
+from ssl_ray.report import Report, write_report
+from ssl_ray.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """The cases of a study, checked as far as that goes without reading a volume."""
+
+    training: tuple[Case, ...]
+    validation: tuple[Case, ...]
+    splits: Splits
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Volumes of the pretraining and of the labelled cohort, by image path."""
+
+    unlabelled: dict[str, Volume]
+    labelled: dict[str, Volume]
+
+
+class Runner:
+    """One study being carried out; every step first makes sure of the steps that it needs."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.config_yaml = dump(study)
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        """The study's MLflow experiment."""
+        return Tracker(self.study)
+
+    @cached_property
+    def cohorts(self) -> Cohorts:
+        """Read the datalists; a study on a synthetic cohort makes that first.
+
+        Raises:
+            ValueError: for anything that the lists get wrong.
+        """
+        if self.study.phantom:
+            write_phantom(self.study.phantom)
+        training, validation = read_unlabelled(self.study.pretrain.sources)
+        splits = read_labelled(self.study.finetune.cohort, self.study.finetune.split_sizes)
+        check_held_out((*training, *validation), splits)
+        if self.study.finetune.weights:
+            check_transfer(self.study, Path(self.study.finetune.weights))
+        return Cohorts(training, validation, splits)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Both cohorts in the store.
+
+        Raises:
+            ValueError: with a table of all bad volumes, unless the study skips them.
+        """
+        study, cohorts = self.study, self.cohorts
+        connect(study)
+        store = Store(study.cache_folder)
+        bad: list[BadVolume] = []
+        fresh = 0
+
+        def run(title: str, cases: Sequence[Case], preparation: Preparation, classes: int | None) -> dict[str, Volume]:
+            nonlocal fresh
+            volumes, unusable, count = prepare_cohort(cases, preparation, store, classes, track(title))
+            bad.extend(unusable)
+            fresh += count
+            return volumes
+
+        unlabelled_cases = (*cohorts.training, *cohorts.validation)
+        unlabelled = run("preparing unlabelled volumes", unlabelled_cases, study.pretrain.preparation, None)
+        labelled_preparation, classes = study.finetune.preparation, study.finetune.cohort.classes
+        labelled = run("preparing labelled volumes", cohorts.splits.cases, labelled_preparation, classes)
+        self._settle(bad)
+        self._check_held_out(unlabelled, labelled)
+        say(f"prepared {fresh} of {len(unlabelled) + len(labelled)} volumes now; the store is {study.cache_folder}")
+        return Prepared(unlabelled, labelled)
+
+    @cached_property
+    def pretrained(self) -> Pretrained:
+        """The weights that `init: pretrained` starts from: this study's own, or those in `finetune.weights`.
+
+        Raises:
+            ValueError: when no usable volume is left.
+        """
+        given = self.study.finetune.weights
+        if given:
+            content = Path(given).read_bytes()
+            return Pretrained(Path(given).absolute(), hashlib.sha256(content).hexdigest()[:16])
+        volumes = self.prepared.unlabelled
+        training = [volumes[str(case.image)] for case in self.cohorts.training if str(case.image) in volumes]
+        validation = [volumes[str(case.image)] for case in self.cohorts.validation if str(case.image) in volumes]
+        if not training or not validation:
+            raise ValueError("pretrain.sources: no usable volume is left for training or validation")
+        done = pretrain(self.study, training, validation, self.tracker, self.config_yaml)
+        say(f"pretraining {'is done' if done.fresh else 'was done already'}: {done.weights}")
+        return done
+
+    @cached_property
+    def grid(self) -> GridResult:
+        """Every cell of the fine-tuning grid."""
+        prepared = self.prepared
+        pretrained = self.pretrained if "pretrained" in self.study.finetune.grid.init else None
+        splits = self.cohorts.splits
+        done = finetune(self.study, splits, prepared.labelled, pretrained, self.tracker, self.config_yaml)
+        say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
+        for name in done.failed:
+            say(f"fine-tuning: cell {name} FAILED; its log is under {self.study.folder / 'ray'}")
+        return done
+
+    def report(self) -> Report:
+        """Table, figures and page, from MLflow alone."""
+        return write_report(self.study, self.study.folder)
+
+    def _settle(self, bad: Sequence[BadVolume]) -> None:
+        if not bad:
+            return
+        width = max(len(one.id) for one in bad)
+        table = "\n".join(f"  {one.id:<{width}}  {one.reason}" for one in bad)
+        if self.study.on_bad_volume == "fail":
+            raise ValueError(
+                f"{len(bad)} volumes cannot be used (on_bad_volume: skip goes on without them; the others are kept "
+                f"in the store):\n{table}"
+            )
+        self.study.folder.mkdir(parents=True, exist_ok=True)
+        record = self.study.folder / "bad_volumes.json"
+        record.write_text(json.dumps({one.id: one.reason for one in bad}, indent=1))
+        say(f"going on without {len(bad)} volumes, recorded in {record}:\n{table}")
+
+    def _check_held_out(self, unlabelled: dict[str, Volume], labelled: dict[str, Volume]) -> None:
+        """The same bytes under another name are still the same patient."""
+        seen = {volume.image_sha256: path for path, volume in unlabelled.items()}
+        splits = self.cohorts.splits
+        for case in (*splits.validation, *splits.test):
+            volume = labelled.get(str(case.image))
+            if volume and volume.image_sha256 in seen:
+                raise ValueError(
+                    f"{case.image}: a labelled validation or test volume has the same content as the unlabelled "
+                    f"{seen[volume.image_sha256]}"
+                )
+
+
+def write_phantom(cohort: PhantomCohort) -> None:
+    """Make a synthetic cohort, or what is missing of it."""
+    write_cohort(
+        Path(cohort.root),
+        unlabelled=cohort.unlabelled,
+        labelled=cohort.labelled,
+        validation=cohort.validation,
+        test=cohort.test,
+        splits=cohort.splits,
+        seed=cohort.seed,
+        progress=track("synthesizing volumes"),
+    )
