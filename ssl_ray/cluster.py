@@ -6,16 +6,15 @@ from typing import Any
 
 from ssl_ray.config import Study
 
-_CHATTY = (
-    "ray.data._internal.execution.streaming_executor",
-    "ray.data._internal.progress.progress_bar",
-    "ray.data._internal.progress.base_progress",
-    "ray.data._internal.progress.logging_progress",
-    "ray.data._internal.logging",
-    "ray.train",
-    "ray.tune",
-)
-"""Ray's loggers of routine messages; from warnings on they stay audible."""
+_LEVELS = {
+    # Routine messages; from warnings on they stay audible.
+    "ray.data._internal.execution.streaming_executor": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.train": logging.WARNING,
+    "ray.tune": logging.WARNING,
+    # Warns every second that a cluster without a dashboard has no state API.
+    "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
+}
 
 
 def connect(study: Study) -> None:
@@ -42,9 +41,9 @@ def connect(study: Study) -> None:
 
 
 def quiet() -> None:
-    """Let Ray's libraries speak from warnings on; runs in the driver and at the start of every worker process."""
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Tame Ray's loggers; runs in the driver and at the start of every worker process."""
+    for name, level in _LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def _check_resources(study: Study, resources: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ that need the data (datalists, volumes) follow in `ssl_ray.cohort`.
 
 import difflib
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -19,8 +19,9 @@ VIT_LAYERS = 12
 """Transformer blocks: MONAI's UNETR takes its skip connections from the outputs of blocks 3, 6 and 9 of 12."""
 
 Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0)]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -33,9 +34,9 @@ Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeVa
 
 
 class Strict(BaseModel):
-    """A section of the YAML: unknown keys are refused, values do not change after loading."""
+    """A section of the YAML: unknown keys, NaN and infinity are refused, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Preparation(Strict):
@@ -69,7 +70,7 @@ class PhantomCohort(Strict):
     validation: Positive
     test: Positive
     splits: tuple[Positive, ...]
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Network(Strict):
@@ -207,10 +208,12 @@ class SegmentationLoss(Strict):
 class Grid(Strict):
     """The cells that Ray Tune runs: every combination."""
 
-    splits: tuple[Positive, ...] | None = Field(None, description="sizes out of cohort.splits; all of them if left out")
+    splits: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = Field(
+        None, description="sizes out of cohort.splits; all of them if left out"
+    )
     init: Annotated[tuple[Literal["random", "pretrained"], ...], Field(min_length=1)] = ("random", "pretrained")
     lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1e-4,)
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
 
 
 class Finetune(Strict):
@@ -277,7 +280,7 @@ class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: str = "output"
     cache: str | None = Field(None, description="store of prepared volumes; <output>/cache if left out")
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     on_bad_volume: Literal["fail", "skip"] = "fail"
     phantom: PhantomCohort | None = None
     network: Network = Network()
@@ -327,8 +330,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot read the experiment: {getattr(error, 'strerror', None) or error}") from error
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML's own ValueError: a date that does not exist
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: an experiment is a mapping of sections, got {type(tree).__name__}")
@@ -337,7 +340,14 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     try:
         return Study.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(str(path), details) for details in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        # A list whose only item is wrong counts as empty for pydantic, which is not what the user has to mend.
+        inner = [details["loc"][:-1] for details in found]
+        lines = [
+            _explain(str(path), details)
+            for details in found
+            if details["type"] != "too_short" or not any(loc[: len(details["loc"])] == details["loc"] for loc in inner)
+        ]
         raise ValueError("\n".join(lines)) from None
 
 
@@ -358,6 +368,19 @@ def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[st
     return flat
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -370,13 +393,17 @@ def _override(tree: dict[str, Any], override: str) -> None:
             raise ValueError(f"--set {override}: '{parent}' is a value, not a section")
         node = child
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        node[last] = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
 
 
+_NOT_KEYS = ("str", "tuple[str, ...]", "[key]")
+"""Parts of a pydantic error's location that name a type instead of a key."""
+
+
 def _explain(path: str, details: Any) -> str:
-    location = [str(part) for part in details["loc"]]
+    location = [str(part) for part in details["loc"] if part not in _NOT_KEYS]
     place = f"{path}: {'.'.join(location)}" if location else path
     if details["type"] == "extra_forbidden":
         valid = _fields_at(Study, details["loc"][:-1])

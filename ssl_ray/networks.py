@@ -228,9 +228,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ValueError: an unreadable file, or one that holds anything else than named tensors.
     """
     try:
-        if path.suffix == ".safetensors":
-            return _plain(load_file(path), str(path))
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
+        content: object = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except OSError as error:
         raise ValueError(f"{path}: cannot read the weights: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:

@@ -5,6 +5,7 @@ found again by the tag `ssl_ray.key`, a digest of everything that its result dep
 """
 
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -66,6 +67,26 @@ class Tracker:
     def finished(self, kind: str, key: str) -> MlflowRun | None:
         """The finished run of a key, or None."""
         return next((run for run in self.runs(kind=kind, key=key) if run.info.status == "FINISHED"), None)
+
+    def history(self, run_id: str, metric: str) -> dict[int, float]:
+        """Values of a metric by step, ascending."""
+        points = self.client.get_metric_history(run_id, metric)
+        return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
+
+    def files(self, run_id: str, folder: str | None = None) -> list[str]:
+        """Paths of a run's artifacts in one folder, sorted by name."""
+        return sorted(item.path for item in self.client.list_artifacts(run_id, folder) if not item.is_dir)
+
+    def read(self, run_id: str, path: str) -> bytes | None:
+        """Content of an artifact, or None where the run has none of that path."""
+        if path not in self.files(run_id, path.rpartition("/")[0] or None):
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self.client.download_artifacts(run_id, path, folder)).read_bytes()
+
+    def attach(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """Log a file with a run that may have ended long ago."""
+        self.client.log_artifact(run_id, str(path), folder)
 
     def open(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from isal import isal_zlib
+from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -24,6 +24,8 @@ VERSION = 1
 
 _DEFLATE_RATIO = 1032
 """No deflate stream inflates by more (RFC 1951: 258 bytes from 2 bits), so a header that promises more lies."""
+_CHUNK = 2**24
+"""Bytes inflated at a time: what a lying header promises is never allocated at once."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
         raise ValueError(f"{path}: cannot read: {error.strerror}") from error
     try:
         image = _parse(raw)
-    except (HeaderDataError, ImageFileError, isal_zlib.error, EOFError, OverflowError, ValueError) as error:
+    except (HeaderDataError, ImageFileError, isal_zlib.error, EOFError, OSError, OverflowError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     shape = image.shape[:3]
     voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape)
@@ -160,19 +162,21 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prep
 
 
 def _parse(raw: bytes) -> Any:
-    """A nibabel image over checked bytes; nothing is inflated that the header does not account for."""
+    """A nibabel image over checked bytes; nothing is kept that the header does not account for."""
     compressed = raw[:2] == b"\x1f\x8b"
-    head = isal_zlib.decompressobj(31).decompress(raw, 540) if compressed else raw[:540]
-    if len(head) < 352:
-        raise ValueError(f"not a NIfTI file: {len(head)} bytes of header, expected at least 352")
-    second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
-    kind = nib.Nifti2Image if second else nib.Nifti1Image
-    header = kind.header_class.from_fileobj(io.BytesIO(head), check=True)
-    size = _check_header(header)
-    if compressed:
-        if size > _DEFLATE_RATIO * len(raw):
-            raise ValueError(f"the header promises {size} bytes, more than {len(raw)} compressed bytes can hold")
-        raw = _inflate(raw, size)
+    with igzip.open(io.BytesIO(raw)) if compressed else io.BytesIO(raw) as stream:
+        head = stream.read(540)
+        if len(head) < 352:
+            raise ValueError(f"not a NIfTI file: {len(head)} bytes of header, expected at least 352")
+        second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
+        kind = nib.Nifti2Image if second else nib.Nifti1Image
+        # The block alone: extensions may be longer than what has been read so far.
+        header = kind.header_class(head[: kind.header_class.sizeof_hdr], check=True)
+        size = _check_header(header)
+        if compressed:
+            if size > _DEFLATE_RATIO * len(raw):
+                raise ValueError(f"the header promises {size} bytes, more than {len(raw)} compressed bytes can hold")
+            raw = _inflate(head, stream, size)
     if len(raw) < size:
         raise ValueError(f"truncated: {len(raw)} bytes of the {size} that the header promises")
     image = kind.from_bytes(raw)
@@ -199,21 +203,11 @@ def _check_header(header: Any) -> int:
     return int(header.get_data_offset()) + math.prod(int(side) for side in shape) * int(dtype.itemsize)
 
 
-def _inflate(raw: bytes, size: int) -> bytes:
-    """At most `size` bytes of the gzip members in `raw`, their checksums verified."""
-    parts: list[bytes] = []
-    found = 0
-    while raw[:2] == b"\x1f\x8b":
-        member = isal_zlib.decompressobj(31)
-        part = member.decompress(raw, max(1, size - found))
-        parts.append(part)
+def _inflate(head: bytes, stream: Any, size: int) -> bytes:
+    """At least the first `size` bytes; read to the end of the stream, as a gzip checksum stands behind its data."""
+    parts, found = [head], len(head)
+    while part := stream.read(_CHUNK):
+        if found < size:
+            parts.append(part)
         found += len(part)
-        if not member.eof and found >= size:
-            # The trailer with the checksum is read only when one more byte is asked for.
-            rest = member.decompress(member.unconsumed_tail, 1)
-            if rest:
-                break  # bytes after the voxels, allowed by the format
-        if not member.eof:
-            raise ValueError(f"truncated gzip: {found} of {size} bytes")
-        raw = member.unused_data
     return b"".join(parts)

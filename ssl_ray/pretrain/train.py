@@ -1,6 +1,7 @@
 """The TorchTrainer around the worker's loop, and what the driver does with its reports."""
 
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +65,11 @@ def pretrain(
     if (done := tracker.finished("pretraining", key)) and weights.is_file():
         return Pretrained(weights, key, done.info.run_id)
     config = study.pretrain
-    job = Job(study, _feed(study, training), _feed(study, validation), folder / "pictures", key)
+    reports = Queue(actor_options={"num_cpus": 0})
+    job = Job(study, _feed(study, training), _feed(study, validation), folder / "pictures", key, reports)
     plan = job.training.plan
     run = tracker.open("pretraining", key, "pretrain", study_params(study, "pretrain"))
     run.text(config_yaml, "experiment.yaml")
-    reports = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=job,
@@ -84,7 +85,7 @@ def pretrain(
             checkpoint_config=train.CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
             ),
-            callbacks=[_Forward(reports)],
+            logging_config=train.LoggingConfig("WARNING"),
         ),
     )
     try:
@@ -118,31 +119,13 @@ def _feed(study: Study, volumes: Sequence[Volume]) -> Feed:
     return Feed(plan, study.cache_folder, tuple(volume.key for volume in volumes), first.dtype, first.levels)
 
 
-class _Forward(train.UserCallback):
-    """Runs in Ray Train's controller, which sees the reports of all ranks, and hands their sums to the driver."""
-
-    def __init__(self, reports: Queue) -> None:
-        self._reports = reports
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        first = metrics[0]
-        patches = sum(rank["patches"] for rank in metrics)
-        seconds = max(rank["seconds"] for rank in metrics)
-        report = {
-            name: value for name, value in first.items() if name not in ("loss_sum", "patches", "waited", "seconds")
-        }
-        report["loss"] = sum(rank["loss_sum"] for rank in metrics) / patches
-        report["patches_per_second"] = patches / seconds
-        report["data_wait_share"] = max(rank["waited"] for rank in metrics) / seconds
-        self._reports.put(report)
-
-
 class _Collector:
-    """Takes reports from the queue in a thread of the driver: to MLflow and to the progress bar."""
+    """In a thread of the driver: records of all ranks from the queue, added up, to MLflow and to the progress bar."""
 
     def __init__(self, reports: Queue, run: Run, bar: Bar) -> None:
         self._reports, self._run, self._bar = reports, run, bar
         self._logged = run.last_step("loss")
+        self._partial: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
         self._thread = threading.Thread(target=self._collect, daemon=True)
 
     def __enter__(self) -> None:
@@ -154,18 +137,37 @@ class _Collector:
         self._reports.shutdown()
 
     def _collect(self) -> None:
-        while (report := self._reports.get()) is not None:
-            step, picture = int(report.pop("step")), report.pop("picture", None)
+        while (item := self._reports.get()) is not None:
+            rank, record = item
+            step = int(record["step"])
+            ranks = self._partial[step]
+            ranks[rank] = record
+            if len(ranks) < record["world"]:
+                continue
+            del self._partial[step]
+            picture, metrics = record.get("picture") or ranks[0].get("picture"), sum_ranks(list(ranks.values()))
             if step > self._logged:
                 self._logged = step
-                self._run.metrics(report, step)
+                self._run.metrics(metrics, step)
                 if picture:
                     self._run.artifact(Path(picture), "pictures")
-            self._bar.update(step, _facts(report))
+            self._bar.update(step, _facts(metrics))
 
 
-def _facts(report: dict[str, float]) -> str:
-    facts = f"loss {report['loss']:.4f}, {report['patches_per_second']:.0f} patches/s"
-    if "validation_loss" in report:
-        facts += f", validation {report['validation_loss']:.4f}"
+def sum_ranks(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """One step's records of all ranks -> its metrics; sums over sums, never means of means."""
+    patches = sum(record["patches"] for record in records)
+    seconds = max(record["seconds"] for record in records)
+    own = {"step", "world", "loss_sum", "patches", "waited", "seconds", "picture"}
+    metrics = {name: float(value) for name, value in records[0].items() if name not in own}
+    metrics["loss"] = sum(record["loss_sum"] for record in records) / patches
+    metrics["patches_per_second"] = patches / seconds
+    metrics["data_wait_share"] = max(record["waited"] for record in records) / seconds
+    return metrics
+
+
+def _facts(metrics: dict[str, float]) -> str:
+    facts = f"loss {metrics['loss']:.4f}, {metrics['patches_per_second']:.0f} patches/s"
+    if "validation_loss" in metrics:
+        facts += f", validation {metrics['validation_loss']:.4f}"
     return facts

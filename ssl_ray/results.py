@@ -1,0 +1,306 @@
+"""What MLflow knows of a study, and what can be concluded from it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+from mlflow.entities import Run as MlflowRun
+from numpy.typing import NDArray
+from scipy import stats
+
+from ssl_ray.config import Study
+from ssl_ray.finetune.grid import cells
+from ssl_ray.finetune.metrics import (
+    DICE_FOREGROUND,
+    DICE_WITH_BACKGROUND,
+    ORIGINAL_DICE_FOREGROUND,
+    ORIGINAL_HD95,
+    ORIGINAL_SURFACE_DICE,
+    CaseScores,
+    Scores,
+)
+from ssl_ray.finetune.trial import Cell
+from ssl_ray.tracking import PRETRAINING_RUN, Tracker
+
+SELECTION = f"selected/validation/{DICE_FOREGROUND}"
+"""The metric that selects a trial's checkpoint (`ssl_ray.finetune.trial`) and here its learning rate."""
+_RESAMPLES = 9999
+_ALPHA = 0.05
+
+Part = Literal["validation", "test"]
+Status = Literal["finished", "failed", "unfinished", "missing"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of `ssl_ray.finetune.metrics` over volumes, and the same of one volume (nan for none)."""
+
+    name: str
+    of_case: Callable[[CaseScores], float]
+
+
+def _present(scores: Scores | None) -> float:
+    known = [score for score in scores or () if score is not None]
+    return sum(known) / len(known) if known else float("nan")
+
+
+WITH_BACKGROUND = Measure(DICE_WITH_BACKGROUND, lambda case: _present(case.dice))
+FOREGROUND = Measure(ORIGINAL_DICE_FOREGROUND, lambda case: _present(case.original_dice))
+HD95 = Measure(ORIGINAL_HD95, lambda case: _present(case.original_hd95))
+SURFACE_DICE = Measure(ORIGINAL_SURFACE_DICE, lambda case: _present(case.original_surface_dice))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of the grid and its newest run."""
+
+    cell: Cell
+    status: Status
+    run_id: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Last value of every metric."""
+    curve: Mapping[int, float] = field(default_factory=dict)
+    """Foreground Dice on validation, on the canonical grid, by step."""
+    cases: Mapping[str, tuple[CaseScores, ...]] = field(default_factory=dict)
+    """Scores of every volume by part (`validation`, `test`)."""
+    pretraining_run: str | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A split and an initialisation at the learning rate that is best on validation: the finished trials of its seeds.
+
+    Without a finished trial there is no learning rate, and `hole` says why.
+    """
+
+    split: int
+    init: str
+    expected: int
+    """Number of seeds in the grid."""
+    trials: tuple[Trial, ...] = ()
+    hole: Status = "finished"
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate that was chosen."""
+        return self.trials[0].cell.lr if self.trials else None
+
+    def seeds(self, metric: str) -> list[float]:
+        """The metric of every seed that has it."""
+        return [trial.metrics[metric] for trial in self.trials if metric in trial.metrics]
+
+    def cases(self, part: Part, measure: Measure) -> dict[str, float]:
+        """Mean over seeds of every volume, by case id, in the order of the cases."""
+        scores: dict[str, list[float]] = {}
+        for trial in self.trials:
+            for case in trial.cases.get(part, ()):
+                scores.setdefault(case.case, []).append(measure.of_case(case))
+        means = {case: float(np.mean(values)) for case, values in scores.items()}
+        return {case: mean for case, mean in means.items() if not np.isnan(mean)}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Pretrained minus random over the same volumes, from `compare`."""
+
+    values: NDArray[np.float64]
+    """Of every volume, mean over seeds."""
+    low: float
+    high: float
+    """95 % interval of the mean over volumes; nan for fewer than two volumes."""
+    p: float
+    """Two-sided sign-flip permutation test that volumes differ by chance only; 1 for fewer than two volumes."""
+
+    @property
+    def mean(self) -> float:
+        """Mean over volumes."""
+        return float(self.values.mean())
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval does."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def clear(self) -> bool:
+        """The interval excludes 0 and the test agrees.
+
+        A bootstrap over few volumes gives intervals that are too short: with two volumes that both gain it always
+        excludes 0. The exact test cannot reach 5 % with fewer than six volumes.
+        """
+        return self.excludes_zero and self.p < _ALPHA
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """One pretraining run, as far as the report shows it."""
+
+    run: MlflowRun
+    loss: Mapping[int, float]
+    validation_loss: Mapping[int, float]
+    identity_loss: Mapping[int, float]
+    """All three: L1 in units of the HU window, by step; identity: of leaving the corrupted patch as it is."""
+    picture: bytes | None
+    """PNG of the last restoration."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the report is made of."""
+
+    study: Study
+    grid: MlflowRun
+    trials: tuple[Trial, ...]
+    """One for every cell of the study's grid, in the grid's order."""
+    others: int
+    """Trials of the same grid run that the study's grid does not name."""
+    part: Part
+    """The volumes that are reported: test where the cohort has such a split."""
+    organs: tuple[str, ...]
+    config: str | None
+    transfer: dict[str, Any] | None
+    pretraining: tuple[Pretraining, ...]
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Numbers of labelled training volumes, ascending."""
+        return self.study.finetune.split_sizes
+
+    @property
+    def inits(self) -> tuple[str, ...]:
+        """The grid's initialisations, random first."""
+        return tuple(init for init in ("random", "pretrained") if init in self.study.finetune.grid.init)
+
+    @property
+    def volumes(self) -> int:
+        """Number of the volumes that are reported."""
+        return max((len(trial.cases.get(self.part, ())) for trial in self.trials), default=0)
+
+    def arm(self, split: int, init: str) -> Arm:
+        """The chosen cells of a split and an initialisation.
+
+        The learning rate with the highest mean of `SELECTION` over seeds; one with more finished seeds goes first, so
+        that a learning rate at which trials fail does not win by those that survived.
+        """
+        mine = [trial for trial in self.trials if (trial.cell.split, trial.cell.init) == (split, init)]
+        expected = len(self.study.finetune.grid.seeds)
+        by_lr: dict[float, list[Trial]] = {}
+        for trial in mine:
+            if trial.status == "finished":
+                by_lr.setdefault(trial.cell.lr, []).append(trial)
+        if not by_lr:
+            holes: tuple[Status, ...] = ("failed", "unfinished", "missing")
+            return Arm(
+                split,
+                init,
+                expected,
+                hole=next((hole for hole in holes if any(t.status == hole for t in mine)), "missing"),
+            )
+
+        def rank(trials: Sequence[Trial]) -> tuple[int, float]:
+            return len(trials), float(np.mean([trial.metrics.get(SELECTION, 0.0) for trial in trials]))
+
+        return Arm(split, init, expected, tuple(max(by_lr.values(), key=rank)))
+
+    def compare(self, split: int, measure: Measure) -> Difference | None:
+        """Pretrained minus random, paired by volume; None where one of them has no scores."""
+        random, pretrained = (self.arm(split, init).cases(self.part, measure) for init in ("random", "pretrained"))
+        shared = [case for case in random if case in pretrained]
+        if not shared:
+            return None
+        return difference(np.array([pretrained[case] - random[case] for case in shared]))
+
+
+def interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean (`scipy.stats.bootstrap`), nan for fewer than two values."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    if np.allclose(values, values[0], rtol=0, atol=1e-12):
+        return float(values.mean()), float(values.mean())
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=_RESAMPLES, confidence_level=1 - _ALPHA, method="percentile", random_state=0
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def difference(values: NDArray[np.float64]) -> Difference:
+    """Interval and test for paired differences, one a volume; the same values give the same answer."""
+    low, high = interval(values)
+    if len(values) < 2:
+        return Difference(values, low, high, 1.0)
+    # A single sample of type "samples" is flipped in sign; up to 13 volumes this goes through all flips and is exact.
+    test = stats.permutation_test(
+        (values,), np.mean, permutation_type="samples", n_resamples=_RESAMPLES, random_state=0
+    )
+    return Difference(values, low, high, float(test.pvalue))
+
+
+def read_results(study: Study, tracker: Tracker) -> Results:
+    """Read the study's newest grid, its trials and the pretrainings that these started from.
+
+    Raises:
+        ValueError: when the study has no grid in MLflow yet.
+    """
+    grids = tracker.runs(kind="grid")
+    if not grids:
+        raise ValueError(
+            f"{tracker.uri}: experiment {study.experiment!r} has no fine-tuning grid yet; run the study first"
+        )
+    # A grid that is taken up again keeps its start, so that the newest is the one that was touched last.
+    grid = max(grids, key=lambda run: max(run.info.start_time, run.info.end_time or 0))
+    newest: dict[tuple[str, ...], MlflowRun] = {}
+    children = tracker.runs(kind="trial", parent=grid.info.run_id)
+    for run in children:
+        newest.setdefault(tuple(run.data.params.get(name, "") for name in ("split", "init", "lr", "seed")), run)
+    organs: tuple[str, ...] = ()
+    trials = []
+    for cell in cells(study):
+        run = newest.pop((str(cell.split), cell.init, str(cell.lr), str(cell.seed)), None)
+        trial, named = _trial(tracker, cell, run)
+        trials.append(trial)
+        organs = organs or named
+    lineage = dict.fromkeys(trial.pretraining_run for trial in trials if trial.pretraining_run)
+    config = tracker.read(grid.info.run_id, "experiment.yaml")
+    transfer = tracker.read(grid.info.run_id, "weight_transfer.json")
+    return Results(
+        study=study,
+        grid=grid,
+        trials=tuple(trials),
+        others=len(newest),
+        part="test" if any(trial.cases.get("test") for trial in trials) else "validation",
+        organs=organs,
+        config=config.decode() if config else None,
+        transfer=json.loads(transfer) if transfer else None,
+        pretraining=tuple(_pretraining(tracker, run_id) for run_id in lineage),
+    )
+
+
+def day(milliseconds: int | None) -> str:
+    """MLflow's time stamp in UTC, e.g. `2026-01-31 17:05 UTC`."""
+    if milliseconds is None:
+        return "not ended"
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> tuple[Trial, tuple[str, ...]]:
+    if run is None:
+        return Trial(cell, "missing"), ()
+    run_id, lineage = run.info.run_id, run.data.tags.get(PRETRAINING_RUN)
+    if run.info.status != "FINISHED":
+        status: Status = "failed" if run.info.status in ("FAILED", "KILLED") else "unfinished"
+        return Trial(cell, status, run_id, pretraining_run=lineage), ()
+    content = tracker.read(run_id, "evaluation.json")
+    tree: dict[str, Any] = json.loads(content) if content else {}
+    parts = {name: tuple(map(CaseScores.from_json, tree.get(name, ()))) for name in ("validation", "test")}
+    curve = tracker.history(run_id, f"validation/{DICE_FOREGROUND}")
+    return Trial(cell, "finished", run_id, run.data.metrics, curve, parts, lineage), tuple(tree.get("organs", ()))
+
+
+def _pretraining(tracker: Tracker, run_id: str) -> Pretraining:
+    pictures = [path for path in tracker.files(run_id, "pictures") if path.endswith(".png")]
+    losses = (tracker.history(run_id, name) for name in ("loss", "validation_loss", "validation_identity_loss"))
+    picture = tracker.read(run_id, pictures[-1]) if pictures else None
+    return Pretraining(tracker.client.get_run(run_id), *losses, picture)
