@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from typing import Any
 
 from ssl_ray.config import Study
@@ -11,6 +12,7 @@ _LEVELS = {
     "ray.data._internal.execution.streaming_executor": logging.WARNING,
     "ray.data._internal.progress": logging.ERROR,
     "ray.train": logging.WARNING,
+    "ray.train.v2._internal.execution.context": logging.WARNING,
     "ray.tune": logging.WARNING,
     # Warns every second that a cluster without a dashboard has no state API.
     "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
@@ -44,6 +46,8 @@ def quiet() -> None:
     """Tame Ray's loggers; runs in the driver and at the start of every worker process."""
     for name, level in _LEVELS.items():
         logging.getLogger(name).setLevel(level)
+    # MONAI 1.6 calls its own metric with an argument that it deprecates.
+    warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
 
 
 def _check_resources(study: Study, resources: dict[str, float]) -> None:

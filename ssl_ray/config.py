@@ -68,7 +68,7 @@ class PhantomCohort(Strict):
     unlabelled: Positive
     labelled: Positive
     validation: Positive
-    test: Positive
+    test: Annotated[int, Field(ge=0)] = 0
     splits: tuple[Positive, ...]
     seed: Seed = 0
 
@@ -94,6 +94,7 @@ class Corruption(Strict):
     """Boxes in voxels; the defaults are the recipe's for 96³ patches."""
 
     outpaint_prob: Share = 0.5
+    growing: bool = Field(False, description="a box's side is the next one's lower bound, as MONAI draws them")
     inpaint_boxes: Positive = 6
     inpaint_size: tuple[Positive, Positive] = (5, 32)
     outpaint_boxes: Positive = 6

@@ -324,3 +324,17 @@ def test_the_contrastive_loss_is_exact_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = contrastive_loss(first, second, 0.05)
     assert torch.equal(mixed, contrastive_loss(first, second, 0.05))
+
+
+@pytest.mark.parametrize("outpaint_prob", [0.0, 1.0])
+def test_growing_boxes_are_those_of_monai(outpaint_prob: float) -> None:
+    """With `growing`, each of six boxes has the sides and corners of MONAI's box of the same number."""
+    low, high = (10, 30) if outpaint_prob else (5, 30)
+    config = Corruption(inpaint_size=(5, 30), outpaint_size=(10, 30), outpaint_prob=outpaint_prob, growing=True)
+    start, stop = monai_boxes(low, high, 6, 2000)
+    ours = draw(config, SIZE, 0, indices(2000))
+    for box in range(6):
+        for axis in range(3):
+            sides = (ours.stop - ours.start)[:, box, axis]
+            assert stats.ks_2samp((stop - start)[:, box, axis], sides).pvalue > 0.001
+            assert stats.ks_2samp(start[:, box, axis], ours.start[:, box, axis]).pvalue > 0.001

@@ -66,7 +66,11 @@ def draw(
     outpaint = uniform[:, 1] < config.outpaint_prob
     low, high = np.where(outpaint[:, None], config.outpaint_size, config.inpaint_size).T[..., None, None]
     used = np.arange(boxes) < np.where(outpaint, config.outpaint_boxes, config.inpaint_boxes)[:, None]
-    size = np.where(used[..., None], low + _below(high - low + 1, sides), 0)
+    size = low + _below(high - low + 1, sides)
+    if config.growing:  # MONAI: the previous box's side is the lower bound
+        for box in range(1, boxes):
+            size[:, box] = size[:, box - 1] + _below(high[:, 0] - size[:, box - 1] + 1, sides[:, box])
+    size = np.where(used[..., None], size, 0)
     start = _below(np.array(patch_size) - size + 1, corners)
     return Draws(
         key=words[:, 0].view(np.int64),

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.losses import ContrastiveLoss
 from ray import train
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device, prepare_model
@@ -22,7 +21,7 @@ from ssl_ray.config import Study
 from ssl_ray.networks import build_autoencoder
 from ssl_ray.optimize import build_optimizer, learning_rate, take_step
 from ssl_ray.precision import autocast, resolve
-from ssl_ray.pretrain.corrupt import corrupt, draw
+from ssl_ray.pretrain.corrupt import contrastive_loss, corrupt, draw
 from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.pretrain.plan import Sample
 from ssl_ray.pretrain.stream import Feed, Stream, Window, open_window, windows
@@ -124,7 +123,6 @@ class Trainer:
             self.network, move_to_device=device, parallel_strategy_kwargs={"gradient_as_bucket_view": True}
         )
         self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
-        self.contrast = ContrastiveLoss(temperature=self.config.contrastive.temperature)
         self.best = float("inf")
 
     def restore(self) -> int:
@@ -171,7 +169,7 @@ class Trainer:
         total = loss
         if views == 2:
             first, second = restored.flatten(1).chunk(2)
-            total = loss + self.contrast(first, second) * loss
+            total = loss + contrastive_loss(first, second, self.config.contrastive.temperature) * loss
         total.backward()
         norm = take_step(self.optimizer, self.config.optimizer, lr)
         return loss, norm

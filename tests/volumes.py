@@ -1,0 +1,43 @@
+"""Small NIfTI volumes for the tests."""
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+Array = npt.NDArray[Any]
+
+
+def oblique_affine(spacing: tuple[float, float, float], degrees: float, flip: bool = False) -> Array:
+    """Voxel-to-world affine (4, 4), rotated about no anatomical axis; `flip` reverses the first voxel axis (LAS)."""
+    axis = np.array([0.3, -0.5, 0.8]) / np.linalg.norm([0.3, -0.5, 0.8])
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_rotvec(np.deg2rad(degrees) * axis).as_matrix() @ np.diag(spacing)
+    affine[:3, 3] = (-17.0, 23.5, 101.25)
+    if flip:
+        affine[:, 0] *= -1
+    return affine
+
+
+def write_nifti(path: Path, array: Array, affine: Array) -> Path:
+    """Write one volume, making its folder, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+def smooth_ct(shape: tuple[int, int, int], seed: int = 0) -> Array:
+    """Smooth structures from about -1000 to 700 HU inside a rim of air, int16."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), 1.5)
+    body = ndimage.distance_transform_edt(np.pad(np.ones([side - 4 for side in shape]), 2)) > 0
+    return np.where(body, np.clip(40 + 2000 * noise, -1000, 700), -1000).round().astype(np.int16)
+
+
+def organ_labels(shape: tuple[int, int, int], classes: int = 4, seed: int = 0) -> Array:
+    """Blobs of the labels 0..classes-1, uint8."""
+    noise = [ndimage.gaussian_filter(np.random.default_rng([seed, i]).normal(size=shape), 2) for i in range(classes)]
+    return np.argmax(noise, axis=0).astype(np.uint8)
