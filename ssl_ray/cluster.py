@@ -3,7 +3,10 @@
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
+
+import ray
 
 from ssl_ray.config import Study
 
@@ -12,7 +15,6 @@ _LEVELS = {
     "ray.data._internal.execution.streaming_executor": logging.WARNING,
     "ray.data._internal.progress": logging.ERROR,
     "ray.train": logging.WARNING,
-    "ray.train.v2._internal.execution.context": logging.WARNING,
     "ray.tune": logging.WARNING,
     # Warns every second that a cluster without a dashboard has no state API.
     "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
@@ -27,8 +29,6 @@ def connect(study: Study) -> None:
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
     quiet()
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
@@ -46,6 +46,9 @@ def quiet() -> None:
     """Tame Ray's loggers; runs in the driver and at the start of every worker process."""
     for name, level in _LEVELS.items():
         logging.getLogger(name).setLevel(level)
+    # Ray Train names this one logger, which prints every report, by its file.
+    context = Path(ray.__file__).parent / "train/v2/_internal/execution/context.py"
+    logging.getLogger(str(context)).setLevel(logging.WARNING)
     # MONAI 1.6 calls its own metric with an argument that it deprecates.
     warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
 

@@ -68,7 +68,7 @@ class PhantomCohort(Strict):
     unlabelled: Positive
     labelled: Positive
     validation: Positive
-    test: Annotated[int, Field(ge=0)] = 0
+    test: Positive
     splits: tuple[Positive, ...]
     seed: Seed = 0
 
@@ -122,6 +122,7 @@ class Optimizer(Strict):
 
     name: Literal["adam", "adamw"] = "adamw"
     lr: PositiveFloat = 1e-4
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0

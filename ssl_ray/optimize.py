@@ -13,7 +13,7 @@ def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter]) -> to
     """Adam or AdamW over the trainable parameters."""
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    return kind(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return kind(trainable, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: Optimizer, step: int, steps: int) -> float:

@@ -19,7 +19,8 @@ h2 { font-size: 1.25rem; margin: 2.4rem 0 .5rem; padding-bottom: .25rem; border-
 h3 { font-size: 1.02rem; margin: 1.4rem 0 .4rem; }
 p, li { max-width: 92ch; }
 ul { padding-left: 1.3rem; }
-ul.answer { list-style: none; margin: 1rem 0; padding: .9rem 1.2rem; background: #eef4fa; border-left: 5px solid #0072b2; }
+ul.answer { list-style: none; margin: 1rem 0; padding: .9rem 1.2rem; background: #eef4fa;
+  border-left: 5px solid #0072b2; }
 ul.answer li { margin: .35rem 0; font-size: 1.05rem; }
 .scroll { overflow-x: auto; margin: .7rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
@@ -84,7 +85,8 @@ class Table:
             return f"| {' | '.join(padded)} |"
 
         under = [
-            "-" * width if column < self.text_columns else "-" * (width - 1) + ":" for column, width in enumerate(widths)
+            "-" * width if column < self.text_columns else "-" * (width - 1) + ":"
+            for column, width in enumerate(widths)
         ]
         return "\n".join([line(cells[0]), f"| {' | '.join(under)} |", *(line(row) for row in cells[1:])])
 
@@ -148,7 +150,8 @@ def _html(block: Block) -> str:
             return f"<p>{_inline(block.text)}</p>"
         case Bullets():
             items = "\n".join(f"<li>{_inline(item)}</li>" for item in block.items)
-            return f"<ul{' class="answer"' if block.answer else ''}>\n{items}\n</ul>"
+            start = '<ul class="answer">' if block.answer else "<ul>"
+            return f"{start}\n{items}\n</ul>"
         case Table():
             return _html_table(block)
         case Picture():
@@ -158,15 +161,13 @@ def _html(block: Block) -> str:
                 f"<figcaption>{_inline(block.caption)}</figcaption></figure>"
             )
         case Details():
-            return (
-                f"<details><summary>{_inline(block.summary)}</summary><pre>{html.escape(block.text)}</pre></details>"
-            )
+            return f"<details><summary>{_inline(block.summary)}</summary><pre>{html.escape(block.text)}</pre></details>"
 
 
 def _html_table(table: Table) -> str:
     def line(row: Sequence[str], tag: str, start: str = "<tr>") -> str:
         cells = (
-            f"<{tag}{' class="text"' if column < table.text_columns else ''}>{_inline(cell)}</{tag}>"
+            f'<{tag} class="{"text" if column < table.text_columns else "number"}">{_inline(cell)}</{tag}>'
             for column, cell in enumerate(row)
         )
         return f"{start}{''.join(cells)}</tr>"

@@ -1,9 +1,8 @@
 """What MLflow knows of a study, and what can be concluded from it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -92,14 +91,20 @@ class Arm:
         """The metric of every seed that has it."""
         return [trial.metrics[metric] for trial in self.trials if metric in trial.metrics]
 
+    def scores(self, part: Part, measure: Measure) -> dict[int, dict[str, float]]:
+        """Of every seed, by case id; volumes without any organ are left out."""
+        return {
+            trial.cell.seed: {
+                case.case: score for case in trial.cases.get(part, ()) if not np.isnan(score := measure.of_case(case))
+            }
+            for trial in self.trials
+        }
+
     def cases(self, part: Part, measure: Measure) -> dict[str, float]:
         """Mean over seeds of every volume, by case id, in the order of the cases."""
-        scores: dict[str, list[float]] = {}
-        for trial in self.trials:
-            for case in trial.cases.get(part, ()):
-                scores.setdefault(case.case, []).append(measure.of_case(case))
-        means = {case: float(np.mean(values)) for case, values in scores.items()}
-        return {case: mean for case, mean in means.items() if not np.isnan(mean)}
+        by_seed = list(self.scores(part, measure).values())
+        ids = dict.fromkeys(case for scores in by_seed for case in scores)
+        return {case: float(np.mean([scores[case] for scores in by_seed if case in scores])) for case in ids}
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ class Difference:
     """95 % interval of the mean over volumes; nan for fewer than two volumes."""
     p: float
     """Two-sided sign-flip permutation test that volumes differ by chance only; 1 for fewer than two volumes."""
+    by_seed: NDArray[np.float64]
+    """Mean over volumes of every seed that both have."""
 
     @property
     def mean(self) -> float:
@@ -125,13 +132,19 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     @property
+    def seeds_agree(self) -> bool:
+        """Whether every seed has the sign of the mean."""
+        return bool(np.all(np.sign(self.by_seed) == np.sign(self.mean)))
+
+    @property
     def clear(self) -> bool:
-        """The interval excludes 0 and the test agrees.
+        """The interval excludes 0, the test agrees, and so does every seed.
 
         A bootstrap over few volumes gives intervals that are too short: with two volumes that both gain it always
-        excludes 0. The exact test cannot reach 5 % with fewer than six volumes.
+        excludes 0. The exact test cannot reach 5 % with fewer than six volumes. Neither of them sees that another seed
+        gives another training.
         """
-        return self.excludes_zero and self.p < _ALPHA
+        return self.excludes_zero and self.p < _ALPHA and self.seeds_agree
 
 
 @dataclass(frozen=True)
@@ -200,18 +213,26 @@ class Results:
                 hole=next((hole for hole in holes if any(t.status == hole for t in mine)), "missing"),
             )
 
-        def rank(trials: Sequence[Trial]) -> tuple[int, float]:
+        def rank(trials: list[Trial]) -> tuple[int, float]:
             return len(trials), float(np.mean([trial.metrics.get(SELECTION, 0.0) for trial in trials]))
 
-        return Arm(split, init, expected, tuple(max(by_lr.values(), key=rank)))
+        best = max(by_lr.values(), key=rank)
+        return Arm(split, init, expected, tuple(best))
 
     def compare(self, split: int, measure: Measure) -> Difference | None:
         """Pretrained minus random, paired by volume; None where one of them has no scores."""
-        random, pretrained = (self.arm(split, init).cases(self.part, measure) for init in ("random", "pretrained"))
-        shared = [case for case in random if case in pretrained]
+        random, pretrained = (self.arm(split, init) for init in ("random", "pretrained"))
+        before, after = random.cases(self.part, measure), pretrained.cases(self.part, measure)
+        shared = [case for case in before if case in after]
         if not shared:
             return None
-        return difference(np.array([pretrained[case] - random[case] for case in shared]))
+        ours, theirs = pretrained.scores(self.part, measure), random.scores(self.part, measure)
+        by_seed = [
+            np.mean([ours[seed][case] - theirs[seed][case] for case in shared if case in ours[seed]])
+            for seed in theirs
+            if ours.get(seed)
+        ]
+        return difference(np.array([after[case] - before[case] for case in shared]), np.array(by_seed))
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -226,16 +247,14 @@ def interval(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def difference(values: NDArray[np.float64]) -> Difference:
+def difference(values: NDArray[np.float64], by_seed: NDArray[np.float64]) -> Difference:
     """Interval and test for paired differences, one a volume; the same values give the same answer."""
-    low, high = interval(values)
-    if len(values) < 2:
-        return Difference(values, low, high, 1.0)
-    # A single sample of type "samples" is flipped in sign; up to 13 volumes this goes through all flips and is exact.
-    test = stats.permutation_test(
-        (values,), np.mean, permutation_type="samples", n_resamples=_RESAMPLES, random_state=0
-    )
-    return Difference(values, low, high, float(test.pvalue))
+    p = 1.0
+    if len(values) > 1:
+        # One sample of type "samples" is flipped in sign; up to 13 volumes this goes through all flips and is exact.
+        flips = {"permutation_type": "samples", "n_resamples": _RESAMPLES, "random_state": 0}
+        p = float(stats.permutation_test((values,), np.mean, **flips).pvalue)
+    return Difference(values, *interval(values), p, by_seed)
 
 
 def read_results(study: Study, tracker: Tracker) -> Results:
@@ -278,13 +297,6 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     )
 
 
-def day(milliseconds: int | None) -> str:
-    """MLflow's time stamp in UTC, e.g. `2026-01-31 17:05 UTC`."""
-    if milliseconds is None:
-        return "not ended"
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
 def _trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> tuple[Trial, tuple[str, ...]]:
     if run is None:
         return Trial(cell, "missing"), ()
@@ -301,6 +313,10 @@ def _trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> tuple[Trial, 
 
 def _pretraining(tracker: Tracker, run_id: str) -> Pretraining:
     pictures = [path for path in tracker.files(run_id, "pictures") if path.endswith(".png")]
-    losses = (tracker.history(run_id, name) for name in ("loss", "validation_loss", "validation_identity_loss"))
-    picture = tracker.read(run_id, pictures[-1]) if pictures else None
-    return Pretraining(tracker.client.get_run(run_id), *losses, picture)
+    return Pretraining(
+        run=tracker.client.get_run(run_id),
+        loss=tracker.history(run_id, "loss"),
+        validation_loss=tracker.history(run_id, "validation_loss"),
+        identity_loss=tracker.history(run_id, "validation_identity_loss"),
+        picture=tracker.read(run_id, pictures[-1]) if pictures else None,
+    )

@@ -14,10 +14,11 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -86,8 +87,8 @@ class Store:
 
     def put(self, volume: Volume, prepared: Prepared) -> None:
         """Write a volume; where another run was faster, its equal result stays."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="tmp-", dir=self.folder))
+        scratch = self.folder / f"tmp-{uuid.uuid4().hex}"
+        scratch.mkdir(parents=True)
         try:
             arrays: dict[str, npt.NDArray[Any]] = {"image": prepared.image}
             if prepared.label is not None:
@@ -105,7 +106,7 @@ class Store:
             try:
                 scratch.rename(target)
             except OSError:
-                if not target.is_dir():
+                if self.get(volume.key) is None:
                     raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -113,8 +114,9 @@ class Store:
     def remove_stale(self) -> None:
         """Remove what runs that were killed a day or more ago had begun to write."""
         for scratch in self.folder.glob("tmp-*"):
-            if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another run has just finished it
+                if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def foreground_index(label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
@@ -138,7 +140,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store) -> tuple[Vo
     recipe = {"version": VERSION, "preparation": preparation.model_dump(mode="json"), **hashes}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
     if found := store.get(key):
-        return found, False
+        return _named(found, case), False
     image = read_nifti(case.image, content["image"])
     label = None
     if case.label:
@@ -193,15 +195,18 @@ def prepare_cohort(
     import ray  # the data workers read this module's patches without the driver's half of Ray
 
     store.remove_stale()
-    rows = [{"id": case.id, "image": str(case.image), "label": str(case.label or "")} for case in cases]
+    rows = [
+        {"place": place, "id": case.id, "image": str(case.image), "label": str(case.label or "")}
+        for place, case in enumerate(cases)
+    ]
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         case = Case(row["id"], Path(row["image"]), Path(row["label"]) if row["label"] else None)
         try:
             volume, fresh = prepare_case(case, preparation, store)
         except ValueError as error:
-            return {"id": case.id, "image": row["image"], "key": "", "fresh": False, "reason": str(error)}
-        return {"id": case.id, "image": row["image"], "key": volume.key, "fresh": fresh, "reason": ""}
+            return {"place": row["place"], "key": "", "fresh": False, "reason": str(error)}
+        return {"place": row["place"], "key": volume.key, "fresh": fresh, "reason": ""}
 
     blocks = min(len(rows), 1000)
     dataset = ray.data.from_items(rows, override_num_blocks=blocks).map(work, num_cpus=1)
@@ -210,16 +215,24 @@ def prepare_cohort(
     bad: list[BadVolume] = []
     prepared = 0
     for row in progress(finished, len(rows)) if progress else finished:
+        case = cases[row["place"]]
         volume = store.get(row["key"]) if row["key"] else None
         prepared += row["fresh"]
         reason = row["reason"]
         if volume and classes and (beyond := sorted(int(v) for v in volume.label_voxels if int(v) >= classes)):
-            reason = f"{volume.label_source}: labels {beyond} are beyond the {classes} classes (0..{classes - 1})"
+            reason = f"{case.label}: labels {beyond} are beyond the {classes} classes (0..{classes - 1})"
         if reason:
-            bad.append(BadVolume(row["id"], reason))
+            bad.append(BadVolume(case.id, reason))
         elif volume:
-            volumes[row["image"]] = volume
+            volumes[str(case.image)] = _named(volume, case)
     return volumes, sorted(bad, key=lambda one: one.id), prepared
+
+
+def _named(volume: Volume, case: Case) -> Volume:
+    """A stored volume under the name and place that it has in this study; the key knows only its content."""
+    return replace(
+        volume, id=case.id, image_source=str(case.image), label_source=str(case.label) if case.label else None
+    )
 
 
 @lru_cache(maxsize=512)

@@ -52,7 +52,7 @@ class Splits:
     def cases(self) -> tuple[Case, ...]:
         """Every labelled case once."""
         every = [case for cases in self.training.values() for case in cases]
-        return tuple({case.id: case for case in (*every, *self.validation, *self.test)}.values())
+        return tuple({case.image: case for case in (*every, *self.validation, *self.test)}.values())
 
 
 def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> Datalist:
@@ -93,13 +93,13 @@ def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[
     """
     training: list[Case] = []
     validation: list[Case] = []
-    owner: dict[Path, Path] = {}
+    owner: dict[str, Datalist] = {}
     for source in sources:
         listed = read_datalist(source.root, source.datalist, labelled=False)
         for case in (*listed.training, *listed.validation):
-            other = owner.setdefault(case.image.resolve(), listed.path)
-            if other != listed.path:
-                raise ValueError(f"{listed.path}: {case.image} is also in {other}; a volume belongs to one source")
+            other = owner.setdefault(os.path.realpath(case.image), listed)
+            if other is not listed:
+                raise ValueError(f"{listed.path}: {case.image} is also in {other.path}; a volume belongs to one source")
         training += listed.training
         validation += listed.validation
     if not validation:
@@ -127,7 +127,7 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
         if len(listed.training) != size:
             raise ValueError(f"{listed.path}: the split of {size} volumes lists {len(listed.training)} for training")
         for section in ("validation", "test"):
-            if getattr(listed, section) != getattr(first, section):
+            if _files(getattr(listed, section)) != _files(getattr(first, section)):
                 raise ValueError(f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it")
         if not listed.validation:
             raise ValueError(f"{listed.path}: 'validation' must list at least one labelled volume")
@@ -145,15 +145,19 @@ def check_held_out(unlabelled: Iterable[Case], splits: Splits) -> None:
     Raises:
         ValueError: naming the first such volume.
     """
-    seen = {case.image.resolve(): case for case in unlabelled}
+    seen = {os.path.realpath(case.image) for case in unlabelled}
     for case in (*splits.validation, *splits.test):
-        if case.image.resolve() in seen:
+        if os.path.realpath(case.image) in seen:
             raise ValueError(f"{case.image}: a labelled validation or test volume is among the unlabelled ones")
 
 
 def stem(path: Path) -> str:
     """File name without .nii or .nii.gz."""
     return re.sub(r"\.nii(\.gz)?$", "", path.name)
+
+
+def _files(cases: Iterable[Case]) -> list[tuple[Path, Path | None]]:
+    return [(case.image, case.label) for case in cases]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -179,10 +183,15 @@ def _entries(tree: dict[str, Any], section: str, path: Path) -> list[tuple[str, 
         if not isinstance(fields, dict) or "image" not in fields:
             raise ValueError(f"{path}: {place}: must be a path or {{image, label}}, got {str(entry)[:80]}")
         for key in ("image", "label"):
-            if key in fields and (not isinstance(fields[key], str) or not fields[key] or "\0" in fields[key]):
+            if key in fields and not _is_path(fields[key]):
                 raise ValueError(f"{path}: {place}.{key}: must be a path, got {str(fields[key])[:80]!r}")
         checked.append((place, fields))
     return checked
+
+
+def _is_path(value: Any) -> bool:
+    """Whether the file system could take it: no other type, no NUL, no half of a surrogate pair."""
+    return isinstance(value, str) and bool(re.fullmatch(r"[^\0\ud800-\udfff]+", value))
 
 
 def _case(base: Path, path: Path, place: str, entry: dict[str, str], labelled: bool) -> Case:
@@ -192,7 +201,8 @@ def _case(base: Path, path: Path, place: str, entry: dict[str, str], labelled: b
     for key in ("image", "label") if labelled else ("image",):
         target = Path(os.path.normpath(base / entry[key]))
         # A link inside the root may point elsewhere only as a whole tree: what counts is where the file really is.
-        if not target.is_relative_to(base) or not target.resolve().is_relative_to(base.resolve()):
+        real = Path(os.path.realpath(target))
+        if not target.is_relative_to(base) or not real.is_relative_to(os.path.realpath(base)):
             raise ValueError(f"{path}: {place}.{key}: {entry[key]} leaves the root {base}")
         if not target.name.endswith(SUFFIXES):
             raise ValueError(f"{path}: {place}.{key}: {entry[key]} must end in .nii or .nii.gz")
@@ -201,33 +211,37 @@ def _case(base: Path, path: Path, place: str, entry: dict[str, str], labelled: b
 
 
 def _check_repeats(path: Path, cases: dict[str, tuple[Case, ...]]) -> None:
-    where: dict[Path, str] = {}
+    where: dict[str, str] = {}
     for section, listed in cases.items():
         for case in listed:
-            before = where.setdefault(case.image, section)
-            if before != section:
+            file = os.path.realpath(case.image)  # a link is no other volume
+            before = where.get(file)
+            if before == section:
+                raise ValueError(f"{path}: {section}: {case.image} is listed twice")
+            if before:
                 raise ValueError(f"{path}: {case.image} is in both '{before}' and '{section}'")
-        twice = [image for image, count in Counter(case.image for case in listed).items() if count > 1]
-        if twice:
-            raise ValueError(f"{path}: {section}: {twice[0]} is listed twice")
+            where[file] = section
 
 
 def _check_exists(path: Path, cases: dict[str, tuple[Case, ...]]) -> None:
     files = [file for listed in cases.values() for case in listed for file in (case.image, case.label) if file]
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         more = f" (and {len(missing) - 1} more of {len(files)} files)" if len(missing) > 1 else ""
         raise ValueError(f"{path}: no such file: {missing[0]}{more}")
 
 
 def _unique_ids(cases: dict[str, tuple[Case, ...]], base: Path) -> dict[str, tuple[Case, ...]]:
-    """File names as ids, or the path below the root where two files have the same name."""
-    names = Counter(case.id for listed in cases.values() for case in listed)
+    """File names as ids, or the path below the root where two files have the same name (.nii beside .nii.gz: all)."""
+
+    def names(case: Case) -> tuple[str, str, str]:
+        below = case.image.relative_to(base)
+        return case.id, (below.parent / case.id).as_posix(), below.as_posix()
+
+    count = Counter(name for listed in cases.values() for case in listed for name in set(names(case)))
 
     def name(case: Case) -> Case:
-        if names[case.id] == 1:
-            return case
-        return replace(case, id=(case.image.relative_to(base).parent / case.id).as_posix())
+        return replace(case, id=next(name for name in names(case) if count[name] == 1))
 
     return {section: tuple(name(case) for case in listed) for section, listed in cases.items()}
 

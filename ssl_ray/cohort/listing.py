@@ -17,11 +17,12 @@ def write_datalists(
     """Write `unlabelled.json` and nested `labelled_<n>.json` for a folder of NIfTI.
 
     Labels are looked for as the file of the same name in a folder `labels` (or `labelsTr`) beside `images` (or
-    `imagesTr`). Validation is held out by subject, so that no person is on both sides.
+    `imagesTr`). Validation is held out by subject, so that no person is on both sides; who is held out of the labelled
+    volumes is also held out of the unlabelled ones.
 
     Args:
         folder: the root; searched for `*.nii` and `*.nii.gz`.
-        sizes: numbers of labelled training volumes.
+        sizes: numbers of labelled training volumes; all there are if empty.
         validation_share: share of the subjects held out, in (0, 1); at least one.
         subject: regular expression whose first group (or whole match) in the file name is the subject.
         seed: of the order in which subjects are drawn.
@@ -30,7 +31,7 @@ def write_datalists(
         Per file written, its numbers of training and validation volumes.
 
     Raises:
-        ValueError: where there are too few volumes for what is asked.
+        ValueError: where there are too few volumes for what is asked; nothing is written then.
     """
     images, labels = _find_volumes(folder)
     if not images:
@@ -42,41 +43,53 @@ def write_datalists(
     people: dict[str, list[Path]] = defaultdict(list)
     for image in images:
         match = pattern.search(stem(image))
-        person = (match.group(1) if match.groups() else match.group(0)) if match else stem(image)
+        person = next((group for group in match.groups() if group), match[0]) if match else stem(image)
         people[person].append(image)
-    written = {}
-    for name, wanted in (("unlabelled", []), ("labelled", sorted(sizes))):
-        chosen = [[image for image in people[person] if (image in labels) == bool(wanted)] for person in sorted(people)]
-        groups = [group for group in chosen if group]
-        if not groups:
+    if sizes and not labels:
+        raise ValueError(f"{folder}: {max(sizes)} labelled training volumes asked for, but no image has a label")
+    order = sorted(people)
+    random.Random(str(seed)).shuffle(order)
+    held_out: set[str] = set()
+    lists: dict[str, dict[str, Any]] = {}
+    for name in ("labelled", "unlabelled"):
+        groups = {one: [image for image in people[one] if (image in labels) == (name == "labelled")] for one in order}
+        persons = sorted((one for one in order if groups[one]), key=lambda one: one not in held_out)
+        if not persons:
             continue
-        random.Random(f"{seed} {name}").shuffle(groups)
-        held = max(1, round(validation_share * len(groups)))
-        validation = [_entry(folder, image, labels) for group in groups[:held] for image in group]
-        training = [_entry(folder, image, labels) for group in groups[held:] for image in group]
-        for size in wanted or [len(training)]:
-            if not training or size > len(training):
+        held = max(1, round(validation_share * len(persons)), len(held_out.intersection(persons)))
+        held_out.update(persons[:held])
+        validation = [_entry(folder, image, labels) for one in persons[:held] for image in groups[one]]
+        training = [_entry(folder, image, labels) for one in persons[held:] for image in groups[one]]
+        for size in (name == "labelled" and sorted(sizes)) or [len(training)]:
+            if not 0 < size <= len(training):
                 raise ValueError(
                     f"{folder}: {size} {name} training volumes asked for, but {len(training)} are left after holding "
                     f"out {len(validation)} of {held} subjects for validation"
                 )
-            file = f"{name}_{size}.json" if wanted else f"{name}.json"
+            file = f"labelled_{size}.json" if name == "labelled" else "unlabelled.json"
             tree: dict[str, Any] = {"name": f"{folder.resolve().name} {name}", "modality": {"0": "CT"}}
-            tree |= {"training": training[:size], "validation": validation}
-            (folder / file).write_text(json.dumps(tree, indent=1) + "\n")
-            written[file] = (size, len(validation))
-    return written
+            lists[file] = tree | {"training": training[:size], "validation": validation}
+    for file, tree in lists.items():
+        (folder / file).write_text(json.dumps(tree, indent=1) + "\n")
+    return {file: (len(tree["training"]), len(tree["validation"])) for file, tree in lists.items()}
 
 
 def _find_volumes(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder")
-    files = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    files = [path for path in found if not path.name.startswith("._")]  # macOS puts these into archives
     is_label = {path: any(part.startswith("labels") for part in path.relative_to(folder).parts[:-1]) for path in files}
-    by_name = {stem(path).replace("label", "img"): path for path in files if is_label[path]}
+    by_name = {_common_name(folder, path): path for path in files if is_label[path]}
     images = [path for path in files if not is_label[path]]
-    named = {image: by_name.get(stem(image).replace("label", "img")) for image in images}
+    named = {image: by_name.get(_common_name(folder, image)) for image in images}
     return images, {image: label for image, label in named.items() if label is not None}
+
+
+def _common_name(folder: Path, path: Path) -> tuple[str, ...]:
+    """What an image and its label share: the path without images/labels, and without img/label in BTCV's names."""
+    parents = (part.removeprefix("images").removeprefix("labels") for part in path.relative_to(folder).parts[:-1])
+    return (*filter(None, parents), stem(path).replace("label", "img"))
 
 
 def _entry(folder: Path, image: Path, labels: dict[Path, Path]) -> dict[str, str]:

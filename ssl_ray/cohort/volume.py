@@ -24,6 +24,8 @@ VERSION = 1
 
 _DEFLATE_RATIO = 1032
 """No deflate stream inflates by more (RFC 1951: 258 bytes from 2 bits), so a header that promises more lies."""
+_MOST_VOXELS = 2**29
+"""Of a resampled volume, more than a whole body at 1 mm: one affine in the wrong unit must not exhaust the memory."""
 _CHUNK = 2**24
 """Bytes inflated at a time: what a lying header promises is never allocated at once."""
 
@@ -116,8 +118,15 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prep
     """MONAI's deterministic transforms, then storage in 8 or 16 bits.
 
     Raises:
-        ValueError: when nothing of the volume lies above the window's lower end.
+        ValueError: when nothing of the volume lies above the window's lower end, or the new grid would be too large.
     """
+    extent = np.array(image.voxels.shape) * nib.affines.voxel_sizes(image.affine)
+    grid = float(np.maximum(extent / preparation.spacing, 1).prod())
+    if grid > _MOST_VOXELS:
+        raise ValueError(
+            f"{' x '.join(f'{side:.4g}' for side in extent)} mm are {grid:.3g} voxels at spacing "
+            f"{list(preparation.spacing)}, more than {_MOST_VOXELS}: is the affine in mm?"
+        )
     import monai.transforms as mt  # seconds of import that a run with a full cache does not pay
     import torch
     from monai.data import MetaTensor
@@ -135,7 +144,7 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prep
         chain.append(
             mt.Orientationd(keys, axcodes=preparation.orientation, labels=(("L", "R"), ("P", "A"), ("I", "S")))
         )
-    chain.append(mt.Spacingd(keys, pixdim=preparation.spacing, mode=modes, dtype=torch.float32))
+    chain.append(mt.Spacingd(keys, pixdim=preparation.spacing, mode=modes))
     chain.append(mt.ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True))
     for transform in chain:
         data = transform(data)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ssl_ray.checkpoint import load_state, save_state
 from ssl_ray.config import Study
-from ssl_ray.networks import build_autoencoder
+from ssl_ray.networks import build_autoencoder, describe, export
 from ssl_ray.optimize import build_optimizer, learning_rate, take_step
 from ssl_ray.precision import autocast, resolve
 from ssl_ray.pretrain.corrupt import contrastive_loss, corrupt, draw
@@ -38,9 +38,14 @@ class Job:
     study: Study
     training: Feed
     validation: Feed
-    pictures: Path
+    folder: Path
     key: str
     reports: Queue
+
+    @property
+    def weights(self) -> Path:
+        """The autoencoder that did best on validation so far, written by rank 0."""
+        return self.folder / "best.safetensors"
 
 
 def train_loop(job: Job) -> None:
@@ -86,8 +91,7 @@ def train_loop(job: Job) -> None:
         with tempfile.TemporaryDirectory() as folder:
             if rank == 0:
                 save_state(Path(folder), trainer.state(done))
-            metrics = {"step": done} | {name: record[name] for name in ("validation_loss",) if name in record}
-            train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder) if rank == 0 else None)
+            train.report({"step": done}, checkpoint=train.Checkpoint.from_directory(folder) if rank == 0 else None)
 
 
 class Totals:
@@ -202,7 +206,12 @@ class Trainer:
             torch.distributed.all_reduce(sums)
         self.model.train()
         loss, identity = float(sums[0] / sums[2]), float(sums[1] / sums[2])
-        self.best = min(self.best, loss)
+        if loss < self.best:
+            self.best = loss
+            if rank == 0:
+                facts = {"step": str(step), "validation_loss": f"{loss:.6f}", "key": self.job.key}
+                described = describe(self.job.study.network, self.config.patch_size)
+                export(self.job.weights, self.network.state_dict(), described | facts)
         report: dict[str, float | str] = {"validation_loss": loss, "validation_identity_loss": identity}
         return report | ({"picture": shown} if shown else {})
 
@@ -210,7 +219,7 @@ class Trainer:
         # The patch with the most structure of the first batch says most about restoration.
         chosen = int(clean.flatten(1).std(dim=1).argmax())
         truth, broken, mended = (stack[chosen, 0].float().cpu().numpy() for stack in (clean, corrupted, restored))
-        path = self.job.pictures / f"restored_{step:07d}.png"
+        path = self.job.folder / "pictures" / f"restored_{step:07d}.png"
         error = float((restored[chosen] - clean[chosen]).abs().mean())
         draw_restoration(path, truth, broken, mended, f"step {step}, L1 {error:.4f}")
         return str(path)

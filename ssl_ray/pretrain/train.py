@@ -12,11 +12,11 @@ from ray import train
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from ssl_ray.checkpoint import digest, load_state
+from ssl_ray.checkpoint import digest
 from ssl_ray.cohort.cache import Volume
 from ssl_ray.config import Study
 from ssl_ray.console import Bar
-from ssl_ray.networks import describe, export
+from ssl_ray.networks import load_metadata
 from ssl_ray.pretrain.loop import Job, train_loop
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
@@ -66,7 +66,7 @@ def pretrain(
         return Pretrained(weights, key, done.info.run_id)
     config = study.pretrain
     reports = Queue(actor_options={"num_cpus": 0})
-    job = Job(study, _feed(study, training), _feed(study, validation), folder / "pictures", key, reports)
+    job = Job(study, _feed(study, training), _feed(study, validation), folder, key, reports)
     plan = job.training.plan
     run = tracker.open("pretraining", key, "pretrain", study_params(study, "pretrain"))
     run.text(config_yaml, "experiment.yaml")
@@ -82,22 +82,16 @@ def pretrain(
             name=folder.name,
             storage_path=str(study.folder / "ray"),
             failure_config=train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=train.CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="validation_loss", checkpoint_score_order="min"
-            ),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
             logging_config=train.LoggingConfig("WARNING"),
         ),
     )
     try:
         with Bar("pretraining", plan.steps) as bar, _Collector(reports, run, bar):
-            result = trainer.fit()
-        best, metrics = min(result.best_checkpoints, key=lambda pair: pair[1].get("validation_loss", np.inf))
-        with best.as_directory() as checkpoint:
-            state = load_state(Path(checkpoint))
-        facts = {"step": str(state["step"]), "validation_loss": f"{metrics['validation_loss']:.6f}", "run": run.id}
-        export(weights, state["model"], describe(study.network, config.patch_size) | facts)
-        run.artifact(weights)
-        run.metrics({"best_validation_loss": metrics["validation_loss"], "best_step": state["step"]}, plan.steps)
+            trainer.fit()
+        facts = load_metadata(job.weights)
+        run.artifact(job.weights)
+        run.metrics({"best_validation_loss": float(facts["validation_loss"]), "best_step": int(facts["step"])}, plan.steps)
     except BaseException:
         run.close("FAILED")
         raise

@@ -1,0 +1,36 @@
+"""One thread a test process, one Ray cluster a test session."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("ssl_ray", deadline=None, print_blob=True)
+settings.load_profile("ssl_ray")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray of two CPUs, shared by all tests that ask for it."""
+    import ray
+
+    from ssl_ray.cluster import quiet
+
+    quiet()
+    ray.init(
+        num_cpus=2,
+        object_store_memory=10**9,
+        include_dashboard=False,
+        runtime_env={"worker_process_setup_hook": quiet},
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()

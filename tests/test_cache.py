@@ -1,0 +1,411 @@
+"""The store of canonical arrays: right under its key, whole or absent, readable patch by patch."""
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.transforms import SpatialPad
+from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
+
+from ssl_ray.cohort import cache
+from ssl_ray.cohort.cache import Store, Volume, foreground_index, open_array, prepare_case, prepare_cohort, read_patch
+from ssl_ray.cohort.datalist import Case
+from ssl_ray.cohort.volume import prepare, read_label, read_nifti
+from ssl_ray.config import Preparation
+
+SHAPE = (12, 14, 9)
+AFFINE = oblique_affine((0.8, 1.1, 2.5), 25)
+PREPARATION = Preparation(spacing=(1.5, 1.5, 2), window=(-175, 250))
+
+
+def make_case(folder: Path, name: str = "one", seed: int = 0, labelled: bool = True) -> Case:
+    image = write_nifti(folder / "images" / f"{name}.nii.gz", smooth_ct(SHAPE, seed), AFFINE)
+    label = folder / "labels" / f"{name}.nii.gz"
+    return Case(name, image, write_nifti(label, organ_labels(SHAPE, 4, seed), AFFINE) if labelled else None)
+
+
+def files(store: Store) -> list[str]:
+    return sorted(path.relative_to(store.folder).as_posix() for path in store.folder.rglob("*") if path.is_file())
+
+
+def stored(store: Store, volume: Volume) -> dict[str, Array]:
+    """The arrays of a volume, read without the cache of open files."""
+    return {name: np.load(store.path(volume.key, f"{name}.npy")) for name in ("image", "label", "foreground")}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return make_case(tmp_path)
+
+
+def test_what_is_stored_is_what_prepare_gives(store: Store, case: Case) -> None:
+    """Arrays and manifest are those of the prepared volume, and the manifest comes back as it was written."""
+    volume, fresh = prepare_case(case, PREPARATION, store)
+    assert fresh
+    assert case.label
+    expected = prepare(read_nifti(case.image), read_label(case.label), PREPARATION)
+    assert expected.label is not None
+    arrays = stored(store, volume)
+    np.testing.assert_array_equal(arrays["image"], expected.image)
+    np.testing.assert_array_equal(arrays["label"], expected.label)
+    assert store.get(volume.key) == volume
+    assert volume.shape == expected.image.shape
+    assert volume.spacing == PREPARATION.spacing
+    assert volume.levels == 65535
+    assert volume.dtype == arrays["image"].dtype == np.uint16
+    assert volume.box == expected.box
+    assert volume.original_shape == SHAPE
+    np.testing.assert_array_equal(volume.affine, expected.affine)
+    np.testing.assert_array_equal(volume.original_affine, expected.original_affine)
+    values, counts = np.unique(expected.label, return_counts=True)
+    assert volume.label_voxels == {str(v): c for v, c in zip(values.tolist(), counts.tolist(), strict=True)}
+    assert sum(volume.label_voxels.values()) == expected.image.size
+
+
+def test_an_unlabelled_volume_has_no_label_files(store: Store, tmp_path: Path) -> None:
+    """Only image and manifest are stored where there is no label."""
+    volume, _ = prepare_case(make_case(tmp_path, labelled=False), PREPARATION, store)
+    assert [Path(name).name for name in files(store)] == ["image.npy", "manifest.json"]
+    assert volume.label_source is None
+    assert volume.label_voxels == {}
+
+
+def test_a_prepared_volume_is_found_again(store: Store, case: Case) -> None:
+    """The second time nothing is written."""
+    volume, _ = prepare_case(case, PREPARATION, store)
+    before = {name: (store.folder / name).stat() for name in files(store)}
+    again, fresh = prepare_case(case, PREPARATION, store)
+    assert not fresh
+    assert again == volume
+    after = {name: (store.folder / name).stat() for name in files(store)}
+    assert {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in after.items()} == {
+        name: (stat.st_ino, stat.st_mtime_ns) for name, stat in before.items()
+    }
+
+
+def changed_pixel(path: Path) -> None:
+    array = read_nifti(path).voxels.astype(np.int16)
+    array[6, 7, 4] ^= 1
+    write_nifti(path, array.astype(np.uint8) if "labels" in path.parts else array, AFFINE)
+
+
+CHANGES: dict[str, Callable[[Case], tuple[Case, Preparation]]] = {
+    "orientation": lambda case: (case, PREPARATION.model_copy(update={"orientation": "LPS"})),
+    "no orientation": lambda case: (case, PREPARATION.model_copy(update={"orientation": None})),
+    "spacing": lambda case: (case, PREPARATION.model_copy(update={"spacing": (1.5, 1.5, 2.5)})),
+    "window": lambda case: (case, PREPARATION.model_copy(update={"window": (-175.0, 251.0)})),
+    "crop_foreground": lambda case: (case, PREPARATION.model_copy(update={"crop_foreground": False})),
+    "image": lambda case: (changed_pixel(case.image), (case, PREPARATION))[1],
+    "label": lambda case: (changed_pixel(case.label or case.image), (case, PREPARATION))[1],
+    "without label": lambda case: (Case(case.id, case.image), PREPARATION),
+}
+
+
+def test_the_changes_cover_every_parameter() -> None:
+    """A new preparation parameter needs a place in the test of the key."""
+    assert set(Preparation.model_fields) <= set(CHANGES)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_key_covers_content_and_parameters(store: Store, case: Case, change: str) -> None:
+    """Another parameter, image or label is another volume; the old one stays."""
+    first, _ = prepare_case(case, PREPARATION, store)
+    other, fresh = prepare_case(*CHANGES[change](case), store)
+    assert fresh
+    assert other.key != first.key
+    assert store.get(first.key) == first
+
+
+def test_the_key_covers_the_version(store: Store, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an older preparation stored is not taken for the result of a newer one."""
+    first, _ = prepare_case(case, PREPARATION, store)
+    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
+    other, fresh = prepare_case(case, PREPARATION, store)
+    assert fresh
+    assert other.key != first.key
+
+
+def test_the_key_does_not_cover_name_and_place(store: Store, case: Case, tmp_path: Path) -> None:
+    """A cohort that was moved or renamed is not prepared again, and its volumes name the files as they are now."""
+    assert case.label
+    first, _ = prepare_case(case, PREPARATION, store)
+    moved = Case("other", tmp_path / "moved" / "other.nii.gz", tmp_path / "moved" / "label.nii.gz")
+    assert moved.label
+    (tmp_path / "moved").mkdir()
+    case.image.rename(moved.image)
+    case.label.rename(moved.label)
+    again, fresh = prepare_case(moved, PREPARATION, store)
+    assert not fresh
+    assert (again.key, again.digest) == (first.key, first.digest)
+    assert (again.id, again.image_source, again.label_source) == ("other", str(moved.image), str(moved.label))
+
+
+@pytest.mark.parametrize("target", ["np.save", "json.dump", "Path.rename", "os.fsync"])
+def test_an_interrupted_put_leaves_no_volume(
+    store: Store, case: Case, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """Wherever writing stops, nothing is found under the key, and the next run completes it."""
+    owner, name = {
+        "np.save": (np, "save"),
+        "json.dump": (json, "dump"),
+        "Path.rename": (Path, "rename"),
+        "os.fsync": (os, "fsync"),
+    }[target]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(OSError, match="No space left"):
+            prepare_case(case, PREPARATION, store)
+    assert files(store) == []
+    assert not list(store.folder.glob("tmp-*"))
+    volume, fresh = prepare_case(case, PREPARATION, store)
+    assert fresh
+    assert store.get(volume.key) == volume
+
+
+def die_while_saving(case: Case, store: Store) -> None:
+    saves = iter(range(10))
+    save = np.save
+
+    def stop(file: Any, array: Array) -> None:
+        if next(saves) == 1:
+            os._exit(9)  # as after SIGKILL, nothing is cleaned up
+        save(file, array)
+
+    np.save = stop  # type: ignore[assignment]
+    prepare_case(case, PREPARATION, store)
+
+
+def test_a_killed_put_leaves_no_volume(store: Store, case: Case) -> None:
+    """A process that dies while it writes leaves only what a day later is removed."""
+    process = multiprocessing.get_context("fork").Process(target=die_while_saving, args=(case, store))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    (left,) = store.folder.iterdir()
+    assert left.name.startswith("tmp-")
+    volume, fresh = prepare_case(case, PREPARATION, store)
+    assert fresh
+    store.remove_stale()
+    assert left.is_dir(), "it might be the work of a run that goes on"
+    yesterday = time.time() - 25 * 3600
+    os.utime(left, (yesterday, yesterday))
+    store.remove_stale()
+    assert not left.exists()
+    assert store.get(volume.key) == volume
+
+
+def test_a_volume_that_lost_its_manifest_is_not_taken_for_whole(store: Store, case: Case) -> None:
+    """A folder that was half deleted by hand is named instead of being used."""
+    volume, _ = prepare_case(case, PREPARATION, store)
+    store.path(volume.key, "manifest.json").unlink()
+    with pytest.raises(OSError, match=volume.key):
+        prepare_case(case, PREPARATION, store)
+
+
+def test_runs_that_put_at_once_leave_one_whole_volume(
+    store: Store, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is second finds an equal volume there, and keeps it."""
+    runs = 4
+    barrier = threading.Barrier(runs)
+    put = store.put
+
+    def together(*arguments: Any) -> None:
+        barrier.wait()
+        put(*arguments)
+
+    monkeypatch.setattr(store, "put", together)
+    results: list[Volume] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(prepare_case(case, PREPARATION, store)[0])) for _ in range(runs)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == runs
+    assert all(result == results[0] for result in results)
+    assert len(files(store)) == 4
+    assert store.get(results[0].key) == results[0]
+    assert stored(store, results[0])["image"].shape == results[0].shape
+    assert not list(store.folder.glob("tmp-*"))
+
+
+def test_stored_files_have_the_users_permissions(store: Store, case: Case) -> None:
+    """A store that others may read by the umask can be read by them."""
+    mask = os.umask(0o027)
+    try:
+        volume, _ = prepare_case(case, PREPARATION, store)
+    finally:
+        os.umask(mask)
+    assert store.path(volume.key).stat().st_mode & 0o777 == 0o750
+    assert store.path(volume.key, "image.npy").stat().st_mode & 0o777 == 0o640
+
+
+def bad_case(folder: Path, kind: str) -> tuple[Case, str]:
+    case = make_case(folder, kind)
+    assert case.label
+    match kind:
+        case "truncated":
+            case.image.write_bytes(case.image.read_bytes()[:-100])
+            return case, f"{case.image}: Compressed file ended before"
+        case "missing":
+            case.image.unlink()
+            return case, f"{case.image}: cannot read: No such file"
+        case "no label":
+            case.label.unlink()
+            return case, f"{case.label}: cannot read: No such file"
+        case "other grid":
+            write_nifti(case.label, organ_labels(SHAPE), oblique_affine((0.8, 1.1, 2.5), 20))
+            return case, f"{case.label}: the label's affine puts its voxels up to"
+        case "fractions":
+            write_nifti(case.label, np.full(SHAPE, 0.5, np.float32), AFFINE)
+            return case, f"{case.label}: label values must be integers"
+        case _:
+            write_nifti(case.image, np.full(SHAPE, -1000, np.int16), AFFINE)
+            return case, f"{case.image}: no voxel lies above -175 HU"
+
+
+BAD = ["truncated", "missing", "no label", "other grid", "fractions", "air"]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_volume_is_named_and_not_stored(store: Store, tmp_path: Path, kind: str) -> None:
+    """The file at fault is named, be it the image or the label, and the store stays empty."""
+    case, reason = bad_case(tmp_path, kind)
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        prepare_case(case, PREPARATION, store)
+    assert str(caught.value).startswith(reason)
+    assert not store.folder.exists() or files(store) == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cohort_is_prepared_but_for_its_bad_volumes(store: Store, tmp_path: Path) -> None:
+    """Bad volumes among good ones are reported by id and reason; the good ones are stored, once."""
+    good = [make_case(tmp_path, f"good{seed}", seed) for seed in range(5)]
+    copy = make_case(tmp_path, "copy", 0)  # the same bytes as good0
+    bad = [bad_case(tmp_path, kind) for kind in BAD]
+    cases = [case for pair in zip(good, bad, strict=False) for case in (pair[0], pair[1][0])]
+    cases += [bad[-1][0], copy]
+    seen: list[int] = []
+
+    def progress(rows: Any, total: int) -> Any:
+        for row in rows:
+            seen.append(total)
+            yield row
+
+    volumes, unusable, fresh = prepare_cohort(cases, PREPARATION, store, classes=4, progress=progress)
+    assert seen == [len(cases)] * len(cases)
+    assert {one.id: one.reason.startswith(reason) for one, (_, reason) in zip(
+        unusable, sorted(bad, key=lambda pair: pair[0].id), strict=True
+    )} == dict.fromkeys(sorted(BAD), True)  # fmt: skip
+    assert set(volumes) == {str(case.image) for case in (*good, copy)}
+    assert fresh in (5, 6), "the copy may be prepared at the same time as its original"
+    assert volumes[str(copy.image)].key == volumes[str(good[0].image)].key
+    for case in (*good, copy):
+        volume = volumes[str(case.image)]
+        assert (volume.id, volume.image_source, volume.label_source) == (case.id, str(case.image), str(case.label))
+        assert prepare_case(case, PREPARATION, store) == (volume, False)
+
+    again, unusable_again, fresh = prepare_cohort(cases, PREPARATION, store, classes=4)
+    assert fresh == 0
+    assert (again, unusable_again) == (volumes, unusable)
+
+    few, unusable, fresh = prepare_cohort([*good, copy], PREPARATION, store, classes=3)
+    assert (few, fresh) == ({}, 0)
+    assert [one.id for one in unusable] == ["copy", *[f"good{seed}" for seed in range(5)]]
+    for one, case in zip(unusable, (copy, *good), strict=True):
+        assert one.reason == f"{case.label}: labels [3] are beyond the 3 classes (0..2)"
+
+
+@given(st.integers(0, 2**32), st.integers(1, 7), st.tuples(*[st.integers(1, 9)] * 3))
+def test_foreground_index_goes_organ_by_organ(seed: int, classes: int, shape: tuple[int, int, int]) -> None:
+    """It lists every labelled voxel once, by ascending label, each organ's as often as the manifest counts."""
+    label = np.random.default_rng(seed).integers(0, classes, shape).astype(np.uint8)
+    index = foreground_index(label)
+    assert index.dtype == np.int64
+    values = label.ravel()[index]
+    assert (np.diff(values.astype(int)) >= 0).all()
+    np.testing.assert_array_equal(np.sort(index), np.flatnonzero(label))
+    for value in range(1, classes):
+        np.testing.assert_array_equal(index[values == value], np.flatnonzero(label == value))
+
+
+def test_a_label_without_organs_can_be_opened(store: Store, tmp_path: Path) -> None:
+    """An empty foreground is stored and opened like any other."""
+    case = make_case(tmp_path)
+    assert case.label
+    write_nifti(case.label, np.zeros(SHAPE, np.uint8), AFFINE)
+    volume, _ = prepare_case(case, PREPARATION, store)
+    assert open_array(store.folder, volume.key, "foreground").shape == (0,)
+    assert set(volume.label_voxels) == {"0"}
+
+
+def test_open_arrays_are_mapped_and_read_only(store: Store, case: Case) -> None:
+    """An array is not read until it is used, and nobody can change the store through it."""
+    volume, _ = prepare_case(case, PREPARATION, store)
+    for name in ("image", "label", "foreground"):
+        array = open_array(store.folder, volume.key, name)  # type: ignore[arg-type]
+        assert isinstance(array, np.memmap)
+        assert not array.flags.writeable
+        np.testing.assert_array_equal(array, stored(store, volume)[name])
+
+
+SIDES = st.tuples(*[st.integers(1, 12)] * 3)
+
+
+def padded(array: Array, size: Sequence[int]) -> Array:
+    """The volume with MONAI's symmetric padding up to the patch."""
+    result: torch.Tensor = SpatialPad(list(size))(torch.from_numpy(array.astype(np.int64))[None])
+    return result[0].numpy().astype(array.dtype)
+
+
+@given(SIDES, SIDES, st.data())
+@settings(max_examples=60)
+def test_a_patch_is_a_slice_of_the_padded_volume(
+    shape: tuple[int, int, int], size: tuple[int, int, int], data: st.DataObject
+) -> None:
+    """Shorter volumes count as padded like MONAI's SpatialPad; nothing of what was in `out` before is left."""
+    array = np.random.default_rng(0).integers(1, 2**16, shape).astype(np.uint16)
+    whole = padded(array, size)
+    origin = [data.draw(st.integers(0, length - side)) for length, side in zip(whole.shape, size, strict=True)]
+    expected = whole[tuple(slice(start, start + side) for start, side in zip(origin, size, strict=True))]
+    patch = read_patch(array, origin, size)
+    np.testing.assert_array_equal(patch, expected)
+    assert patch.dtype == array.dtype
+    out = np.full(size, 7, np.uint16)
+    assert read_patch(array, np.array(origin), size, out) is out
+    np.testing.assert_array_equal(out, expected)
+
+
+@given(SIDES, SIDES, st.tuples(*[st.integers(-4, 14)] * 3))
+def test_a_patch_stays_in_the_padded_volume(
+    shape: tuple[int, int, int], size: tuple[int, int, int], origin: tuple[int, int, int]
+) -> None:
+    """An origin from which the patch would leave the padded volume is refused, any other is not."""
+    array = np.ones(shape, np.uint8)
+    room = [max(length, side) - side for length, side in zip(shape, size, strict=True)]
+    if all(0 <= start <= most for start, most in zip(origin, room, strict=True)):
+        assert read_patch(array, origin, size).shape == size
+    else:
+        with pytest.raises(ValueError, match="leaves the volume"):
+            read_patch(array, origin, size)
