@@ -27,8 +27,8 @@ def connect(study: Study) -> None:
     Raises:
         ValueError: when the cluster cannot hold the training workers and one CPU that reads data for them.
     """
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # patients' data are near: nothing is sent out unasked
     quiet()
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ssl_ray.finetune.metrics import organ_keys
-from ssl_ray.results import FOREGROUND, Arm, Pretraining, Results, interval
+from ssl_ray.paired import interval
+from ssl_ray.results import FOREGROUND, Arm, Pretraining, Results
 
 _COLOUR = {"random": "#E69F00", "pretrained": "#0072B2"}
 _MARKER = {"random": "s", "pretrained": "o"}
@@ -36,7 +37,7 @@ def draw_label_efficiency(results: Results, path: Path) -> bool:
     figure = Figure(figsize=(_WIDTH, 4), layout="constrained")
     axes = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
     width = max(results.splits) - min(results.splits) or 1
-    for shift, (init, row) in zip((-0.006, 0.006), arms.items(), strict=False):
+    for shift, (init, row) in zip((-0.012, 0.012), arms.items(), strict=False):
         drawn = [arm for arm in row if arm.seeds(metric)]
         x = [arm.split + shift * width for arm in drawn]
         y = np.array([np.mean(arm.seeds(metric)) for arm in drawn])
@@ -47,7 +48,8 @@ def draw_label_efficiency(results: Results, path: Path) -> bool:
         for arm, position in zip(drawn, x, strict=True):
             if len(arm.trials) > 1:
                 values = arm.seeds(metric)
-                axes[0].scatter([position] * len(values), values, s=9, color="black", zorder=3)
+                beside = [position + 2 * shift * width] * len(values)
+                axes[0].scatter(beside, values, s=12, color=_COLOUR[init], edgecolor="black", linewidth=0.5, zorder=3)
     _label(axes[0], "labelled training volumes", f"foreground Dice, {results.part} volumes")
     axes[0].legend(title="initialisation", frameon=False, loc="best")
     if both:
@@ -187,7 +189,7 @@ def _draw_curves(axis: Any, arm: Arm) -> None:
         axis.plot(*_points(trial.curve), color=_COLOUR[arm.init], linestyle=_DASH[arm.init], linewidth=1.6)
         selected = int(trial.metrics.get("selected/step", -1))
         if selected in trial.curve:
-            axis.plot(selected, trial.curve[selected], "v", color=_COLOUR[arm.init], markeredgecolor="black", ms=7)
+            axis.plot(selected, trial.curve[selected], "v", color=_COLOUR[arm.init], markeredgecolor="black", ms=5.5)
 
 
 def _points(curve: Any) -> tuple[list[int], list[float]]:

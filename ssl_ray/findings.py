@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssl_ray.finetune.metrics import organ_keys
+from ssl_ray.finetune.metrics import PUBLISHED_DICE, organ_keys
 from ssl_ray.page import Table
+from ssl_ray.paired import Difference
 from ssl_ray.results import (
     FOREGROUND,
     HD95,
@@ -14,7 +15,6 @@ from ssl_ray.results import (
     SURFACE_DICE,
     WITH_BACKGROUND,
     Arm,
-    Difference,
     Measure,
     Results,
 )
@@ -83,13 +83,15 @@ def notes(results: Results) -> Iterator[str]:
             "The learning rate is chosen for every split and initialisation by foreground Dice on validation "
             f"(`{SELECTION}`, mean over seeds)."
         )
-        for split, row in arms.items():
-            chosen = ", ".join(f"{arm.init} {f'{arm.lr:g}' if arm.lr else f'none ({arm.hole})'}" for arm in row)
-            yield f"Learning rate with {count_of(split, 'labelled volume')}: {chosen}."
+        chosen = (
+            f"with {split} " + " and ".join(f"{arm.init} {f'{arm.lr:g}' if arm.lr else arm.hole}" for arm in row)
+            for split, row in arms.items()
+        )
+        yield f"Chosen learning rates: {'; '.join(chosen)} (by labelled volumes)."
         rates = [arm.lr for row in arms.values() for arm in row if arm.lr]
         at_edge = sum(rate in (min(grid.lr), max(grid.lr)) for rate in rates)
         if len(grid.lr) > 2 and at_edge:
-            yield f"{at_edge} of {count_of(len(rates), 'chosen learning rate')} at the edge of what was tried."
+            yield f"{at_edge} of {len(rates)} chosen learning rates: at the edge of what was tried."
     else:
         yield f"Only one learning rate was tried ({grid.lr[0]:g}); it may suit one initialisation better."
     if len(results.inits) == 2:
@@ -129,6 +131,16 @@ def published_table(results: Results) -> Table:
         values = _arms(results, split, WITH_BACKGROUND, PERCENT)
         rows.append([str(split), str(results.volumes), *values, _difference(results, split, WITH_BACKGROUND, PERCENT)])
     return Table(["training volumes", f"{results.part} volumes", "random", "pretrained", "difference (95 % CI)"], rows)
+
+
+def running_table(results: Results) -> Table:
+    """Dice as the tutorial's script averages it, in percent."""
+    metric = f"selected/{results.part}/{PUBLISHED_DICE}"
+    rows = [
+        [str(split), *(over_seeds(results.arm(split, init), metric, PERCENT) for init in results.inits)]
+        for split in results.splits
+    ]
+    return Table(["training volumes", *results.inits], rows)
 
 
 def honest_table(results: Results) -> Table:
@@ -232,7 +244,7 @@ def _difference(results: Results, split: int, measure: Measure, style: Style) ->
 def _verdict(found: Difference) -> str:
     if found.clear:
         gain = "**a clear gain**" if found.mean > 0 else "**a clear loss**"
-        return gain if len(found.by_seed) > 1 else f"{gain}, though of one seed"
+        return gain if len(found.by_seed) > 1 else f"{gain} with the one seed that was trained"
     if found.excludes_zero and found.seeds_agree:
         reason = f" (the interval excludes 0, but a sign-flip test does not agree, p = {found.p:.2f})"
     elif found.excludes_zero:

@@ -4,6 +4,7 @@ Only the driver speaks to MLflow, in a thread of its own, so that a slow server 
 found again by the tag `ssl_ray.key`, a digest of everything that its result depends on.
 """
 
+import os
 import queue
 import tempfile
 import threading
@@ -11,6 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
 from ssl_ray.cohort import cache
 from ssl_ray.cohort.cache import Store, Volume, foreground_index, open_array, prepare_case, prepare_cohort, read_patch
 from ssl_ray.cohort.datalist import Case
-from ssl_ray.cohort.volume import prepare, read_label, read_nifti
+from ssl_ray.cohort.volume import VERSION, prepare, read_label, read_nifti
 from ssl_ray.config import Preparation
 
 SHAPE = (12, 14, 9)
@@ -73,6 +74,7 @@ def test_what_is_stored_is_what_prepare_gives(store: Store, case: Case) -> None:
     np.testing.assert_array_equal(volume.affine, expected.affine)
     np.testing.assert_array_equal(volume.original_affine, expected.original_affine)
     values, counts = np.unique(expected.label, return_counts=True)
+    assert volume.largest_label == 3
     assert volume.label_voxels == {str(v): c for v, c in zip(values.tolist(), counts.tolist(), strict=True)}
     assert sum(volume.label_voxels.values()) == expected.image.size
 
@@ -82,7 +84,7 @@ def test_an_unlabelled_volume_has_no_label_files(store: Store, tmp_path: Path) -
     volume, _ = prepare_case(make_case(tmp_path, labelled=False), PREPARATION, store)
     assert [Path(name).name for name in files(store)] == ["image.npy", "manifest.json"]
     assert volume.label_source is None
-    assert volume.label_voxels == {}
+    assert (volume.label_voxels, volume.largest_label) == ({}, 0)
 
 
 def test_a_prepared_volume_is_found_again(store: Store, case: Case) -> None:
@@ -98,10 +100,12 @@ def test_a_prepared_volume_is_found_again(store: Store, case: Case) -> None:
     }
 
 
-def changed_pixel(path: Path) -> None:
+def changed_voxel(path: Path | None) -> Path:
+    """The file again, one voxel one larger."""
+    assert path
     array = read_nifti(path).voxels.astype(np.int16)
-    array[6, 7, 4] ^= 1
-    write_nifti(path, array.astype(np.uint8) if "labels" in path.parts else array, AFFINE)
+    array[6, 7, 4] += 1
+    return write_nifti(path, array, AFFINE)
 
 
 CHANGES: dict[str, Callable[[Case], tuple[Case, Preparation]]] = {
@@ -110,8 +114,8 @@ CHANGES: dict[str, Callable[[Case], tuple[Case, Preparation]]] = {
     "spacing": lambda case: (case, PREPARATION.model_copy(update={"spacing": (1.5, 1.5, 2.5)})),
     "window": lambda case: (case, PREPARATION.model_copy(update={"window": (-175.0, 251.0)})),
     "crop_foreground": lambda case: (case, PREPARATION.model_copy(update={"crop_foreground": False})),
-    "image": lambda case: (changed_pixel(case.image), (case, PREPARATION))[1],
-    "label": lambda case: (changed_pixel(case.label or case.image), (case, PREPARATION))[1],
+    "image": lambda case: (replace(case, image=changed_voxel(case.image)), PREPARATION),
+    "label": lambda case: (replace(case, label=changed_voxel(case.label)), PREPARATION),
     "without label": lambda case: (Case(case.id, case.image), PREPARATION),
 }
 
@@ -134,7 +138,7 @@ def test_the_key_covers_content_and_parameters(store: Store, case: Case, change:
 def test_the_key_covers_the_version(store: Store, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an older preparation stored is not taken for the result of a newer one."""
     first, _ = prepare_case(case, PREPARATION, store)
-    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
+    monkeypatch.setattr(cache, "VERSION", VERSION + 1)
     other, fresh = prepare_case(case, PREPARATION, store)
     assert fresh
     assert other.key != first.key
@@ -334,7 +338,19 @@ def test_a_cohort_is_prepared_but_for_its_bad_volumes(store: Store, tmp_path: Pa
     assert (few, fresh) == ({}, 0)
     assert [one.id for one in unusable] == ["copy", *[f"good{seed}" for seed in range(5)]]
     for one, case in zip(unusable, (copy, *good), strict=True):
-        assert one.reason == f"{case.label}: labels [3] are beyond the 3 classes (0..2)"
+        assert one.reason == f"{case.label}: label 3 is beyond the 3 classes (0..2)"
+
+
+def test_a_structure_that_does_not_survive_the_resampling_still_counts(store: Store, tmp_path: Path) -> None:
+    """The largest label is that of the file, as the evaluation reads the file."""
+    case = make_case(tmp_path)
+    assert case.label
+    array = np.zeros(SHAPE, np.uint8)
+    array[0, 0, 0] = 200  # in the rim that the crop takes off
+    write_nifti(case.label, array, AFFINE)
+    volume, _ = prepare_case(case, PREPARATION, store)
+    assert volume.largest_label == 200
+    assert set(volume.label_voxels) == {"0"}
 
 
 @given(st.integers(0, 2**32), st.integers(1, 7), st.tuples(*[st.integers(1, 9)] * 3))
@@ -393,7 +409,7 @@ def test_a_patch_is_a_slice_of_the_padded_volume(
     np.testing.assert_array_equal(patch, expected)
     assert patch.dtype == array.dtype
     out = np.full(size, 7, np.uint16)
-    assert read_patch(array, np.array(origin), size, out) is out
+    assert read_patch(array, origin, size, out) is out
     np.testing.assert_array_equal(out, expected)
 
 

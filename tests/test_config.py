@@ -318,7 +318,7 @@ def test_paths_of_a_study_are_absolute(file: Path, tmp_path: Path, monkeypatch: 
 def test_sections_cannot_be_changed(file: Path) -> None:
     """A loaded study is a value."""
     with pytest.raises(ValueError, match="frozen"):
-        load(file).seed = 3
+        load(file).seed = 3  # type: ignore[misc]
 
 
 KEYS = st.text(max_size=5) | st.integers()

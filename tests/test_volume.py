@@ -31,7 +31,8 @@ FINETUNING = Preparation(spacing=(1.5, 1.5, 2), window=(-175, 250), orientation=
 def compressed(array: Array | None = None, kind: Any = nib.Nifti1Image) -> bytes:
     """Bytes of a small .nii.gz, always the same."""
     array = smooth_ct((9, 8, 7)) if array is None else array
-    return gzip.compress(kind(array, AFFINE).to_bytes(), mtime=0)
+    content: bytes = kind(array, AFFINE).to_bytes()
+    return gzip.compress(content, mtime=0)
 
 
 def refusal(content: bytes) -> str:
@@ -43,7 +44,7 @@ def refusal(content: bytes) -> str:
     return message
 
 
-def with_header(change: Callable[[Any], None], array: Array | None = None) -> bytes:
+def with_header(change: Callable[[Any], object], array: Array | None = None) -> bytes:
     """A small .nii whose header was changed without nibabel's consent."""
     content = nib.Nifti1Image(smooth_ct((9, 8, 7)) if array is None else array, AFFINE).to_bytes()
     header = np.frombuffer(content[:348], nib.Nifti1Header.template_dtype).copy()
@@ -195,7 +196,8 @@ def test_voxels_and_affine_are_those_of_nibabel(tmp_path: Path, name: str, kind:
     read = read_nifti(path)
     np.testing.assert_array_equal(read.voxels, expected.get_fdata(dtype=np.float32).reshape(7, 6, 5))
     np.testing.assert_array_equal(read.affine, expected.affine)
-    assert (read.voxels.dtype, read.affine.dtype) == (np.float32, np.float64)
+    assert read.voxels.dtype == np.float32
+    assert read.affine.dtype == np.float64
 
 
 def test_scale_and_intercept_are_applied(tmp_path: Path) -> None:

@@ -40,4 +40,4 @@ def smooth_ct(shape: tuple[int, int, int], seed: int = 0) -> Array:
 def organ_labels(shape: tuple[int, int, int], classes: int = 4, seed: int = 0) -> Array:
     """Blobs of the labels 0..classes-1, uint8."""
     noise = [ndimage.gaussian_filter(np.random.default_rng([seed, i]).normal(size=shape), 2) for i in range(classes)]
-    return np.argmax(noise, axis=0).astype(np.uint8)
+    return np.asarray(np.argmax(noise, axis=0), np.uint8)

@@ -35,7 +35,11 @@ _STALE_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class Volume:
-    """Manifest of one stored volume. Lengths in voxels, spacing in mm, affines map voxels to mm (RAS+)."""
+    """Manifest of one stored volume. Lengths in voxels, spacing in mm, affines map voxels to mm (RAS+).
+
+    `label_voxels` counts the stored label; `largest_label` is that of the file, where a structure may be too small to
+    survive the resampling, but is still part of the evaluation.
+    """
 
     key: str
     id: str
@@ -52,6 +56,7 @@ class Volume:
     original_shape: tuple[int, int, int]
     original_affine: tuple[tuple[float, ...], ...]
     label_voxels: dict[str, int]
+    largest_label: int
     digest: str
 
 
@@ -167,6 +172,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store) -> tuple[Vo
         original_shape=(prepared.original_shape[0], prepared.original_shape[1], prepared.original_shape[2]),
         original_affine=tuple(map(tuple, prepared.original_affine.tolist())),
         label_voxels={str(value): int(count) for value, count in enumerate(counts) if count},
+        largest_label=int(label.voxels.max()) if label else 0,
         digest=hashlib.sha256(prepared.image.tobytes()).hexdigest(),
     )
     store.put(volume, prepared)
@@ -219,8 +225,8 @@ def prepare_cohort(
         volume = store.get(row["key"]) if row["key"] else None
         prepared += row["fresh"]
         reason = row["reason"]
-        if volume and classes and (beyond := sorted(int(v) for v in volume.label_voxels if int(v) >= classes)):
-            reason = f"{case.label}: labels {beyond} are beyond the {classes} classes (0..{classes - 1})"
+        if volume and classes and volume.largest_label >= classes:
+            reason = f"{case.label}: label {volume.largest_label} is beyond the {classes} classes (0..{classes - 1})"
         if reason:
             bad.append(BadVolume(case.id, reason))
         elif volume:

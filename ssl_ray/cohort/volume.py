@@ -19,7 +19,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from ssl_ray.config import Preparation
 
-VERSION = 1
+VERSION = 2
 """Part of the cache key: raise it whenever `prepare` gives another result for the same input."""
 
 _DEFLATE_RATIO = 1032

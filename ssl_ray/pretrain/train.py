@@ -91,7 +91,8 @@ def pretrain(
             trainer.fit()
         facts = load_metadata(job.weights)
         run.artifact(job.weights)
-        run.metrics({"best_validation_loss": float(facts["validation_loss"]), "best_step": int(facts["step"])}, plan.steps)
+        best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
+        run.metrics(best, plan.steps)
     except BaseException:
         run.close("FAILED")
         raise

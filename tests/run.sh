@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Installs into .venv-test and runs lint, types and all tests, slow ones included. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 RAY_DISABLE_IMPORT_WARNING=1
+python3 -m venv .venv-test
+. .venv-test/bin/activate
+# A CPU build of torch first, where the package index has one: the default build brings gigabytes of CUDA.
+pip install --quiet 'torch==2.13.0'
+pip install --quiet -e '.[test]'
+ruff check .
+ruff format --check .
+mypy ssl_ray
+pytest --durations=15 "$@"
