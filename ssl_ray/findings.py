@@ -91,7 +91,7 @@ def notes(results: Results) -> Iterator[str]:
         rates = [arm.lr for row in arms.values() for arm in row if arm.lr]
         at_edge = sum(rate in (min(grid.lr), max(grid.lr)) for rate in rates)
         if len(grid.lr) > 2 and at_edge:
-            yield f"{at_edge} of {len(rates)} chosen learning rates: at the edge of what was tried."
+            yield f"Of {len(rates)} chosen learning rates, {at_edge} lay at the edge of what was tried."
     else:
         yield f"Only one learning rate was tried ({grid.lr[0]:g}); it may suit one initialisation better."
     if len(results.inits) == 2:

@@ -31,8 +31,7 @@ FINETUNING = Preparation(spacing=(1.5, 1.5, 2), window=(-175, 250), orientation=
 def compressed(array: Array | None = None, kind: Any = nib.Nifti1Image) -> bytes:
     """Bytes of a small .nii.gz, always the same."""
     array = smooth_ct((9, 8, 7)) if array is None else array
-    content: bytes = kind(array, AFFINE).to_bytes()
-    return gzip.compress(content, mtime=0)
+    return gzip.compress(kind(array, AFFINE).to_bytes(), mtime=0)
 
 
 def refusal(content: bytes) -> str:
@@ -46,7 +45,7 @@ def refusal(content: bytes) -> str:
 
 def with_header(change: Callable[[Any], object], array: Array | None = None) -> bytes:
     """A small .nii whose header was changed without nibabel's consent."""
-    content = nib.Nifti1Image(smooth_ct((9, 8, 7)) if array is None else array, AFFINE).to_bytes()
+    content: bytes = nib.Nifti1Image(smooth_ct((9, 8, 7)) if array is None else array, AFFINE).to_bytes()
     header = np.frombuffer(content[:348], nib.Nifti1Header.template_dtype).copy()
     change(header[0])
     return header.tobytes() + content[348:]

@@ -214,8 +214,8 @@ class _Runs(tune.Callback):
         run.close()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        # Tune calls this after every failure; the trial is over only when no retry is left.
-        if trial.trial_id in self._open and trial.status == "ERROR":
-            run, _ = self._open.pop(trial.trial_id)
-            run.close("FAILED")
-            self.failed.append(trial.config["cell"].name)
+        # A trial that is tried again does not come here; one that never started has no run yet.
+        self.on_trial_start(iteration, trials, trial)
+        run, _ = self._open.pop(trial.trial_id)
+        run.close("FAILED")
+        self.failed.append(trial.config["cell"].name)

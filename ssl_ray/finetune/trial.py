@@ -79,7 +79,7 @@ class _Trial:
         self.transferred: Transfer | None = None
         if weights:
             self.transferred = transfer(load_weights(weights), self.model, str(weights), load_metadata(weights))
-        # The convolutional decoder takes most of a step, and MONAI's blocks are 1.1 to 1.25 times as fast in this layout.
+        # Most of a step is the convolutional decoder, which is 1.1 to 1.25 times as fast in this layout.
         self.model.to(device, memory_format=torch.channels_last_3d)
         self.dtype = resolve(self.config.precision, device)
         self.optimizer = build_optimizer(self.optimizer_config, self.model.parameters())
