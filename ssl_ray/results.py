@@ -92,7 +92,7 @@ class Arm:
         """Of every seed, by case id; volumes without any organ are left out."""
         return {
             trial.cell.seed: {
-                str(i): score for i, case in trial.cases.get(part, ()) if not np.isnan(score := measure.of_case(case))
+                case.case: score for case in trial.cases.get(part, ()) if not np.isnan(score := measure.of_case(case))
             }
             for trial in self.trials
         }

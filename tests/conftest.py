@@ -26,6 +26,7 @@ def ray_cluster() -> Iterator[None]:
 
     quiet()
     ray.init(
+        address="local",  # never the cluster that somebody works on
         num_cpus=2,
         object_store_memory=10**9,
         include_dashboard=False,

@@ -45,7 +45,13 @@ def head():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": f"{BIN}:{os.environ['PATH']}"}
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
-    command += ["--num-cpus=2", "--object-store-memory=500000000", f"--temp-dir={folder}", "--disable-usage-stats"]
+    command += [
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--num-cpus=2",
+        "--object-store-memory=500000000",
+        f"--temp-dir={folder}",
+        "--disable-usage-stats",
+    ]
     log = Path(folder) / "head.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
@@ -59,7 +65,11 @@ def head():
         yield address, environment
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -78,7 +88,11 @@ def test_the_demo_runs_as_a_submitted_job(head, tmp_path):
     working_dir = tmp_path / "project"  # what a user has after a clone
     shutil.copytree(ROOT, working_dir, ignore=shutil.ignore_patterns(".*", "output", "data", "__pycache__"))
     job = ["submit", "--working-dir", str(working_dir), "--", "ssl-ray", "run", "experiments/demo.yaml", *options]
-    done = submit(address, environment, *job)
+    for _ in range(60):
+        done = submit(address, environment, *job)
+        if "No available agent" not in done.stderr:  # the head answers before its job agent is up
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "training volumes" in done.stdout
     assert (tmp_path / "output" / "demo" / "report.html").is_file()
