@@ -219,7 +219,12 @@ def _provenance(results: Results) -> list[Block]:
     ]
     for pretraining in results.pretraining:
         info = pretraining.run.info
-        facts.append(f"Pretraining run `{info.run_id}`, {info.status.lower()}, ended {_day(info.end_time)}.")
+        params = pretraining.run.data.params
+        volumes = f"{params.get('training_volumes', '?')} and {params.get('validation_volumes', '?')}"
+        facts.append(
+            f"Pretraining run `{info.run_id}`, {info.status.lower()}, ended {_day(info.end_time)}; unlabelled volumes "
+            f"for training and validation: {volumes}."
+        )
     if "pretrained" in results.inits and not results.pretraining:
         source = (
             f"weights file `{study.finetune.weights}`" if study.finetune.weights else "no pretraining run on record"

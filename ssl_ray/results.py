@@ -9,7 +9,7 @@ import numpy as np
 from mlflow.entities import Run as MlflowRun
 
 from ssl_ray.config import Study
-from ssl_ray.finetune.grid import cells
+from ssl_ray.finetune.grid import CELLS, cells
 from ssl_ray.finetune.metrics import (
     DICE_FOREGROUND,
     DICE_WITH_BACKGROUND,
@@ -21,7 +21,7 @@ from ssl_ray.finetune.metrics import (
 )
 from ssl_ray.finetune.trial import Cell
 from ssl_ray.paired import Difference, difference
-from ssl_ray.tracking import PRETRAINING_RUN, Tracker
+from ssl_ray.tracking import KEY, PRETRAINING_RUN, Tracker
 
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"
 """The metric that selects a trial's checkpoint (`ssl_ray.finetune.trial`) and here its learning rate."""
@@ -205,25 +205,26 @@ def read_results(study: Study, tracker: Tracker) -> Results:
         )
     # A grid that is taken up again keeps its start, so that the newest is the one that was touched last.
     grid = max(grids, key=lambda run: max(run.info.start_time, run.info.end_time or 0))
-    newest: dict[tuple[str, ...], MlflowRun] = {}
-    children = tracker.runs(kind="trial", parent=grid.info.run_id)
-    for run in children:
-        newest.setdefault(tuple(run.data.params.get(name, "") for name in ("split", "init", "lr", "seed")), run)
+    # By key, not by parent: a cell that an earlier grid finished already is not trained again under this one.
+    keys: dict[str, str] = json.loads(tracker.read(grid.info.run_id, CELLS) or b"{}")
+    newest: dict[str, MlflowRun] = {}
+    for run in tracker.runs(kind="trial"):
+        newest.setdefault(run.data.tags[KEY], run)
     organs: tuple[str, ...] = ()
     trials = []
     for cell in cells(study):
-        run = newest.pop((str(cell.split), cell.init, str(cell.lr), str(cell.seed)), None)
-        trial, named = _trial(tracker, cell, run)
+        trial, named = _trial(tracker, cell, newest.get(keys.get(cell.name, "")))
         trials.append(trial)
         organs = organs or named
     lineage = dict.fromkeys(trial.pretraining_run for trial in trials if trial.pretraining_run)
     config = tracker.read(grid.info.run_id, "experiment.yaml")
     transfer = tracker.read(grid.info.run_id, "weight_transfer.json")
+    children = {run.data.tags[KEY] for run in tracker.runs(kind="trial", parent=grid.info.run_id)}
     return Results(
         study=study,
         grid=grid,
         trials=tuple(trials),
-        others=len(newest),
+        others=len(children - {keys.get(cell.name) for cell in cells(study)}),
         part="test" if any(trial.cases.get("test") for trial in trials) else "validation",
         organs=organs,
         config=config.decode() if config else None,

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
     grid.text(dump(study), "experiment.yaml")
     transfer = {"share": 1.0, "loaded": 150, "interpolated": [], "missing": [], "unexpected": ["conv3d_transpose.bias"]}
     grid.text(json.dumps(transfer), "weight_transfer.json")
+    grid.text(json.dumps({cell.name: cell.name for cell in outcomes}), "cells.json")
     for cell, outcome in outcomes.items():
         params = {"split": cell.split, "init": cell.init, "lr": cell.lr, "seed": cell.seed}
         tags = lineage if cell.init == "pretrained" else {}
@@ -384,14 +386,26 @@ def test_newest_run_of_a_cell_counts_and_strangers_do_not(tmp_path: Path) -> Non
     outcomes = constant(study, 0.5, 0.6)
     outcomes[Cell(6, "random", 1e-2, 0)] = Outcome(flat([0.99]), flat([0.99]))
     tracker = record(study, outcomes, tmp_path)
-    (grid,) = tracker.runs(kind="grid")
-    run = tracker.open(
-        "trial", "again", "again", {"split": 6, "init": "random", "lr": 1e-4, "seed": 0}, grid.info.run_id
-    )
-    run.close("FAILED")
+    repeated = Cell(6, "random", 1e-4, 0).name
+    tracker.open("trial", repeated, repeated, {}).close("FAILED")
     results = read(study, tracker)
     assert results.arm(6, "random").hole == "failed"
     assert results.others == 1
+
+
+def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -> None:
+    """A grid with new pretrained weights does not train its random cells again; their runs lie under the older grid."""
+    study = make_study(tmp_path, splits=[6], lr=[1e-4])
+    tracker = record(study, constant(study, 0.5, 0.6), tmp_path)
+    random, pretrained = Cell(6, "random", 1e-4, 0).name, Cell(6, "pretrained", 1e-4, 0).name
+    time.sleep(0.01)
+    grid = tracker.open("grid", "h", "grid", study_params(study, "finetune"))
+    grid.text(json.dumps({random: random, pretrained: "not yet"}), "cells.json")
+    grid.close()
+    results = read(study, tracker)
+    assert results.grid.info.run_id == grid.id
+    assert results.arm(6, "random").trials
+    assert results.arm(6, "pretrained").hole == "missing"
 
 
 def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ _NO_EFFECT = {"grid", "cohort", "weights", "max_concurrent_trials", "cpus_per_tr
 """Settings that do not change what one cell computes, or that its key names in another way."""
 
 
+CELLS = "cells.json"
+"""Artifact of the grid's run: the key of every cell, by which the report finds its run."""
+
+
 @dataclass(frozen=True)
 class GridResult:
     """The grid's MLflow run, how many cells were trained now or before, and which failed for good."""
@@ -77,7 +81,7 @@ def finetune(
         study.network.model_dump(mode="json"),
         [volume.key for part in ("validation", "test") for volume in getattr(data[config.split_sizes[0]], part)],
     ]
-    grid_key = digest(base)
+    grid_key = digest(base, pretrained.key if pretrained else None)
     folder = study.folder / f"finetune-{grid_key}"
     keys = {
         cell: digest(
@@ -90,6 +94,7 @@ def finetune(
     }
     grid_run = tracker.open("grid", grid_key, "grid", study_params(study, "finetune"))
     grid_run.text(config_yaml, "experiment.yaml")
+    grid_run.text(json.dumps({cell.name: key for cell, key in keys.items()}, indent=1), CELLS)
     pending = [cell for cell in keys if not tracker.finished("trial", keys[cell])]
     failed: list[str] = []
     try:

@@ -68,7 +68,8 @@ def pretrain(
     reports = Queue(actor_options={"num_cpus": 0})
     job = Job(study, _feed(study, training), _feed(study, validation), folder, key, reports)
     plan = job.training.plan
-    run = tracker.open("pretraining", key, "pretrain", study_params(study, "pretrain"))
+    counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": plan.steps}
+    run = tracker.open("pretraining", key, "pretrain", study_params(study, "pretrain") | counts)
     run.text(config_yaml, "experiment.yaml")
     trainer = TorchTrainer(
         train_loop,
