@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_ray.config import Study, load
+from ssl_ray.config import Study
 from ssl_ray.console import say, track
+from ssl_ray.experiment import load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

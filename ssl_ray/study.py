@@ -11,11 +11,12 @@ from ssl_ray.cluster import connect
 from ssl_ray.cohort.cache import BadVolume, Store, Volume, prepare_cohort
 from ssl_ray.cohort.datalist import Case, Splits, check_held_out, read_labelled, read_unlabelled
 from ssl_ray.cohort.phantom import write_cohort
-from ssl_ray.config import PhantomCohort, Preparation, Study, dump
+from ssl_ray.config import PhantomCohort, Preparation, Study
 from ssl_ray.console import say, track
+from ssl_ray.experiment import dump
 from ssl_ray.finetune.grid import GridResult, check_transfer, finetune
 from ssl_ray.pretrain.train import Pretrained, pretrain
-from ssl_ray.report import Report, write_report
+from ssl_ray.report.write import Report, write_report
 from ssl_ray.tracking import Tracker
 
 

@@ -19,7 +19,8 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.tracking import MlflowClient
 
-from ssl_ray.config import Study, flatten
+from ssl_ray.config import Study
+from ssl_ray.experiment import flatten
 
 KEY, KIND = "ssl_ray.key", "ssl_ray.kind"
 PRETRAINING_RUN = "ssl_ray.pretraining_run"

@@ -11,7 +11,7 @@ import yaml
 
 from ssl_ray.cli import main
 from ssl_ray.cohort.phantom import write_cohort
-from ssl_ray.config import load
+from ssl_ray.experiment import load
 from ssl_ray.study import Runner
 from ssl_ray.tracking import PRETRAINING_RUN, Tracker
 

@@ -17,15 +17,16 @@ import yaml
 from mlflow.tracking import MlflowClient
 from scipy import stats
 
-from ssl_ray.config import Study, dump
-from ssl_ray.findings import answer, honest_table, notes, organ_table, published_table
+from ssl_ray.config import Study
+from ssl_ray.experiment import dump
 from ssl_ray.finetune.grid import cells
 from ssl_ray.finetune.metrics import CaseScores, aggregate
 from ssl_ray.finetune.trial import Cell
-from ssl_ray.paired import difference, interval
 from ssl_ray.pretrain.picture import draw_restoration
-from ssl_ray.report import write_report
-from ssl_ray.results import FOREGROUND, HD95, Results, read_results
+from ssl_ray.report.findings import answer, honest_table, notes, organ_table, published_table
+from ssl_ray.report.paired import difference, interval
+from ssl_ray.report.results import FOREGROUND, HD95, Results, read_results
+from ssl_ray.report.write import write_report
 from ssl_ray.tracking import PRETRAINING_RUN, Tracker, study_params
 
 ORGANS = ("liver", "spleen")

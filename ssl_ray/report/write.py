@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ssl_ray.config import Study
-from ssl_ray.figures import draw_finetuning, draw_label_efficiency, draw_organs, draw_pretraining
-from ssl_ray.findings import (
+from ssl_ray.finetune.metrics import PUBLISHED_DICE
+from ssl_ray.report.figures import draw_finetuning, draw_label_efficiency, draw_organs, draw_pretraining
+from ssl_ray.report.findings import (
     answer,
     cell_table,
     count_of,
@@ -18,9 +19,8 @@ from ssl_ray.findings import (
     published_table,
     running_table,
 )
-from ssl_ray.finetune.metrics import PUBLISHED_DICE
-from ssl_ray.page import Block, Bullets, Details, Heading, Paragraph, Picture, Table, to_html, to_markdown
-from ssl_ray.results import FOREGROUND, HD95, SURFACE_DICE, WITH_BACKGROUND, Results, read_results
+from ssl_ray.report.page import Block, Bullets, Details, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from ssl_ray.report.results import FOREGROUND, HD95, SURFACE_DICE, WITH_BACKGROUND, Results, read_results
 from ssl_ray.tracking import Tracker
 
 

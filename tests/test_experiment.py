@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_ray.config import Finetune, Preparation, Pretrain, Study, dump, flatten, load
+from ssl_ray.config import Finetune, Preparation, Pretrain, Study
+from ssl_ray.experiment import dump, flatten, load
 
 EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").rglob("*.yaml"))
 

@@ -20,7 +20,7 @@ from ssl_ray.finetune.metrics import (
     Scores,
 )
 from ssl_ray.finetune.trial import Cell
-from ssl_ray.paired import Difference, difference
+from ssl_ray.report.paired import Difference, difference
 from ssl_ray.tracking import KEY, PRETRAINING_RUN, Tracker
 
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ssl_ray.finetune.metrics import organ_keys
-from ssl_ray.paired import interval
-from ssl_ray.results import FOREGROUND, Arm, Pretraining, Results
+from ssl_ray.report.paired import interval
+from ssl_ray.report.results import FOREGROUND, Arm, Pretraining, Results
 
 _COLOUR = {"random": "#E69F00", "pretrained": "#0072B2"}
 _MARKER = {"random": "s", "pretrained": "o"}

@@ -1,0 +1,132 @@
+"""YAML -> `config.Study`, with errors that name file, key, rule and value; and back, as YAML and MLflow parameters."""
+
+import difflib
+import types
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ssl_ray.config import Study
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Study:
+    """Read and validate an experiment.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.of.value=yaml` strings that replace or add single values, e.g. `pretrain.optimizer.lr=2e-4`.
+
+    Raises:
+        ValueError: naming the file, the key, the rule and the value; an unknown key with the nearest valid one.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot read the experiment: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        tree = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:  # PyYAML's own ValueError: a date that does not exist
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: an experiment is a mapping of sections, got {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Study.model_validate(tree)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        # A list whose only item is wrong counts as empty for pydantic, which is not what the user has to mend.
+        inner = [details["loc"][:-1] for details in found]
+        lines = [
+            _explain(str(path), details)
+            for details in found
+            if details["type"] != "too_short" or not any(loc[: len(details["loc"])] == details["loc"] for loc in inner)
+        ]
+        raise ValueError("\n".join(lines)) from None
+
+
+def dump(study: Study) -> str:
+    """The resolved experiment as YAML; `load` of it gives the same study."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys and values as MLflow parameters, e.g. `{"pretrain.optimizer.lr": "0.0001"}`."""
+    tree = section.model_dump(mode="json") if isinstance(section, BaseModel) else section
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{name}' stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"--set {override}: '{parent}' is a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+_NOT_KEYS = ("str", "tuple[str, ...]", "[key]")
+"""Parts of a pydantic error's location that name a type instead of a key."""
+
+
+def _explain(path: str, details: Any) -> str:
+    location = [str(part) for part in details["loc"] if part not in _NOT_KEYS]
+    place = f"{path}: {'.'.join(location)}" if location else path
+    if details["type"] == "extra_forbidden":
+        valid = _fields_at(Study, details["loc"][:-1])
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{place}: unknown key; {hint}"
+    if details["type"] == "missing":
+        return f"{place}: this key is required"
+    rule = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "value_error":
+        return f"{place}: {rule}"
+    return f"{place}: {rule[0].lower()}{rule[1:]}, got {details['input']!r}"
+
+
+def _fields_at(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+    """Valid keys of the section that a pydantic error location points to."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is not None:
+            model = next(iter(_models(field.annotation)), model)
+    return list(model.model_fields)
+
+
+def _models(annotation: Any) -> Iterable[type[BaseModel]]:
+    if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
+        for argument in get_args(annotation):
+            yield from _models(argument)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation

@@ -1,0 +1,1 @@
+"""From MLflow alone: does pretraining help, and at how many labelled volumes?"""
