@@ -28,6 +28,7 @@ def connect(study: Study) -> None:
         ValueError: when the cluster cannot hold the training workers and one CPU that reads data for them.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has it all; no TensorBoard files beside
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # patients' data are near: nothing is sent out unasked
     quiet()
     if not ray.is_initialized():

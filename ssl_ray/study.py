@@ -11,7 +11,7 @@ from ssl_ray.cluster import connect
 from ssl_ray.cohort.cache import BadVolume, Store, Volume, prepare_cohort
 from ssl_ray.cohort.datalist import Case, Splits, check_held_out, read_labelled, read_unlabelled
 from ssl_ray.cohort.phantom import write_cohort
-from ssl_ray.config import PhantomCohort, Preparation, Study
+from ssl_ray.config import Preparation, Study
 from ssl_ray.console import say, track
 from ssl_ray.experiment import dump
 from ssl_ray.finetune.grid import GridResult, check_transfer, finetune
@@ -56,8 +56,10 @@ class Runner:
         Raises:
             ValueError: for anything that the lists get wrong.
         """
-        if self.study.phantom:
-            write_phantom(self.study.phantom)
+        made = self.study.phantom
+        if made:
+            numbers = made.model_dump(exclude={"root"})
+            write_cohort(Path(made.root), **numbers, progress=track("synthesizing volumes"))
         training, validation = read_unlabelled(self.study.pretrain.sources)
         splits = read_labelled(self.study.finetune.cohort, self.study.finetune.split_sizes)
         check_held_out((*training, *validation), splits)
@@ -156,17 +158,3 @@ class Runner:
                     f"{case.image}: a labelled validation or test volume has the same content as the unlabelled "
                     f"{seen[volume.image_sha256]}"
                 )
-
-
-def write_phantom(cohort: PhantomCohort) -> None:
-    """Make a synthetic cohort, or what is missing of it."""
-    write_cohort(
-        Path(cohort.root),
-        unlabelled=cohort.unlabelled,
-        labelled=cohort.labelled,
-        validation=cohort.validation,
-        test=cohort.test,
-        splits=cohort.splits,
-        seed=cohort.seed,
-        progress=track("synthesizing volumes"),
-    )

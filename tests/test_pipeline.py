@@ -172,6 +172,21 @@ def test_a_crashing_trial_leaves_the_others_alone(ray_cluster, experiment, capfd
     assert len(Tracker(study).runs(kind="trial")) == 2
 
 
+def test_a_failing_worker_ends_in_one_message_and_code_1(ray_cluster, experiment, capfd):
+    """Without restarts left, the message says on which rank and why, without a traceback; the run is marked failed."""
+    path = experiment("failing")
+    assert main(["prepare", str(path)]) == 0
+    study = load(path)
+    for image in study.cache_folder.glob("*/*/image.npy"):
+        image.unlink()
+    assert main(["pretrain", str(path), "--set", "pretrain.max_failures=0"]) == 1
+    printed = capfd.readouterr()
+    assert "pretraining failed on rank 0" in printed.err
+    assert "image.npy" in printed.err
+    assert "Traceback" not in printed.err
+    assert [run.info.status for run in Tracker(study).runs(kind="pretraining")] == ["FAILED"]
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-200])
 

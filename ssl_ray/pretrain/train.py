@@ -1,5 +1,6 @@
 """The TorchTrainer around the worker's loop, and what the driver does with its reports."""
 
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ def pretrain(
     """Pretrain, or find that it is done already; a run that was cut off goes on from its last checkpoint.
 
     Raises:
-        ray.train.TrainingFailedError: when it failed more often than `max_failures` allows.
+        RuntimeError: when it failed more often than `max_failures` allows.
     """
     key = pretraining_key(study, training, validation)
     folder = study.folder / f"pretrain-{key}"
@@ -89,7 +90,7 @@ def pretrain(
     )
     try:
         with Bar("pretraining", plan.steps) as bar, _Collector(reports, run, bar):
-            trainer.fit()
+            _fit(trainer)
         facts = load_metadata(job.weights)
         run.artifact(job.weights)
         best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
@@ -99,6 +100,17 @@ def pretrain(
         raise
     run.close()
     return Pretrained(weights, key, run.id, fresh=True)
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    try:
+        trainer.fit()
+    except train.WorkerGroupError as error:
+        rank, cause = next(iter(error.worker_failures.items()))
+        # The text of a remote error is a chain of tracebacks; the first that names an error is where it began.
+        named = re.search(r"^\s*[\w.]*(?:Error|Exception|Interrupt)\b.*: .*$", str(cause), re.MULTILINE)
+        what = named.group().strip() if named else f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        raise RuntimeError(f"pretraining failed on rank {rank} of the workers: {what}") from error
 
 
 def _feed(study: Study, volumes: Sequence[Volume]) -> Feed:
