@@ -107,8 +107,8 @@ def _fit(trainer: TorchTrainer) -> None:
         trainer.fit()
     except train.WorkerGroupError as error:
         rank, cause = next(iter(error.worker_failures.items()))
-        # The text of a remote error is a chain of tracebacks; the first that names an error is where it began.
-        named = re.search(r"^\s*[\w.]*(?:Error|Exception|Interrupt)\b.*: .*$", str(cause), re.MULTILINE)
+        # The text of a remote error is a chain of tracebacks; the first error that is not Ray's wrapping began it.
+        named = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b(?!.*ray::).*: .*$", str(cause), re.MULTILINE)
         what = named.group().strip() if named else f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         raise RuntimeError(f"pretraining failed on rank {rank} of the workers: {what}") from error
 
