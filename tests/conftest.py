@@ -7,6 +7,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +36,13 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six unlabelled volumes and seven labelled ones."""
+    from ssl_ray.cohort.phantom import write_cohort
+
+    root = tmp_path_factory.mktemp("cohort")
+    write_cohort(root, unlabelled=6, labelled=4, validation=2, test=1, splits=[2, 4], seed=1)
+    return root

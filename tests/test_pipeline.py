@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from ssl_ray.cli import main
-from ssl_ray.cohort.phantom import write_cohort
 from ssl_ray.experiment import load
 from ssl_ray.study import Runner
 from ssl_ray.tracking import PRETRAINING_RUN, Tracker
@@ -18,14 +17,6 @@ from ssl_ray.tracking import PRETRAINING_RUN, Tracker
 pytestmark = pytest.mark.slow
 
 PREPARATION = {"spacing": 9, "window": [-175, 250]}
-
-
-@pytest.fixture(scope="session")
-def cohort(tmp_path_factory):
-    """Six unlabelled volumes and seven labelled ones."""
-    root = tmp_path_factory.mktemp("cohort")
-    write_cohort(root, unlabelled=6, labelled=4, validation=2, test=1, splits=[2, 4], seed=1)
-    return root
 
 
 @pytest.fixture
