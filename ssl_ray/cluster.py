@@ -16,17 +16,20 @@ _LEVELS = {
     "ray.data._internal.progress": logging.ERROR,
     "ray.train": logging.WARNING,
     "ray.tune": logging.WARNING,
+    # Warns at every start that token authentication is on, which it is by default.
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
     # Warns every second that a cluster without a dashboard has no state API.
     "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
 }
 
 
 def connect(study: Study) -> None:
-    """Connect to the running cluster (RAY_ADDRESS, or inside `ray job submit`), or start one on this machine.
+    """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine.
 
     Raises:
         ValueError: when the cluster cannot hold the training workers and one CPU that reads data for them.
     """
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table even when told to be quiet
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has it all; no TensorBoard files beside
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # patients' data are near: nothing is sent out unasked
@@ -35,6 +38,7 @@ def connect(study: Study) -> None:
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
         if not os.environ.get("RAY_ADDRESS"):
             options |= {
+                "address": "local",
                 "num_cpus": study.cluster.cpus or max(2, os.cpu_count() or 2),
                 "object_store_memory": int(study.cluster.object_store_gigabytes * 2**30),
                 "include_dashboard": False,

@@ -4,6 +4,7 @@ Only the driver speaks to MLflow, in a thread of its own, so that a slow server 
 found again by the tag `ssl_ray.key`, a digest of everything that its result depends on.
 """
 
+import logging
 import os
 import queue
 import tempfile
@@ -21,6 +22,8 @@ from mlflow.tracking import MlflowClient
 
 from ssl_ray.config import Study
 from ssl_ray.experiment import flatten
+
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # tells of every table that it creates
 
 KEY, KIND = "ssl_ray.key", "ssl_ray.kind"
 PRETRAINING_RUN = "ssl_ray.pretraining_run"
