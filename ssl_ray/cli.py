@@ -77,7 +77,9 @@ def _show(runner: Any) -> int:
     study: Study = runner.study
     say(f"\n{report.table}\n")
     say(f"report:  {report.html}")
-    say(f"MLflow:  mlflow ui --backend-store-uri {study.tracking_uri}   (experiment {study.experiment!r})")
+    uri = study.tracking_uri
+    place = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"
+    say(f"MLflow:  {place}   (experiment {study.experiment!r})")
     return 0
 
 

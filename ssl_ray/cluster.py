@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from ssl_ray.config import Study
+from ssl_ray.console import say
 
 _LEVELS = {
     # Routine messages; from warnings on they stay audible.
@@ -24,13 +25,10 @@ _LEVELS = {
 
 
 def connect(study: Study) -> None:
-    """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine.
-
-    Raises:
-        ValueError: when the cluster cannot hold the training workers and one CPU that reads data for them.
-    """
+    """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table even when told to be quiet
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C looks like success
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has it all; no TensorBoard files beside
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # patients' data are near: nothing is sent out unasked
     quiet()
@@ -39,12 +37,16 @@ def connect(study: Study) -> None:
         if not os.environ.get("RAY_ADDRESS"):
             options |= {
                 "address": "local",
-                "num_cpus": study.cluster.cpus or max(2, os.cpu_count() or 2),
+                "num_cpus": study.cluster.cpus,  # None: Ray counts them, and knows of containers
                 "object_store_memory": int(study.cluster.object_store_gigabytes * 2**30),
                 "include_dashboard": False,
             }
         ray.init(runtime_env={"worker_process_setup_hook": quiet}, **options)
-    _check_resources(study, ray.cluster_resources())
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(study.output).is_absolute():
+        say(
+            f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "
+            "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"
+        )
 
 
 def quiet() -> None:
@@ -58,18 +60,36 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
 
 
-def _check_resources(study: Study, resources: dict[str, float]) -> None:
-    pretrain, finetune = study.pretrain, study.finetune
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    needed = pretrain.workers * pretrain.cpus_per_worker + 1
+def check_pretraining(study: Study) -> None:
+    """Refuse a cluster that cannot hold the training workers and one CPU that reads data for them.
+
+    Raises:
+        ValueError: with what is needed and what there is.
+    """
+    config, (cpus, gpus) = study.pretrain, _resources()
+    needed = config.workers * config.cpus_per_worker + 1
     if cpus < needed:
         raise ValueError(
-            f"pretrain.workers: {pretrain.workers} workers with {pretrain.cpus_per_worker:g} CPUs each and one CPU to "
+            f"pretrain.workers: {config.workers} workers with {config.cpus_per_worker:g} CPUs each and one CPU to "
             f"read data need {needed:g} CPUs, the cluster has {cpus:g}"
         )
-    if pretrain.gpu and gpus < pretrain.workers:
-        raise ValueError(f"pretrain.gpu: {pretrain.workers} workers need a GPU each, the cluster has {gpus:g}")
-    if cpus < finetune.cpus_per_trial:
-        raise ValueError(f"finetune.cpus_per_trial: {finetune.cpus_per_trial:g} asked for, the cluster has {cpus:g}")
-    if gpus < finetune.gpus_per_trial:
-        raise ValueError(f"finetune.gpus_per_trial: {finetune.gpus_per_trial:g} asked for, the cluster has {gpus:g}")
+    if config.gpu and gpus < config.workers:
+        raise ValueError(f"pretrain.gpu: {config.workers} workers need a GPU each, the cluster has {gpus:g}")
+
+
+def check_finetuning(study: Study) -> None:
+    """Refuse a cluster that cannot hold a single trial.
+
+    Raises:
+        ValueError: with what is needed and what there is.
+    """
+    config, (cpus, gpus) = study.finetune, _resources()
+    if cpus < config.cpus_per_trial:
+        raise ValueError(f"finetune.cpus_per_trial: {config.cpus_per_trial:g} asked for, the cluster has {cpus:g}")
+    if gpus < config.gpus_per_trial:
+        raise ValueError(f"finetune.gpus_per_trial: {config.gpus_per_trial:g} asked for, the cluster has {gpus:g}")
+
+
+def _resources() -> tuple[float, float]:
+    resources = ray.cluster_resources()
+    return resources.get("CPU", 0.0), resources.get("GPU", 0.0)

@@ -83,16 +83,24 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ValueError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
     *parents, last = key.strip().split(".")
-    node = tree
+    node: Any = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
+        node = node[_place(node, parent, override)] if isinstance(node, list) else node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
             raise ValueError(f"--set {override}: '{parent}' is a value, not a section")
-        node = child
     try:
-        node[last] = yaml.load(text, _UniqueKeys)
+        node[_place(node, last, override)] = yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--set {override}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
+    """A key of a section, or an index into a list, as in `pretrain.sources.0.root`."""
+    if isinstance(node, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(node):
+        raise ValueError(f"--set {override}: '{part}' is no place in a list of {len(node)}; they count from 0")
+    return int(part)
 
 
 _NOT_KEYS = ("str", "tuple[str, ...]", "[key]")

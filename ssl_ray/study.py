@@ -49,6 +49,11 @@ class Runner:
         """The study's MLflow experiment."""
         return Tracker(self.study)
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether the grid needs weights that this study has to make; if not, its unlabelled volumes are not read."""
+        return "pretrained" in self.study.finetune.grid.init and not self.study.finetune.weights
+
     @cached_property
     def cohorts(self) -> Cohorts:
         """Read the datalists; a study on a synthetic cohort makes that first.
@@ -60,7 +65,7 @@ class Runner:
         if made:
             numbers = made.model_dump(exclude={"root"})
             write_cohort(Path(made.root), **numbers, progress=track("synthesizing volumes"))
-        training, validation = read_unlabelled(self.study.pretrain.sources)
+        training, validation = read_unlabelled(self.study.pretrain.sources) if self.pretrains else ((), ())
         splits = read_labelled(self.study.finetune.cohort, self.study.finetune.split_sizes)
         check_held_out((*training, *validation), splits)
         if self.study.finetune.weights:
@@ -87,8 +92,8 @@ class Runner:
             fresh += count
             return volumes
 
-        unlabelled_cases = (*cohorts.training, *cohorts.validation)
-        unlabelled = run("preparing unlabelled volumes", unlabelled_cases, study.pretrain.preparation, None)
+        cases = (*cohorts.training, *cohorts.validation)
+        unlabelled = run("preparing unlabelled volumes", cases, study.pretrain.preparation, None) if cases else {}
         labelled_preparation, classes = study.finetune.preparation, study.finetune.cohort.classes
         labelled = run("preparing labelled volumes", cohorts.splits.cases, labelled_preparation, classes)
         self._settle(bad)
@@ -107,6 +112,8 @@ class Runner:
         if given:
             content = Path(given).read_bytes()
             return Pretrained(Path(given).absolute(), hashlib.sha256(content).hexdigest()[:16])
+        if not self.pretrains:
+            raise ValueError("finetune.grid.init: this study trains only from random weights")
         volumes = self.prepared.unlabelled
         training = [volumes[str(case.image)] for case in self.cohorts.training if str(case.image) in volumes]
         validation = [volumes[str(case.image)] for case in self.cohorts.validation if str(case.image) in volumes]
@@ -149,12 +156,20 @@ class Runner:
 
     def _check_held_out(self, unlabelled: dict[str, Volume], labelled: dict[str, Volume]) -> None:
         """The same bytes under another name are still the same patient."""
-        seen = {volume.image_sha256: path for path, volume in unlabelled.items()}
         splits = self.cohorts.splits
-        for case in (*splits.validation, *splits.test):
-            volume = labelled.get(str(case.image))
-            if volume and volume.image_sha256 in seen:
-                raise ValueError(
-                    f"{case.image}: a labelled validation or test volume has the same content as the unlabelled "
-                    f"{seen[volume.image_sha256]}"
-                )
+        trained = [case.image for cases in splits.training.values() for case in cases]
+        seen = {volume.image_sha256: path for path, volume in unlabelled.items()}
+        seen |= {labelled[str(image)].image_sha256: str(image) for image in trained if str(image) in labelled}
+        for part in ("validation", "test"):
+            held_out = {
+                str(case.image): labelled[str(case.image)]
+                for case in getattr(splits, part)
+                if str(case.image) in labelled
+            }
+            for path, volume in held_out.items():
+                if volume.image_sha256 in seen:
+                    raise ValueError(
+                        f"{path}: this labelled {part} volume has the same content as {seen[volume.image_sha256]}, "
+                        "which is trained or selected on"
+                    )
+            seen |= {volume.image_sha256: path for path, volume in held_out.items()}

@@ -458,7 +458,14 @@ def test_listing_is_a_function_of_the_seed(tmp_path: Path) -> None:
     root = folder_of(tmp_path, visits(range(10), 2), visits(range(20, 32), 1))
 
     def listing(seed: int) -> dict[str, bytes]:
-        return {name: (root / name).read_bytes() for name in write_datalists(root, [2, 4], 0.2, SUBJECT, seed)}
+        written = [root / name for name in write_datalists(root, [2, 4], 0.2, SUBJECT, seed)]
+        assert list(write_datalists(root, [2, 4], 0.2, SUBJECT, seed)) == [path.name for path in written]
+        with pytest.raises(ValueError, match="a list with other content is there already"):
+            write_datalists(root, [2, 4], 0.2, SUBJECT, seed + 10)
+        content = {path.name: path.read_bytes() for path in written}
+        for path in written:
+            path.unlink()
+        return content
 
     first = listing(0)
     others = [listing(seed) for seed in (1, 2, 3)]

@@ -224,7 +224,7 @@ def test_overrides_replace_and_add(file: Path) -> None:
         ("pretrain.epochs", "expected key=value"),
         ("=5", "expected key=value"),
         ("name.first=5", "'name' is a value, not a section"),
-        ("pretrain.sources.0.root=x", "'sources' is a value, not a section"),
+        ("pretrain.sources.0.root.deep=x", "'root' is a value, not a section"),
         ("pretrain.epochs=[", "the value is not valid YAML"),
         ("pretrain.epochs=2024-13-45", "the value is not valid YAML"),
         ("pretrain.optimizer={lr: 1, lr: 2}", "the key 'lr' stands twice"),
@@ -354,3 +354,41 @@ def test_any_value_anywhere_loads_or_is_refused(value: Any, section: tuple[str, 
         except ValueError as error:
             message = str(error)
     assert message.startswith("study.yaml: ")
+
+
+def test_set_reaches_into_lists(tmp_path: Path) -> None:
+    """`pretrain.sources.0.root` is a place like any other; a place beyond the list is named."""
+    path = tmp_path / "study.yaml"
+    path.write_text(dump(load(Path(__file__).parents[1] / "experiments" / "demo.yaml")))
+    assert load(path, ["pretrain.sources.0.root=/elsewhere"]).pretrain.sources[0].root == "/elsewhere"
+    for place in ("7", "first"):
+        with pytest.raises(ValueError, match=rf"'{place}' is no place in a list of 1"):
+            load(path, [f"pretrain.sources.{place}.root=x"])
+
+
+def test_the_recipe_is_to_the_number() -> None:
+    """`tcia_btcv.yaml` against the table of the reference recipe (Project MONAI, vit_unetr_ssl)."""
+    study = load(Path(__file__).parents[1] / "experiments" / "tcia_btcv.yaml")
+    pretrain, finetune, network = study.pretrain, study.finetune, study.network
+    assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
+    assert (pretrain.preparation.spacing, pretrain.preparation.window) == ((2, 2, 2), (-57, 164))
+    assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
+    assert (pretrain.epochs, pretrain.validate_every, pretrain.contrastive.enabled) == (300, 2, False)
+    assert (pretrain.optimizer.name, pretrain.optimizer.lr, pretrain.optimizer.schedule) == ("adam", 1e-4, "constant")
+    assert (pretrain.optimizer.weight_decay, pretrain.optimizer.clip_norm) == (0, None)
+    task = pretrain.corruption
+    assert (task.inpaint_boxes, task.inpaint_size, task.outpaint_boxes, task.outpaint_size) == (6, (5, 32), 6, (20, 64))
+    assert (task.shuffle_prob, task.shuffle_boxes, task.shuffle_size, task.outpaint_prob) == (0.8, 10, 8, 0.5)
+    assert task.growing
+    assert finetune.cohort.classes == 14
+    assert finetune.preparation.orientation == "RAS"
+    assert (finetune.preparation.spacing, finetune.preparation.window) == ((1.5, 1.5, 2), (-175, 250))
+    assert (finetune.patch_size, finetune.volumes_per_step, finetune.patches_per_volume) == ((96, 96, 96), 1, 4)
+    augmentation = finetune.augmentation
+    assert (augmentation.flip_prob, augmentation.flip_axes, augmentation.rotate_prob) == (0.1, (0, 1, 2), 0.1)
+    assert (augmentation.shift, augmentation.shift_prob, finetune.foreground_prob) == (0.1, 0.5, 0.5)
+    assert (finetune.steps, finetune.validate_every, finetune.window_batch) == (30_000, 100, 4)
+    optimizer = finetune.optimizer
+    assert (optimizer.name, optimizer.weight_decay, finetune.grid.lr) == ("adamw", 1e-5, (1e-4,))
+    assert optimizer.schedule == "constant"
+    assert (finetune.loss.include_background, finetune.loss.batch, finetune.balance_organs) == (True, False, False)

@@ -72,12 +72,15 @@ def outcome(folder, path):
     history = tracker.client.get_metric_history(pretraining.info.run_id, "loss")
     losses = {point.step: point.value for point in history}
     assert len(losses) == len(history), "a step is logged twice"
+    starts = [point.value for point in tracker.client.get_metric_history(pretraining.info.run_id, "started_at")]
     (weights,) = study.folder.glob("pretrain-*/best.safetensors")
-    return losses, load_weights(weights)
+    return losses, load_weights(weights), sorted(starts)
 
 
 def assert_same(found, expected):
-    (losses, weights), (all_losses, all_weights) = found, expected
+    (losses, weights, starts), (all_losses, all_weights, _) = found, expected
+    assert starts[0] == 0
+    assert starts[-1] >= 50, "it did not go on from a checkpoint"
     assert losses == all_losses, "bit by bit, every step"
     assert list(losses) == list(range(1, len(losses) + 1)), "no step is missing"
     for name, tensor in all_weights.items():
@@ -129,7 +132,9 @@ def test_the_driver_killed_and_started_again(undisturbed, cohort, tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     run(path)
-    (losses, weights), (all_losses, all_weights) = outcome(tmp_path, path), undisturbed
+    (losses, weights, starts), (all_losses, all_weights, once) = outcome(tmp_path, path), undisturbed
+    assert once == [0]
+    assert starts[-1] >= 50, "it did not go on from a checkpoint"
     # What the killed driver had not yet handed to MLflow is missing; whatever is there is right.
     assert losses.items() <= all_losses.items()
     assert max(losses) == max(all_losses)

@@ -401,6 +401,7 @@ def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -
     random, pretrained = Cell(6, "random", 1e-4, 0).name, Cell(6, "pretrained", 1e-4, 0).name
     time.sleep(0.01)
     grid = tracker.open("grid", "h", "grid", study_params(study, "finetune"))
+    grid.text(dump(study), "experiment.yaml")
     grid.text(json.dumps({random: random, pretrained: "not yet"}), "cells.json")
     grid.close()
     results = read(study, tracker)

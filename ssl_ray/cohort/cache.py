@@ -210,8 +210,11 @@ def prepare_cohort(
         case = Case(row["id"], Path(row["image"]), Path(row["label"]) if row["label"] else None)
         try:
             volume, fresh = prepare_case(case, preparation, store)
-        except ValueError as error:
-            return {"place": row["place"], "key": "", "fresh": False, "reason": str(error)}
+        except (ValueError, RuntimeError, MemoryError) as error:  # the last two: torch, on a volume beyond its means
+            reason = (
+                str(error) if isinstance(error, ValueError) else f"{case.image}: {' '.join(str(error).split())[:200]}"
+            )
+            return {"place": row["place"], "key": "", "fresh": False, "reason": reason}
         return {"place": row["place"], "key": volume.key, "fresh": fresh, "reason": ""}
 
     blocks = min(len(rows), 1000)

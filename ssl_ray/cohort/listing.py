@@ -69,8 +69,12 @@ def write_datalists(
             file = f"labelled_{size}.json" if name == "labelled" else "unlabelled.json"
             tree: dict[str, Any] = {"name": f"{folder.resolve().name} {name}", "modality": {"0": "CT"}}
             lists[file] = tree | {"training": training[:size], "validation": validation}
-    for file, tree in lists.items():
-        (folder / file).write_text(json.dumps(tree, indent=1) + "\n")
+    texts = {folder / file: json.dumps(tree, indent=1) + "\n" for file, tree in lists.items()}
+    for path, text in texts.items():
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{path}: a list with other content is there already; move it away first")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     return {file: (len(tree["training"]), len(tree["validation"])) for file, tree in lists.items()}
 
 

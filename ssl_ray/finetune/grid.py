@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from ray import tune
 
 from ssl_ray.checkpoint import digest
+from ssl_ray.cluster import check_finetuning
 from ssl_ray.cohort.cache import Volume
 from ssl_ray.cohort.datalist import Splits
 from ssl_ray.config import Study
@@ -78,6 +80,7 @@ def finetune(
     base = [
         config.model_dump(mode="json", exclude=_NO_EFFECT),
         config.cohort.classes,
+        config.gpus_per_trial > 0 if config.precision == "auto" else None,  # `auto` depends on the kind of device
         study.network.model_dump(mode="json"),
         [volume.key for part in ("validation", "test") for volume in getattr(data[config.split_sizes[0]], part)],
     ]
@@ -94,27 +97,27 @@ def finetune(
     }
     grid_run = tracker.open("grid", grid_key, "grid", study_params(study, "finetune"))
     grid_run.text(config_yaml, "experiment.yaml")
-    grid_run.text(json.dumps({cell.name: key for cell, key in keys.items()}, indent=1), CELLS)
+    # A grid that was once wider keeps its other cells: keys are digests, so the union is right.
+    named = json.loads(tracker.read(grid_run.id, CELLS) or b"{}") | {cell.name: key for cell, key in keys.items()}
+    grid_run.text(json.dumps(named, indent=1), CELLS)
     pending = [cell for cell in keys if not tracker.finished("trial", keys[cell])]
-    failed: list[str] = []
-    try:
-        if pretrained:
-            report = check_transfer(study, pretrained.weights)
-            grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
-            grid_run.metrics({"transferred_share": report["share"]}, 0)
-        if pending:
-            total = len(keys) * config.steps
-            with Bar("fine-tuning", total) as bar:
-                runs = _Runs(
-                    study, tracker, grid_run.id, pretrained, keys, bar, (len(keys) - len(pending)) * config.steps
-                )
+    finished = len(keys) - len(pending)
+    with Bar("fine-tuning", len(keys) * config.steps) as bar:
+        runs = _Runs(study, tracker, grid_run.id, pretrained, keys, data, bar, finished * config.steps)
+        try:
+            if pretrained:
+                report = check_transfer(study, pretrained.weights)
+                grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
+                grid_run.metrics({"transferred_share": report["share"]}, 0)
+            if pending:
+                check_finetuning(study)
                 _tune(study, pending, keys, data, pretrained, folder, runs)
-            failed = runs.failed
-    except BaseException:
-        grid_run.close("FAILED")
-        raise
+        except BaseException:
+            runs.abandon()
+            grid_run.close("FAILED")
+            raise
     grid_run.close()
-    return GridResult(grid_run.id, len(pending) - len(failed), len(keys) - len(pending), tuple(failed))
+    return GridResult(grid_run.id, runs.completed, finished, tuple(runs.failed))
 
 
 def _trial_data(study: Study, splits: Splits, size: int, volumes: Mapping[str, Volume]) -> TrialData:
@@ -176,13 +179,15 @@ class _Runs(tune.Callback):
         parent: str,
         pretrained: Pretrained | None,
         keys: Mapping[Cell, str],
+        data: Mapping[int, TrialData],
         bar: Bar,
         done: int,
     ) -> None:
         self._study, self._tracker, self._parent, self._pretrained = study, tracker, parent, pretrained
-        self._keys, self._bar, self._done = keys, bar, done
+        self._keys, self._data, self._bar, self._done = keys, data, bar, done
         self._open: dict[str, tuple[Run, int]] = {}
         self._steps: dict[str, int] = {}
+        self.completed = 0
         self.failed: list[str] = []
         bar.update(done)
 
@@ -190,8 +195,12 @@ class _Runs(tune.Callback):
         if trial.trial_id in self._open:
             return
         cell: Cell = trial.config["cell"]
-        params: dict[str, Any] = {"split": cell.split, "init": cell.init, "lr": cell.lr, "seed": cell.seed}
-        params |= {name: value for name, value in study_params(self._study, "finetune").items() if "grid" not in name}
+        params: dict[str, Any] = {
+            name: value for name, value in study_params(self._study, "finetune").items() if "grid" not in name
+        }
+        params |= {"split": cell.split, "init": cell.init, "lr": cell.lr, "seed": cell.seed}
+        data = self._data[cell.split]  # a bad volume that was skipped makes it fewer than the split says
+        params |= {f"{part}_volumes": len(getattr(data, part)) for part in ("training", "validation", "test")}
         tags = {}
         if self._pretrained and self._pretrained.run_id and cell.init == "pretrained":
             tags[PRETRAINING_RUN] = self._pretrained.run_id
@@ -217,6 +226,9 @@ class _Runs(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         run, _ = self._open.pop(trial.trial_id)
         run.close()
+        self.completed += 1
+        # Only now that MLflow has the result is there nothing left to go on from.
+        shutil.rmtree(Path(trial.last_result["folder"]) / "checkpoint", ignore_errors=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # A trial that is tried again does not come here; one that never started has no run yet.
@@ -224,3 +236,9 @@ class _Runs(tune.Callback):
         run, _ = self._open.pop(trial.trial_id)
         run.close("FAILED")
         self.failed.append(trial.config["cell"].name)
+
+    def abandon(self) -> None:
+        """End the runs of trials that were still going, e.g. after Ctrl-C."""
+        for run, _ in self._open.values():
+            run.close("KILLED")
+        self._open.clear()

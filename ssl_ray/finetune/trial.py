@@ -19,7 +19,7 @@ from ssl_ray.cohort.volume import read_label
 from ssl_ray.config import Study
 from ssl_ray.finetune.metrics import DICE_FOREGROUND, CaseScores, aggregate, evaluate, evaluate_canonical, predict
 from ssl_ray.finetune.patches import PatchSampler
-from ssl_ray.networks import Transfer, build_unetr, load_metadata, load_weights, transfer
+from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer
 from ssl_ray.optimize import build_optimizer, learning_rate, take_step
 from ssl_ray.precision import autocast, resolve
 
@@ -76,9 +76,8 @@ class _Trial:
         self.classes = self.config.cohort.classes
         torch.manual_seed(cell.seed)  # the decoder's initial weights are the same for both kinds of initialisation
         self.model = build_unetr(study.network, self.config.patch_size, self.classes)
-        self.transferred: Transfer | None = None
         if weights:
-            self.transferred = transfer(load_weights(weights), self.model, str(weights), load_metadata(weights))
+            transfer(load_weights(weights), self.model, str(weights), load_metadata(weights))
         # Most of a step is the convolutional decoder, which is 1.1 to 1.25 times as fast in this layout.
         self.model.to(device, memory_format=torch.channels_last_3d)
         self.dtype = resolve(self.config.precision, device)

@@ -5,7 +5,7 @@ doi:10.1016/j.media.2019.101539), with the numbers and the order of MONAI's self
 (Project-MONAI/tutorials, `self_supervised_pretraining/vit_unetr_ssl`) and the meaning of MONAI's `RandCoarseDropout`
 and `RandCoarseShuffle`. One departure: in MONAI (seen in 0.8.1, 1.0.1 and 1.6.1) a box's size is the lower bound of
 the next one's, so that the sixth in-painting box has a mean side of 31.6 voxels. Here every side is uniform over the
-whole range, mean 18.5, as the tutorial's parameters say.
+whole range, mean 18.5, as the tutorial's parameters say, unless `growing` asks for MONAI's way.
 
 Every random number is a function of (seed, sample, view) alone, so that a view is the same in any batch, on any worker
 and after a resume. The bulk noise is therefore a hash of a key and a counter, never the state of a generator.

@@ -1,5 +1,6 @@
 """What every pretraining worker does."""
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -58,6 +59,11 @@ def train_loop(job: Job) -> None:
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     trainer = Trainer(job, get_device())
     start = trainer.restore()
+    if rank == 0:
+        job.reports.actor.put_nowait.remote((rank, {"started_at": start}))
+    if start == plan.steps and not job.weights.is_file():  # done, but its result was deleted
+        trainer.best = math.inf
+        trainer.validate(rank, world, start, picture=False)
 
     def opener(window: Window) -> Sequence[Any]:
         # A reference, not the iterators: what is broadcast must stay small however many ranks there are.
@@ -81,6 +87,8 @@ def train_loop(job: Job) -> None:
             continue
         record: dict[str, float | str] = {"step": done, "world": world, "epoch": plan.epoch(done), "lr": lr}
         record |= totals.take() | {"grad_norm": float(norm)}
+        if not math.isfinite(float(record["loss_sum"])):
+            raise FloatingPointError(f"the loss is not finite at step {done} or shortly before (learning rate {lr:g})")
         if validate:
             number = validations.index(done)
             last = done == plan.steps
@@ -127,7 +135,7 @@ class Trainer:
             self.network, move_to_device=device, parallel_strategy_kwargs={"gradient_as_bucket_view": True}
         )
         self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
-        self.best = float("inf")
+        self.best = math.inf
 
     def restore(self) -> int:
         """Load the checkpoint that Ray Train hands over.
@@ -191,8 +199,9 @@ class Trainer:
         mine = np.arange(rank, len(samples), world)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         shown = ""
-        for start in range(0, len(mine), self.config.batch_size):
-            indices = mine[start : start + self.config.batch_size]
+        size = self.config.batch_size // world  # as much as a training step of this rank
+        for start in range(0, len(mine), size):
+            indices = mine[start : start + size]
             clean = self._scale(feed.read([samples[index] for index in indices]), feed.levels)
             corrupted = corrupt(clean, draw(self.config.corruption, self.config.patch_size, 0, indices))
             with autocast(self.device, self.dtype):

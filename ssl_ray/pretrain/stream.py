@@ -104,6 +104,7 @@ def open_window(feed: Any, plan: Plan, window: Window) -> list[Any]:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [Pace]
+    context.target_max_block_size = None  # a block that Ray Data cut in two would shift all later ones to other ranks
     context.execution_options.preserve_order = True
     with DataContext.current(context):
         dataset = ray.data.range(window.blocks, override_num_blocks=window.blocks)

@@ -1,6 +1,7 @@
 """The TorchTrainer around the worker's loop, and what the driver does with its reports."""
 
 import re
+import signal
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from ssl_ray.checkpoint import digest
+from ssl_ray.cluster import check_pretraining
 from ssl_ray.cohort.cache import Volume
 from ssl_ray.config import Study
 from ssl_ray.console import Bar
@@ -42,9 +44,14 @@ class Pretrained:
 
 def pretraining_key(study: Study, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
     """Digest of everything that the pretrained weights depend on."""
-    settings = study.pretrain.model_dump(mode="json", exclude=_NO_EFFECT | {"sources"})
+    config = study.pretrain
+    settings = config.model_dump(mode="json", exclude=_NO_EFFECT | {"sources"})
     return digest(
         settings,
+        # Negatives of the contrastive loss are the rank's own patches.
+        config.workers if config.contrastive.enabled else None,
+        # What `auto` precision means depends on the kind of device.
+        config.gpu if config.precision == "auto" else None,
         study.network.model_dump(mode="json", exclude={"feature_size"}),
         study.seed,
         [volume.key for volume in training],
@@ -66,6 +73,7 @@ def pretrain(
     if (done := tracker.finished("pretraining", key)) and weights.is_file():
         return Pretrained(weights, key, done.info.run_id)
     config = study.pretrain
+    check_pretraining(study)
     reports = Queue(actor_options={"num_cpus": 0})
     job = Job(study, _feed(study, training), _feed(study, validation), folder, key, reports)
     plan = job.training.plan
@@ -103,14 +111,20 @@ def pretrain(
 
 
 def _fit(trainer: TorchTrainer) -> None:
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit as error:  # Ray Train's own handler of Ctrl-C leaves with code 0, and stays installed
+        raise KeyboardInterrupt from error
     except train.WorkerGroupError as error:
         rank, cause = next(iter(error.worker_failures.items()))
         # The text of a remote error is a chain of tracebacks; the first error that is not Ray's wrapping began it.
         named = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b(?!.*ray::).*: .*$", str(cause), re.MULTILINE)
         what = named.group().strip() if named else f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         raise RuntimeError(f"pretraining failed on rank {rank} of the workers: {what}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def _feed(study: Study, volumes: Sequence[Volume]) -> Feed:
@@ -147,6 +161,9 @@ class _Collector:
     def _collect(self) -> None:
         while (item := self._reports.get()) is not None:
             rank, record = item
+            if "started_at" in record:  # once a start: 0, and after every fault the step that training went on from
+                self._run.metrics(record, int(record["started_at"]))
+                continue
             step = int(record["step"])
             ranks = self._partial[step]
             ranks[rank] = record

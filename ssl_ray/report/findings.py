@@ -110,9 +110,27 @@ def notes(results: Results) -> Iterator[str]:
     finished = [trial for trial in results.trials if trial.status == "finished"]
     late = sum(trial.metrics.get("selected/step", 0) >= steps for trial in finished)
     if late:
+        decayed = results.study.finetune.optimizer.schedule == "cosine"
         yield (
             f"In {late} of {count_of(len(finished), 'finished cell')} the last checkpoint was the best (step "
-            f"{steps:,}): training may have ended too early, and more steps may change the answer."
+            f"{steps:,}). "
+            + (
+                "The learning rate had come down to 0 by then; whether a longer schedule changes the answer is open."
+                if decayed
+                else "Training may have ended too early, and more steps may change the answer."
+            )
+        )
+    fewer = [trial for trial in finished if 0 < trial.training_volumes < trial.cell.split]
+    if fewer:
+        yield (
+            f"**{count_of(len(fewer), 'cell')} trained on fewer volumes than the split says**, without the bad ones: "
+            + ", ".join(f"{trial.cell.name} on {trial.training_volumes}" for trial in fewer)
+            + "."
+        )
+    if not results.as_given:
+        yield (
+            "**This grid was run with another version of the experiment** than the one given now; what it was run with "
+            "stands at the end of the page."
         )
     if holes := len(results.trials) - len(finished):
         cells = count_of(len(results.trials), "cell")

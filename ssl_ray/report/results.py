@@ -9,6 +9,7 @@ import numpy as np
 from mlflow.entities import Run as MlflowRun
 
 from ssl_ray.config import Study
+from ssl_ray.experiment import dump
 from ssl_ray.finetune.grid import CELLS, cells
 from ssl_ray.finetune.metrics import (
     DICE_FOREGROUND,
@@ -63,6 +64,8 @@ class Trial:
     cases: Mapping[str, tuple[CaseScores, ...]] = field(default_factory=dict)
     """Scores of every volume by part (`validation`, `test`)."""
     pretraining_run: str | None = None
+    training_volumes: int = 0
+    """How many it trained on; 0 where the run does not say."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class Results:
     grid: MlflowRun
     trials: tuple[Trial, ...]
     """One for every cell of the study's grid, in the grid's order."""
+    as_given: bool
+    """Whether the grid was run with this very experiment."""
     others: int
     """Trials of the same grid run that the study's grid does not name."""
     part: Part
@@ -204,7 +209,9 @@ def read_results(study: Study, tracker: Tracker) -> Results:
             f"{tracker.uri}: experiment {study.experiment!r} has no fine-tuning grid yet; run the study first"
         )
     # A grid that is taken up again keeps its start, so that the newest is the one that was touched last.
-    grid = max(grids, key=lambda run: max(run.info.start_time, run.info.end_time or 0))
+    grids.sort(key=lambda run: max(run.info.start_time, run.info.end_time or 0), reverse=True)
+    same = [run for run in grids if tracker.read(run.info.run_id, "experiment.yaml") == dump(study).encode()]
+    grid = (same or grids)[0]
     # By key, not by parent: a cell that an earlier grid finished already is not trained again under this one.
     keys: dict[str, str] = json.loads(tracker.read(grid.info.run_id, CELLS) or b"{}")
     newest: dict[str, MlflowRun] = {}
@@ -224,6 +231,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
         study=study,
         grid=grid,
         trials=tuple(trials),
+        as_given=bool(same),
         others=len(children - {keys.get(cell.name) for cell in cells(study)}),
         part="test" if any(trial.cases.get("test") for trial in trials) else "validation",
         organs=organs,
@@ -244,7 +252,9 @@ def _trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> tuple[Trial, 
     tree: dict[str, Any] = json.loads(content) if content else {}
     parts = {name: tuple(map(CaseScores.from_json, tree.get(name, ()))) for name in ("validation", "test")}
     curve = tracker.history(run_id, f"validation/{DICE_FOREGROUND}")
-    return Trial(cell, "finished", run_id, run.data.metrics, curve, parts, lineage), tuple(tree.get("organs", ()))
+    volumes = int(run.data.params.get("training_volumes", 0))
+    trial = Trial(cell, "finished", run_id, run.data.metrics, curve, parts, lineage, volumes)
+    return trial, tuple(tree.get("organs", ()))
 
 
 def _pretraining(tracker: Tracker, run_id: str) -> Pretraining:
