@@ -14,7 +14,7 @@ from ssl_ray.cohort.phantom import write_cohort
 from ssl_ray.config import Preparation, Study
 from ssl_ray.console import say, track
 from ssl_ray.experiment import dump
-from ssl_ray.finetune.grid import GridResult, check_transfer, finetune
+from ssl_ray.finetune.grid import BAD_VOLUMES, GridResult, check_transfer, finetune
 from ssl_ray.pretrain.train import Pretrained, pretrain
 from ssl_ray.report.write import Report, write_report
 from ssl_ray.tracking import Tracker
@@ -110,6 +110,7 @@ class Runner:
         """
         given = self.study.finetune.weights
         if given:
+            say(f"pretrained weights are given: {given}")
             content = Path(given).read_bytes()
             return Pretrained(Path(given).absolute(), hashlib.sha256(content).hexdigest()[:16])
         if not self.pretrains:
@@ -140,7 +141,9 @@ class Runner:
         return write_report(self.study, self.study.folder)
 
     def _settle(self, bad: Sequence[BadVolume]) -> None:
+        record = self.study.folder / BAD_VOLUMES
         if not bad:
+            record.unlink(missing_ok=True)
             return
         width = max(len(one.id) for one in bad)
         table = "\n".join(f"  {one.id:<{width}}  {one.reason}" for one in bad)
@@ -150,7 +153,6 @@ class Runner:
                 f"in the store):\n{table}"
             )
         self.study.folder.mkdir(parents=True, exist_ok=True)
-        record = self.study.folder / "bad_volumes.json"
         record.write_text(json.dumps({one.id: one.reason for one in bad}, indent=1))
         say(f"going on without {len(bad)} volumes, recorded in {record}:\n{table}")
 

@@ -227,6 +227,9 @@ def test_a_bad_volume_ends_in_one_message_and_code_2(
     out = capfd.readouterr().out
     assert "going on without 1 volumes" in out
     assert "prepared 0 of 12 volumes now" in out
+    assert list(json.loads((load(path).folder / "bad_volumes.json").read_text())) == [
+        victim.name.removesuffix(".nii.gz")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,17 @@ def test_a_stream_from_the_middle_goes_on_where_another_stopped(ray_cluster, fee
         np.testing.assert_array_equal(batch.indices, everything[step].indices)
 
 
+def test_blocks_are_not_cut_in_two(ray_cluster, feed, monkeypatch):
+    """However small Ray Data would like its blocks, every block stays whole and so with its rank."""
+    from ray.data import DataContext
+
+    monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", 4 * 16**3)
+    ranks, _ = streams(feed, 2)
+    for step in range(feed.plan.steps):
+        for rank, stream in enumerate(ranks):
+            assert next(stream).indices.tolist() == list(feed.plan.rank_samples(step, rank, 2))
+
+
 def test_a_failing_read_reaches_the_training_thread(ray_cluster, feed):
     """A volume that vanished from the store stops the step that needs it, with its name."""
     Store(feed.store).path("cc3", "image.npy").unlink()

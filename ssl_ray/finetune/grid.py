@@ -30,6 +30,10 @@ CELLS = "cells.json"
 """Artifact of the grid's run: the key of every cell, by which the report finds its run."""
 
 
+BAD_VOLUMES = "bad_volumes.json"
+"""In the study's folder, and an artifact of the grid's run: the volumes that were left out, and why."""
+
+
 @dataclass(frozen=True)
 class GridResult:
     """The grid's MLflow run, how many cells were trained now or before, and which failed for good."""
@@ -97,6 +101,8 @@ def finetune(
     }
     grid_run = tracker.open("grid", grid_key, "grid", study_params(study, "finetune"))
     grid_run.text(config_yaml, "experiment.yaml")
+    if (study.folder / BAD_VOLUMES).is_file():
+        grid_run.artifact(study.folder / BAD_VOLUMES)
     # A grid that was once wider keeps its other cells: keys are digests, so the union is right.
     named = json.loads(tracker.read(grid_run.id, CELLS) or b"{}") | {cell.name: key for cell, key in keys.items()}
     grid_run.text(json.dumps(named, indent=1), CELLS)
