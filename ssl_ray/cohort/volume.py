@@ -76,7 +76,9 @@ def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
         raise ValueError(f"{path}: cannot read: {error.strerror}") from error
     try:
         image = _parse(raw)
-    except (HeaderDataError, ImageFileError, isal_zlib.error, EOFError, OSError, OverflowError, ValueError) as error:
+    except EOFError as error:
+        raise ValueError(f"{path}: truncated gzip: {error}") from error
+    except (HeaderDataError, ImageFileError, isal_zlib.error, OSError, OverflowError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     shape = image.shape[:3]
     voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape)
