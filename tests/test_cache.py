@@ -271,7 +271,7 @@ def bad_case(folder: Path, kind: str) -> tuple[Case, str]:
     match kind:
         case "truncated":
             case.image.write_bytes(case.image.read_bytes()[:-100])
-            return case, f"{case.image}: Compressed file ended before"
+            return case, f"{case.image}: truncated gzip: Compressed file ended before"
         case "missing":
             case.image.unlink()
             return case, f"{case.image}: cannot read: No such file"
