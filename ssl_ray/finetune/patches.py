@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssl_ray.cohort.cache import Volume, open_array, read_patch
 from ssl_ray.config import Augmentation, Finetune
+from ssl_ray.seeding import generator
 
 _ORDER, _PATCH = 11, 12
 _TRIES = 200
@@ -35,10 +36,10 @@ class PatchSampler:
         images, labels = [], []
         for place in range(step * config.volumes_per_step, (step + 1) * config.volumes_per_step):
             epoch, index = divmod(place, len(self.volumes))
-            order = _random(self.seed, _ORDER, epoch).permutation(len(self.volumes))
+            order = generator(self.seed, _ORDER, epoch).permutation(len(self.volumes))
             volume = self.volumes[order[index]]
             for patch in range(config.patches_per_volume):
-                random = _random(self.seed, _PATCH, place * config.patches_per_volume + patch)
+                random = generator(self.seed, _PATCH, place * config.patches_per_volume + patch)
                 image, label = self._crop(volume, random)
                 image, label = augment(image, label, config.augmentation, random)
                 images.append(image)
@@ -89,7 +90,3 @@ def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.rando
         turns = turns // 2 * 2  # a quarter turn would exchange the sides
     image, label = (torch.rot90(torch.flip(volume, axes), turns) for volume in (image, label))
     return image + shift, label
-
-
-def _random(seed: int, stream: int, index: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))

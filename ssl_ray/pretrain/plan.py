@@ -12,6 +12,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from ssl_ray.seeding import generator
+
 _ORDER, _ORIGIN, _VALIDATION = 1, 2, 3
 """Streams of random numbers of one seed that must not overlap."""
 
@@ -80,15 +82,10 @@ class Plan:
 
     def _origin(self, volume: int, seed: int, stream: int, index: int) -> tuple[int, int, int]:
         room = np.maximum(self.shapes[volume] - self.patch_size, 0) + 1
-        x, y, z = _random(seed, stream, index).integers(0, room)
+        x, y, z = generator(seed, stream, index).integers(0, room)
         return int(x), int(y), int(z)
 
 
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, volumes: int) -> npt.NDArray[np.int64]:
-    return _random(seed, _ORDER, epoch).permutation(volumes)
-
-
-def _random(seed: int, stream: int, index: int) -> np.random.Generator:
-    """Counter-based (Salmon et al., SC 2011): any index costs the same, none depends on another."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
+    return generator(seed, _ORDER, epoch).permutation(volumes)
