@@ -8,23 +8,29 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 import torch
 from monai.networks.blocks.selfattention import SABlock
 from monai.networks.nets import UNETR, ViTAutoEnc
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ssl_ray.config import VIT_LAYERS, VIT_PATCH, Network
+from ssl_ray.files import BREAKS, open_file, shown
 
 _DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
 _POSITIONS = "patch_embedding.position_embeddings"
 # No loss ever reached these: 0.8 had a class token that was not used, 1.4 and 1.5 cross-attention, 1.6 its norm alone.
 _IDLE = re.compile(r"patch_embedding\.cls_token|blocks\.\d+\.(norm_cross_attn|cross_attn)\..+")
@@ -96,6 +102,37 @@ def use_fast_attention(module: nn.Module) -> None:
     for block in module.modules():
         if isinstance(block, SABlock):
             block.use_flash_attention = True
+
+
+def use_patch_products(module: nn.Module) -> None:
+    """Compute convolutions whose kernel is their stride as what they are, matrix products, in place.
+
+    In the builders' networks those are the patch embedding and all transposed convolutions, none of them padded.
+    Parameters and their names stay, and the results are the same to rounding. In bfloat16 it takes half the time on a
+    CPU, in float32 up to 1.5 times.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv3d | nn.ConvTranspose3d) and layer.kernel_size == layer.stride != (1, 1, 1):
+            layer.__class__ = _PatchConv if isinstance(layer, nn.Conv3d) else _PatchConvTranspose
+
+
+class _PatchConv(nn.Conv3d):
+    def forward(self, x: Tensor) -> Tensor:
+        (p, q, r), (batch, channels, *sides) = self.kernel_size, x.shape
+        grid = [side // width for side, width in zip(sides, self.kernel_size, strict=True)]
+        patches = x.view(batch, channels, grid[0], p, grid[1], q, grid[2], r).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        patches = patches.reshape(batch, math.prod(grid), channels * p * q * r)
+        tokens = nn.functional.linear(patches, self.weight.flatten(1), self.bias)
+        return tokens.transpose(1, 2).reshape(batch, -1, *grid)
+
+
+class _PatchConvTranspose(nn.ConvTranspose3d):
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        (p, q, r), (batch, _, *grid) = self.kernel_size, x.shape
+        bias = None if self.bias is None else self.bias.repeat_interleave(p * q * r)
+        voxels = nn.functional.linear(x.flatten(2).transpose(1, 2), self.weight.flatten(1).T, bias)
+        voxels = voxels.view(batch, *grid, self.out_channels, p, q, r).permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return voxels.reshape(batch, self.out_channels, grid[0] * p, grid[1] * q, grid[2] * r)
 
 
 @dataclass(frozen=True)
@@ -228,6 +265,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ValueError: an unreadable file, or one that holds anything else than named tensors.
     """
     try:
+        with open_file(path) as file:
+            _check_uncompressed(file)
         content: object = (
             load_file(path)
             if path.suffix == ".safetensors"
@@ -249,11 +288,19 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """The metadata in a file that `load_weights` has read; empty for a torch file, which has none."""
+    """The metadata in a safetensors file, each value as one short line; empty for a torch file, which has none.
+
+    Raises:
+        ValueError: for a file that `load_weights` would refuse as well.
+    """
     if path.suffix != ".safetensors":
         return {}
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
+    try:
+        open_file(path).close()
+        with safe_open(path, "pt") as file:
+            return {name: shown(value) for name, value in (file.metadata() or {}).items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot read the metadata: {shown(error)}") from error
 
 
 def _freeze_idle(vit: nn.Module) -> None:
@@ -311,13 +358,38 @@ def _resample(positions: Tensor, grid: Sequence[int], target: Sequence[int]) -> 
     return nn.functional.interpolate(volume, tuple(target), mode="trilinear").flatten(2).transpose(1, 2)
 
 
+def _check_uncompressed(file: BinaryIO) -> None:
+    """Refuse a zip that promises more than the file holds: torch writes none, and would allocate what is promised."""
+    if zipfile.is_zipfile(file):
+        promised = sum(record.file_size for record in zipfile.ZipFile(file).infolist())
+        if promised > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"its records promise {promised} bytes, more than it has")
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str) and len(key) < 1000 and not BREAKS.search(key)
+
+
 def _plain(state: object, source: str) -> dict[str, Tensor]:
     """The state dict without DDP's prefix."""
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{source}: expected a state dict, got {type(state).__name__} without tensors")
-    strange = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    strange = [key for key, value in state.items() if not (_is_name(key) and isinstance(value, Tensor))]
     if strange:
-        raise ValueError(f"{source}: expected a state dict of named tensors, but {strange[0]!r} is not one")
+        name = shown(repr(strange[0]), 80)
+        raise ValueError(f"{source}: expected a state dict of named tensors, but {name} is not one")
+    odd = [
+        key
+        for key, value in state.items()
+        if value.layout != torch.strided
+        or value.is_nested
+        or value.is_meta
+        or value.dtype not in _DTYPES
+        # One number that is told to stand for a million million of them.
+        or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+    ]
+    if odd:
+        raise ValueError(f"{source}: {shown(odd[0], 80)}: not a dense tensor of real numbers")
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}
 

@@ -161,7 +161,7 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("pretrain.preparation.spacing", [1, 0, 1], "pretrain.preparation.spacing.1: input should be greater than 0"),
         ("pretrain.preparation.spacing", math.inf, "pretrain.preparation.spacing.0: input should be a finite number"),
         ("pretrain.preparation.orientation", "RPI", "orientation: input should be 'RAS', 'LPS' or 'LAS', got 'RPI'"),
-        ("pretrain.workers", 3, "batch_size must be a multiple of workers, got 8 patches for 3 workers"),
+        ("pretrain.workers", 9, "batch_size must give every worker a patch, got 8 for 9 workers"),
         ("pretrain.patch_size", [96, 96, 48], "a box of 64 voxels does not fit into patch_size [96, 96, 48]"),
         ("pretrain.corruption.shuffle_size", 97, "corruption: a box of 97 voxels does not fit"),
         ("pretrain.corruption.inpaint_size", [9, 8], "inpaint_size: the smallest side must not exceed the largest"),
@@ -348,7 +348,8 @@ def test_any_value_anywhere_loads_or_is_refused(value: Any, section: tuple[str, 
         node[section[-1] if section else key] = value
     message = "study.yaml: "
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "read_text", lambda self, encoding: yaml.safe_dump(tree, allow_unicode=True))
+        text = yaml.safe_dump(tree, allow_unicode=True)
+        patch.setattr("ssl_ray.experiment.read_file", lambda path, most: text.encode(errors="surrogatepass"))
         try:
             assert load("study.yaml").pretrain.sources
         except ValueError as error:

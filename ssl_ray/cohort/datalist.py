@@ -8,15 +8,19 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ssl_ray.config import LabelledCohort, Source
+from ssl_ray.files import BREAKS, read_file, shown
 
 SECTIONS = ("training", "validation", "test")
 SUFFIXES = (".nii.gz", ".nii")
+_MOST_BYTES, _MOST_ENTRIES = 20_000_000, 250_000
+"""Of a list and of a section: terabytes of volumes, and still read within half a gigabyte and a minute."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,16 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> 
     base = Path(os.path.abspath(root))
     path = base / datalist
     tree = _read_json(path)
-    sections = {name: _entries(tree, name, path) for name in SECTIONS}
-    if labelled:
-        sections["test"] = [entry for entry in sections["test"] if "label" in entry[1]]
+    real = _resolver()
     cases = {
-        name: tuple(_case(base, path, place, entry, labelled) for place, entry in entries)
-        for name, entries in sections.items()
+        name: tuple(
+            _case(base, path, place, entry, labelled, real)
+            for place, entry in _entries(tree, name, path)
+            if name != "test" or not labelled or "label" in entry
+        )
+        for name in SECTIONS
     }
-    _check_repeats(path, cases)
+    _check_repeats(path, cases, real)
     _check_exists(path, cases)
     named = _unique_ids(cases, base)
     if not named["training"]:
@@ -162,7 +168,7 @@ def _files(cases: Iterable[Case]) -> list[tuple[Path, Path | None]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(read_file(path, _MOST_BYTES).decode(), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise ValueError(f"{path}: cannot read the datalist: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -172,49 +178,76 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _entries(tree: dict[str, Any], section: str, path: Path) -> list[tuple[str, dict[str, str]]]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses a key that stands twice, of which JSON would silently keep the last."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {shown(twice, 80)!r} stands twice")
+    return tree
+
+
+def _entries(tree: dict[str, Any], section: str, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     entries = tree.get(section, [])
     if not isinstance(entries, list):
         raise ValueError(f"{path}: {section}: must be a list, got {type(entries).__name__}")
-    checked = []
+    if len(entries) > _MOST_ENTRIES:
+        raise ValueError(f"{path}: {section}: must list at most {_MOST_ENTRIES} volumes, got {len(entries)}")
     for number, entry in enumerate(entries):
         place = f"{section}[{number}]"
         fields = {"image": entry} if isinstance(entry, str) else entry
         if not isinstance(fields, dict) or "image" not in fields:
-            raise ValueError(f"{path}: {place}: must be a path or {{image, label}}, got {str(entry)[:80]}")
+            raise ValueError(f"{path}: {place}: must be a path or {{image, label}}, got {shown(entry, 80)}")
         for key in ("image", "label"):
             if key in fields and not _is_path(fields[key]):
                 raise ValueError(f"{path}: {place}.{key}: must be a path, got {str(fields[key])[:80]!r}")
-        checked.append((place, fields))
-    return checked
+        yield place, fields
 
 
 def _is_path(value: Any) -> bool:
-    """Whether the file system could take it: no other type, no NUL, no half of a surrogate pair."""
-    return isinstance(value, str) and bool(re.fullmatch(r"[^\0\ud800-\udfff]+", value))
+    """Whether the file system and one line of a message can take it: no other type, no control character."""
+    return isinstance(value, str) and bool(value) and not BREAKS.search(value)
 
 
-def _case(base: Path, path: Path, place: str, entry: dict[str, str], labelled: bool) -> Case:
+def _resolver() -> Callable[[str], str]:
+    """`os.path.realpath` of normal paths that resolves each folder once: a list has many files in few folders."""
+    folder = cache(os.path.realpath)
+
+    def real(path: str) -> str:
+        if os.path.islink(path):
+            return os.path.realpath(path)
+        above, name = os.path.split(path)
+        return os.path.join(folder(above), name)
+
+    return real
+
+
+def _case(
+    base: Path, path: Path, place: str, entry: dict[str, str], labelled: bool, real: Callable[[str], str]
+) -> Case:
     if labelled and "label" not in entry:
-        raise ValueError(f"{path}: {place}: needs a 'label', got only {entry['image']}")
+        raise ValueError(f"{path}: {place}: needs a 'label', got only {shown(entry['image'])}")
     inside = {}
     for key in ("image", "label") if labelled else ("image",):
-        target = Path(os.path.normpath(base / entry[key]))
+        target = os.path.normpath(os.path.join(base, entry[key]))
         # A link inside the root may point elsewhere only as a whole tree: what counts is where the file really is.
-        real = Path(os.path.realpath(target))
-        if not target.is_relative_to(base) or not real.is_relative_to(os.path.realpath(base)):
-            raise ValueError(f"{path}: {place}.{key}: {entry[key]} leaves the root {base}")
-        if not target.name.endswith(SUFFIXES):
-            raise ValueError(f"{path}: {place}.{key}: {entry[key]} must end in .nii or .nii.gz")
-        inside[key] = target
+        if not _is_below(target, str(base)) or not _is_below(real(target), real(os.path.join(base, ""))):
+            raise ValueError(f"{path}: {place}.{key}: {shown(entry[key])} leaves the root {base}")
+        if not target.endswith(SUFFIXES):
+            raise ValueError(f"{path}: {place}.{key}: {shown(entry[key])} must end in .nii or .nii.gz")
+        inside[key] = Path(target)
     return Case(stem(inside["image"]), inside["image"], inside.get("label"))
 
 
-def _check_repeats(path: Path, cases: dict[str, tuple[Case, ...]]) -> None:
+def _is_below(path: str, folder: str) -> bool:
+    return path.startswith(os.path.join(folder, ""))
+
+
+def _check_repeats(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[[str], str]) -> None:
     where: dict[str, str] = {}
     for section, listed in cases.items():
         for case in listed:
-            file = os.path.realpath(case.image)  # a link is no other volume
+            file = real(str(case.image))  # a link is no other volume
             before = where.get(file)
             if before == section:
                 raise ValueError(f"{path}: {section}: {case.image} is listed twice")
@@ -228,20 +261,20 @@ def _check_exists(path: Path, cases: dict[str, tuple[Case, ...]]) -> None:
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         more = f" (and {len(missing) - 1} more of {len(files)} files)" if len(missing) > 1 else ""
-        raise ValueError(f"{path}: no such file: {missing[0]}{more}")
+        raise ValueError(f"{path}: no such file: {shown(missing[0])}{more}")
 
 
 def _unique_ids(cases: dict[str, tuple[Case, ...]], base: Path) -> dict[str, tuple[Case, ...]]:
     """File names as ids, or the path below the root where two files have the same name (.nii beside .nii.gz: all)."""
 
     def names(case: Case) -> tuple[str, str, str]:
-        below = case.image.relative_to(base)
-        return case.id, (below.parent / case.id).as_posix(), below.as_posix()
+        below = str(case.image)[len(os.path.join(base, "")) :]
+        return case.id, os.path.join(os.path.dirname(below), case.id), below
 
     count = Counter(name for listed in cases.values() for case in listed for name in set(names(case)))
 
     def name(case: Case) -> Case:
-        return replace(case, id=next(name for name in names(case) if count[name] == 1))
+        return case if count[case.id] == 1 else replace(case, id=next(name for name in names(case) if count[name] == 1))
 
     return {section: tuple(name(case) for case in listed) for section, listed in cases.items()}
 
@@ -249,9 +282,12 @@ def _unique_ids(cases: dict[str, tuple[Case, ...]], base: Path) -> dict[str, tup
 def _labels(tree: dict[str, Any], path: Path) -> dict[int, str]:
     labels = tree.get("labels", {})
     try:
-        return {int(value): str(name) for value, name in labels.items()}
+        named = {int(value): shown(name) for value, name in labels.items()}
     except (AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: labels: must map label values to names, got {str(labels)[:80]}") from error
+        raise ValueError(f"{path}: labels: must map label values to names, got {shown(labels, 80)}") from error
+    if min(named, default=0) < 0:
+        raise ValueError(f"{path}: labels: must map label values to names, none negative, got {min(named)}")
+    return named
 
 
 def _select(listed: Datalist, ids: Sequence[str], size: int) -> Datalist:

@@ -18,12 +18,17 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from ssl_ray.config import Preparation
+from ssl_ray.files import read_file, shown
 
 VERSION = 2
 """Part of the cache key: raise it whenever `prepare` gives another result for the same input."""
 
 _DEFLATE_RATIO = 1032
 """No deflate stream inflates by more (RFC 1951: 258 bytes from 2 bits), so a header that promises more lies."""
+_MOST_READ = 2**31
+"""Voxels of a file, more than a photon-counting CT of a whole body: a kilobyte can promise any number."""
+_MOST_BEFORE = 2**26
+"""Bytes of header extensions in a gzip, which may hold a thousand times its size."""
 _MOST_VOXELS = 2**29
 """Of a resampled volume, more than a whole body at 1 mm: one affine in the wrong unit must not exhaust the memory."""
 _CHUNK = 2**24
@@ -70,21 +75,22 @@ def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
     Raises:
         ValueError: when the file is not a whole, finite 3D volume with an invertible affine; names file and rule.
     """
+    place = shown(path, 5000)
     try:
-        raw = path.read_bytes() if content is None else content
+        raw = read_file(path) if content is None else content
     except OSError as error:
-        raise ValueError(f"{path}: cannot read: {error.strerror}") from error
+        raise ValueError(f"{place}: cannot read: {error.strerror}") from error
     try:
         image = _parse(raw)
+        with np.errstate(over="ignore"):  # told below
+            voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(image.shape[:3])
     except EOFError as error:
-        raise ValueError(f"{path}: truncated gzip: {error}") from error
+        raise ValueError(f"{place}: truncated gzip: {error}") from error
     except (HeaderDataError, ImageFileError, isal_zlib.error, OSError, OverflowError, ValueError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    shape = image.shape[:3]
-    voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape)
+        raise ValueError(f"{place}: {' '.join(str(error).split())}") from error
     if not np.isfinite(voxels).all():
         count = int(voxels.size - np.isfinite(voxels).sum())
-        raise ValueError(f"{path}: {count} of {voxels.size} voxels are not finite (NaN or infinite)")
+        raise ValueError(f"{place}: {count} of {voxels.size} voxels are not finite (NaN or infinite)")
     return Nifti(voxels, np.asarray(image.affine, dtype=np.float64))
 
 
@@ -97,7 +103,9 @@ def read_label(path: Path, content: bytes | None = None) -> Nifti:
     label = read_nifti(path, content)
     low, high = float(label.voxels.min()), float(label.voxels.max())
     if low < 0 or high > 255 or not np.array_equal(label.voxels, np.rint(label.voxels)):
-        raise ValueError(f"{path}: label values must be integers in 0..255, got values from {low:g} to {high:g}")
+        raise ValueError(
+            f"{shown(path, 5000)}: label values must be integers in 0..255, got values from {low:g} to {high:g}"
+        )
     return label
 
 
@@ -176,17 +184,19 @@ def _parse(raw: bytes) -> Any:
     """A nibabel image over checked bytes; nothing is kept that the header does not account for."""
     compressed = raw[:2] == b"\x1f\x8b"
     with igzip.open(io.BytesIO(raw)) if compressed else io.BytesIO(raw) as stream:
-        head = stream.read(540)
-        if len(head) < 352:
-            raise ValueError(f"not a NIfTI file: {len(head)} bytes of header, expected at least 352")
+        head = stream.read(544)
         second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
         kind = nib.Nifti2Image if second else nib.Nifti1Image
+        if len(head) < (least := kind.header_class.single_vox_offset):
+            raise ValueError(f"not a NIfTI file: {len(head)} bytes of header, expected at least {least}")
         # The block alone: extensions may be longer than what has been read so far.
-        header = kind.header_class(head[: kind.header_class.sizeof_hdr], check=True)
-        size = _check_header(header)
+        header = kind.header_class(head[: kind.header_class.sizeof_hdr], check=False)
+        start, size = _check_header(header)
         if compressed:
             if size > _DEFLATE_RATIO * len(raw):
                 raise ValueError(f"the header promises {size} bytes, more than {len(raw)} compressed bytes can hold")
+            if start > _MOST_BEFORE:
+                raise ValueError(f"vox_offset is {start}, more than {_MOST_BEFORE}")
             raw = _inflate(head, stream, size)
     if len(raw) < size:
         raise ValueError(f"truncated: {len(raw)} bytes of the {size} that the header promises")
@@ -194,11 +204,22 @@ def _parse(raw: bytes) -> Any:
     affine = image.affine
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ValueError(f"the affine must be finite and invertible, got {np.round(affine, 3).tolist()}")
+    sides = nib.affines.voxel_sizes(affine)
+    skewed = abs(np.linalg.det(affine[:3, :3])) < 1e-3 * sides.prod()
+    if skewed or sides.min() < 1e-3 or sides.max() > 1e3 or np.abs(affine[:3, 3]).max() > 1e6:
+        raise ValueError(
+            f"the affine must have voxel sides of 0.001 to 1000 mm, axes that are not parallel and an origin within "
+            f"1 km, got {affine.tolist()}"
+        )
     return image
 
 
-def _check_header(header: Any) -> int:
-    """Bytes of the whole file, by its header."""
+def _check_header(header: Any) -> tuple[int, int]:
+    """Bytes before the voxels and of the whole file, by its header."""
+    start, least = float(header["vox_offset"]), header.single_vox_offset
+    if header["magic"].item()[:2] == b"n+" and (not start.is_integer() or start < least):
+        raise ValueError(f"vox_offset must be an integer of at least {least}, not NaN or infinite, got {start:g}")
+    header.check_fix()
     if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
         raise ValueError(f"not a single-file NIfTI: magic {header['magic'].item()!r}")
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
@@ -208,17 +229,27 @@ def _check_header(header: Any) -> int:
         raise ValueError(f"must be a 3D volume, got shape {tuple(shape)}")
     if min(shape) < 1 or min(shape[:3]) < 2:
         raise ValueError(f"every axis must have at least 2 voxels, got shape {tuple(shape)}")
-    slope, intercept = header.get_slope_inter()
-    if not all(value is None or math.isfinite(value) for value in (slope, intercept)):
+    count = math.prod(int(side) for side in shape)
+    if count > _MOST_READ:
+        raise ValueError(f"shape {tuple(shape)} are {count:.3g} voxels, more than {_MOST_READ}")
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    # NaN and 0 stand for a slope that is not given (NIfTI, SPM); infinite is broken, and nibabel would not say so.
+    if math.isinf(slope) or (not math.isnan(slope) and slope and not math.isfinite(intercept)):
         raise ValueError(f"scl_slope and scl_inter must be finite, got {slope} and {intercept}")
-    return int(header.get_data_offset()) + math.prod(int(side) for side in shape) * int(dtype.itemsize)
+    return int(start), int(start) + count * int(dtype.itemsize)
 
 
 def _inflate(head: bytes, stream: Any, size: int) -> bytes:
-    """At least the first `size` bytes; read to the end of the stream, as a gzip checksum stands behind its data."""
+    """At least the first `size` bytes; read to the end of the stream, as a gzip checksum stands behind its data.
+
+    Raises:
+        ValueError: where as much again follows and more, which would be time spent on a bomb.
+    """
     parts, found = [head], len(head)
     while part := stream.read(_CHUNK):
         if found < size:
             parts.append(part)
         found += len(part)
+        if found > 2 * size + 4 * _CHUNK:
+            raise ValueError(f"the gzip holds more than twice the {size} bytes that the header promises")
     return b"".join(parts)

@@ -1,0 +1,49 @@
+"""Files that others wrote: read with a bound, and named on one line."""
+
+import errno
+import os
+import re
+import stat
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Characters that break a line, steer a terminal, or cannot be written down: control characters and half surrogates."""
+
+
+def open_file(path: Path, most: int | None = None) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Args:
+        path: a file, or a link to one.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: also for a FIFO, on which reading would wait for ever, and for a device, which may have no end.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    status = os.fstat(file.fileno())
+    reason = None
+    if not stat.S_ISREG(status.st_mode):
+        reason = (errno.EINVAL, "not a regular file")
+    elif most is not None and status.st_size > most:
+        reason = (errno.EFBIG, f"{status.st_size} bytes are more than the {most} that it may have")
+    if reason:
+        file.close()
+        raise OSError(*reason, str(path))
+    return file
+
+
+def read_file(path: Path, most: int | None = None) -> bytes:
+    """The content of a regular file; arguments and errors as for `open_file`."""
+    with open_file(path, most) as file:
+        return file.read()
+
+
+def shown(value: Any, length: int = 300) -> str:
+    """A value as part of a message: one line, at most `length` characters."""
+    text = str(value)
+    if len(text) > length:
+        text = f"{text[: length - 3]}..."
+    return BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
