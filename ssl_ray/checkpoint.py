@@ -4,12 +4,17 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ssl_ray.files import open_file, read_file, shown
+from ssl_ray.mirror import Mirror
+
+_MOST_MANIFEST = 2**16
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
@@ -31,34 +36,92 @@ def load_state(folder: Path) -> dict[str, Any]:
         ValueError: when the checkpoint is torn, was changed, or holds anything but tensors and plain values.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(read_file(folder / "manifest.json", _MOST_MANIFEST))
         found = _digest(folder / "state.pt")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: not a whole checkpoint: {error}") from error
-    if found != manifest.get("sha256"):
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}: not a whole checkpoint: {shown(error)}") from error
+    if not isinstance(manifest, dict) or found != manifest.get("sha256"):
         raise ValueError(f"{folder}: state.pt does not match its digest: torn or changed after it was written")
     try:
-        state: dict[str, Any] = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{folder}: state.pt cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder}: state.pt cannot be loaded: {shown(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{folder}: state.pt must hold a dict, got {type(state).__name__}")
     return state
 
 
-def save_latest(folder: Path, state: Mapping[str, Any]) -> None:
-    """`save_state` into `<folder>/<step>`; the checkpoint before it stays as a fallback, older ones go."""
-    save_state(folder / f"{state['step']:08d}", state)
-    for old in sorted(folder.iterdir())[:-2]:
-        shutil.rmtree(old)
+def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: Mirror | None = None) -> None:
+    """`save_state` into `<folder>/<step>`; the newest `keep` whole checkpoints stay, everything else goes.
+
+    Args:
+        folder: of the checkpoints.
+        state: as for `save_state`.
+        keep: how many.
+        mirror: of the output, where that is in an object store.
+
+    Raises:
+        OSError: when the checkpoint could not be kept; the ones before are still there.
+    """
+    mirror = mirror or Mirror(folder)
+    path = folder / f"{state['step']:08d}"
+    save_state(path, state)
+    mirror.push(path)
+    steps = {old.name for old in folder.iterdir()} | mirror.names(folder)
+    whole = sorted(name for name in steps if name <= path.name and mirror.has(folder / name / "manifest.json"))
+    for name in steps - set(whole[-keep:]):
+        mirror.drop(folder / name)
 
 
-def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint that `save_latest` left in a folder, or None."""
-    for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []:
+def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:
+    """The newest checkpoint of `save_latest` that is whole and, where a key is given, was saved under it; or None."""
+    mirror = mirror or Mirror(folder)
+    for name in sorted(mirror.names(folder), reverse=True):
+        path = folder / name
+        mirror.pull(path)
         try:
-            return load_state(path)
+            state = load_state(path)
+            if key is not None and state.get("key") != key:
+                raise ValueError(f"{path}: belongs to another configuration ({state.get('key')}, not {key})")
         except ValueError as error:
             logging.getLogger(__name__).warning("%s; trying the one before", error)
+        else:
+            return state
     return None
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of nested containers on the CPU that later training steps do not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
+class Saver:
+    """Writes checkpoints in a thread of its own, one at a time and in order."""
+
+    def __init__(self, folder: Path, keep: int, mirror: Mirror | None = None) -> None:
+        self._folder, self._keep, self._mirror = folder, keep, mirror
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Begin to write a snapshot of `state`, once the one before is written.
+
+        Raises:
+            OSError: when the one before could not be written.
+        """
+        self.wait()
+        self._pending = self._pool.submit(save_latest, self._folder, snapshot(state), self._keep, self._mirror)
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        if self._pending:
+            self._pending.result()
 
 
 def digest(*parts: Any) -> str:
@@ -67,5 +130,5 @@ def digest(*parts: Any) -> str:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,9 +5,12 @@ that need the data (datalists, volumes) follow in `ssl_ray.cohort`.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ssl_ray.mirror import Mirror
+from ssl_ray.storage import Place, is_uri
 
 VIT_PATCH = 16
 """Side of a ViT token in voxels: MONAI's UNETR fixes it, and ViTAutoEnc wants a square number."""
@@ -17,8 +20,10 @@ VIT_LAYERS = 12
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Precision = Literal["auto", "float32", "bfloat16"]
+OnNonfinite = Literal["skip", "stop"]
+"""What follows a step whose loss or gradient is not finite; the weights are never changed by it."""
 
 
 def _three(value: Any) -> Any:
@@ -135,6 +140,13 @@ class Contrastive(Strict):
 class Pretrain(Strict):
     """Self-supervised pretraining of ViTAutoEnc."""
 
+    HOW: ClassVar[set[str]] = {
+        *("workers", "microbatch", "compile", "gpu", "cpus_per_worker", "block_megabytes", "max_failures"),
+        *("log_every", "picture_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
+        *("on_nonfinite", "max_skipped"),
+    }
+    """Settings of how a run is carried out, not of what it computes: they may change while it is interrupted."""
+
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     preparation: Preparation
     patch_size: PatchSize = (96, 96, 96)
@@ -147,9 +159,17 @@ class Pretrain(Strict):
     precision: Precision = "auto"
     validate_every: Positive = Field(2, description="epochs")
     picture_every: Positive = Field(5, description="validations")
-    checkpoint_every: Positive = Field(500, description="steps; a validation saves one as well")
+    checkpoint_every: Positive | None = Field(None, description="steps; beside checkpoint_minutes")
+    checkpoint_minutes: PositiveFloat = Field(5, description="since the last one; looked at when a step is logged")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
+        2, description="newest ones; should one be torn, the one before"
+    )
     log_every: Positive = Field(10, description="steps")
-    workers: Positive = 1
+    on_nonfinite: OnNonfinite = "skip"
+    max_skipped: Positive = Field(10, description="steps in a row whose loss or gradient is not finite")
+    workers: Positive | tuple[Positive, Positive] = Field(1, description="[least, most]: as many as the cluster holds")
+    microbatch: Positive | None = Field(None, description="patches a worker computes at once; more are accumulated")
+    compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
     gpu: bool = False
     cpus_per_worker: PositiveFloat = 1
     block_megabytes: PositiveFloat = Field(64, description="size of one Ray Data block")
@@ -158,9 +178,16 @@ class Pretrain(Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Pretrain":
         _check_patch(self.patch_size)
-        if self.batch_size % self.workers:
+        least, most = self.worker_range
+        if least > most:
+            raise ValueError(f"workers: the least must not exceed the most, got {[least, most]}")
+        if self.batch_size < most:
+            raise ValueError(f"batch_size must give every worker a patch, got {self.batch_size} for {most} workers")
+        if self.contrastive.enabled and (least < most or self.batch_size % most or self.microbatch):
             raise ValueError(
-                f"batch_size must be a multiple of workers, got {self.batch_size} patches for {self.workers} workers"
+                "contrastive.enabled: negatives are the other patches of a worker, so it needs a fixed number of "
+                f"workers that divides batch_size, and no microbatch; got workers {self.workers}, batch_size "
+                f"{self.batch_size}, microbatch {self.microbatch}"
             )
         if self.corruption.largest_box > min(self.patch_size):
             raise ValueError(
@@ -168,6 +195,11 @@ class Pretrain(Strict):
                 f"{list(self.patch_size)}"
             )
         return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Least and most workers."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
 
 
 class LabelledCohort(Strict):
@@ -217,6 +249,12 @@ class Grid(Strict):
 class Finetune(Strict):
     """Segmentation with UNETR over the grid."""
 
+    HOW: ClassVar[set[str]] = {
+        *("max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "max_failures", "compile"),
+        *("checkpoint_minutes", "on_nonfinite", "max_skipped"),
+    }
+    """Settings of how a trial is carried out, not of what it computes."""
+
     cohort: LabelledCohort
     preparation: Preparation
     patch_size: PatchSize = (96, 96, 96)
@@ -239,6 +277,10 @@ class Finetune(Strict):
     cpus_per_trial: PositiveFloat = 1
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0
     max_failures: Annotated[int, Field(ge=-1)] = 2
+    compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = Field(5, description="at a validation; 0: at every one")
+    on_nonfinite: OnNonfinite = "skip"
+    max_skipped: Positive = Field(10, description="steps in a row whose loss or gradient is not finite")
 
     @property
     def split_sizes(self) -> tuple[int, ...]:
@@ -278,6 +320,9 @@ class Study(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: str = "output"
     cache: str | None = Field(None, description="store of prepared volumes; <output>/cache if left out")
+    scratch: str | None = Field(
+        None, description="folder on each machine's own disk, used when output or cache is remote"
+    )
     seed: Seed = 0
     on_bad_volume: Literal["fail", "skip"] = "fail"
     phantom: PhantomCohort | None = None
@@ -287,15 +332,39 @@ class Study(Strict):
     tracking: Tracking = Tracking()
     cluster: LocalCluster = LocalCluster()
 
-    @property
-    def folder(self) -> Path:
-        """`<output>/<name>`, absolute: everything that this study writes except the cache and MLflow's own files."""
-        return Path(self.output).absolute() / self.name
+    @model_validator(mode="after")
+    def _places(self) -> "Study":
+        Place.parse(self.output), Place.parse(self.cache or "cache")
+        if is_uri(self.output) and not self.tracking.uri:
+            raise ValueError(
+                "output: in an object store there is no place for MLflow's database, so tracking.uri must name a server"
+            )
+        return self
 
     @property
-    def cache_folder(self) -> Path:
-        """The store of prepared volumes, absolute."""
-        return Path(self.cache or Path(self.output) / "cache").absolute()
+    def mirror(self) -> Mirror:
+        """The output folder on this machine, and where it is kept if `output` is in an object store."""
+        return Mirror.of(self.output, self.scratch)
+
+    @property
+    def folder(self) -> Path:
+        """`<output>/<name>`, absolute: everything that this study writes except the cache and MLflow's own files.
+
+        Of an output in an object store, the local folder that `mirror` keeps there.
+        """
+        return self.mirror.folder / self.name
+
+    @property
+    def ray_storage(self) -> dict[str, Any]:
+        """Where Ray keeps the state of a run: arguments of its `RunConfig`."""
+        place = Place.parse(self.output) / f"{self.name}/ray"
+        return {"storage_path": place.path} | ({} if place.local else {"storage_filesystem": place.filesystem})
+
+    @property
+    def cache_folder(self) -> Path | str:
+        """The store of prepared volumes: an absolute path, or a URI."""
+        place = Place.parse(self.cache) if self.cache else Place.parse(self.output) / "cache"
+        return place.local or place.uri
 
     @property
     def tracking_uri(self) -> str:

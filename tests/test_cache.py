@@ -3,9 +3,12 @@
 import json
 import multiprocessing
 import os
+import resource
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,10 @@ from monai.transforms import SpatialPad
 from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
 
 from ssl_ray.cohort import cache
-from ssl_ray.cohort.cache import Store, Volume, foreground_index, open_array, prepare_case, prepare_cohort, read_patch
+from ssl_ray.cohort import store as store_module
+from ssl_ray.cohort.cache import prepare_case, prepare_cohort
 from ssl_ray.cohort.datalist import Case
+from ssl_ray.cohort.store import Store, Volume, foreground_index, open_array, read_patch
 from ssl_ray.cohort.volume import VERSION, prepare, read_label, read_nifti
 from ssl_ray.config import Preparation
 
@@ -42,6 +47,19 @@ def files(store: Store) -> list[str]:
 def stored(store: Store, volume: Volume) -> dict[str, Array]:
     """The arrays of a volume, read without the cache of open files."""
     return {name: np.load(store.path(volume.key, f"{name}.npy")) for name in ("image", "label", "foreground")}
+
+
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """A tmpfs of a given size, writable or not; a test without the right to mount is skipped."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture
@@ -155,18 +173,18 @@ def test_the_key_does_not_cover_name_and_place(store: Store, case: Case, tmp_pat
     case.label.rename(moved.label)
     again, fresh = prepare_case(moved, PREPARATION, store)
     assert not fresh
-    assert (again.key, again.digest) == (first.key, first.digest)
+    assert (again.key, again.files) == (first.key, first.files)
     assert (again.id, again.image_source, again.label_source) == ("other", str(moved.image), str(moved.label))
 
 
-@pytest.mark.parametrize("target", ["np.save", "json.dump", "Path.rename", "os.fsync"])
+@pytest.mark.parametrize("target", ["Path.mkdir", "array", "Path.rename", "os.fsync"])
 def test_an_interrupted_put_leaves_no_volume(
     store: Store, case: Case, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     """Wherever writing stops, nothing is found under the key, and the next run completes it."""
     owner, name = {
-        "np.save": (np, "save"),
-        "json.dump": (json, "dump"),
+        "Path.mkdir": (Path, "mkdir"),
+        "array": (store_module, "_write_array"),
         "Path.rename": (Path, "rename"),
         "os.fsync": (os, "fsync"),
     }[target]
@@ -178,8 +196,7 @@ def test_an_interrupted_put_leaves_no_volume(
         patch.setattr(owner, name, fail)
         with pytest.raises(OSError, match="No space left"):
             prepare_case(case, PREPARATION, store)
-    assert files(store) == []
-    assert not list(store.folder.glob("tmp-*"))
+    assert not store.folder.exists() or (files(store) == [] and not list(store.folder.glob("tmp-*")))
     volume, fresh = prepare_case(case, PREPARATION, store)
     assert fresh
     assert store.get(volume.key) == volume
@@ -187,14 +204,14 @@ def test_an_interrupted_put_leaves_no_volume(
 
 def die_while_saving(case: Case, store: Store) -> None:
     saves = iter(range(10))
-    save = np.save
+    sync = os.fsync
 
-    def stop(file: Any, array: Array) -> None:
+    def stop(file: int) -> None:
         if next(saves) == 1:
             os._exit(9)  # as after SIGKILL, nothing is cleaned up
-        save(file, array)
+        sync(file)
 
-    np.save = stop  # type: ignore[assignment]
+    os.fsync = stop  # type: ignore[assignment]
     prepare_case(case, PREPARATION, store)
 
 
@@ -217,12 +234,123 @@ def test_a_killed_put_leaves_no_volume(store: Store, case: Case) -> None:
     assert store.get(volume.key) == volume
 
 
-def test_a_volume_that_lost_its_manifest_is_not_taken_for_whole(store: Store, case: Case) -> None:
-    """A folder that was half deleted by hand is named instead of being used."""
+def edited(path: Path) -> None:
+    path.write_text(path.read_text().replace('"levels": 65535', '"levels": 255'))
+
+
+def of_the_first_format(path: Path) -> None:
+    tree = json.loads(path.read_text())
+    del tree["seal"], tree["files"]
+    path.write_text(json.dumps(tree | {"digest": "0" * 64}))
+
+
+def bit_flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "image deleted": ("image.npy", Path.unlink),
+    "label deleted": ("label.npy", Path.unlink),
+    "foreground deleted": ("foreground.npy", Path.unlink),
+    "image cut": ("image.npy", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    "image empty": ("image.npy", lambda path: path.write_bytes(b"")),
+    "label longer": ("label.npy", lambda path: path.write_bytes(path.read_bytes() + b"x")),
+    "manifest deleted": ("manifest.json", Path.unlink),
+    "manifest torn": ("manifest.json", lambda path: path.write_bytes(path.read_bytes()[:100])),
+    "manifest not text": ("manifest.json", lambda path: path.write_bytes(b"\xff\xfe")),
+    "manifest of another kind": ("manifest.json", lambda path: path.write_text("[]")),
+    "manifest edited": ("manifest.json", edited),
+    "manifest of the first format": ("manifest.json", of_the_first_format),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_volume_is_prepared_again(store: Store, case: Case, damage: str) -> None:
+    """Whatever of it is missing, cut or from an older version, it is as it was, also for who reads it meanwhile."""
     volume, _ = prepare_case(case, PREPARATION, store)
-    store.path(volume.key, "manifest.json").unlink()
-    with pytest.raises(OSError, match=volume.key):
+    before, reading = stored(store, volume), open_array(store, volume.key, "foreground")
+    name, function = DAMAGE[damage]
+    function(store.path(volume.key, name))
+    assert store.get(volume.key) is None
+    assert prepare_case(case, PREPARATION, store) == (volume, True)
+    for found, expected in zip(stored(store, volume).values(), before.values(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(reading, before["foreground"])
+    assert prepare_case(case, PREPARATION, store, verify=True) == (volume, False)
+    assert not list(store.folder.glob("tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["image", "label", "foreground"])
+def test_an_altered_file_is_found_by_its_digest(store: Store, case: Case, name: str) -> None:
+    """One bit in any file is seen when all are verified, and mended."""
+    volume, _ = prepare_case(case, PREPARATION, store)
+    before = stored(store, volume)
+    bit_flipped(store.path(volume.key, f"{name}.npy"))
+    assert store.get(volume.key) == volume
+    assert store.get(volume.key, verify=True) is None
+    assert prepare_case(case, PREPARATION, store, verify=True) == (volume, True)
+    for found, expected in zip(stored(store, volume).values(), before.values(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_file_that_is_no_array_is_named(store: Store, case: Case) -> None:
+    """Damage between the check and the training ends it in one line that says what to do."""
+    volume, _ = prepare_case(case, PREPARATION, store)
+    path = store.path(volume.key, "image.npy")
+    for content in (b"", path.read_bytes()[:-10], b"x" * 1000):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"image\.npy: damaged \(.*\); preparing the cohort again mends it"):
+            open_array(store, volume.key)
+
+
+def prepare_with_little_room(case: Case, store: Store, answers: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+    try:
         prepare_case(case, PREPARATION, store)
+    except OSError as error:
+        answers.put(str(error))
+
+
+def test_a_file_that_must_not_grow_is_named(store: Store, case: Case) -> None:
+    """The operating system's reason comes with the store's place, and nothing of the volume is left."""
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    process = context.Process(target=prepare_with_little_room, args=(case, store, answers))
+    process.start()
+    process.join()
+    assert answers.get() == f"{store.folder}: cannot write a volume: File too large"
+    assert list(store.folder.iterdir()) == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_full_disk_ends_the_preparation_and_keeps_what_there_is(tmp_path: Path) -> None:
+    """The error is one line with the store's place; the volumes that fitted are whole, and there is no half one."""
+    small = make_case(tmp_path)
+    large = Case("large", write_nifti(tmp_path / "large.nii.gz", smooth_ct((90, 90, 40)), AFFINE))
+    with small_disk(tmp_path / "disk", "size=64k") as disk:
+        store = Store(disk / "store")
+        volume, _ = prepare_case(small, PREPARATION, store)
+        with pytest.raises(ValueError, match=r"^\S+/disk/store: cannot write a volume: No space left on device$"):
+            prepare_cohort([large, small], PREPARATION, store)
+        assert store.get(volume.key, verify=True) == volume
+        assert len(files(store)) == 4
+        assert not list(store.folder.glob("tmp-*"))
+
+
+def test_a_read_only_store_serves_what_it_has(tmp_path: Path, case: Case) -> None:
+    """What is prepared is found and read; what is not ends in one line."""
+    other = make_case(tmp_path, "other", 1)
+    with small_disk(tmp_path / "disk", "size=1m") as disk:
+        store = Store(disk / "store")
+        volume, _ = prepare_case(case, PREPARATION, store)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert prepare_case(case, PREPARATION, store, verify=True) == (volume, False)
+        assert open_array(store, volume.key).shape == volume.shape
+        with pytest.raises(OSError, match=r"^\S+/disk/store: cannot write a volume: Read-only file system$"):
+            prepare_case(other, PREPARATION, store)
+        open_array.cache_clear()
 
 
 def test_runs_that_put_at_once_leave_one_whole_volume(
@@ -231,13 +359,13 @@ def test_runs_that_put_at_once_leave_one_whole_volume(
     """Whoever is second finds an equal volume there, and keeps it."""
     runs = 4
     barrier = threading.Barrier(runs)
-    put = store.put
+    put = Store.put
 
-    def together(*arguments: Any) -> None:
+    def together(*arguments: Any) -> Volume:
         barrier.wait()
-        put(*arguments)
+        return put(*arguments)
 
-    monkeypatch.setattr(store, "put", together)
+    monkeypatch.setattr(Store, "put", together)
     results: list[Volume] = []
     threads = [
         threading.Thread(target=lambda: results.append(prepare_case(case, PREPARATION, store)[0])) for _ in range(runs)

@@ -1,7 +1,9 @@
 """The synthetic cohort: reproducible, anatomically ordered, and written so that it can be interrupted."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +185,10 @@ def test_an_interrupted_call_is_completed_to_the_same_bytes(cohort: Path, tmp_pa
     for name in ("labels/phantom0000.nii.gz", "images/phantom0002.nii.gz", "images/phantom0007.nii.gz"):
         (root / name).unlink()
     (root / "unlabelled.json").unlink()
-    (root / "images" / "phantom0002.nii.gz.123.part").write_bytes(b"half a volume")
+    old, new = (root / "images" / f".phantom0002.nii.gz.{name}.part" for name in ("old", "new"))
+    for part in (old, new):
+        part.write_bytes(b"half a volume")
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
     offered: list[int] = []
 
     def progress(todo: Any) -> Any:
@@ -192,6 +197,8 @@ def test_an_interrupted_call_is_completed_to_the_same_bytes(cohort: Path, tmp_pa
 
     write_cohort(root, **PARAMETERS, progress=progress)
     assert offered == [3]
+    assert new.exists(), "it might be the work of a call that goes on"
+    new.unlink()
     assert contents(root) == contents(cohort)
 
 

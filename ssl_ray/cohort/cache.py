@@ -1,63 +1,30 @@
-"""Content-addressed store of canonical arrays.
-
-    <cache>/<2 hex digits>/<key>/image.npy       (X, Y, Z) uint8 or uint16
-                                 label.npy       (X, Y, Z) uint8, labelled volumes only
-                                 foreground.npy  flat indices of labelled voxels, organ by organ
-                                 manifest.json
-
-The key covers the source bytes, every preparation parameter and the preparation's version, so whatever is found under a
-key is right, and runs that prepare at the same time can only write the same thing. A volume appears by one `rename`:
-an interrupted run leaves no half volume.
-"""
+"""Bring cohorts into the store: every volume is prepared once, wherever and however often it is asked for."""
 
 import hashlib
 import json
-import os
-import shutil
-import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ssl_ray.cohort.datalist import Case
-from ssl_ray.cohort.volume import VERSION, Prepared, check_same_grid, prepare, read_label, read_nifti
+from ssl_ray.cohort.store import Store, Volume, foreground_index, open_array, read_patch
+from ssl_ray.cohort.volume import VERSION, check_same_grid, prepare, read_label, read_nifti
 from ssl_ray.config import Preparation
+from ssl_ray.files import read_file
 
-_STALE_SECONDS = 24 * 3600
-
-
-@dataclass(frozen=True)
-class Volume:
-    """Manifest of one stored volume. Lengths in voxels, spacing in mm, affines map voxels to mm (RAS+).
-
-    `label_voxels` counts the stored label; `largest_label` is that of the file, where a structure may be too small to
-    survive the resampling, but is still part of the evaluation.
-    """
-
-    key: str
-    id: str
-    image_source: str
-    label_source: str | None
-    image_sha256: str
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    affine: tuple[tuple[float, ...], ...]
-    dtype: str
-    levels: int
-    window: tuple[float, float]
-    box: tuple[tuple[int, ...], tuple[int, ...]]
-    original_shape: tuple[int, int, int]
-    original_affine: tuple[tuple[float, ...], ...]
-    label_voxels: dict[str, int]
-    largest_label: int
-    digest: str
+__all__ = [
+    "BadVolume",
+    "Store",
+    "Volume",
+    "foreground_index",
+    "open_array",
+    "prepare_case",
+    "prepare_cohort",
+    "read_patch",
+]
 
 
 @dataclass(frozen=True)
@@ -68,83 +35,28 @@ class BadVolume:
     reason: str
 
 
-class Store:
-    """The store under one folder, shared by all ranks, trials and reruns."""
+def prepare_case(case: Case, preparation: Preparation, store: Store, verify: bool = False) -> tuple[Volume, bool]:
+    """The stored volume of a case, and whether it had to be prepared now, for the first time or because of damage.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, key: str, name: str = "") -> Path:
-        """Folder of a volume, or one of its files."""
-        return self.folder / key[:2] / key / name
-
-    def get(self, key: str) -> Volume | None:
-        """The manifest under a key, or None."""
-        try:
-            tree = json.loads(self.path(key, "manifest.json").read_text())
-        except FileNotFoundError:
-            return None
-        for field in ("shape", "spacing", "window", "original_shape"):
-            tree[field] = tuple(tree[field])
-        for field in ("affine", "box", "original_affine"):
-            tree[field] = tuple(tuple(row) for row in tree[field])
-        return Volume(**tree)
-
-    def put(self, volume: Volume, prepared: Prepared) -> None:
-        """Write a volume; where another run was faster, its equal result stays."""
-        scratch = self.folder / f"tmp-{uuid.uuid4().hex}"
-        scratch.mkdir(parents=True)
-        try:
-            arrays: dict[str, npt.NDArray[Any]] = {"image": prepared.image}
-            if prepared.label is not None:
-                arrays["label"] = prepared.label
-                arrays["foreground"] = foreground_index(prepared.label)
-            for name, array in arrays.items():
-                with (scratch / f"{name}.npy").open("wb") as file:
-                    np.save(file, array)
-                    _sync(file)
-            with (scratch / "manifest.json").open("w") as text:
-                json.dump(asdict(volume), text, indent=1)
-                _sync(text)
-            target = self.path(volume.key)
-            target.parent.mkdir(exist_ok=True)
-            try:
-                scratch.rename(target)
-            except OSError:
-                if self.get(volume.key) is None:
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    def remove_stale(self) -> None:
-        """Remove what runs that were killed a day or more ago had begun to write."""
-        for scratch in self.folder.glob("tmp-*"):
-            with suppress(FileNotFoundError):  # another run has just finished it
-                if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def foreground_index(label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Flat indices of all labelled voxels, sorted by label value; `Volume.label_voxels` has the counts."""
-    found = np.flatnonzero(label)
-    return found[np.argsort(label.ravel()[found], kind="stable")].astype(np.int64)
-
-
-def prepare_case(case: Case, preparation: Preparation, store: Store) -> tuple[Volume, bool]:
-    """The stored volume of a case, and whether it had to be prepared now.
+    Args:
+        case: the volume.
+        preparation: parameters of the canonical array.
+        store: where it goes.
+        verify: compare the digests of what is stored, not only the sizes.
 
     Raises:
         ValueError: naming file and rule, for a volume that cannot be used.
+        OSError: naming the place, where the store cannot be read or written.
     """
     files = {"image": case.image} | ({"label": case.label} if case.label else {})
     try:
-        content = {name: file.read_bytes() for name, file in files.items()}
+        content = {name: read_file(file) for name, file in files.items()}
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot read: {error.strerror}") from error
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
     recipe = {"version": VERSION, "preparation": preparation.model_dump(mode="json"), **hashes}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
-    if found := store.get(key):
+    if found := store.get(key, verify):
         return _named(found, case), False
     image = read_nifti(case.image, content["image"])
     label = None
@@ -173,10 +85,9 @@ def prepare_case(case: Case, preparation: Preparation, store: Store) -> tuple[Vo
         original_affine=tuple(map(tuple, prepared.original_affine.tolist())),
         label_voxels={str(value): int(count) for value, count in enumerate(counts) if count},
         largest_label=int(label.voxels.max()) if label else 0,
-        digest=hashlib.sha256(prepared.image.tobytes()).hexdigest(),
+        files={},
     )
-    store.put(volume, prepared)
-    return volume, True
+    return store.put(volume, prepared), True
 
 
 def prepare_cohort(
@@ -185,18 +96,23 @@ def prepare_cohort(
     store: Store,
     classes: int | None = None,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] | None = None,
+    verify: bool = False,
 ) -> tuple[dict[str, Volume], list[BadVolume], int]:
     """Prepare all cases in parallel on the Ray cluster, one volume a CPU at a time.
 
     Args:
         cases: with or without labels; ids may repeat between cohorts but not within `cases`.
         preparation: parameters of the canonical array.
-        store: where it goes; a folder that all nodes share.
+        store: where it goes; a folder that all nodes share, or an object store.
         classes: for labelled cases, labels must be in 0..classes-1.
         progress: wraps the iterator over finished volumes, e.g. into a progress bar.
+        verify: compare the digests of all that is stored, not only the sizes.
 
     Returns:
         Volumes by image path, the volumes that cannot be used, and how many were prepared now.
+
+    Raises:
+        ValueError: when the store cannot be read or written; the volumes that it has already are kept.
     """
     import ray  # the data workers read this module's patches without the driver's half of Ray
 
@@ -208,14 +124,17 @@ def prepare_cohort(
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         case = Case(row["id"], Path(row["image"]), Path(row["label"]) if row["label"] else None)
+        found = {"place": row["place"], "volume": "", "fresh": False, "reason": "", "fault": ""}
         try:
-            volume, fresh = prepare_case(case, preparation, store)
+            volume, fresh = prepare_case(case, preparation, store, verify)
         except (ValueError, RuntimeError, MemoryError) as error:  # the last two: torch, on a volume beyond its means
             reason = (
                 str(error) if isinstance(error, ValueError) else f"{case.image}: {' '.join(str(error).split())[:200]}"
             )
-            return {"place": row["place"], "key": "", "fresh": False, "reason": reason}
-        return {"place": row["place"], "key": volume.key, "fresh": fresh, "reason": ""}
+            return found | {"reason": reason}
+        except OSError as error:  # of the store, not of the volume
+            return found | {"fault": str(error)}
+        return found | {"volume": volume.to_json(), "fresh": fresh}
 
     blocks = min(len(rows), 1000)
     dataset = ray.data.from_items(rows, override_num_blocks=blocks).map(work, num_cpus=1)
@@ -225,7 +144,9 @@ def prepare_cohort(
     prepared = 0
     for row in progress(finished, len(rows)) if progress else finished:
         case = cases[row["place"]]
-        volume = store.get(row["key"]) if row["key"] else None
+        if row["fault"]:
+            raise ValueError(row["fault"])
+        volume = Volume.from_json(row["volume"]) if row["volume"] else None
         prepared += row["fresh"]
         reason = row["reason"]
         if volume and classes and volume.largest_label >= classes:
@@ -242,41 +163,3 @@ def _named(volume: Volume, case: Case) -> Volume:
     return replace(
         volume, id=case.id, image_source=str(case.image), label_source=str(case.label) if case.label else None
     )
-
-
-@lru_cache(maxsize=512)
-def open_array(folder: Path, key: str, name: Literal["image", "label", "foreground"] = "image") -> npt.NDArray[Any]:
-    """Memory-mapped array of a stored volume; only the pages that a patch touches are read."""
-    array: npt.NDArray[Any] = np.load(Store(folder).path(key, f"{name}.npy"), mmap_mode="r", allow_pickle=False)
-    return array
-
-
-def read_patch(
-    array: npt.NDArray[Any], origin: Sequence[int], size: Sequence[int], out: npt.NDArray[Any] | None = None
-) -> npt.NDArray[Any]:
-    """One patch, without loading its volume.
-
-    A volume shorter than the patch counts as padded with zeros on both sides, the smaller half first, like MONAI's
-    `SpatialPad`; `origin` (3 voxels) is meant in the padded volume.
-
-    Raises:
-        ValueError: where the patch leaves the padded volume.
-    """
-    if out is None:
-        out = np.empty(tuple(size), dtype=array.dtype)
-    source, target = [], []
-    for start, side, length in zip(origin, size, array.shape, strict=True):
-        before = max(side - length, 0) // 2
-        if not 0 <= start <= max(length - side, 0):
-            raise ValueError(f"origin {tuple(origin)} of a {tuple(size)} patch leaves the volume of {array.shape}")
-        source.append(slice(start, start + min(side, length)))
-        target.append(slice(before, before + min(side, length)))
-    if any(length < side for side, length in zip(size, array.shape, strict=True)):
-        out.fill(0)
-    out[tuple(target)] = array[tuple(source)]
-    return out
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -7,8 +7,10 @@ spacing, table, blur, correlated noise, stored axes) and the volumes into a fold
 import gzip
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from scipy.spatial.transform import Rotation
 
 from ssl_ray.cohort.anatomy import ORGANS, draw
 from ssl_ray.cohort.canvas import Array, Canvas
+from ssl_ray.storage import Place
 
 __all__ = ["ORGANS", "VERSION", "synthesize", "write_cohort"]
 
 VERSION = 1
 """Kept in phantom.json: raise it when the same parameters give other bytes."""
 
+_STALE_SECONDS = 24 * 3600
 _STORED_AXES = ("RAS", "LAS", "LPS", "RPS", "LPI", "PIR", "ASL")
 
 
@@ -94,22 +98,15 @@ def _nifti(array: Array, affine: Array, turn: Array) -> nib.Nifti1Image:
     return image
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1).encode() + b"\n"
     if not path.exists() or path.read_bytes() != text:
-        _write(path, text)
+        Place.parse(path).write_bytes(text)
 
 
 def _write_volume(paths: dict[str, Path], seed: int, index: int) -> None:
     for nifti, path in zip(synthesize(seed, index), paths.values(), strict=False):
-        _write(path, gzip.compress(nifti.to_bytes(), 6, mtime=0))
+        Place.parse(path).write_bytes(gzip.compress(nifti.to_bytes(), 6, mtime=0))
 
 
 def write_cohort(
@@ -156,8 +153,10 @@ def write_cohort(
         raise ValueError(f"phantom: {root} holds the cohort {found}, not the one asked for, {parameters}")
     for folder in (root / "images", root / "labels"):
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.part"):  # of a call that was killed
-            stale.unlink()
+        for stale in folder.glob("*.part"):  # of a call that was killed; a newer one may be of a call that goes on
+            with suppress(FileNotFoundError):
+                if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+                    stale.unlink()
     _write_json(record, parameters)
 
     # The unlabelled volumes come last: a cohort with more of them keeps every other volume as it was.
