@@ -3,9 +3,12 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for what the user can mend, 1 for the rest.
     """
     options = _parser().parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`: as Ctrl-C
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         code: int = options.command(options)
@@ -49,27 +54,32 @@ def entry() -> None:
 
 
 def _run(options: Any) -> int:
-    runner = _runner(options)
-    failed = runner.grid.failed
-    return _show(runner) or (1 if failed else 0)
+    with _runner(options) as runner:
+        failed = runner.grid.failed
+        return _show(runner) or (1 if failed else 0)
 
 
 def _prepare(options: Any) -> int:
-    _ = _runner(options).prepared
+    with _runner(options) as runner:
+        _ = runner.prepared
     return 0
 
 
 def _pretrain(options: Any) -> int:
-    _ = _runner(options).pretrained
+    with _runner(options) as runner:
+        _ = runner.pretrained
     return 0
 
 
 def _finetune(options: Any) -> int:
-    return 1 if _runner(options).grid.failed else 0
+    with _runner(options) as runner:
+        return 1 if runner.grid.failed else 0
 
 
 def _report(options: Any) -> int:
-    return _show(_runner(options))
+    from ssl_ray.study import Runner
+
+    return _show(Runner(load(options.experiment, options.set)))
 
 
 def _show(runner: Any) -> int:
@@ -109,11 +119,17 @@ def _datalist(options: Any) -> int:
     return 0
 
 
-def _runner(options: Any) -> Any:
+@contextmanager
+def _runner(options: Any) -> Iterator[Any]:
     study = load(options.experiment, options.set)
-    from ssl_ray.study import Runner  # a typo in the YAML must not wait for torch and Ray to load
+    from ssl_ray import reuse  # a typo in the YAML must not wait for torch and Ray to load
+    from ssl_ray.study import Runner
 
-    return Runner(study)
+    with reuse.only_one(study):
+        if getattr(options, "fresh", False) and (kept := reuse.set_aside(study)):
+            say(f"the old study is kept: {kept}")
+        with Runner(study, verify=getattr(options, "verify", False)) as runner:
+            yield runner
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,6 +156,16 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="replace one value, e.g. --set pretrain.optimizer.lr=2e-4; may be repeated",
         )
+        if name in ("run", "pretrain", "finetune"):
+            command.add_argument(
+                "--fresh", action="store_true", help="start anew; what was done under this name is kept under another"
+            )
+        if name == "prepare":
+            command.add_argument(
+                "--verify",
+                action="store_true",
+                help="compare the digests of a remote store too; a local one's always are",
+            )
         command.set_defaults(command=function)
 
     phantom = commands.add_parser("phantom", help="write a synthetic labelled CT cohort", description=_phantom.__doc__)

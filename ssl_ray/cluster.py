@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import ray
 
 from ssl_ray.config import Study
 from ssl_ray.console import say
+from ssl_ray.storage import Place
 
 _LEVELS = {
     # Routine messages; from warnings on they stay audible.
@@ -41,7 +44,10 @@ def connect(study: Study) -> None:
                 "include_dashboard": False,
             }
         ray.init(runtime_env={"worker_process_setup_hook": quiet}, **options)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(study.output).is_absolute():
+    if threading.current_thread() is threading.main_thread():
+        # `ray job stop`, as Ctrl-C. After `ray.init`, whose own handler aborts the process.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and Place.parse(study.output).uri != study.output:
         say(
             f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "
             "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"
@@ -60,20 +66,21 @@ def quiet() -> None:
 
 
 def check_pretraining(study: Study) -> None:
-    """Refuse a cluster that cannot hold the training workers and one CPU that reads data for them.
+    """Refuse a cluster that cannot hold the training workers.
 
     Raises:
         ValueError: with what is needed and what there is.
     """
     config, (cpus, gpus) = study.pretrain, _resources()
-    needed = config.workers * config.cpus_per_worker + 1
+    workers = config.worker_range[0]
+    needed = workers * config.cpus_per_worker
     if cpus < needed:
         raise ValueError(
-            f"pretrain.workers: {config.workers} workers with {config.cpus_per_worker:g} CPUs each and one CPU to "
-            f"read data need {needed:g} CPUs, the cluster has {cpus:g}"
+            f"pretrain.workers: {workers} workers with {config.cpus_per_worker:g} CPUs each need {needed:g} CPUs, the "
+            f"cluster has {cpus:g}"
         )
-    if config.gpu and gpus < config.workers:
-        raise ValueError(f"pretrain.gpu: {config.workers} workers need a GPU each, the cluster has {gpus:g}")
+    if config.gpu and gpus < workers:
+        raise ValueError(f"pretrain.gpu: {workers} workers need a GPU each, the cluster has {gpus:g}")
 
 
 def check_finetuning(study: Study) -> None:

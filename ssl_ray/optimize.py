@@ -30,15 +30,17 @@ def learning_rate(config: Optimizer, step: int, steps: int) -> float:
 
 
 def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float) -> torch.Tensor:
-    """Clip, step and clear the gradients.
+    """Clip, step and clear the gradients; where one is not finite, nothing changes but that they are cleared.
 
     Returns:
-        The gradients' global norm before clipping, still on the device.
+        The gradients' global norm before clipping, still on the device; not finite if the step was skipped.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    # Torch's fused kernels look at this on the device, as for its gradient scaler: no waiting for the norm.
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

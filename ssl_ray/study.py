@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ssl_ray import reuse
 from ssl_ray.cluster import connect
 from ssl_ray.cohort.cache import BadVolume, Store, Volume, prepare_cohort
 from ssl_ray.cohort.datalist import Case, Splits, check_held_out, read_labelled, read_unlabelled
@@ -17,6 +18,7 @@ from ssl_ray.experiment import dump
 from ssl_ray.finetune.grid import BAD_VOLUMES, GridResult, check_transfer, finetune
 from ssl_ray.pretrain.train import Pretrained, pretrain
 from ssl_ray.report.write import Report, write_report
+from ssl_ray.storage import Place
 from ssl_ray.tracking import Tracker
 
 
@@ -40,9 +42,26 @@ class Prepared:
 class Runner:
     """One study being carried out; every step first makes sure of the steps that it needs."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self, study: Study, verify: bool = False) -> None:
+        """Args:
+        study: the experiment.
+        verify: compare the digests of all stored volumes, which is always done in a local store.
+
+        Raises:
+            ValueError: when something else was begun under the study's name, or a place cannot be written to.
+        """
+        self.study, self.verify = study, verify
+        for place in dict.fromkeys((study.output, str(study.cache_folder), str(study.folder))):
+            Place.parse(place).check_writable()
         self.config_yaml = dump(study)
+        reuse.check_unchanged(study)
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "tracker" in vars(self):
+            self.tracker.settle()
 
     @cached_property
     def tracker(self) -> Tracker:
@@ -79,15 +98,18 @@ class Runner:
         Raises:
             ValueError: with a table of all bad volumes, unless the study skips them.
         """
-        study, cohorts = self.study, self.cohorts
+        study = self.study
+        store = Store(study.cache_folder, study.scratch)
+        cohorts = self.cohorts
         connect(study)
-        store = Store(study.cache_folder)
         bad: list[BadVolume] = []
         fresh = 0
 
         def run(title: str, cases: Sequence[Case], preparation: Preparation, classes: int | None) -> dict[str, Volume]:
             nonlocal fresh
-            volumes, unusable, count = prepare_cohort(cases, preparation, store, classes, track(title))
+            volumes, unusable, count = prepare_cohort(
+                cases, preparation, store, classes, track(title), verify=self.verify or store.origin is None
+            )
             bad.extend(unusable)
             fresh += count
             return volumes
@@ -98,7 +120,7 @@ class Runner:
         labelled = run("preparing labelled volumes", cohorts.splits.cases, labelled_preparation, classes)
         self._settle(bad)
         self._check_held_out(unlabelled, labelled)
-        say(f"prepared {fresh} of {len(unlabelled) + len(labelled)} volumes now; the store is {study.cache_folder}")
+        say(f"prepared {fresh} of {len(unlabelled) + len(labelled)} volumes now; the store is {store}")
         return Prepared(unlabelled, labelled)
 
     @cached_property
@@ -120,6 +142,7 @@ class Runner:
         validation = [volumes[str(case.image)] for case in self.cohorts.validation if str(case.image) in volumes]
         if not training or not validation:
             raise ValueError("pretrain.sources: no usable volume is left for training or validation")
+        reuse.record(self.study, "pretrain")
         done = pretrain(self.study, training, validation, self.tracker, self.config_yaml)
         say(f"pretraining {'is done' if done.fresh else 'was done already'}: {done.weights}")
         return done
@@ -130,6 +153,7 @@ class Runner:
         prepared = self.prepared
         pretrained = self.pretrained if "pretrained" in self.study.finetune.grid.init else None
         splits = self.cohorts.splits
+        reuse.record(self.study, "finetune")
         done = finetune(self.study, splits, prepared.labelled, pretrained, self.tracker, self.config_yaml)
         say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
         for name in done.failed:
@@ -138,7 +162,10 @@ class Runner:
 
     def report(self) -> Report:
         """Table, figures and page, from MLflow alone."""
-        return write_report(self.study, self.study.folder)
+        report = write_report(self.study, self.study.folder)
+        for path in (report.markdown, report.html, self.study.folder / "figures"):
+            self.study.mirror.push(path)
+        return report
 
     def _settle(self, bad: Sequence[BadVolume]) -> None:
         record = self.study.folder / BAD_VOLUMES

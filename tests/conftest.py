@@ -8,6 +8,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,3 +47,15 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cohort")
     write_cohort(root, unlabelled=6, labelled=4, validation=2, test=1, splits=[2, 4], seed=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> Any:
+    """The small pretraining of tests/runs.py without any fault."""
+    from runs import outcome, write
+
+    from ssl_ray.cli import main
+
+    path = write(tmp_path_factory.mktemp("undisturbed"), cohort)
+    assert main(["pretrain", str(path)]) == 0
+    return outcome(path)

@@ -1,5 +1,6 @@
 """`ray job submit` to a cluster with token authentication, as a user of a cluster does it."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -11,7 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from runs import assert_same, outcome, saved, wait_for, write
 
 pytestmark = pytest.mark.slow
 
@@ -100,3 +103,40 @@ def test_the_demo_runs_as_a_submitted_job(head, tmp_path):
     refused = submit(address, {**environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)}, "list")
     assert refused.returncode != 0
     assert "succeeded" not in (refused.stdout + refused.stderr).lower()
+
+
+def test_the_supervisor_of_a_job_killed(head, undisturbed, cohort, tmp_path):
+    """A job whose supervisor and so its driver died, submitted again, ends as it would have."""
+    address, environment = head
+    path = write(tmp_path, cohort)
+    job = ["submit", "--no-wait", "--", sys.executable, "-m", "ssl_ray", "pretrain", str(path)]
+
+    def begin():
+        for _ in range(60):
+            done = submit(address, environment, *job)
+            if "No available agent" not in done.stderr:
+                break
+            time.sleep(1)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split("ray job status ")[1].split()[0]
+
+    begin()
+    wait_for(lambda: saved(tmp_path), "a checkpoint")
+    (supervisor,) = processes(environment["RAY_AUTH_TOKEN"], "JobSupervisor")
+    (driver,) = processes(environment["RAY_AUTH_TOKEN"], "-m ssl_ray pretrain", str(path))
+    supervisor.send_signal(signal.SIGKILL)
+    driver.wait(60)
+    again = begin()
+    wait_for(lambda: "SUCCEEDED" in submit(address, environment, "status", again).stdout, "the job's success", 240)
+    assert_same(outcome(path), undisturbed)
+
+
+def processes(token, *words):
+    """Processes of the cluster with this token whose command line has every word."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            text = " ".join(process.cmdline())
+            if process.environ().get("RAY_AUTH_TOKEN") == token and all(word in text for word in words):
+                found.append(process)
+    return found

@@ -42,7 +42,7 @@ def box_mask(start: np.ndarray, stop: np.ndarray, size: tuple[int, int, int] = S
 
 def shuffle_only(patches: Tensor, draws: Draws) -> Tensor:
     views = patches[:, 0].clone()
-    module._shuffle_(views, draws)
+    module._shuffle_(views, module.upload(draws, views.device))
     return views[:, None]
 
 
@@ -95,7 +95,9 @@ def test_masks_and_boxes_paint_the_same(size: tuple[int, int, int], sides: tuple
     draws = draw(SMALL.model_copy(update={"inpaint_size": sides, "outpaint_size": sides}), size, 5, indices(12))
     assert 0 < draws.outpaint.sum() < 12
     volumes = make_patches(12, size)[:, 0]
-    assert torch.equal(module._paint_masks(volumes, draws), module._paint_boxes(volumes, draws))
+    assert torch.equal(
+        module._paint_masks(volumes, module.upload(draws, volumes.device)), module._paint_boxes(volumes, draws)
+    )
 
 
 def test_nothing_on_the_device_waits_for_data() -> None:

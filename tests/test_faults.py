@@ -1,122 +1,63 @@
-"""After a fault, a run ends exactly as it would have without it."""
+"""After a fault, a pretraining ends exactly as it would have without it."""
 
-import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import psutil
 import pytest
 import torch
-import yaml
+from runs import SAVED, STEPS, assert_same, outcome, saved, start, wait_for, workers, write
 
 from ssl_ray.cli import main
-from ssl_ray.experiment import load
-from ssl_ray.networks import load_weights
-from ssl_ray.tracking import Tracker
 
 pytestmark = pytest.mark.slow
 
-LONG = ["pretrain.epochs=200", "pretrain.checkpoint_every=50", "pretrain.validate_every=50"]
+
+def sabotage(monkeypatch, marker: Path, place: str) -> None:
+    """Have rank 0 killed once, when the training worker comes to a place in the code."""
+    from ssl_ray.pretrain import train
+
+    def disturbed(job):
+        import os
+        import signal
+
+        from ssl_ray import checkpoint
+        from ssl_ray.pretrain import learner, loop, stream
+
+        module, name = {
+            "validation": (learner, "corrupt"),
+            "checkpoint": (checkpoint.os, "replace"),
+            "opening": (loop, "open_window"),
+            "reading": (stream, "_read_block"),
+        }[place]
+        genuine = getattr(module, name)
+        calls = []
+
+        def deadly(*args, **kwargs):
+            calls.append(args)
+            validating = place != "validation" or not torch.is_grad_enabled()
+            if validating and len(calls) > 1 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return genuine(*args, **kwargs)
+
+        setattr(module, name, deadly)
+        loop.train_loop(job)
+
+    monkeypatch.setattr(train, "train_loop", disturbed)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(ray_cluster, tmp_path_factory, cohort):
-    """Losses by step and final weights of a run without faults."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return outcome(folder, run(write(folder, cohort)))
-
-
-def write(folder, cohort):
-    preparation = {"spacing": 9, "window": [-175, 250]}
-    tree = {
-        "name": "faults",
-        "output": str(folder / "output"),
-        "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
-        "pretrain": {
-            "sources": [{"root": str(cohort), "datalist": "unlabelled.json"}],
-            "preparation": preparation,
-            "patch_size": 16,
-            "batch_size": 4,
-            "log_every": 1,
-            "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
-            "precision": "float32",
-        },
-        "finetune": {
-            "cohort": {"root": str(cohort), "classes": 14, "splits": {2: "labelled_2.json"}},
-            "preparation": preparation,
-            "patch_size": 16,
-        },
-    }
-    path = folder / "faults.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def options():
-    return [word for setting in LONG for word in ("--set", setting)]
-
-
-def run(path):
-    assert main(["pretrain", str(path), *options()]) == 0
-    return path
-
-
-def outcome(folder, path):
-    study = load(path, LONG)
-    tracker = Tracker(study)
-    (pretraining,) = tracker.runs(kind="pretraining")
-    assert pretraining.info.status == "FINISHED"
-    history = tracker.client.get_metric_history(pretraining.info.run_id, "loss")
-    losses = {point.step: point.value for point in history}
-    assert len(losses) == len(history), "a step is logged twice"
-    starts = [point.value for point in tracker.client.get_metric_history(pretraining.info.run_id, "started_at")]
-    (weights,) = study.folder.glob("pretrain-*/best.safetensors")
-    return losses, load_weights(weights), sorted(starts)
-
-
-def assert_same(found, expected):
-    (losses, weights, starts), (all_losses, all_weights, _) = found, expected
-    assert starts[0] == 0
-    assert starts[-1] >= 50, "it did not go on from a checkpoint"
-    assert losses == all_losses, "bit by bit, every step"
-    assert list(losses) == list(range(1, len(losses) + 1)), "no step is missing"
-    for name, tensor in all_weights.items():
-        assert torch.equal(weights[name], tensor), name
-
-
-def wait_for(condition, what, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-    return found
-
-
-def checkpoints(folder):
-    """Checkpoints that Ray Train knows of: those it has on disk but not in its books are lost in a fault."""
-    for snapshot in folder.glob("output/faults/ray/pretrain-*/checkpoint_manager_snapshot.json"):
-        with contextlib.suppress(ValueError):  # being written
-            return json.loads(snapshot.read_text())["checkpoint_results"]
-    return []
-
-
-def workers():
-    """Training workers of the Ray that this test session started."""
-    mine = psutil.Process().children(recursive=True)
-    return [process for process in mine if process.is_running() and "RayTrainWorker" in " ".join(process.cmdline())]
+def run(path: Path, *more: str) -> None:
+    assert main(["pretrain", str(path), *more]) == 0
 
 
 def test_a_worker_killed_in_mid_epoch(undisturbed, cohort, tmp_path):
-    """SIGKILL after the first checkpoint: every loss and the weights equal the undisturbed run's."""
+    """SIGKILL between two checkpoints: every loss and the weights equal the undisturbed run's."""
     path = write(tmp_path, cohort)
 
-    def kill():
-        wait_for(lambda: checkpoints(tmp_path), "a checkpoint")
+    def kill() -> list[int]:
+        wait_for(lambda: saved(tmp_path), "a checkpoint")
         victims = wait_for(workers, "a training worker")
         for process in victims:
             process.send_signal(signal.SIGKILL)
@@ -126,23 +67,141 @@ def test_a_worker_killed_in_mid_epoch(undisturbed, cohort, tmp_path):
         killed = pool.submit(kill)
         run(path)
         assert killed.result()
-    assert_same(outcome(tmp_path, path), undisturbed)
+    assert_same(outcome(path), undisturbed)
+
+
+@pytest.mark.parametrize("place", ["validation", "checkpoint"])
+def test_a_worker_killed_in_a_delicate_moment(undisturbed, cohort, tmp_path, monkeypatch, place):
+    """SIGKILL in the middle of a validation, and between a checkpoint's content and its manifest."""
+    path = write(tmp_path, cohort)
+    sabotage(monkeypatch, tmp_path / "done", place)
+    run(path)
+    assert (tmp_path / "done").exists()
+    assert_same(outcome(path), undisturbed)
+
+
+def test_a_data_task_killed(undisturbed, cohort, tmp_path, monkeypatch):
+    """The process that reads patches is killed: Ray Data reads the block again, training does not even start anew."""
+    path = write(tmp_path, cohort)
+    from ssl_ray.pretrain import train
+
+    marker = tmp_path / "done"
+
+    def disturbed(job):
+        import os
+        import signal
+
+        from ssl_ray.pretrain import loop, stream
+
+        genuine = stream._read_block
+
+        def deadly(rows, feed, window):
+            if int(rows["id"][0]) == 3 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return genuine(rows, feed, window)
+
+        stream._read_block = deadly
+        loop.train_loop(job)
+
+    monkeypatch.setattr(train, "train_loop", disturbed)
+    run(path)
+    assert marker.exists()
+    found = outcome(path)
+    assert found.started == [0]
+    assert found.losses == undisturbed.losses
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in undisturbed.weights.items())
 
 
 def test_the_driver_killed_and_started_again(undisturbed, cohort, tmp_path):
-    """The same command, given again after SIGKILL, goes on from the last checkpoint and ends with the same weights."""
+    """The same command, given again after SIGKILL, goes on; MLflow has every step once, those before the kill too."""
     path = write(tmp_path, cohort)
-    command = [sys.executable, "-m", "ssl_ray", "pretrain", str(path), *options()]
-    first = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": ""}, start_new_session=True)
-    wait_for(lambda: checkpoints(tmp_path), "a checkpoint")
+    first = start(path)
+    wait_for(lambda: saved(tmp_path), "a checkpoint")
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     run(path)
-    (losses, weights, starts), (all_losses, all_weights, once) = outcome(tmp_path, path), undisturbed
-    assert once == [0]
-    assert starts[-1] >= 50, "it did not go on from a checkpoint"
-    # What the killed driver had not yet handed to MLflow is missing; whatever is there is right.
-    assert losses.items() <= all_losses.items()
-    assert max(losses) == max(all_losses)
-    for name, tensor in all_weights.items():
-        assert torch.equal(weights[name], tensor), name
+    assert_same(outcome(path), undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_the_end_of_a_job(undisturbed, cohort, tmp_path, number):
+    """SIGINT (Ctrl-C) and SIGTERM (`ray job stop`): exit code 1, one clear line, and the same command goes on."""
+    path = write(tmp_path, cohort)
+    first = start(path)
+    wait_for(lambda: saved(tmp_path), "a checkpoint")
+    first.send_signal(number)
+    assert first.wait(60) == 1
+    text = path.with_suffix(".log").read_text()
+    assert "interrupted; the same command goes on" in text
+    assert "Traceback" not in text
+    run(path)
+    assert_same(outcome(path), undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["torn", "changed"])
+def test_a_damaged_checkpoint(undisturbed, cohort, tmp_path, damage, caplog):
+    """The newest checkpoint is torn or was changed: the one before is used, and the end is the same."""
+    path = write(tmp_path, cohort)
+    first = start(path)
+    wait_for(lambda: len(saved(tmp_path)) == 2, "two checkpoints")
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    newest = max(tmp_path.glob("**/checkpoints/*/state.pt"))
+    before = saved(tmp_path)[-2]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content[: len(content) // 3] if damage == "torn" else content)
+    run(path)
+    found = outcome(path)
+    assert found.started[-1] == before
+    assert found.losses == undisturbed.losses
+    assert all(torch.equal(found.weights[name], tensor) for name, tensor in undisturbed.weights.items())
+
+
+def test_a_result_is_not_made_twice(undisturbed, cohort, tmp_path, capfd):
+    """A finished run given again does nothing; its weights deleted, they come back from the last checkpoint."""
+    path = write(tmp_path, cohort)
+    run(path)
+    run(path)
+    assert outcome(path).started == [0]
+    (weights,) = tmp_path.glob("**/best.safetensors")
+    weights.unlink()
+    run(path)
+    assert outcome(path).started == [0, STEPS]
+
+
+def test_checkpoints_by_time(cohort, tmp_path, ray_cluster):
+    """Without `checkpoint_every`, one is written whenever `checkpoint_minutes` have passed, and the newest two stay."""
+    path = write(tmp_path, cohort, checkpoint_every=None, checkpoint_minutes=0.01)
+    run(path)
+    steps = saved(tmp_path)
+    assert len(steps) == 2
+    assert steps[1] == STEPS
+    assert steps[0] > SAVED
+
+
+def test_a_loss_that_explodes(cohort, tmp_path, ray_cluster, capfd):
+    """A divergent training stops with the step, the rank and the samples, keeps them, and is not tried again."""
+    path = write(tmp_path, cohort, max_skipped=2, optimizer={"lr": 1e30})
+    assert main(["pretrain", str(path)]) == 1
+    text = capfd.readouterr().err
+    assert "rank 0: loss" in text
+    assert "samples" in text
+    kept = sorted(tmp_path.glob("**/faults/step_*_rank_0.safetensors"))
+    assert len(kept) == 3
+    assert all(part.with_suffix(".json").is_file() for part in kept)
+
+
+def test_two_at_once(cohort, tmp_path, capfd):
+    """A second process on the same study is refused with the first one's host and process."""
+    path = write(tmp_path, cohort)
+    first = start(path)
+    try:
+        lock = tmp_path / "output" / ".faults.lock"
+        wait_for(lambda: lock.is_file() and lock.read_text(), "the lock")
+        assert main(["pretrain", str(path)]) == 2
+        assert f"process {first.pid}" in capfd.readouterr().err
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()

@@ -19,28 +19,31 @@ def feed(tmp_path):
         store.path(key).mkdir(parents=True)
         np.save(store.path(key, "image.npy"), random.integers(0, 256, shape, dtype=np.uint8))
     plan = Plan(7, np.array(shapes), (16, 16, 16), 2, 4, 10)
-    return Feed(plan, tmp_path, ("aa1", "bb2", "cc3"), "uint8", 255)
+    return Feed(plan, Store(tmp_path), ("aa1", "bb2", "cc3"), ("a", "b", "c"), "uint8", 255)
 
 
-def streams(feed, world, start=0, block_bytes=3 * 4 * 16**3):
+def streams(feed, world, start=0, block_bytes=3 * 4 * 16**3, held=0.0):
     import ray
 
     reference, opened = ray.put(feed), {}
 
     def opener(window):
         if window not in opened:
-            opened[window] = open_window(reference, feed.plan, window)
+            opened[window] = open_window(reference, feed.plan, window, held)
         return opened[window]
 
     schedule = windows(feed.plan, start, world, block_bytes, 1)
     return [Stream(feed.plan, rank, schedule, opener) for rank in range(world)], schedule
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_every_rank_gets_its_samples_of_the_plan(ray_cluster, feed, world, monkeypatch):
-    """Over several windows the batches are those of the plan, patch by patch, and end with the plan."""
+@pytest.mark.parametrize(("world", "held"), [(1, 0), (2, 0), (3, 0), (3, 2)])
+def test_every_rank_gets_its_samples_of_the_plan(ray_cluster, feed, world, held, monkeypatch):
+    """Over several windows the batches are those of the plan, patch by patch, and end with the plan.
+
+    Three ranks share a batch of four unevenly; where training holds all CPUs, the patches are read all the same.
+    """
     monkeypatch.setattr(streaming, "WINDOW_BLOCKS", 2)
-    ranks, schedule = streams(feed, world)
+    ranks, schedule = streams(feed, world, held=held)
     assert len(schedule) > 1
     for step in range(feed.plan.steps):
         for rank, stream in enumerate(ranks):
@@ -49,7 +52,7 @@ def test_every_rank_gets_its_samples_of_the_plan(ray_cluster, feed, world, monke
             assert batch.indices.tolist() == list(feed.plan.rank_samples(step, rank, world))
             for index, image in zip(batch.indices, batch.images, strict=True):
                 sample = feed.plan.sample(int(index))
-                volume = np.load(Store(feed.store).path(feed.keys[sample.volume], "image.npy"))
+                volume = np.load(feed.store.path(feed.keys[sample.volume], "image.npy"))
                 np.testing.assert_array_equal(image, read_patch(volume, sample.origin, (16, 16, 16)))
     for stream in ranks:
         with pytest.raises(StopIteration):
@@ -81,7 +84,7 @@ def test_blocks_are_not_cut_in_two(ray_cluster, feed, monkeypatch):
 
 def test_a_failing_read_reaches_the_training_thread(ray_cluster, feed):
     """A volume that vanished from the store stops the step that needs it, with its name."""
-    Store(feed.store).path("cc3", "image.npy").unlink()
+    feed.store.path("cc3", "image.npy").unlink()
     (stream,), _ = streams(feed, 1)
     with pytest.raises(Exception, match="cc3"):
         for _ in stream:

@@ -98,8 +98,9 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
         A new tensor of the patches' shape.
     """
     volumes = patches.squeeze(1).contiguous()
-    views = _paint_boxes(volumes, draws) if volumes.is_cpu else _paint_masks(volumes, draws)
-    _shuffle_(views, draws)
+    there = upload(draws, patches.device)
+    views = _paint_boxes(volumes, draws) if volumes.is_cpu else _paint_masks(volumes, there)
+    _shuffle_(views, there)
     return views.unsqueeze(1)
 
 
@@ -139,37 +140,61 @@ def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
     return views
 
 
-def _paint_masks(volumes: Tensor, draws: Draws) -> Tensor:
+def _paint_masks(volumes: Tensor, draws: "DeviceDraws") -> Tensor:
     """The same for all samples at once: noise everywhere and a mask, whose shapes do not depend on the draws."""
-    start, stop = _on(volumes, draws.start), _on(volumes, draws.stop)
     inside = []
     for axis, side in enumerate(volumes.shape[1:]):
         voxel = torch.arange(side, device=volumes.device)
-        inside.append((start[..., axis, None] <= voxel) & (voxel < stop[..., axis, None]))  # (B, K, side)
+        inside.append((draws.start[..., axis, None] <= voxel) & (voxel < draws.stop[..., axis, None]))  # (B, K, side)
     # Boxes that hold the voxel; a matrix product keeps the K boxes out of the (B, X, Y, Z) arrays.
     boxes = torch.einsum("bkx,bky,bkz->bxyz", *(axis.float() for axis in inside))
     low, high = (bound[:, None, None, None] for bound in volumes.flatten(1).aminmax(dim=1))
     everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
-    noise = _noise(_on(volumes, draws.key)[:, None, None, None], everywhere, low, high)[..., : volumes.shape[3]]
-    replaced = (boxes > 0) ^ _on(volumes, draws.outpaint)[:, None, None, None]
-    return torch.where(replaced, noise, volumes)
+    noise = _noise(draws.key[:, None, None, None], everywhere, low, high)[..., : volumes.shape[3]]
+    return torch.where((boxes > 0) ^ draws.outpaint[:, None, None, None], noise, volumes)
 
 
-def _shuffle_(views: Tensor, draws: Draws) -> None:
+def _shuffle_(views: Tensor, draws: "DeviceDraws") -> None:
     """Permute the voxels inside the shuffle boxes of (B, X, Y, Z) views, in place."""
-    batch, *size = views.shape
-    grid = np.ravel_multi_index(tuple(np.indices((draws.shuffle_size,) * 3)), size).ravel()
-    corners = np.ravel_multi_index(tuple(np.moveaxis(draws.shuffle_start, 2, 0)), size)
-    voxels = _on(views, corners)[..., None] + _on(views, grid)  # (B, S, cells), in the flat volume
+    batch, side_x, side_y, side_z = views.shape
+    cell = torch.arange(draws.shuffle_size, device=views.device)
+    grid = ((cell[:, None, None] * side_y + cell[:, None]) * side_z + cell).flatten()
+    x, y, z = draws.shuffle_start.unbind(2)
+    voxels = ((x * side_y + y) * side_z + z)[..., None] + grid  # (B, S, cells), in the flat volume
 
     # Counters that the painting has not used. SplitMix64 gives no word twice to one key: the order has no ties.
-    used = size[0] * size[1] * _row(size[2])
+    used = side_x * side_y * _row(side_z)
     counters = used + torch.arange(voxels[0].numel(), device=views.device).view_as(voxels[0])
-    order = _words(_on(views, draws.key)[:, None, None], counters).argsort(dim=2)
-    sources = torch.where(_on(views, draws.shuffle)[:, None, None], voxels.gather(2, order), voxels)
+    order = _words(draws.key[:, None, None], counters).argsort(dim=2)
+    sources = torch.where(draws.shuffle[:, None, None], voxels.gather(2, order), voxels)
     flat = views.view(batch, -1)
     for box in range(voxels.shape[1]):
         flat.scatter_(1, voxels[:, box], flat.gather(1, sources[:, box]))
+
+
+@dataclass(frozen=True)
+class DeviceDraws:
+    """`Draws` as tensors on the patches' device; fields and shapes are the same."""
+
+    key: Tensor
+    outpaint: Tensor
+    start: Tensor
+    stop: Tensor
+    shuffle: Tensor
+    shuffle_start: Tensor
+    shuffle_size: int
+
+
+def upload(draws: Draws, device: torch.device) -> DeviceDraws:
+    """Everything in one copy, which from pinned memory no GPU has to be waited for."""
+    arrays = [draws.key, draws.outpaint, draws.start, draws.stop, draws.shuffle, draws.shuffle_start]
+    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays], dtype=np.int64))
+    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    parts = flat.split([array.size for array in arrays])
+    key, outpaint, start, stop, shuffle, shuffle_start = (
+        part.view(array.shape) for part, array in zip(parts, arrays, strict=True)
+    )
+    return DeviceDraws(key, outpaint.bool(), start, stop, shuffle.bool(), shuffle_start, draws.shuffle_size)
 
 
 def _noise(key: Tensor, counters: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -216,7 +241,3 @@ def _signed(word: int) -> int:
 
 def _below(limit: NDArray[np.int64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
     return (limit * uniform).astype(np.int64)
-
-
-def _on(volumes: Tensor, array: NDArray[np.generic]) -> Tensor:
-    return torch.tensor(array).to(volumes.device, non_blocking=True)

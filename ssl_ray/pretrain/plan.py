@@ -32,7 +32,8 @@ class Plan:
 
     Epoch *e* is the samples `[e * V * n, (e + 1) * V * n)` for V volumes and n patches a volume: every volume once, in
     an order of that epoch, its n patches next to each other so that one opened volume serves them. Step *s* trains on
-    the samples `[s * B, (s + 1) * B)` for a global batch of B; rank r of W takes the r-th of W equal parts of them.
+    the samples `[s * B, (s + 1) * B)` for a global batch of B; rank r of W takes the r-th of W parts of them, which are
+    equal or, where W does not divide B, differ by one.
     """
 
     seed: int
@@ -76,9 +77,9 @@ class Plan:
 
     def rank_samples(self, step: int, rank: int, world: int) -> range:
         """Indices of the samples that a rank trains on in a step."""
-        share = self.batch_size // world
-        start = step * self.batch_size + rank * share
-        return range(start, start + share)
+        share, more = divmod(self.batch_size, world)
+        start = step * self.batch_size + rank * share + min(rank, more)
+        return range(start, start + share + (rank < more))
 
     def _origin(self, volume: int, seed: int, stream: int, index: int) -> tuple[int, int, int]:
         room = np.maximum(self.shapes[volume] - self.patch_size, 0) + 1

@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ssl_ray.cohort.cache import open_array, read_patch
+from ssl_ray.cohort.store import Store, open_array, read_patch
 from ssl_ray.pretrain.plan import Plan, Sample
 
 WINDOW_BLOCKS = 256
@@ -33,8 +32,9 @@ class Feed:
     """What a data task needs to read any sample: the plan, and where its volumes lie."""
 
     plan: Plan
-    store: Path
+    store: Store
     keys: tuple[str, ...]
+    ids: tuple[str, ...]
     dtype: str
     levels: int
 
@@ -62,12 +62,21 @@ class Window:
         """Number of blocks, a multiple of the number of ranks."""
         return -(-(self.stop - self.start) // self.block_steps) * self.world
 
+    def share(self, plan: Plan) -> int:
+        """Rows that a block has for each step: the largest share of a batch."""
+        return len(plan.rank_samples(self.start, 0, self.world))
+
     def samples(self, plan: Plan, block: int) -> list[int]:
-        """Sample indices of a block, in the order in which its rank consumes them."""
+        """Sample indices of a block, in the order in which its rank consumes them.
+
+        A rank with a smaller share than others gets -1 in its place: `streaming_split` makes the *rows* of all ranks
+        equal, not the blocks.
+        """
         group, rank = divmod(block, self.world)
         first = self.start + group * self.block_steps
         steps = range(first, min(first + self.block_steps, self.stop))
-        return [index for step in steps for index in plan.rank_samples(step, rank, self.world)]
+        shares = [list(plan.rank_samples(step, rank, self.world)) for step in steps]
+        return [index for share in shares for index in share + [-1] * (self.share(plan) - len(share))]
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Batch:
 
 def windows(plan: Plan, start: int, world: int, block_bytes: float, itemsize: int) -> list[Window]:
     """The windows of a run from step `start` on."""
-    batch_bytes = plan.batch_size // world * int(np.prod(plan.patch_size)) * itemsize
+    batch_bytes = len(plan.rank_samples(0, 0, world)) * int(np.prod(plan.patch_size)) * itemsize
     block_steps = max(1, int(block_bytes // batch_bytes))
     length = max(1, WINDOW_BLOCKS // world) * block_steps
     return [
@@ -90,16 +99,19 @@ def windows(plan: Plan, start: int, world: int, block_bytes: float, itemsize: in
     ]
 
 
-def open_window(feed: Any, plan: Plan, window: Window) -> list[Any]:
+def open_window(feed: Any, plan: Plan, window: Window, held: float) -> list[Any]:
     """One Ray Data iterator a rank.
 
     Args:
         feed: reference to a `Feed` in the object store.
         plan: of the run.
         window: the steps to stream.
+        held: CPUs that the training workers hold. Where they leave none, e.g. after a node was lost, the reading tasks
+            ask for none and run beside them: they would wait for ever.
     """
+    import pyarrow as pa
     import ray  # the tasks import this module only to read patches
-    from ray.data import DataContext
+    from ray.data import DataContext, TaskPoolStrategy
 
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -107,8 +119,15 @@ def open_window(feed: Any, plan: Plan, window: Window) -> list[Any]:
     context.target_max_block_size = None  # a block that Ray Data cut in two would shift all later ones to other ranks
     context.execution_options.preserve_order = True
     with DataContext.current(context):
-        dataset = ray.data.range(window.blocks, override_num_blocks=window.blocks)
-        dataset = dataset.map_batches(partial(_read_block, feed=feed, window=window), batch_size=None)
+        # Not `ray.data.range`, whose own tasks cannot be told to ask for no CPU.
+        dataset = ray.data.from_blocks([pa.table({"id": [block]}) for block in range(window.blocks)])
+        spare = ray.cluster_resources().get("CPU", 0.0) - held >= 1
+        how = (
+            {"num_cpus": 1}
+            if spare
+            else {"num_cpus": 0, "compute": TaskPoolStrategy(size=min(window.blocks, 2 * window.world))}
+        )
+        dataset = dataset.map_batches(partial(_read_block, feed=feed, window=window), batch_size=None, **how)
         iterators: list[Any] = dataset.streaming_split(window.world, equal=True)
         return iterators
 
@@ -162,7 +181,8 @@ class Stream:
             self._next = self._start_next()
         images, indices, waited = self._current.get()
         share = self._plan.rank_samples(self._step, self._rank, window.world)
-        if len(indices) != len(share) or indices[0] != share[0] or indices[-1] != share[-1]:
+        images, indices = images[: len(share)], indices[: len(share)]
+        if indices.tolist() != list(share):
             raise RuntimeError(
                 f"rank {self._rank} got samples {indices[0]}..{indices[-1]} at step {self._step}, the plan has "
                 f"{share[0]}..{share[-1]}: Ray Data did not keep the order of blocks"
@@ -177,7 +197,7 @@ class Stream:
         if not self._schedule:
             return None
         window = self._schedule.pop(0)
-        return _Reader(window, self._open(window)[self._rank], self._plan.batch_size // window.world)
+        return _Reader(window, self._open(window)[self._rank], window.share(self._plan))
 
 
 class _Reader:
@@ -198,10 +218,24 @@ class _Reader:
     def _drain(self, iterator: Any, batch_size: int) -> None:
         try:
             for batch in iterator.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=1):
-                self._queue.put(batch)
+                self._queue.put(batch | {"image": _pin(batch["image"])})
             self._queue.put(RuntimeError(f"the stream of steps {self.window.start} to {self.window.stop} ended early"))
         except Exception as error:  # the training thread raises it where it asks for the next batch
             self._queue.put(error)
+
+
+def _pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A copy in page-locked memory where this process trains on a GPU, which then fetches it without being waited for.
+
+    Torch keeps such memory for reuse once nothing refers to it: getting it anew costs more than the copy.
+    """
+    import torch  # the tasks do without
+
+    if not torch.cuda.is_initialized():
+        return array
+    source = torch.from_numpy(array)
+    pinned: npt.NDArray[Any] = torch.empty_like(source, pin_memory=True).copy_(source).numpy()
+    return pinned
 
 
 def _read_block(rows: dict[str, npt.NDArray[Any]], feed: Any, window: Window) -> dict[str, npt.NDArray[Any]]:
@@ -210,6 +244,6 @@ def _read_block(rows: dict[str, npt.NDArray[Any]], feed: Any, window: Window) ->
     source: Feed = ray.get(feed)
     indices = [index for block in rows["id"] for index in window.samples(source.plan, int(block))]
     return {
-        "image": source.read([source.plan.sample(index) for index in indices]),
+        "image": source.read([source.plan.sample(max(0, index)) for index in indices]),
         "index": np.array(indices, dtype=np.int64),
     }

@@ -1,32 +1,37 @@
 """The TorchTrainer around the worker's loop, and what the driver does with its reports."""
 
+import math
 import re
 import signal
 import threading
-from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 from ray import train
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssl_ray.checkpoint import digest
 from ssl_ray.cluster import check_pretraining
-from ssl_ray.cohort.cache import Volume
-from ssl_ray.config import Study
-from ssl_ray.console import Bar
+from ssl_ray.cohort.store import Store, Volume
+from ssl_ray.config import Pretrain, Study
+from ssl_ray.console import Bar, say
+from ssl_ray.mirror import Mirror
 from ssl_ray.networks import load_metadata
-from ssl_ray.pretrain.loop import Job, train_loop
+from ssl_ray.pretrain.learner import Job
+from ssl_ray.pretrain.loop import train_loop
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.tracking import Run, Tracker, study_params
 
-_NO_EFFECT = {"workers", "gpu", "cpus_per_worker", "block_megabytes", "max_failures", "log_every", "checkpoint_every"}
-"""Settings that change how a run is carried out but not what it computes; they may differ when it is taken up again."""
+_RESIZE_SECONDS = 60.0
+"""How often Ray Train looks whether more of the workers that the experiment allows would find room."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Pretrained:
 def pretraining_key(study: Study, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
     """Digest of everything that the pretrained weights depend on."""
     config = study.pretrain
-    settings = config.model_dump(mode="json", exclude=_NO_EFFECT | {"sources"})
+    settings = config.model_dump(mode="json", exclude=Pretrain.HOW | {"sources"})
     return digest(
         settings,
         # Negatives of the contrastive loss are the rank's own patches.
@@ -70,11 +75,13 @@ def pretrain(
     key = pretraining_key(study, training, validation)
     folder = study.folder / f"pretrain-{key}"
     weights = folder / "best.safetensors"
-    if (done := tracker.finished("pretraining", key)) and weights.is_file():
+    if (done := tracker.finished("pretraining", key)) and study.mirror.pull(weights):
         return Pretrained(weights, key, done.info.run_id)
     config = study.pretrain
     check_pretraining(study)
-    reports = Queue(actor_options={"num_cpus": 0})
+    # On the driver's node: should another one die, the records do not die with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     job = Job(study, _feed(study, training), _feed(study, validation), folder, key, reports)
     plan = job.training.plan
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": plan.steps}
@@ -85,20 +92,26 @@ def pretrain(
         train_loop_config=job,
         scaling_config=train.ScalingConfig(
             num_workers=config.workers,
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {}),
         ),
         run_config=train.RunConfig(
             name=folder.name,
-            storage_path=str(study.folder / "ray"),
+            **study.ray_storage,
             failure_config=train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
             logging_config=train.LoggingConfig("WARNING"),
         ),
     )
     try:
-        with Bar("pretraining", plan.steps) as bar, _Collector(reports, run, bar):
+        with Bar("pretraining", plan.steps) as bar, _Collector(reports, run, bar, study.mirror) as collector:
             _fit(trainer)
+        if collector.fatal:
+            raise FloatingPointError(
+                f"pretraining stopped after {config.max_skipped if config.on_nonfinite == 'skip' else 0} skipped steps "
+                f"in a row, the weights before them are kept: {'; '.join(collector.fatal)}"
+            )
+        study.mirror.pull(job.weights)
         facts = load_metadata(job.weights)
         run.artifact(job.weights)
         best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
@@ -138,20 +151,23 @@ def _feed(study: Study, volumes: Sequence[Volume]) -> Feed:
         epochs=config.epochs,
     )
     first = volumes[0]
-    return Feed(plan, study.cache_folder, tuple(volume.key for volume in volumes), first.dtype, first.levels)
+    keys, ids = (tuple(getattr(volume, name) for volume in volumes) for name in ("key", "id"))
+    return Feed(plan, Store(study.cache_folder, study.scratch), keys, ids, first.dtype, first.levels)
 
 
 class _Collector:
-    """In a thread of the driver: records of all ranks from the queue, added up, to MLflow and to the progress bar."""
+    """In a thread of the driver: records from the queue to MLflow and to the progress bar."""
 
-    def __init__(self, reports: Queue, run: Run, bar: Bar) -> None:
-        self._reports, self._run, self._bar = reports, run, bar
-        self._logged = run.last_step("loss")
-        self._partial: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+    def __init__(self, reports: Queue, run: Run, bar: Bar, mirror: Mirror) -> None:
+        self._reports, self._run, self._bar, self._mirror = reports, run, bar, mirror
+        self._known = run.logged("lr")
+        self._starts = len(run.logged("started_at"))
+        self.fatal: list[str] = []
         self._thread = threading.Thread(target=self._collect, daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_Collector":
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._reports.put(None)
@@ -160,39 +176,33 @@ class _Collector:
 
     def _collect(self) -> None:
         while (item := self._reports.get()) is not None:
-            rank, record = item
-            if "started_at" in record:  # once a start: 0, and after every fault the step that training went on from
-                self._run.metrics(record, int(record["started_at"]))
-                continue
-            step = int(record["step"])
-            ranks = self._partial[step]
-            ranks[rank] = record
-            if len(ranks) < record["world"]:
-                continue
-            del self._partial[step]
-            picture, metrics = record.get("picture") or ranks[0].get("picture"), sum_ranks(list(ranks.values()))
-            if step > self._logged:
-                self._logged = step
-                self._run.metrics(metrics, step)
-                if picture:
-                    self._run.artifact(Path(picture), "pictures")
-            self._bar.update(step, _facts(metrics))
+            kind, content = item
+            if kind == "started":  # once a start: 0, and after every fault the step that training went on from
+                replayed = max(self._known, default=0) - content
+                self._run.metrics({"started_at": content, "replayed_steps": max(0, replayed)}, self._starts)
+                self._starts += 1
+            elif kind == "skipped":
+                say(f"WARNING: not finite, skipped: {content}")
+            elif kind == "fatal":
+                self.fatal.append(content)
+            for record in {"record": [content], "records": content}.get(kind, ()):
+                self._log(int(record["step"]), record)
 
-
-def sum_ranks(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """One step's records of all ranks -> its metrics; sums over sums, never means of means."""
-    patches = sum(record["patches"] for record in records)
-    seconds = max(record["seconds"] for record in records)
-    own = {"step", "world", "loss_sum", "patches", "waited", "seconds", "picture"}
-    metrics = {name: float(value) for name, value in records[0].items() if name not in own}
-    metrics["loss"] = sum(record["loss_sum"] for record in records) / patches
-    metrics["patches_per_second"] = patches / seconds
-    metrics["data_wait_share"] = max(record["waited"] for record in records) / seconds
-    return metrics
+    def _log(self, step: int, record: dict[str, Any]) -> None:
+        metrics = {name: float(value) for name, value in record.items() if name not in ("step", "picture")}
+        if step not in self._known:
+            self._known.add(step)
+            self._run.metrics(metrics, step)
+            if "picture" in record:
+                picture = Path(record["picture"])
+                with suppress(OSError):  # a picture less; the object store's fault is raised where it matters
+                    if picture.is_file() or self._mirror.pull(picture):
+                        self._run.artifact(picture, "pictures")
+        self._bar.update(step, _facts(metrics))
 
 
 def _facts(metrics: dict[str, float]) -> str:
-    facts = f"loss {metrics['loss']:.4f}, {metrics['patches_per_second']:.0f} patches/s"
+    facts = f"loss {metrics.get('loss', math.nan):.4f}, {metrics['patches_per_second']:.0f} patches/s"
     if "validation_loss" in metrics:
         facts += f", validation {metrics['validation_loss']:.4f}"
     return facts

@@ -1,0 +1,230 @@
+"""What a pretraining worker trains: the autoencoder, its optimizer, one step of them, and the fixed validation."""
+
+import math
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from ray.util.queue import Queue
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ssl_ray.compiled import compile_or_not
+from ssl_ray.config import Study
+from ssl_ray.networks import build_autoencoder, describe, export, use_fast_attention, use_patch_products
+from ssl_ray.optimize import build_optimizer, take_step
+from ssl_ray.precision import autocast, resolve
+from ssl_ray.pretrain.corrupt import contrastive_loss, corrupt, draw
+from ssl_ray.pretrain.picture import draw_restoration
+from ssl_ray.pretrain.plan import Sample
+from ssl_ray.pretrain.stream import Feed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is given.
+
+    Rank 0 sends log records through `reports`, a Ray queue that the driver empties: unlike `ray.train.report`, which is
+    a barrier that the controller serves every two seconds, that costs a step nothing.
+    """
+
+    study: Study
+    training: Feed
+    validation: Feed
+    folder: Path
+    key: str
+    reports: Queue
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states by step."""
+        return self.folder / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """The autoencoder that did best on validation so far, written by rank 0."""
+        return self.folder / "best.safetensors"
+
+
+class Learner:
+    """Model, optimizer and one step of them."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job, self.config, self.device = job, job.study.pretrain, device
+        torch.manual_seed(job.study.seed)
+        self.network = build_autoencoder(job.study.network, self.config.patch_size).to(device)
+        self.dtype = resolve(self.config.precision, device)
+        self.compiled = False
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            use_fast_attention(self.network)
+        if self.dtype != torch.float32:
+            use_patch_products(self.network)
+        if self.config.compile:
+            self.compiled = compile_or_not(self.network.blocks, self._try_block, "pretrain.compile")
+        self.model = _parallel(self.network, device)
+        self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
+        self.best = math.inf
+        self._upload = Upload(device)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.best = state["best"]
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on; samples, corruption and learning rate follow from the step."""
+        return {"best": self.best, "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def step(
+        self, images: npt.NDArray[Any], indices: npt.NDArray[np.int64], world: int, lr: float
+    ) -> tuple[Tensor, Tensor]:
+        """One optimizer step on this rank's (B, X, Y, Z) patches of the global batch.
+
+        Returns:
+            The mean loss of the rank's patches and the global gradient norm, both on the device. Where either is not
+            finite on any rank, the norm is not on all of them, and no rank has changed its weights.
+        """
+        stored = self._upload(images)
+        loss = torch.zeros((), device=self.device)
+        size = self.config.microbatch or len(indices)
+        starts = range(0, len(indices), size)
+        for start in starts:
+            part = indices[start : start + size]
+            # DDP takes the mean over ranks, whose shares of the batch may differ by one.
+            weight = len(part) * world / self.config.batch_size
+            with nullcontext() if start == starts[-1] else self._no_sync():
+                own, total = self._losses(stored[start : start + size], part)
+                # A loss that is not finite need not have such gradients; this way they have, on every rank.
+                (total * weight).backward(torch.where(torch.isfinite(total), 1.0, torch.nan))
+            loss += own.detach() * (len(part) / len(indices))
+        return loss, take_step(self.optimizer, self.config.optimizer, lr)
+
+    def _losses(self, stored: Tensor, indices: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Mean L1 of the patches, and what is minimised."""
+        clean = scale(stored, self.job.training.levels)
+        seed, views = self.job.study.seed, 2 if self.config.contrastive.enabled else 1
+        draws = [draw(self.config.corruption, self.config.patch_size, seed, indices, view) for view in range(views)]
+        corrupted = torch.cat([corrupt(clean, drawn) for drawn in draws])  # (views * B, 1, X, Y, Z)
+        with autocast(self.device, self.dtype):
+            restored = self.model(corrupted)[0]
+        restored = restored.float()
+        loss = (restored[: len(clean)] - clean).abs().mean()
+        if views == 1:
+            return loss, loss
+        first, second = restored.flatten(1).chunk(2)
+        return loss, loss + contrastive_loss(first, second, self.config.contrastive.temperature) * loss
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        model = self.model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    @torch.no_grad()
+    def validate(self, rank: int, world: int, step: int, picture: bool) -> dict[str, float | str]:
+        """L1 on the fixed validation patches, each corrupted in its fixed way; every rank takes its share of them.
+
+        Returns:
+            `validation_loss`, and `validation_identity_loss` of predicting the corrupted input itself.
+        """
+        self.model.eval()
+        feed = self.job.validation
+        samples: list[Sample] = list(feed.plan.validation())
+        mine = np.arange(rank, len(samples), world)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        shown = ""
+        share = -(-self.config.batch_size // world)
+        size = min(self.config.microbatch or share, share)  # as much as a training step of this rank
+        for start in range(0, len(mine), size):
+            indices = mine[start : start + size]
+            clean = scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels)
+            corrupted = corrupt(clean, draw(self.config.corruption, self.config.patch_size, 0, indices))
+            # Other shapes than in training: compiling for them would cost more than it saves.
+            with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
+                restored = self.network(corrupted)[0].float()
+            sums[0] += (restored - clean).abs().mean(dtype=torch.float64) * len(indices)
+            sums[1] += (corrupted - clean).abs().mean(dtype=torch.float64) * len(indices)
+            sums[2] += len(indices)
+            if picture and rank == 0 and start == 0:
+                shown = self._picture(step, clean, corrupted, restored)
+        if world > 1:
+            torch.distributed.all_reduce(sums)
+        self.model.train()
+        loss, identity = float(sums[0] / sums[2]), float(sums[1] / sums[2])
+        if loss < self.best:
+            self.best = loss
+            if rank == 0:
+                facts = {"step": str(step), "validation_loss": f"{loss:.6f}", "key": self.job.key}
+                described = describe(self.job.study.network, self.config.patch_size)
+                export(self.job.weights, self.network.state_dict(), described | facts)
+                self.job.study.mirror.push(self.job.weights)
+        report: dict[str, float | str] = {"validation_loss": loss, "validation_identity_loss": identity}
+        return report | ({"picture": shown} if shown else {})
+
+    def _picture(self, step: int, clean: Tensor, corrupted: Tensor, restored: Tensor) -> str:
+        # The patch with the most structure of the first batch says most about restoration.
+        chosen = int(clean.flatten(1).std(dim=1).argmax())
+        truth, broken, mended = (stack[chosen, 0].float().cpu().numpy() for stack in (clean, corrupted, restored))
+        path = self.job.folder / "pictures" / f"restored_{step:07d}.png"
+        error = float((restored[chosen] - clean[chosen]).abs().mean())
+        draw_restoration(path, truth, broken, mended, f"step {step}, L1 {error:.4f}")
+        self.job.study.mirror.push(path)
+        return str(path)
+
+    def _try_block(self) -> None:
+        """One block as a training step has it, forward and backward; leaves no gradient behind."""
+        share = -(-self.config.batch_size // self.config.worker_range[0])
+        views = 2 if self.config.contrastive.enabled else 1
+        tokens = self.network.patch_embedding.position_embeddings.detach()  # (1, tokens, hidden)
+        batch = min(self.config.microbatch or share, share) * views
+        with autocast(self.device, self.dtype):
+            output = self.network.blocks[0](tokens.repeat(batch, 1, 1).requires_grad_())
+        output.float().mean().backward()
+        self.network.zero_grad(set_to_none=True)
+
+
+class Upload:
+    """Host -> device, beside the step that the device is busy with.
+
+    The copy has a CUDA stream of its own, and while the host is a step ahead of the device it costs no time: provided
+    that the memory is pinned, as `Stream` gives it. From other memory a large copy waits for the steps before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._held: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def __call__(self, array: npt.NDArray[Any]) -> Tensor:
+        """The array on the device, in the order of the current stream; it may be dropped at once, not overwritten."""
+        host = torch.from_numpy(array)
+        if self._stream is None:
+            return host.to(self._device)
+        with torch.cuda.stream(self._stream):
+            there = host.to(self._device, non_blocking=True)
+            copied = self._stream.record_event()
+        while self._held and self._held[0][1].query():
+            self._held.popleft()
+        self._held.append((host, copied))  # pinned memory that is let go is given to the next batch
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(copied)
+        there.record_stream(current)
+        return there
+
+
+def scale(stored: Tensor, levels: int) -> Tensor:
+    """(B, X, Y, Z) as stored -> (B, 1, X, Y, Z) float32 in 0..1."""
+    return stored.unsqueeze(1).float().div_(levels)
+
+
+def _parallel(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network as every worker trains it: gradients are the mean over workers, where there are several."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return network
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)

@@ -1,0 +1,137 @@
+"""A small pretraining that tests disturb, and what is compared afterwards."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from torch import Tensor
+
+from ssl_ray.experiment import load
+from ssl_ray.networks import load_weights
+from ssl_ray.tracking import Tracker
+
+STEPS, SAVED = 240, 40
+"""Optimizer steps of the run, and after how many it writes a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends with: losses by step, the exported weights, the steps that it started at, steps done again."""
+
+    losses: dict[int, float]
+    weights: dict[str, Tensor]
+    started: list[int]
+    replayed: list[int]
+    workers: list[int]
+
+
+def write(folder: Path, cohort: Path, **pretrain: Any) -> Path:
+    """The experiment's YAML: 240 steps of a tiny network, each logged, in float32."""
+    preparation = {"spacing": 9, "window": [-175, 250]}
+    tree = {
+        "name": "faults",
+        "output": str(folder / "output"),
+        "cluster": {"object_store_gigabytes": 0.3},
+        "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
+        "pretrain": {
+            "sources": [{"root": str(cohort), "datalist": "unlabelled.json"}],
+            "preparation": preparation,
+            "patch_size": 16,
+            "batch_size": 4,
+            "epochs": 120,
+            "validate_every": 30,
+            "log_every": 1,
+            "checkpoint_every": SAVED,
+            "block_megabytes": 0.08,
+            "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
+            "precision": "float32",
+        }
+        | pretrain,
+        "finetune": {
+            "cohort": {"root": str(cohort), "classes": 14, "splits": {2: "labelled_2.json"}},
+            "preparation": preparation,
+            "patch_size": 16,
+        },
+    }
+    path = folder / "faults.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start(path: Path, address: str = "", *more: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+    """`ssl-ray pretrain` in a process group of its own, on a Ray of its own or the one at an address."""
+    out = (log or path.with_suffix(".log")).open("ab")
+    environment = {**os.environ, "RAY_ADDRESS": address, "SSL_RAY_TRACEBACK": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "ssl_ray", "pretrain", str(path), *more],
+        env=environment,
+        start_new_session=True,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def outcome(path: Path) -> Outcome:
+    """Read the result of a finished run; fails where MLflow has a step twice or more than one run."""
+    study = load(path, [])
+    tracker = Tracker(study)
+    (run,) = tracker.runs(kind="pretraining")
+    assert run.info.status == "FINISHED"
+    points = tracker.client.get_metric_history(run.info.run_id, "loss")
+    losses = {point.step: point.value for point in points}
+    assert len(losses) == len(points), "a step is logged twice"
+    (weights,) = study.folder.glob("pretrain-*/best.safetensors")
+
+    def numbers(metric: str) -> list[int]:
+        return [int(value) for _, value in sorted(tracker.history(run.info.run_id, metric).items())]
+
+    return Outcome(losses, load_weights(weights), numbers("started_at"), numbers("replayed_steps"), numbers("workers"))
+
+
+def assert_same(found: Outcome, expected: Outcome, starts: int = 2) -> None:
+    """Every loss and weight bit by bit, no step missing, and it did go on from a checkpoint."""
+    print(f"started at {found.started}, steps done again {found.replayed}")
+    assert list(found.losses) == list(range(1, STEPS + 1)), "no step is missing"
+    assert found.losses == expected.losses, "bit by bit, every step"
+    for name, tensor in expected.weights.items():
+        assert torch.equal(found.weights[name], tensor), name
+    assert len(found.started) >= starts
+    assert found.started[0] == 0
+    assert found.started[-1] >= SAVED, "it did not go on from a checkpoint"
+    assert max(found.replayed) <= SAVED + 5, "more than the steps since the last checkpoint"
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> Any:
+    """The first true value of a condition."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+    return found
+
+
+def saved(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints under a folder."""
+    manifests = folder.glob("**/checkpoints/*/manifest.json")
+    return sorted(json.loads(path.read_text())["step"] for path in manifests)
+
+
+def workers(root: psutil.Process | None = None) -> list[psutil.Process]:
+    """Training workers among the descendants of a process."""
+    found = []
+    for process in (root or psutil.Process()).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -1,0 +1,126 @@
+"""Several nodes on this machine: one lost, one gained, one announced to leave."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from runs import SAVED, STEPS, Outcome, outcome, saved, start, wait_for, workers, write
+
+pytestmark = pytest.mark.slow
+
+
+@contextmanager
+def nodes(*cpus: int) -> Iterator[object]:
+    """A cluster whose first node is the head."""
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 150 * 10**6, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], **small})
+    try:
+        for number in cpus[1:]:
+            cluster.add_node(num_cpus=number, object_store_memory=150 * 10**6)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def raylet(node: object) -> psutil.Process:
+    """The process of a node's raylet."""
+    (info,) = node.all_processes["raylet"]  # type: ignore[attr-defined]
+    return psutil.Process(info.process.pid)
+
+
+def close(found: Outcome, expected: Outcome) -> None:
+    """Another number of workers adds up in another order: the same samples, so the same losses but for rounding."""
+    assert list(found.losses) == list(range(1, STEPS + 1))
+    assert all(abs(found.losses[step] - expected.losses[step]) < 1e-3 for step in expected.losses)
+    for name, tensor in expected.weights.items():
+        assert torch.allclose(found.weights[name], tensor, atol=2e-2), name
+
+
+def kill_a_node_with_a_worker(cluster, folder: Path) -> int:
+    """SIGKILL to the raylet of a node other than the head that holds a training worker, after the first checkpoint."""
+    wait_for(lambda: saved(folder), "a checkpoint")
+    for node in list(cluster.worker_nodes):
+        process = raylet(node)
+        if workers(process):
+            cluster.remove_node(node, allow_graceful=False)
+            return process.pid
+    raise AssertionError("no node but the head has a training worker")
+
+
+@pytest.mark.parametrize(("cpus", "limits"), [((2, 1, 1), 2), ((1, 1, 1), 2), ((1, 1, 1), [1, 2])])
+def test_a_node_killed(undisturbed, cohort, tmp_path, cpus, limits):
+    """A node dies: with room elsewhere the run goes on there; it reads data even if no CPU is left for that."""
+    path = write(tmp_path, cohort, workers=limits)
+    with nodes(*cpus) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            kill_a_node_with_a_worker(cluster, tmp_path)
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            if driver.poll() is None:
+                os.killpg(driver.pid, signal.SIGKILL)
+    found = outcome(path)
+    assert len(found.started) >= 2
+    assert found.started[-1] >= SAVED
+    close(found, undisturbed)
+
+
+def test_a_node_gained(cohort, tmp_path):
+    """With `workers: [1, 2]`, training begins with one, and goes on with two after a node came."""
+    path = write(tmp_path, cohort, workers=[1, 2], epochs=500)
+    often = "import ssl_ray.pretrain.train as t, ssl_ray.cli as c, sys; t._RESIZE_SECONDS = 2.0; sys.exit(c.main())"
+    with nodes(1) as cluster, path.with_suffix(".log").open("wb") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", often, "pretrain", str(path)],
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            start_new_session=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_for(lambda: saved(tmp_path), "a checkpoint")
+            cluster.add_node(num_cpus=1, object_store_memory=150 * 10**6)
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            if driver.poll() is None:
+                os.killpg(driver.pid, signal.SIGKILL)
+    found = outcome(path)
+    assert list(found.losses) == list(range(1, 1001))
+    assert found.workers[0] == 1
+    assert found.workers[-1] == 2
+    assert found.started[-1] >= SAVED
+
+
+def test_a_node_announced_to_leave(undisturbed, cohort, tmp_path):
+    """Ray says that a node will be preempted: a checkpoint is written just in time, and the run goes on from it."""
+    path = write(tmp_path, cohort, workers=2, checkpoint_every=None, checkpoint_minutes=60)
+    with nodes(2, 1) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            wait_for(lambda: list(tmp_path.glob("**/best.safetensors")), "the first validation")
+            assert not saved(tmp_path)
+            (node,) = (node for node in cluster.worker_nodes if workers(raylet(node)))
+            drain = ["drain-node", "--address", cluster.address, "--node-id", node.node_id]
+            drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+            ray = Path(sys.executable).with_name("ray")
+            subprocess.run([ray, *drain, "--deadline-remaining-seconds", "15"], check=True, capture_output=True)
+            wait_for(lambda: saved(tmp_path), "a checkpoint just in time", 15)
+            time.sleep(1)
+            cluster.remove_node(node, allow_graceful=False)
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            if driver.poll() is None:
+                os.killpg(driver.pid, signal.SIGKILL)
+    found = outcome(path)
+    assert 0 < found.started[-1] < STEPS
+    close(found, undisturbed)
