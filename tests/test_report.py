@@ -21,6 +21,7 @@ from ssl_ray.config import Study
 from ssl_ray.experiment import dump
 from ssl_ray.finetune.grid import cells
 from ssl_ray.finetune.metrics import CaseScores, aggregate
+from ssl_ray.finetune.runs import FAILURE
 from ssl_ray.finetune.trial import Cell
 from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.report.findings import answer, honest_table, notes, organ_table, published_table
@@ -85,6 +86,7 @@ class Outcome:
     organs: tuple[str, ...] = ORGANS
     curve: dict[int, float] = field(default_factory=lambda: {200: 0.4, 400: 0.5})
     selected: int = 200
+    failure: str = ""
 
 
 def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretraining: bool = True) -> Tracker:
@@ -127,6 +129,8 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
             home.mkdir(parents=True)
             (home / "evaluation.json").write_text(json.dumps(tree))
             run.artifact(home / "evaluation.json")
+        if outcome.failure:
+            run.tags({FAILURE: outcome.failure})
         run.close(outcome.status)
     grid.close()
     return tracker
@@ -219,12 +223,15 @@ def test_seeds_are_averaged_before_volumes_are_resampled(tmp_path: Path) -> None
     assert "3 seeds" in write_report(study, tmp_path / "report").markdown.read_text()
 
 
-def test_holes_are_named_where_the_number_would_stand(tmp_path: Path) -> None:
-    """Failed, unfinished and missing cells appear in the tables; the others keep their numbers."""
+@pytest.mark.parametrize("going_on", ["RUNNING", "KILLED"])
+def test_holes_are_named_where_the_number_would_stand(tmp_path: Path, going_on: str) -> None:
+    """Failed, unfinished and missing cells appear in the tables, a failed one with its reason; the others keep their
+    numbers."""
     study = make_study(tmp_path, splits=[6, 12, 24], lr=[1e-4])
     outcomes = constant(study, 0.5, 0.6)
-    outcomes[Cell(6, "pretrained", 1e-4, 0)].status = "FAILED"
-    outcomes[Cell(12, "random", 1e-4, 0)].status = "RUNNING"
+    failed = Cell(6, "pretrained", 1e-4, 0)
+    outcomes[failed].status, outcomes[failed].failure = "FAILED", "OSError: http://me:secret@server is <gone>"
+    outcomes[Cell(12, "random", 1e-4, 0)].status = going_on
     del outcomes[Cell(24, "pretrained", 1e-4, 0)]
     tracker = record(study, outcomes, tmp_path)
     results = read(study, tracker)
@@ -234,9 +241,12 @@ def test_holes_are_named_where_the_number_would_stand(tmp_path: Path) -> None:
         ["66.33", "missing"],
     ]
     assert "no answer**: pretrained is failed" in answer(results, 6)
-    page = write_report(study, tmp_path / "report").markdown.read_text()
+    report = write_report(study, tmp_path / "report")
+    page = report.markdown.read_text()
     assert "**3 of 6 cells have no result**" in page
     assert "**failed**" in page
+    assert f"`{failed.name}` failed: OSError: http://server is <gone>" in page
+    assert "failed: OSError: http://server is &lt;gone&gt;" in report.html.read_text()
 
 
 def test_nothing_but_holes_is_still_a_report(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,19 @@ from ray import tune
 
 from ssl_ray.checkpoint import digest
 from ssl_ray.cluster import check_finetuning
-from ssl_ray.cohort.cache import Volume
 from ssl_ray.cohort.datalist import Splits
-from ssl_ray.config import Study
+from ssl_ray.cohort.store import Store, Volume
+from ssl_ray.config import Finetune, Study
 from ssl_ray.console import Bar
+from ssl_ray.finetune.folder import TrialFolder
+from ssl_ray.finetune.runs import Runs
 from ssl_ray.finetune.trial import Cell, TrialData, run_trial
 from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer
 from ssl_ray.pretrain.train import Pretrained
-from ssl_ray.tracking import PRETRAINING_RUN, Run, Tracker, study_params
+from ssl_ray.tracking import Tracker, study_params
 
-_NO_EFFECT = {"grid", "cohort", "weights", "max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "max_failures"}
-"""Settings that do not change what one cell computes, or that its key names in another way."""
+_NAMED = frozenset({"grid", "cohort", "weights"})
+"""Settings that a cell's key names in another way."""
 
 
 CELLS = "cells.json"
@@ -82,7 +83,7 @@ def finetune(
     config = study.finetune
     data = {size: _trial_data(study, splits, size, volumes) for size in config.split_sizes}
     base = [
-        config.model_dump(mode="json", exclude=_NO_EFFECT),
+        config.model_dump(mode="json", exclude=Finetune.HOW | _NAMED),
         config.cohort.classes,
         config.gpus_per_trial > 0 if config.precision == "auto" else None,  # `auto` depends on the kind of device
         study.network.model_dump(mode="json"),
@@ -108,8 +109,12 @@ def finetune(
     grid_run.text(json.dumps(named, indent=1), CELLS)
     pending = [cell for cell in keys if not tracker.finished("trial", keys[cell])]
     finished = len(keys) - len(pending)
+    folders = {cell: folder / f"{cell.name}-{key[:8]}" for cell, key in keys.items()}
+    for cell in keys.keys() - set(pending):  # a driver that was killed may have left what it would have deleted next
+        TrialFolder(folders[cell], keys[cell], study.mirror).clear()
     with Bar("fine-tuning", len(keys) * config.steps) as bar:
-        runs = _Runs(study, tracker, grid_run.id, pretrained, keys, data, bar, finished * config.steps)
+        done = finished * config.steps
+        runs = Runs(study, tracker, grid_run.id, pretrained, keys, data, folders, bar, done)
         try:
             if pretrained:
                 report = check_transfer(study, pretrained.weights)
@@ -117,7 +122,11 @@ def finetune(
                 grid_run.metrics({"transferred_share": report["share"]}, 0)
             if pending:
                 check_finetuning(study)
-                _tune(study, pending, keys, data, pretrained, folder, runs)
+                _tune(study, pending, keys, data, pretrained, folders, folder.name, runs)
+        except KeyboardInterrupt:
+            runs.abandon()
+            grid_run.close("KILLED")
+            raise
         except BaseException:
             runs.abandon()
             grid_run.close("FAILED")
@@ -133,7 +142,8 @@ def _trial_data(study: Study, splits: Splits, size: int, volumes: Mapping[str, V
     training, validation = prepared(splits.training[size]), prepared(splits.validation)
     if not training or not validation:
         raise ValueError(f"finetune.cohort.splits.{size}: no usable volume is left for training or validation")
-    return TrialData(study.cache_folder, training, validation, prepared(splits.test), splits.organs)
+    store = Store(study.cache_folder, study.scratch)
+    return TrialData(store, training, validation, prepared(splits.test), splits.organs)
 
 
 def _tune(
@@ -142,8 +152,9 @@ def _tune(
     keys: Mapping[Cell, str],
     data: Mapping[int, TrialData],
     pretrained: Pretrained | None,
-    folder: Path,
-    runs: "_Runs",
+    folders: Mapping[Cell, Path],
+    name: str,
+    runs: Runs,
 ) -> None:
     config = study.finetune
 
@@ -152,9 +163,13 @@ def _tune(
         torch.set_num_threads(max(1, int(config.cpus_per_trial)))
         device = torch.device("cuda" if config.gpus_per_trial else "cpu")
         weights = pretrained.weights if pretrained and cell.init == "pretrained" else None
-        home = folder / f"{cell.name}-{keys[cell][:8]}"
-        for step, metrics in run_trial(study, cell, data[cell.split], weights, home, device):
-            tune.report({"step": step, "metrics": metrics, "folder": str(home)})
+        if weights and weights.is_relative_to(study.mirror.folder):
+            study.mirror.pull(weights)  # made on another machine
+        try:
+            for step, metrics in run_trial(study, cell, data[cell.split], weights, folders[cell], device, keys[cell]):
+                tune.report({"step": step, "metrics": metrics})
+        except FloatingPointError as error:  # said, not raised: tried again, it would come to the same
+            tune.report({"failure": str(error)})
 
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tune.Tuner(
@@ -166,85 +181,10 @@ def _tune(
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name=folder.name,
-            storage_path=str(study.folder / "ray"),
+            name=name,
+            **study.ray_storage,
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             callbacks=[runs],
             verbose=0,
         ),
     ).fit()
-
-
-class _Runs(tune.Callback):
-    """In the driver: a child run in MLflow for each trial, and the progress bar."""
-
-    def __init__(
-        self,
-        study: Study,
-        tracker: Tracker,
-        parent: str,
-        pretrained: Pretrained | None,
-        keys: Mapping[Cell, str],
-        data: Mapping[int, TrialData],
-        bar: Bar,
-        done: int,
-    ) -> None:
-        self._study, self._tracker, self._parent, self._pretrained = study, tracker, parent, pretrained
-        self._keys, self._data, self._bar, self._done = keys, data, bar, done
-        self._open: dict[str, tuple[Run, int]] = {}
-        self._steps: dict[str, int] = {}
-        self.completed = 0
-        self.failed: list[str] = []
-        bar.update(done)
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if trial.trial_id in self._open:
-            return
-        cell: Cell = trial.config["cell"]
-        params: dict[str, Any] = {
-            name: value for name, value in study_params(self._study, "finetune").items() if "grid" not in name
-        }
-        params |= {"split": cell.split, "init": cell.init, "lr": cell.lr, "seed": cell.seed}
-        data = self._data[cell.split]  # a bad volume that was skipped makes it fewer than the split says
-        params |= {f"{part}_volumes": len(getattr(data, part)) for part in ("training", "validation", "test")}
-        tags = {}
-        if self._pretrained and self._pretrained.run_id and cell.init == "pretrained":
-            tags[PRETRAINING_RUN] = self._pretrained.run_id
-        run = self._tracker.open("trial", self._keys[cell], cell.name, params, self._parent, tags)
-        self._open[trial.trial_id] = run, run.last_step("loss")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if "metrics" not in result:
-            return
-        run, logged = self._open[trial.trial_id]
-        step, metrics = int(result["step"]), result["metrics"]
-        if step > logged or "selected/step" in metrics:
-            run.metrics(metrics, step)
-        self._open[trial.trial_id] = run, max(step, logged)
-        self._steps[trial.trial_id] = step
-        loss = f"loss {metrics['loss']:.3f} ({trial.config['cell'].name})" if "loss" in metrics else ""
-        self._bar.update(self._done + sum(self._steps.values()), loss)
-        if "selected/step" in metrics:
-            run.artifact(Path(result["folder"]) / "evaluation.json")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        run, _ = self._open.pop(trial.trial_id)
-        run.close()
-        self.completed += 1
-        # Only now that MLflow has the result is there nothing left to go on from.
-        shutil.rmtree(Path(trial.last_result["folder"]) / "checkpoint", ignore_errors=True)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        # A trial that is tried again does not come here; one that never started has no run yet.
-        self.on_trial_start(iteration, trials, trial)
-        run, _ = self._open.pop(trial.trial_id)
-        run.close("FAILED")
-        self.failed.append(trial.config["cell"].name)
-
-    def abandon(self) -> None:
-        """End the runs of trials that were still going, e.g. after Ctrl-C."""
-        for run, _ in self._open.values():
-            run.close("KILLED")
-        self._open.clear()

@@ -1,6 +1,6 @@
 """Training patches of a trial: index-addressed like the pretraining plan, augmented as in the recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ssl_ray.cohort.cache import Volume, open_array, read_patch
+from ssl_ray.cohort.store import Store, Volume, open_array, read_patch
 from ssl_ray.config import Augmentation, Finetune
 from ssl_ray.seeding import generator
 
@@ -22,7 +22,7 @@ class PatchSampler:
     """Patch *i* of a trial is a function of `(seed, i)`: which volume, which centre, which augmentation."""
 
     volumes: tuple[Volume, ...]
-    store: Path
+    store: Store | Path
     config: Finetune
     seed: int
 
@@ -32,19 +32,23 @@ class PatchSampler:
         A step takes the next `volumes_per_step` volumes of an endless sequence of shuffled epochs, and
         `patches_per_volume` patches of each.
         """
-        config = self.config
         images, labels = [], []
-        for place in range(step * config.volumes_per_step, (step + 1) * config.volumes_per_step):
+        for index, volume in self.patches(step):
+            random = generator(self.seed, _PATCH, index)
+            image, label = self._crop(volume, random)
+            image, label = augment(image, label, self.config.augmentation, random)
+            images.append(image)
+            labels.append(label)
+        return torch.stack(images).unsqueeze(1), torch.stack(labels).unsqueeze(1)
+
+    def patches(self, step: int) -> Iterator[tuple[int, Volume]]:
+        """Index of each patch of a step, and the volume that it comes from."""
+        count = self.config.patches_per_volume
+        for place in range(step * self.config.volumes_per_step, (step + 1) * self.config.volumes_per_step):
             epoch, index = divmod(place, len(self.volumes))
             order = generator(self.seed, _ORDER, epoch).permutation(len(self.volumes))
-            volume = self.volumes[order[index]]
-            for patch in range(config.patches_per_volume):
-                random = generator(self.seed, _PATCH, place * config.patches_per_volume + patch)
-                image, label = self._crop(volume, random)
-                image, label = augment(image, label, config.augmentation, random)
-                images.append(image)
-                labels.append(label)
-        return torch.stack(images).unsqueeze(1), torch.stack(labels).unsqueeze(1)
+            for patch in range(place * count, (place + 1) * count):
+                yield patch, self.volumes[order[index]]
 
     def _crop(self, volume: Volume, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         image, label = (open_array(self.store, volume.key, name) for name in ("image", "label"))

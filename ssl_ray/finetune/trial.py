@@ -1,25 +1,25 @@
 """One UNETR training, from initial weights to the evaluation of its selected checkpoint. Pure torch."""
 
-import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from monai.losses import DiceCELoss
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ssl_ray.checkpoint import load_latest, save_latest
-from ssl_ray.cohort.cache import Volume, open_array
+from ssl_ray.cohort.store import Store, Volume, open_array
 from ssl_ray.cohort.volume import read_label
 from ssl_ray.config import Study
+from ssl_ray.finetune.folder import TrialFolder
 from ssl_ray.finetune.metrics import DICE_FOREGROUND, CaseScores, aggregate, evaluate, evaluate_canonical, predict
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer
+from ssl_ray.nonfinite import Fault, Watch
 from ssl_ray.optimize import build_optimizer, learning_rate, take_step
 from ssl_ray.precision import autocast, resolve
 
@@ -43,33 +43,61 @@ class Cell:
 class TrialData:
     """Prepared volumes of a trial, shared read-only by all of them."""
 
-    store: Path
+    store: Store | Path
     training: tuple[Volume, ...]
     validation: tuple[Volume, ...]
     test: tuple[Volume, ...]
     organs: tuple[str, ...]
 
 
+Record = tuple[int, dict[str, float]]
+"""A step and metrics of it."""
+
+
 def run_trial(
-    study: Study, cell: Cell, data: TrialData, weights: Path | None, folder: Path, device: torch.device
-) -> Iterator[tuple[int, dict[str, float]]]:
+    study: Study,
+    cell: Cell,
+    data: TrialData,
+    weights: Path | None,
+    folder: Path,
+    device: torch.device,
+    key: str,
+) -> Iterator[Record]:
     """Train one cell and yield `(step, metrics)`; a trial that was cut off goes on from its own checkpoint.
 
-    While training: `loss`, `lr`, `seconds_per_step`, `validation/<metric>`. At the end, for the checkpoint with the
-    best foreground Dice on validation, `selected/validation/<metric>` and, where the cohort has a test split,
+    First comes `started_at`, the step that it goes on from, with the records that whoever was cut off with it may not
+    have seen; they were yielded before. While training: `loss`, `lr`, `seconds_per_step`, `validation/<metric>`, and
+    `skipped_steps` where the loss or gradient of some was not finite. At the end, for the checkpoint with the best
+    foreground Dice on validation, `selected/validation/<metric>` and, where the cohort has a test split,
     `selected/test/<metric>`; the folder then holds `unetr.safetensors` and `evaluation.json`.
+
+    Args:
+        study: the experiment.
+        cell: which part of the grid.
+        data: prepared volumes.
+        weights: pretrained weights to start from; None for random ones.
+        folder: everything that the trial writes.
+        device: to train on.
+        key: digest of everything that the result depends on; a checkpoint of another key is not used.
 
     Raises:
         ValueError: when the pretrained weights do not match the network.
+        FloatingPointError: when more steps in a row are not finite than `on_nonfinite` and `max_skipped` allow.
     """
-    trial = _Trial(study, cell, data, weights, folder, device)
+    trial = _Trial(study, cell, data, weights, TrialFolder(folder, key, study.mirror), device)
     yield from trial.train()
     yield trial.config.steps, trial.evaluate()
 
 
 class _Trial:
     def __init__(
-        self, study: Study, cell: Cell, data: TrialData, weights: Path | None, folder: Path, device: torch.device
+        self,
+        study: Study,
+        cell: Cell,
+        data: TrialData,
+        weights: Path | None,
+        folder: TrialFolder,
+        device: torch.device,
     ) -> None:
         self.config, self.data, self.folder, self.device = study.finetune, data, folder, device
         self.optimizer_config = self.config.optimizer.model_copy(update={"lr": cell.lr})
@@ -89,26 +117,36 @@ class _Trial:
         self.sampler = PatchSampler(data.training, data.store, self.config, cell.seed)
         self.best, self.best_step = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}
+        self.watch = Watch[int](self.config.on_nonfinite, self.config.max_skipped)
+        self.records: tuple[list[Record], list[Record]] = [], []  # before and since the newest checkpoint
+        self.saved = time.monotonic()
 
-    def train(self) -> Iterator[tuple[int, dict[str, float]]]:
+    def train(self) -> Iterator[Record]:
         config, start = self.config, self._restore()
+        yield start, {"started_at": float(start)}
+        yield from self.records[0]
         log_every = max(1, config.validate_every // 10)
-        losses, since, logged = torch.zeros((), device=self.device), time.perf_counter(), start
+        totals, logged = _Totals(self.device), start
         for step in range(start, config.steps):
             lr = learning_rate(self.optimizer_config, step, config.steps)
-            losses += self._step(step, lr)
+            loss, norm = self._step(step, lr)
+            totals.add(loss)
+            self._note(self.watch.look(step, loss, norm), totals)
             done = step + 1
             validate = done % config.validate_every == 0 or done == config.steps
             if not (validate or done % log_every == 0):
                 continue
-            count = done - logged
-            metrics = {"loss": float(losses) / count, "lr": lr}
-            metrics["seconds_per_step"] = (time.perf_counter() - since) / count
+            self._note(self.watch.last(), totals)
+            record = done, totals.take(done - logged) | {"lr": lr}
             if validate:
-                metrics |= self._validate(done)
-                save_latest(self.folder / "checkpoint", self._state(done))
-            losses, since, logged = torch.zeros((), device=self.device), time.perf_counter(), done
-            yield done, metrics
+                record[1].update(self._validate(done))
+            self.records[1].append(record)
+            # The last one so that a fault in the evaluation does not cost minutes.
+            if validate and (done == config.steps or time.monotonic() - self.saved >= 60 * config.checkpoint_minutes):
+                self._save(done)
+            totals.start()
+            logged = done
+            yield record
 
     def evaluate(self) -> dict[str, float]:
         """Score the selected weights on validation and test, on both grids, and keep what was found."""
@@ -117,23 +155,43 @@ class _Trial:
         metrics = {"selected/step": float(self.best_step)}
         for name, cases in scores.items():
             metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, self.data.organs).items()}
-        self.folder.mkdir(parents=True, exist_ok=True)
         tree = {"step": self.best_step, "organs": list(self.data.organs)}
         tree |= {name: [case.to_json() for case in cases] for name, cases in scores.items()}
-        save_file(
-            {name: value.contiguous() for name, value in self.best_weights.items()}, self.folder / "unetr.safetensors"
-        )
-        (self.folder / "evaluation.json").write_text(json.dumps(tree, indent=1))
+        self.folder.keep_result(self.best_weights, tree)
         return metrics
 
-    def _step(self, step: int, lr: float) -> Tensor:
+    def _step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
         images, labels = (batch.to(self.device, non_blocking=True) for batch in self.sampler.batch(step))
         with autocast(self.device, self.dtype):
             logits = self.model(images)
         loss: Tensor = self.loss(logits.float(), labels)
-        loss.backward()
-        take_step(self.optimizer, self.optimizer_config, lr)
-        return loss.detach()
+        # A loss that is not finite need not have such gradients; this way it has, and the step is skipped.
+        loss.backward(torch.where(torch.isfinite(loss), 1.0, torch.nan))
+        return loss.detach(), take_step(self.optimizer, self.optimizer_config, lr)
+
+    def _note(self, fault: Fault[int] | None, totals: "_Totals") -> None:
+        """Keep what reproduces a step that was not finite; the optimizer has not changed the weights in it."""
+        if fault is None:
+            return
+        totals.skipped += 1
+        step, sampler = fault.what, self.sampler
+        patches = [{"patch": index, "volume": volume.id, "key": volume.key} for index, volume in sampler.patches(step)]
+        volumes = ", ".join(dict.fromkeys(str(patch["volume"]) for patch in patches))
+        text = (
+            f"step {step + 1}: loss {fault.loss:g}, gradient norm {fault.norm:g}; patches {patches[0]['patch']} to "
+            f"{patches[-1]['patch']} of seed {sampler.seed}, volumes {volumes}"
+        )
+        facts = {"step": step + 1, "loss": str(fault.loss), "gradient_norm": str(fault.norm), "seed": sampler.seed}
+        facts |= {"lr": learning_rate(self.optimizer_config, step, self.config.steps), "precision": str(self.dtype)}
+        # On a GPU the next step has begun: if that was finite, these are the weights after it.
+        images, labels = sampler.batch(step)
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {"images": images, "labels": labels}
+        kept = self.folder.keep_fault(step + 1, tensors, facts | {"patches": patches})
+        text += f"; kept in {kept}" if kept else ""
+        if self.watch.fatal(fault):
+            raise FloatingPointError(f"{fault.row} step(s) in a row were not finite, the last one was {text}")
+        logging.getLogger(__name__).warning("skipped %s", text)
 
     def _validate(self, step: int) -> dict[str, float]:
         cases = [
@@ -141,8 +199,8 @@ class _Trial:
             for volume in self.data.validation
         ]
         found = aggregate(cases, self.data.organs)
-        if found.get(DICE_FOREGROUND, 0.0) > self.best:
-            self.best, self.best_step = found.get(DICE_FOREGROUND, 0.0), step
+        if (score := found.get(DICE_FOREGROUND, 0.0)) > self.best:
+            self.best, self.best_step = score, step
             self.best_weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
         return {f"validation/{name}": value for name, value in found.items()}
 
@@ -176,21 +234,52 @@ class _Trial:
             tolerance=self.config.surface_tolerance,
         )
 
-    def _state(self, step: int) -> dict[str, Any]:
-        return {
+    def _save(self, step: int) -> None:
+        older, newer = self.records
+        state = {
             "step": step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
             "best_step": self.best_step,
-            "best_weights": self.best_weights,
+            "row": self.watch.row,
+            "records": older + newer,
         }
+        self.folder.save(state, self.best_weights)
+        self.records, self.saved = (newer, []), time.monotonic()
 
     def _restore(self) -> int:
-        state = load_latest(self.folder / "checkpoint")
-        if state is None:
+        found = self.folder.load()
+        if found is None:
             return 0
+        state, self.best_weights = found
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best, self.best_step, self.best_weights = state["best"], state["best_step"], state["best_weights"]
+        self.best, self.best_step, self.watch.row = state["best"], state["best_step"], state["row"]
+        self.records = [(step, metrics) for step, metrics in state["records"]], []
         return int(state["step"])
+
+
+class _Totals:
+    """Sums over the steps since the last record."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.start()
+
+    def start(self) -> None:
+        self._loss, self._finite = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
+        self.skipped, self._since = 0, time.perf_counter()
+
+    def add(self, loss: Tensor) -> None:
+        """Count one step. `loss` stays on the device: reading it would wait for the step."""
+        finite = torch.isfinite(loss)
+        self._loss += torch.where(finite, loss, 0.0)
+        self._finite += finite
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Mean of the losses that are finite, and the time a step."""
+        finite = float(self._finite)
+        metrics = {"loss": float(self._loss) / finite} if finite else {}
+        metrics["seconds_per_step"] = (time.perf_counter() - self._since) / steps
+        return metrics | ({"skipped_steps": float(self.skipped)} if self.skipped else {})

@@ -20,6 +20,7 @@ from ssl_ray.finetune.metrics import (
     CaseScores,
     Scores,
 )
+from ssl_ray.finetune.runs import FAILURE
 from ssl_ray.finetune.trial import Cell
 from ssl_ray.report.paired import Difference, difference
 from ssl_ray.tracking import KEY, PRETRAINING_RUN, Tracker
@@ -66,6 +67,8 @@ class Trial:
     pretraining_run: str | None = None
     training_volumes: int = 0
     """How many it trained on; 0 where the run does not say."""
+    failure: str = ""
+    """Why it failed, in one line."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +249,10 @@ def _trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> tuple[Trial, 
         return Trial(cell, "missing"), ()
     run_id, lineage = run.info.run_id, run.data.tags.get(PRETRAINING_RUN)
     if run.info.status != "FINISHED":
-        status: Status = "failed" if run.info.status in ("FAILED", "KILLED") else "unfinished"
-        return Trial(cell, status, run_id, pretraining_run=lineage), ()
+        # Killed is what was interrupted: it goes on when the study is run again.
+        status: Status = "failed" if run.info.status == "FAILED" else "unfinished"
+        failure = run.data.tags.get(FAILURE, "") if status == "failed" else ""
+        return Trial(cell, status, run_id, pretraining_run=lineage, failure=failure), ()
     content = tracker.read(run_id, "evaluation.json")
     tree: dict[str, Any] = json.loads(content) if content else {}
     parts = {name: tuple(map(CaseScores.from_json, tree.get(name, ()))) for name in ("validation", "test")}

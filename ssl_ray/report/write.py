@@ -178,7 +178,10 @@ def _finetuning(results: Results, figures: _Figures) -> list[Block]:
 
 def _cells(results: Results) -> list[Block]:
     text = "Foreground Dice everywhere; all scores but the first on the original grid. Bold: the learning rate chosen."
-    return [Heading("All cells"), Paragraph(text), cell_table(results)]
+    failures = [
+        f"`{trial.cell.name}` failed: {_no_password(trial.failure)}" for trial in results.trials if trial.failure
+    ]
+    return [Heading("All cells"), Paragraph(text), cell_table(results), *([Bullets(failures)] if failures else [])]
 
 
 def _pretraining(results: Results, figures: _Figures) -> list[Block]:
