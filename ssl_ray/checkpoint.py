@@ -3,11 +3,14 @@
 import hashlib
 import json
 import logging
-import os
+import shutil
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -15,18 +18,28 @@ from ssl_ray.files import open_file, read_file, shown
 from ssl_ray.mirror import Mirror
 
 _MOST_MANIFEST = 2**16
+_STALE_SECONDS = 3600
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings and containers of them) to a directory.
+    """Write `state` (tensors, numbers, strings and containers of them) to a directory, which appears whole.
 
-    The manifest with the digest is written last and atomically: a directory without it is not a checkpoint.
+    A worker whose driver was killed may write for some seconds more, beside the one that has taken its place: both
+    write the same, each into a directory of its own that is then renamed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(state), folder / "state.pt")
-    manifest = folder / "manifest.json.tmp"
-    manifest.write_text(json.dumps({"sha256": _digest(folder / "state.pt"), "step": state.get("step")}))
-    os.replace(manifest, folder / "manifest.json")
+    scratch = folder.with_name(f".{folder.name}-{uuid4().hex}")
+    scratch.mkdir(parents=True)
+    try:
+        torch.save(dict(state), scratch / "state.pt")
+        manifest = {"sha256": _digest(scratch / "state.pt"), "step": state.get("step")}
+        (scratch / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            scratch.rename(folder)
+        except OSError:  # one is there already, whole or not
+            shutil.rmtree(folder, ignore_errors=True)
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -52,7 +65,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: Mirror | None = None) -> None:
-    """`save_state` into `<folder>/<step>`; the newest `keep` whole checkpoints stay, everything else goes.
+    """`save_state` into `<folder>/<step>`; the newest `keep` whole checkpoints up to this one stay, older ones go.
 
     Args:
         folder: of the checkpoints.
@@ -67,16 +80,20 @@ def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: M
     path = folder / f"{state['step']:08d}"
     save_state(path, state)
     mirror.push(path)
-    steps = {old.name for old in folder.iterdir()} | mirror.names(folder)
-    whole = sorted(name for name in steps if name <= path.name and mirror.has(folder / name / "manifest.json"))
-    for name in steps - set(whole[-keep:]):
+    names = {old.name for old in folder.iterdir()} | mirror.names(folder)
+    until = sorted(name for name in names if name <= path.name and not name.startswith("."))
+    whole = [name for name in until if mirror.has(folder / name / "manifest.json")]
+    for name in set(until) - set(whole[-keep:]):
         mirror.drop(folder / name)
+    for old in folder.glob(".*"):
+        if _is_stale(old):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:
     """The newest checkpoint of `save_latest` that is whole and, where a key is given, was saved under it; or None."""
     mirror = mirror or Mirror(folder)
-    for name in sorted(mirror.names(folder), reverse=True):
+    for name in sorted((name for name in mirror.names(folder) if not name.startswith(".")), reverse=True):
         path = folder / name
         mirror.pull(path)
         try:
@@ -88,6 +105,13 @@ def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = No
         else:
             return state
     return None
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether a process that was killed has left this behind, rather than one that is writing it now."""
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > _STALE_SECONDS
+    return False
 
 
 def snapshot(value: Any) -> Any:

@@ -22,8 +22,9 @@ _LEVELS = {
     "ray.tune": logging.WARNING,
     # Warns at every start that token authentication is on, which it is by default.
     "ray._private.authentication.authentication_token_setup": logging.ERROR,
-    # Warns every second that a cluster without a dashboard has no state API.
+    # Warns every second that a cluster without a dashboard has no state API, and at the end that it could not stop.
     "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
+    "ray.train.v2._internal.callbacks.placement_group_callback": logging.CRITICAL,
 }
 
 
@@ -61,6 +62,8 @@ def quiet() -> None:
     # Ray Train names this one logger, which prints every report, by its file.
     context = Path(ray.__file__).parent / "train/v2/_internal/execution/context.py"
     logging.getLogger(str(context)).setLevel(logging.WARNING)
+    # Batches lie in Ray's object store, read-only, and are copied to where they are used.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     # MONAI 1.6 calls its own metric with an argument that it deprecates.
     warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
 

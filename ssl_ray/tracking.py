@@ -77,8 +77,8 @@ class Tracker:
             if not create:
                 return None
             # A local store would put artifacts under the current directory; a server decides for itself.
-            artifacts = (Path(study.output).absolute() / "artifacts" / study.experiment).as_uri()
-            return str(client.create_experiment(study.experiment, None if study.tracking.uri else artifacts))
+            artifacts = (study.mirror.folder / "artifacts" / study.experiment).as_uri()
+            return str(client.create_experiment(study.experiment, None if self.uri.startswith("http") else artifacts))
 
         self._delivery = delivery = _deliveries.get(home) or Delivery(self.uri, home, find)
         self._contact(study, find, home / "known.json")

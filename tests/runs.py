@@ -1,7 +1,9 @@
 """A small pretraining that tests disturb, and what is compared afterwards."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,12 +36,14 @@ class Outcome:
     workers: list[int]
 
 
-def write(folder: Path, cohort: Path, **pretrain: Any) -> Path:
+def write(folder: Path, cohort: Path, study: dict[str, Any] | None = None, **pretrain: Any) -> Path:
     """The experiment's YAML: 240 steps of a tiny network, each logged, in float32."""
     preparation = {"spacing": 9, "window": [-175, 250]}
     tree = {
         "name": "faults",
         "output": str(folder / "output"),
+        "cache": str(cohort / "store"),
+        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
         "cluster": {"object_store_gigabytes": 0.3},
         "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
         "pretrain": {
@@ -63,7 +67,7 @@ def write(folder: Path, cohort: Path, **pretrain: Any) -> Path:
         },
     }
     path = folder / "faults.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree | (study or {})))
     return path
 
 
@@ -78,6 +82,15 @@ def start(path: Path, address: str = "", *more: str, log: Path | None = None) ->
         stdout=out,
         stderr=subprocess.STDOUT,
     )
+
+
+def kill(driver: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a driver; its Ray notices some seconds later, and its workers go on writing until then."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(driver.pid).children(recursive=True)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        psutil.wait_procs(family, timeout=60)
 
 
 def outcome(path: Path) -> Outcome:
