@@ -102,6 +102,7 @@ def use_fast_attention(module: nn.Module) -> None:
     for block in module.modules():
         if isinstance(block, SABlock):
             block.use_flash_attention = True
+            block.__class__ = _FastAttention
 
 
 def use_patch_products(module: nn.Module) -> None:
@@ -114,6 +115,15 @@ def use_patch_products(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv3d | nn.ConvTranspose3d) and layer.kernel_size == layer.stride != (1, 1, 1):
             layer.__class__ = _PatchConv if isinstance(layer, nn.Conv3d) else _PatchConvTranspose
+
+
+class _FastAttention(SABlock):
+    # MONAI takes q, k and v out of one tensor by index; backward then fills and adds three tensors of its size.
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        q, k, v = [part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=2)]
+        x = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, scale=self.scale)  # (B, heads, tokens, d)
+        mixed: Tensor = self.out_proj(x.transpose(1, 2).flatten(2))
+        return mixed
 
 
 class _PatchConv(nn.Conv3d):

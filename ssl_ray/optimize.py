@@ -29,14 +29,22 @@ def learning_rate(config: Optimizer, step: int, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float) -> torch.Tensor:
+def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float | torch.Tensor) -> torch.Tensor:
     """Clip, step and clear the gradients; where one is not finite, nothing changes but that they are cleared.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        config: says where gradients are clipped.
+        lr: of this step; a tensor on the device is read there, by the kernel.
 
     Returns:
         The gradients' global norm before clipping, still on the device; not finite if the step was skipped.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if config.clip_norm:
+        nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     # Torch's fused kernels look at this on the device, as for its gradient scaler: no waiting for the norm.

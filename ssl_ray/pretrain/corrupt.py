@@ -11,8 +11,10 @@ Every random number is a function of (seed, sample, view) alone, so that a view 
 and after a resume. The bulk noise is therefore a hash of a key and a counter, never the state of a generator.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -83,7 +85,7 @@ def draw(
     )
 
 
-def corrupt(patches: Tensor, draws: Draws) -> Tensor:
+def corrupt(patches: Tensor, draws: "Draws | DeviceDraws") -> Tensor:
     """Corrupted view of every patch, on the patches' device; the input stays as it is.
 
     In-painting replaces the voxels inside the boxes, out-painting those outside all of them, by uniform noise between
@@ -92,14 +94,18 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
 
     Args:
         patches: (B, 1, X, Y, Z), float32.
-        draws: of the same B samples and the same patch size.
+        draws: of the same B samples and the same patch size; on a GPU they may lie there already.
 
     Returns:
         A new tensor of the patches' shape.
     """
     volumes = patches.squeeze(1).contiguous()
-    there = upload(draws, patches.device)
-    views = _paint_boxes(volumes, draws) if volumes.is_cpu else _paint_masks(volumes, there)
+    there = upload(draws, patches.device) if isinstance(draws, Draws) else draws
+    if volumes.is_cuda and (paint := fused_paint()):
+        views = paint(volumes, there)
+    else:
+        boxes = volumes.is_cpu and isinstance(draws, Draws)
+        views = _paint_boxes(volumes, draws) if boxes else _paint_masks(volumes, there)  # type: ignore[arg-type]
     _shuffle_(views, there)
     return views.unsqueeze(1)
 
@@ -185,16 +191,55 @@ class DeviceDraws:
     shuffle_size: int
 
 
-def upload(draws: Draws, device: torch.device) -> DeviceDraws:
-    """Everything in one copy, which from pinned memory no GPU has to be waited for."""
-    arrays = [draws.key, draws.outpaint, draws.start, draws.stop, draws.shuffle, draws.shuffle_start]
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays], dtype=np.int64))
-    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+def take(draws: Draws | DeviceDraws, rows: slice) -> Draws | DeviceDraws:
+    """The draws of some of the samples."""
+    names = [field.name for field in fields(draws) if field.name != "shuffle_size"]
+    return replace(draws, **{name: getattr(draws, name)[rows] for name in names})
+
+
+def pack(draws: Draws) -> Tensor:
+    """All numbers in one int64 tensor on the host: for one copy to the device."""
+    return torch.from_numpy(np.concatenate([array.ravel() for array in _arrays(draws)], dtype=np.int64))
+
+
+def unpack(flat: Tensor, like: Draws) -> DeviceDraws:
+    """What `pack` has packed, on the tensor's device; the shapes are those of `like`."""
+    arrays = _arrays(like)
     parts = flat.split([array.size for array in arrays])
     key, outpaint, start, stop, shuffle, shuffle_start = (
         part.view(array.shape) for part, array in zip(parts, arrays, strict=True)
     )
-    return DeviceDraws(key, outpaint.bool(), start, stop, shuffle.bool(), shuffle_start, draws.shuffle_size)
+    return DeviceDraws(key, outpaint.bool(), start, stop, shuffle.bool(), shuffle_start, like.shuffle_size)
+
+
+def upload(draws: Draws, device: torch.device) -> DeviceDraws:
+    """Everything in one copy, which from pinned memory no GPU has to be waited for."""
+    flat = pack(draws)
+    flat = flat.pin_memory() if device.type == "cuda" else flat
+    return unpack(flat.to(device, non_blocking=True), draws)
+
+
+def _arrays(draws: Draws) -> list[NDArray[np.int64] | NDArray[np.bool_]]:
+    return [draws.key, draws.outpaint, draws.start, draws.stop, draws.shuffle, draws.shuffle_start]
+
+
+@lru_cache(maxsize=1)
+def fused_paint() -> "Callable[[Tensor, DeviceDraws], Tensor] | None":
+    """`_paint_masks` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
+    try:
+        from ssl_ray.pretrain.kernels import paint
+
+        volumes = torch.rand(2, 8, 8, 10, device="cuda")
+        config = Corruption(inpaint_size=(2, 5), outpaint_size=(2, 5), shuffle_size=2)
+        draws = upload(draw(config, (8, 8, 10), 0, np.arange(2)), volumes.device)
+        paint(volumes, draws)
+    except Exception as error:  # no Triton, no compiler for its launcher, an architecture that it does not know
+        reason = " ".join(str(error).split())[:300]
+        logging.getLogger(__name__).warning(
+            "painting without a kernel of its own: %s: %s", type(error).__name__, reason
+        )
+        return None
+    return paint
 
 
 def _noise(key: Tensor, counters: Tensor, low: Tensor, high: Tensor) -> Tensor:

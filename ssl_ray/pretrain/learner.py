@@ -1,7 +1,9 @@
 """What a pretraining worker trains: the autoencoder, its optimizer, one step of them, and the fixed validation."""
 
+import logging
 import math
 from collections import deque
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from monai.networks.nets import ViTAutoEnc
 from ray.util.queue import Queue
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray.compiled import compile_or_not
-from ssl_ray.config import Study
+from ssl_ray.config import VIT_PATCH, Contrastive, Study
 from ssl_ray.networks import build_autoencoder, describe, export, use_fast_attention, use_patch_products
 from ssl_ray.optimize import build_optimizer, take_step
 from ssl_ray.precision import autocast, resolve
-from ssl_ray.pretrain.corrupt import contrastive_loss, corrupt, draw
+from ssl_ray.pretrain.corrupt import DeviceDraws, Draws, contrastive_loss, corrupt, draw, take
+from ssl_ray.pretrain.graphed import StepGraph
 from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.pretrain.plan import Sample
 from ssl_ray.pretrain.stream import Feed
@@ -65,17 +69,23 @@ class Learner:
             use_fast_attention(self.network)
         if self.dtype != torch.float32:
             use_patch_products(self.network)
+        restoration = Restoration(self.network, self.config.contrastive)
         if self.config.compile:
-            self.compiled = compile_or_not(self.network.blocks, self._try_block, "pretrain.compile")
-        self.model = _parallel(self.network, device)
+            self.compiled = compile_or_not(restoration.parts(), lambda: self._try(restoration), "pretrain.compile")
+        self.model = _parallel(restoration, device)
         self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
         self.best = math.inf
+        # Under DDP the hooks that exchange gradients would have to be recorded too.
+        self.graphs = device.type == "cuda" and self.model is restoration
+        self._graph: StepGraph | None = None
+        self._go = torch.ones((), dtype=torch.bool, device=device)
         self._upload = Upload(device)
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._graph = None  # it writes to the state that was
         self.best = state["best"]
 
     def state(self) -> dict[str, Any]:
@@ -91,35 +101,51 @@ class Learner:
             The mean loss of the rank's patches and the global gradient norm, both on the device. Where either is not
             finite on any rank, the norm is not on all of them, and no rank has changed its weights.
         """
+        views = 2 if self.config.contrastive.enabled else 1
+        seed, side = self.job.study.seed, self.config.patch_size
+        draws = [draw(self.config.corruption, side, seed, indices, view) for view in range(views)]
         stored = self._upload(images)
+        if self.graphs and self._graph is None:
+            self._record(stored, draws, world)
+        if self._graph and self._graph.fits(stored):
+            return self._graph(stored, draws, lr)
+        return self._step(stored, draws, world, lr)
+
+    def _step(
+        self, stored: Tensor, draws: Sequence[Draws | DeviceDraws], world: int, lr: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
-        size = self.config.microbatch or len(indices)
-        starts = range(0, len(indices), size)
+        size = self.config.microbatch or len(stored)
+        starts = range(0, len(stored), size)
         for start in starts:
-            part = indices[start : start + size]
+            rows = slice(start, start + size)
+            part = stored[rows]
             # DDP takes the mean over ranks, whose shares of the batch may differ by one.
             weight = len(part) * world / self.config.batch_size
             with nullcontext() if start == starts[-1] else self._no_sync():
-                own, total = self._losses(stored[start : start + size], part)
+                clean = scale(part, self.job.training.levels)
+                corrupted = torch.cat([corrupt(clean, take(drawn, rows)) for drawn in draws])  # (views * B, 1, X, Y, Z)
+                with autocast(self.device, self.dtype):
+                    own, total = self.model(corrupted, clean)
                 # A loss that is not finite need not have such gradients; this way they have, on every rank.
-                (total * weight).backward(torch.where(torch.isfinite(total), 1.0, torch.nan))
-            loss += own.detach() * (len(part) / len(indices))
+                (total * weight).backward(torch.where(torch.isfinite(total) & self._go, 1.0, torch.nan))
+            loss += own.detach() * (len(part) / len(stored))
         return loss, take_step(self.optimizer, self.config.optimizer, lr)
 
-    def _losses(self, stored: Tensor, indices: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Mean L1 of the patches, and what is minimised."""
-        clean = scale(stored, self.job.training.levels)
-        seed, views = self.job.study.seed, 2 if self.config.contrastive.enabled else 1
-        draws = [draw(self.config.corruption, self.config.patch_size, seed, indices, view) for view in range(views)]
-        corrupted = torch.cat([corrupt(clean, drawn) for drawn in draws])  # (views * B, 1, X, Y, Z)
-        with autocast(self.device, self.dtype):
-            restored = self.model(corrupted)[0]
-        restored = restored.float()
-        loss = (restored[: len(clean)] - clean).abs().mean()
-        if views == 1:
-            return loss, loss
-        first, second = restored.flatten(1).chunk(2)
-        return loss, loss + contrastive_loss(first, second, self.config.contrastive.temperature) * loss
+    def _record(self, stored: Tensor, draws: Sequence[Draws], world: int) -> None:
+        """From now on a step is one CUDA graph; where that fails, one warning says why, and it goes on as before."""
+
+        def body(patches: Tensor, there: Sequence[DeviceDraws], lr: Tensor) -> tuple[Tensor, Tensor]:
+            return self._step(patches, there, world, lr)
+
+        try:
+            self._graph = StepGraph(body, self.optimizer, self._go, stored, draws)
+        except Exception as error:  # out of memory, or an operator that cannot be recorded
+            self.graphs = False
+            reason = " ".join(str(error).split())[:300]
+            logging.getLogger(__name__).warning(
+                "the training step cannot be a CUDA graph here, going on without: %s: %s", type(error).__name__, reason
+            )
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         model = self.model
@@ -176,16 +202,57 @@ class Learner:
         self.job.study.mirror.push(path)
         return str(path)
 
-    def _try_block(self) -> None:
-        """One block as a training step has it, forward and backward; leaves no gradient behind."""
+    def _try(self, restoration: nn.Module) -> None:
+        """Forward and backward in the shapes of a training step; leaves no gradient behind."""
         share = -(-self.config.batch_size // self.config.worker_range[0])
-        views = 2 if self.config.contrastive.enabled else 1
-        tokens = self.network.patch_embedding.position_embeddings.detach()  # (1, tokens, hidden)
-        batch = min(self.config.microbatch or share, share) * views
+        clean = torch.zeros(min(self.config.microbatch or share, share), 1, *self.config.patch_size, device=self.device)
         with autocast(self.device, self.dtype):
-            output = self.network.blocks[0](tokens.repeat(batch, 1, 1).requires_grad_())
-        output.float().mean().backward()
+            total = restoration(torch.cat([clean] * (2 if self.config.contrastive.enabled else 1)), clean)[1]
+        total.backward()
         self.network.zero_grad(set_to_none=True)
+
+
+class Restoration(nn.Module):
+    """The autoencoder in training: corrupted views and their clean patches in, losses out.
+
+    It computes what `ViTAutoEnc.forward` does, in parts that can be compiled one by one: all blocks share one graph.
+    """
+
+    def __init__(self, network: ViTAutoEnc, contrastive: Contrastive) -> None:
+        super().__init__()
+        self.embedding, self.blocks = network.patch_embedding, network.blocks
+        self.objective = _Objective(network, contrastive)
+
+    def parts(self) -> list[nn.Module]:
+        """What is worth compiling."""
+        return [self.embedding, *self.blocks, self.objective]
+
+    def forward(self, corrupted: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """(views * B, 1, X, Y, Z) and (B, 1, X, Y, Z) -> mean L1 of the first view, and what is minimised."""
+        tokens = self.embedding(corrupted)
+        for block in self.blocks:
+            tokens = block(tokens)
+        losses = self.objective(tokens, clean)
+        return losses[0], losses[-1]
+
+
+class _Objective(nn.Module):
+    """From the tokens of the last block on."""
+
+    def __init__(self, network: ViTAutoEnc, contrastive: Contrastive) -> None:
+        super().__init__()
+        self.norm, self.contrastive = network.norm, contrastive
+        self.up, self.up_1 = network.conv3d_transpose, network.conv3d_transpose_1
+
+    def forward(self, tokens: Tensor, clean: Tensor) -> tuple[Tensor, ...]:
+        grid = [side // VIT_PATCH for side in clean.shape[2:]]
+        volumes = self.norm(tokens).transpose(1, 2).reshape(len(tokens), -1, *grid)
+        restored = self.up_1(self.up(volumes)).float()
+        loss = (restored[: len(clean)] - clean).abs().mean()
+        if not self.contrastive.enabled:
+            return (loss,)
+        first, second = restored.flatten(1).chunk(2)
+        return loss, loss + contrastive_loss(first, second, self.contrastive.temperature) * loss
 
 
 class Upload:
