@@ -1,6 +1,7 @@
 """Commands; nothing else."""
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ssl_ray.arithmetic import DEVICES
 from ssl_ray.config import Study
 from ssl_ray.console import say, track
 from ssl_ray.experiment import load
@@ -57,6 +59,17 @@ def _run(options: Any) -> int:
     with _runner(options) as runner:
         failed = runner.grid.failed
         return _show(runner) or (1 if failed else 0)
+
+
+def _plan(options: Any) -> int:
+    workers = [f"pretrain.workers={options.workers}"] if options.workers else []
+    study = load(options.experiment, [*options.set, *workers])
+    from ssl_ray.planning.study import make_plan
+    from ssl_ray.planning.text import render
+
+    plan = make_plan(study, options.gpu, with_probe=options.probe)
+    say(json.dumps(plan.tree()) if options.json else render(plan))
+    return 0
 
 
 def _prepare(options: Any) -> int:
@@ -142,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, function, text in (
         ("run", _run, "the whole study: prepare, pretrain, fine-tune, report"),
+        ("plan", _plan, "what a run will take, and what will limit it; nothing is started or written"),
         ("prepare", _prepare, "only bring the volumes into the store"),
         ("pretrain", _pretrain, "prepare, then pretrain"),
         ("finetune", _finetune, "prepare, pretrain, then fine-tune the grid"),
@@ -160,6 +174,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--fresh", action="store_true", help="start anew; what was done under this name is kept under another"
             )
+        if name == "plan":
+            command.add_argument(
+                "--gpu",
+                type=str.lower,
+                choices=DEVICES,
+                metavar="NAME",
+                help=f"estimate for one a worker: {', '.join(DEVICES)}",
+            )
+            command.add_argument("--workers", type=_count, metavar="N", help="instead of pretrain.workers")
+            command.add_argument(
+                "--no-probe", dest="probe", action="store_false", help="time no steps here; without --gpu no hours"
+            )
+            command.add_argument("--json", action="store_true", help="everything, for programs")
         if name == "prepare":
             command.add_argument(
                 "--verify",

@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 T = TypeVar("T")
 _LOG_SECONDS = 20.0
@@ -28,19 +29,21 @@ class Bar:
         self._title, self._total, self._done = title, total, 0
         self._facts = ""
         self._printed = self._started = time.monotonic()
+        self._first: tuple[int, float] | None = None
         self._progress: Progress | None = None
         if sys.stdout.isatty():
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=10),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[left]}"),
+                # On a narrow terminal these are cut, not the numbers before them.
+                TextColumn("{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
                 console=console,
+                expand=True,
             )
-            self._task = self._progress.add_task(title, total=total, facts="")
+            self._task = self._progress.add_task(title, total=total, left="", facts="")
 
     def __enter__(self) -> "Bar":
         if self._progress:
@@ -55,24 +58,31 @@ class Bar:
         elif kind is None:
             self._line()
 
-    def update(self, done: int, facts: str = "") -> None:
-        """Set how much is done, and what else is worth knowing, e.g. `loss 0.031, 210 patches/s`."""
+    def update(self, done: int, facts: str = "", again: bool = False) -> None:
+        """Set how much is done, and what else is worth knowing, e.g. `loss 0.031, 210 patches/s`.
+
+        The time that is left is told by the speed since the first update, or since the last with `again`: where the
+        work starts, anew or somewhere in its middle.
+        """
         self._done, self._facts = done, facts or self._facts
+        if again or self._first is None:
+            self._first = done, time.monotonic()
         if self._progress:
-            self._progress.update(self._task, completed=done, facts=self._facts)
+            self._progress.update(self._task, completed=done, left=self._left(), facts=self._facts)
         elif time.monotonic() - self._printed > _LOG_SECONDS:
             self._line()
 
+    def _left(self) -> str:
+        done, start = self._first or (0, self._started)
+        if not done < self._done < self._total:
+            return ""
+        return f"{_clock((time.monotonic() - start) / (self._done - done) * (self._total - self._done))} left"
+
     def _line(self) -> None:
         self._printed = time.monotonic()
-        elapsed = self._printed - self._started
-        left = (
-            f", {_clock(elapsed / self._done * (self._total - self._done))} left"
-            if 0 < self._done < self._total
-            else ""
-        )
+        times = ", ".join(filter(None, (_clock(self._printed - self._started), self._left())))
         facts = f": {self._facts}" if self._facts else ""
-        say(f"{self._title} {self._done}/{self._total}, {_clock(elapsed)}{left}{facts}")
+        say(f"{self._title} {self._done}/{self._total}, {times}{facts}")
 
 
 def track(title: str) -> Any:

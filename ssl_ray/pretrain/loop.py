@@ -12,12 +12,14 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from torch import Tensor
 
+from ssl_ray.arithmetic import autoencoder_flops
 from ssl_ray.checkpoint import Saver, load_latest, load_state
 from ssl_ray.nonfinite import Fault, Watch
 from ssl_ray.optimize import learning_rate
 from ssl_ray.pretrain.fault import keep
 from ssl_ray.pretrain.learner import Job, Learner
 from ssl_ray.pretrain.stream import Batch, Stream, Window, open_window, windows
+from ssl_ray.system import PREFIX, arithmetic_rate, peak_memory
 
 _PREEMPTION_SECONDS = 5.0
 """How often Ray is asked whether a node is about to be taken away: the question is a barrier of all ranks."""
@@ -112,6 +114,8 @@ class _Book:
         self._warned: set[str] = set()
         self._saved = self._asked = time.monotonic()
         self.totals = Totals()
+        views = 2 if job.study.pretrain.contrastive.enabled else 1
+        self._flops = views * autoencoder_flops(job.study.network, job.study.pretrain.patch_size).training
         self.watch: Watch[Batch] = Watch(job.study.pretrain.on_nonfinite, job.study.pretrain.max_skipped)
 
     def restore(self) -> int:
@@ -133,14 +137,18 @@ class _Book:
         """The sums since the last call over all ranks, and what rank 0's clock says is due."""
         now, config = time.monotonic(), self._job.study.pretrain
         due = [now - self._saved >= 60 * config.checkpoint_minutes, now - self._asked >= _PREEMPTION_SECONDS]
-        mine = torch.tensor([*self.totals.take(), *due], dtype=torch.float64, device=self._learner.device)
+        device = self._learner.device
+        sums = [*self.totals.take(), peak_memory(device), *due]
+        mine = torch.tensor(sums, dtype=torch.float64, device=device)
         ranks = [torch.empty_like(mine) for _ in range(self._world)] if self._world > 1 else [mine]
         if self._world > 1:
             torch.distributed.all_gather(ranks, mine)
-        loss, finite, patches, waited, seconds, *_ = torch.stack(ranks, dim=1).tolist()
+        loss, finite, patches, waited, seconds, memory, *_ = torch.stack(ranks, dim=1).tolist()
         total, longest = sum(patches), max(seconds)
         metrics = {"workers": float(self._world), "patches_per_second": total / longest}
         metrics["data_wait_share"] = max(waited) / longest
+        metrics[f"{PREFIX}worker_memory_peak_megabytes"] = max(memory) / 1e6
+        metrics |= arithmetic_rate(self._flops * total / longest, self._world, device, self._learner.dtype)
         if sum(finite):
             metrics["loss"] = sum(loss) / sum(finite)  # sums over sums, never means of means
         if sum(finite) < total:

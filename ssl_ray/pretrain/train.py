@@ -28,6 +28,7 @@ from ssl_ray.pretrain.learner import Job
 from ssl_ray.pretrain.loop import train_loop
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.system import ObjectStore, as_system
 from ssl_ray.tracking import Run, Tracker, study_params
 
 _RESIZE_SECONDS = 60.0
@@ -162,6 +163,7 @@ class _Collector:
         self._reports, self._run, self._bar, self._mirror = reports, run, bar, mirror
         self._known = run.logged("lr")
         self._starts = len(run.logged("started_at"))
+        self._store = ObjectStore()
         self.fatal: list[str] = []
         self._thread = threading.Thread(target=self._collect, daemon=True)
 
@@ -181,6 +183,8 @@ class _Collector:
                 replayed = max(self._known, default=0) - content
                 self._run.metrics({"started_at": content, "replayed_steps": max(0, replayed)}, self._starts)
                 self._starts += 1
+                self._store.sample()  # what was spilled before is not this run's
+                self._bar.update(int(content), again=True)
             elif kind == "skipped":
                 say(f"WARNING: not finite, skipped: {content}")
             elif kind == "fatal":
@@ -192,7 +196,7 @@ class _Collector:
         metrics = {name: float(value) for name, value in record.items() if name not in ("step", "picture")}
         if step not in self._known:
             self._known.add(step)
-            self._run.metrics(metrics, step)
+            self._run.metrics(metrics | as_system(metrics) | self._store.sample(), step)
             if "picture" in record:
                 picture = Path(record["picture"])
                 with suppress(OSError):  # a picture less; the object store's fault is raised where it matters
@@ -203,6 +207,8 @@ class _Collector:
 
 def _facts(metrics: dict[str, float]) -> str:
     facts = f"loss {metrics.get('loss', math.nan):.4f}, {metrics['patches_per_second']:.0f} patches/s"
+    if metrics["data_wait_share"] >= 0.05:
+        facts += f", waits for data {metrics['data_wait_share']:.0%}"
     if "validation_loss" in metrics:
         facts += f", validation {metrics['validation_loss']:.4f}"
     return facts

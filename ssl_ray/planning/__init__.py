@@ -1,0 +1,1 @@
+"""`ssl-ray plan`: what a study will take, before anything is started or written."""
