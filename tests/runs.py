@@ -100,7 +100,8 @@ def outcome(path: Path) -> Outcome:
     (run,) = tracker.runs(kind="pretraining")
     assert run.info.status == "FINISHED"
     points = tracker.client.get_metric_history(run.info.run_id, "loss")
-    losses = {point.step: point.value for point in points}
+    # Ray's queue may hand over two records that were sent at about the same time in either order.
+    losses = {point.step: point.value for point in sorted(points, key=lambda point: point.step)}
     assert len(losses) == len(points), "a step is logged twice"
     (weights,) = study.folder.glob("pretrain-*/best.safetensors")
 

@@ -50,6 +50,8 @@ KINDS = {
     "torn checkpoint": "SIGKILL to the driver, its newest checkpoint cut off, the same command again",
 }
 PRETRAINING_STEPS, TRIAL_STEPS = 1800, 240
+_CLOCKS = ("started_at", "patches_per_second", "data_wait_share", "seconds_per_step")
+"""Metrics that no two runs have in common."""
 
 
 @dataclass
@@ -222,6 +224,8 @@ def disturb(site: Site, kind: str, dice: random.Random) -> None:
 def chaos(site: Site, faults: int, dice: random.Random) -> list[Row]:
     """Faults, one after the other, each after the study has got on since the last."""
     rows: list[Row] = []
+    while not site.checkpoints():
+        time.sleep(0.05)
     began = time.monotonic()
     kinds = list(KINDS) * (faults // len(KINDS) + 1)
     dice.shuffle(kinds)
@@ -258,7 +262,7 @@ def results(site: Site) -> dict[str, Any]:
         for metric in run.data.metrics:
             if metric == "replayed_steps":
                 out["replayed"] += tracker.history(run.info.run_id, metric).values()
-            elif metric not in ("started_at", "patches_per_second", "data_wait_share", "seconds_per_step"):
+            elif not metric.startswith("system/") and metric not in _CLOCKS:
                 points = tracker.client.get_metric_history(run.info.run_id, metric)
                 out[name, metric] = sorted((point.step, point.value) for point in points)
     for pattern in ("pretrain-*/best.safetensors", "**/unetr.safetensors"):
