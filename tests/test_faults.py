@@ -27,7 +27,7 @@ def sabotage(monkeypatch, marker: Path, place: str) -> None:
 
         module, name = {
             "validation": (learner, "corrupt"),
-            "checkpoint": (checkpoint.json, "dumps"),
+            "checkpoint": (checkpoint, "_digest"),
             "opening": (loop, "open_window"),
             "reading": (stream, "_read_block"),
         }[place]

@@ -1,7 +1,7 @@
 """NIfTI -> canonical array: orientation, spacing, HU window, crop to foreground.
 
 The file is read defensively, because one bad volume among thousands must be named and not crash or stall a run; the
-preparation itself is MONAI's own chain of deterministic transforms.
+preparation itself gives what MONAI's own chain of deterministic transforms gives.
 """
 
 import io
@@ -20,9 +20,11 @@ from nibabel.spatialimages import HeaderDataError
 from ssl_ray.config import Preparation
 from ssl_ray.files import read_file, shown
 
-VERSION = 2
+VERSION = 3
 """Part of the cache key: raise it whenever `prepare` gives another result for the same input."""
 
+AXIS_CODES = (("L", "R"), ("P", "A"), ("I", "S"))
+"""The codes of an orientation name where an axis points to, in nibabel's convention."""
 _DEFLATE_RATIO = 1032
 """No deflate stream inflates by more (RFC 1951: 258 bytes from 2 bits), so a header that promises more lies."""
 _MOST_READ = 2**31
@@ -125,7 +127,7 @@ def check_same_grid(image: Nifti, label: Nifti, place: Path) -> None:
 
 
 def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prepared:
-    """MONAI's deterministic transforms, then storage in 8 or 16 bits.
+    """What MONAI's deterministic transforms give, in 8 or 16 bits.
 
     Raises:
         ValueError: when nothing of the volume lies above the window's lower end, or the new grid would be too large.
@@ -137,47 +139,48 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prep
             f"{' x '.join(f'{side:.4g}' for side in extent)} mm are {grid:.3g} voxels at spacing "
             f"{list(preparation.spacing)}, more than {_MOST_VOXELS}: is the affine in mm?"
         )
-    import monai.transforms as mt  # seconds of import that a run with a full cache does not pay
+    from ssl_ray.cohort.resample import canonical_grid, resample  # MONAI: seconds that a full cache does not pay
+
+    low, high = preparation.window
+    target = canonical_grid(image.voxels.shape, image.affine, preparation)
+    if target is None:
+        found = _monai(image, preparation, "bilinear")
+        voxels, affine, first = found.voxels, found.affine, np.zeros(3, np.int64)
+        whole = voxels.shape
+    else:
+        voxels, first = resample(image.voxels, target, low if preparation.crop_foreground else None)
+        affine, whole = target.affine.copy(), target.shape
+    start, end = np.zeros(3, np.int64), np.array(whole)
+    if preparation.crop_foreground:
+        body = [np.flatnonzero((voxels > low).any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+        if not all(map(len, body)):
+            raise ValueError(f"no voxel lies above {low:g} HU, the lower end of the window: nothing to crop to")
+        start, end = first + [hit[0] for hit in body], first + [hit[-1] + 1 for hit in body]
+    box = tuple(slice(a, b) for a, b in zip(start - first, end - first, strict=True))
+    affine[:3, 3] += affine[:3, :3] @ start
+    top = levels(preparation.window)
+    # The order of MONAI's `ScaleIntensityRange`, so that float32 rounds as it does there.
+    scaled = np.clip((voxels[box] - np.float32(low)) / np.float32(high - low), 0, 1)
+    stored = (scaled * np.float32(top)).round().astype(np.uint8 if top == 255 else np.uint16, order="C")
+    stored_label = None
+    if label:
+        inside = tuple(slice(a, b) for a, b in zip(start, end, strict=True))
+        stored_label = _monai(label, preparation, "nearest").voxels[inside].astype(np.uint8, order="C")
+    corners = tuple(map(int, start)), tuple(map(int, end))
+    return Prepared(stored, stored_label, top, affine, corners, image.voxels.shape, image.affine)
+
+
+def _monai(volume: Nifti, preparation: Preparation, mode: str) -> Nifti:
+    """Oriented and resampled by MONAI's own transforms."""
+    import monai.transforms as mt
     import torch
     from monai.data import MetaTensor
 
-    def tensor(volume: Nifti) -> Any:
-        return MetaTensor(torch.from_numpy(volume.voxels)[None], affine=torch.from_numpy(volume.affine))
-
-    data = {"image": tensor(image)} | ({"label": tensor(label)} if label else {})
-    keys = list(data)
-    modes = ["bilinear", "nearest"][: len(keys)]
-    low, high = preparation.window
-    chain: list[Any] = []
+    data = MetaTensor(torch.from_numpy(volume.voxels)[None], affine=torch.from_numpy(volume.affine))
     if preparation.orientation:
-        # The codes name where an axis points to, in nibabel's convention.
-        chain.append(
-            mt.Orientationd(keys, axcodes=preparation.orientation, labels=(("L", "R"), ("P", "A"), ("I", "S")))
-        )
-    chain.append(mt.Spacingd(keys, pixdim=preparation.spacing, mode=modes))
-    chain.append(mt.ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True))
-    for transform in chain:
-        data = transform(data)
-    start: tuple[int, ...] = (0, 0, 0)
-    end: tuple[int, ...] = tuple(data["image"].shape[1:])
-    if preparation.crop_foreground:
-        if not (data["image"] > 0).any():
-            raise ValueError(f"no voxel lies above {low:g} HU, the lower end of the window: nothing to crop to")
-        data = mt.CropForegroundd(keys, source_key="image")(data)
-        start, end = (tuple(int(v) for v in data[f"foreground_{name}_coord"]) for name in ("start", "end"))
-    top = levels(preparation.window)
-    stored = (data["image"][0].numpy() * np.float32(top)).round().astype(np.uint8 if top == 255 else np.uint16)
-    stored_label = data["label"][0].numpy().astype(np.uint8) if label else None
-    affine = data["image"].affine.numpy().astype(np.float64)
-    return Prepared(
-        np.ascontiguousarray(stored),
-        None if stored_label is None else np.ascontiguousarray(stored_label),
-        top,
-        affine,
-        (start, end),
-        image.voxels.shape,
-        image.affine,
-    )
+        data = mt.Orientation(preparation.orientation, labels=AXIS_CODES)(data)
+    data = mt.Spacing(preparation.spacing, mode=mode)(data)
+    return Nifti(data[0].numpy(), data.affine.numpy().astype(np.float64))
 
 
 def _parse(raw: bytes) -> Any:

@@ -1,0 +1,199 @@
+"""A step of fine-tuning and a validation: ours against a plain MONAI script of the same recipe, on one core.
+
+    PYTHONPATH=. python experiments/benchmarks/finetune.py [--quick]
+
+The plain script is the tutorial's fine-tuning notebook: `CacheDataset` with the deterministic transforms' results,
+`RandCropByPosNegLabeld` and augmentation, `UNETR` in float32, `DiceCELoss`, `AdamW`, `loss.item()` every step;
+validation by `sliding_window_inference`, `AsDiscrete`, `DiceMetric`. Both train the same network on the same volumes
+in memory or the page cache, in turns. Accuracy is not compared here: tests/test_trial.py does that for the step,
+tests/test_metrics.py for the metrics.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import monai.transforms as mt
+import numpy as np
+import torch
+from cohort import ct, labels
+from monai.data import CacheDataset, DataLoader, decollate_batch
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from monai.metrics import DiceMetric
+from monai.networks.nets import UNETR
+from timing import Bench, main
+
+from ssl_ray.cohort.store import Store, Volume, open_array
+from ssl_ray.cohort.volume import Nifti, prepare
+from ssl_ray.config import Network, Study
+from ssl_ray.finetune.trial import Cell, TrialData, _Trial
+
+FLOOR = 1.5
+CLASSES = 14
+
+
+def study(bench: Bench, network: Network, side: int) -> Study:
+    """The reference recipe's fine-tuning."""
+    preparation = {"orientation": "RAS", "spacing": [1.5, 1.5, 2.0], "window": [-175, 250]}
+    nowhere = {"root": str(bench.folder), "datalist": "none.json"}
+    boxes = {} if side == 96 else {"inpaint_size": [3, 10], "outpaint_size": [8, 20], "shuffle_size": 4}
+    return Study.model_validate(
+        {
+            "name": "finetune",
+            "output": str(bench.folder / "output"),
+            "network": network.model_dump(),
+            "pretrain": {
+                "sources": [nowhere],
+                "preparation": preparation,
+                "patch_size": side,
+                "corruption": boxes,
+            },
+            "finetune": {
+                "cohort": {"root": str(bench.folder), "classes": CLASSES, "splits": {1: "none.json"}},
+                "preparation": preparation,
+                "patch_size": side,
+            },
+        }
+    )
+
+
+def fill(store: Store, count: int, shape: tuple[int, int, int], made: Study) -> list[Volume]:
+    """Labelled volumes in the store."""
+    side, volumes = made.finetune.preparation.spacing, []
+    affine = np.diag([*side, 1.0])
+    for seed in range(count):
+        scan = Nifti(ct(shape, seed).astype(np.float32), affine)
+        truth = Nifti(labels(shape, CLASSES, seed).astype(np.float32), affine)
+        prepared = prepare(scan, truth, made.finetune.preparation)
+        assert prepared.label is not None
+        counts = np.bincount(prepared.label.ravel())
+        volume = Volume(
+            key=f"{seed:032x}",
+            id=str(seed),
+            image_source=f"{seed}.nii.gz",
+            label_source=f"{seed}.nii.gz",
+            image_sha256=f"{seed:064x}",
+            shape=prepared.image.shape,
+            spacing=side,
+            affine=tuple(map(tuple, prepared.affine.tolist())),
+            dtype=str(prepared.image.dtype),
+            levels=prepared.levels,
+            window=made.finetune.preparation.window,
+            box=prepared.box,
+            original_shape=shape,
+            original_affine=tuple(map(tuple, affine.tolist())),
+            label_voxels={str(value): int(number) for value, number in enumerate(counts) if number},
+            largest_label=CLASSES - 1,
+            files={},
+        )
+        volumes.append(store.put(volume, prepared))
+    return volumes
+
+
+class Plain:
+    """The notebook's training, written from MONAI's public interface."""
+
+    def __init__(self, store: Store, volumes: Sequence[Volume], network: Network, side: int) -> None:
+        self.size, keys = (side,) * 3, ["image", "label"]
+        cases = []
+        for volume in volumes:
+            image = torch.from_numpy(open_array(store, volume.key).astype(np.float32) / volume.levels)
+            label = torch.from_numpy(open_array(store, volume.key, "label").astype(np.float32))
+            cases.append({"image": image[None], "label": label[None]})
+        crop = mt.RandCropByPosNegLabeld(
+            keys, label_key="label", spatial_size=self.size, pos=1, neg=1, num_samples=4, image_key="image"
+        )
+        flips = [mt.RandFlipd(keys, spatial_axis=[axis], prob=0.1) for axis in range(3)]
+        rest = [mt.RandRotate90d(keys, prob=0.1, max_k=3), mt.RandShiftIntensityd("image", offsets=0.1, prob=0.5)]
+        data = CacheDataset(cases, mt.Compose([crop, *flips, *rest, mt.ToTensord(keys)]), progress=False)
+        self.loader = DataLoader(data, batch_size=1, shuffle=True, num_workers=0)
+        self.validation = DataLoader(CacheDataset(cases[:1], mt.ToTensord(keys), progress=False), batch_size=1)
+        self.model = UNETR(
+            in_channels=1,
+            out_channels=CLASSES,
+            img_size=self.size,
+            **network.model_dump(),
+            proj_type="conv",
+            norm_name="instance",
+            res_block=True,
+            dropout_rate=0.0,
+        )
+        self.loss = DiceCELoss(to_onehot_y=True, softmax=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=1e-5)
+
+    def train(self, steps: int) -> int:
+        """Some steps of the epoch loop."""
+        self.model.train()
+        done, total = 0, 0.0
+        while done < steps:
+            for batch in self.loader:
+                loss = self.loss(self.model(batch["image"]), batch["label"])
+                loss.backward()
+                total += loss.item()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                done += 1
+                if done == steps:
+                    break
+        return done
+
+    def validate(self) -> int:
+        """The notebook's `validation`."""
+        post_label, post_pred = mt.AsDiscrete(to_onehot=CLASSES), mt.AsDiscrete(argmax=True, to_onehot=CLASSES)
+        metric = DiceMetric(include_background=True, reduction="mean", get_not_nans=False)
+        self.model.eval()
+        with torch.no_grad():
+            for batch in self.validation:
+                outputs = sliding_window_inference(batch["image"], self.size, 4, self.model)
+                truths = [post_label(one) for one in decollate_batch(batch["label"])]
+                metric(y_pred=[post_pred(one) for one in decollate_batch(outputs)], y=truths)
+                metric.aggregate().item()
+        return 1
+
+
+def run(bench: Bench) -> None:
+    """Steps and validations of a tiny UNETR and of the recipe's."""
+    tiny = Network(hidden_size=96, mlp_dim=192, num_heads=3, feature_size=8)
+    networks = {"tiny": tiny} if bench.quick else {"tiny": tiny, "ViT-B": Network()}
+    side, shape = (32, (60, 60, 50)) if bench.quick else (96, (200, 170, 130))
+    for name, network in networks.items():
+        made = study(bench, network, side)
+        store = Store(bench.folder / f"store-{name}")
+        volumes = fill(store, 2 if bench.quick else 3, shape, made)
+        data = TrialData(store, tuple(volumes), tuple(volumes[:1]), (), tuple(f"organ {i}" for i in range(1, CLASSES)))
+        cell = Cell(1, "random", 1e-4, 0)
+        trial = _Trial(made, cell, data, None, _folder(bench, name), torch.device("cpu"))
+        plain = Plain(store, volumes, network, side)
+        step = iter(range(10**6))
+
+        def ours(count: int, trial: Any = trial, step: Any = step) -> int:
+            for _ in range(count):
+                loss, norm = trial._step(next(step), 1e-4)
+                trial.watch.look(0, loss, norm)
+            return count
+
+        steps = 1 if bench.quick else {"tiny": 4, "ViT-B": 1}[name]
+        ours(1), plain.train(1)
+        variants: dict[str, Callable[[], int]] = {
+            "MONAI": lambda plain=plain, steps=steps: plain.train(steps),  # type: ignore[misc]
+            "ours": lambda ours=ours, steps=steps: ours(steps),  # type: ignore[misc]
+        }
+        found = bench.compare(f"step of 4 patches, {name}", variants, 6 if name == "tiny" else 4, "steps")
+        bench.ratio(f"fine-tuning step, {name}", found["MONAI"], found["ours"], FLOOR)
+        validating: dict[str, Callable[[], int]] = {
+            "MONAI": plain.validate,
+            "ours": lambda trial=trial: len(trial._validate(0)) and 1,  # type: ignore[misc]
+        }
+        found = bench.compare(f"validation of a volume, {name}", validating, 4 if name == "tiny" else 2, "volumes")
+        bench.ratio(f"validation, {name}", found["MONAI"], found["ours"])
+
+
+def _folder(bench: Bench, name: str) -> Any:
+    from ssl_ray.finetune.folder import TrialFolder
+    from ssl_ray.mirror import Mirror
+
+    return TrialFolder(bench.folder / f"trial-{name}", "key", Mirror.of(str(bench.folder), None))
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", run)

@@ -1,0 +1,101 @@
+"""Preparing a volume for pretraining: ours against MONAI's own chain of transforms, a core.
+
+    PYTHONPATH=. python experiments/benchmarks/prepare.py
+
+Ours reads the file, checks it, resamples, crops, and writes it into the store with digests; MONAI's chain, the
+tutorial's, ends with the cropped tensor in memory. `kept` adds what MONAI's `PersistentDataset` does with it. Both
+results are compared, within the tolerance of tests/test_volume.py, on every volume.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import monai.transforms as mt
+import numpy as np
+import torch
+from cohort import PREPARATION, write_scan
+from timing import Bench, main
+
+from ssl_ray.cohort.cache import prepare_case
+from ssl_ray.cohort.datalist import Case
+from ssl_ray.cohort.store import Store, open_array
+from ssl_ray.cohort.volume import AXIS_CODES
+
+FLOOR = 3.0
+
+
+def chain() -> Any:
+    """The deterministic half of the published transforms, with the orientation of `PREPARATION`."""
+    low, high = PREPARATION.window
+    return mt.Compose(
+        [
+            mt.LoadImaged("image"),
+            mt.EnsureChannelFirstd("image"),
+            mt.Orientationd("image", axcodes=PREPARATION.orientation, labels=AXIS_CODES),
+            mt.Spacingd("image", pixdim=PREPARATION.spacing, mode="bilinear"),
+            mt.ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True),
+            mt.CropForegroundd("image", source_key="image"),
+        ]
+    )
+
+
+def real(bench: Bench) -> list[Path]:
+    """Up to six volumes of a folder, the largest."""
+    folder = Path(os.environ.get("SSL_RAY_BENCH_DATA", "../shared/data"))
+    found = sorted(folder.rglob("images/*.nii.gz"), key=lambda path: -path.stat().st_size)
+    return found[: 1 if bench.quick else 6]
+
+
+def run(bench: Bench) -> None:
+    """Synthetic volumes, then real ones where there are any."""
+    shape = (96, 96, 40) if bench.quick else (320, 320, 100)
+    synthetic = [
+        write_scan(bench.folder / f"scan{seed}.nii.gz", shape, (0.94, 0.94, 3.0), seed)
+        for seed in range(1 if bench.quick else 4)
+    ]
+    transform = chain()
+    for name, files in ((f"synthetic {'x'.join(map(str, shape))}", synthetic), ("real", real(bench))):
+        if not files:
+            print(f"{name}: no volumes here")
+            continue
+        fresh = iter(range(10**6))
+
+        def ours(files: list[Path] = files, fresh: Any = fresh) -> int:
+            store = Store(bench.folder / f"store{next(fresh)}")
+            for file in files:
+                prepare_case(Case(file.name, file, None), PREPARATION, store)
+            return len(files)
+
+        def theirs(files: list[Path] = files) -> int:
+            for file in files:
+                transform({"image": str(file)})
+            return len(files)
+
+        def kept(files: list[Path] = files) -> int:
+            for file in files:
+                torch.save(transform({"image": str(file)}), bench.folder / "kept.pt")
+            return len(files)
+
+        differ(bench, name, files, transform)
+        found = bench.compare(name, {"MONAI": theirs, "MONAI, kept": kept, "ours": ours}, 5, "volumes")
+        floor = FLOOR if name != "real" else None
+        bench.ratio(f"preparation, {name}", found["MONAI"], found["ours"], floor)
+        bench.ratio(f"preparation, {name}, kept by both", found["MONAI, kept"], found["ours"])
+
+
+def differ(bench: Bench, name: str, files: list[Path], transform: Any) -> None:
+    """Largest difference of the results in stored levels; other shapes are an error."""
+    worst, store = 0.0, Store(bench.folder / "compared")
+    for file in files:
+        volume, _ = prepare_case(Case(file.name, file, None), PREPARATION, store)
+        expected = transform({"image": str(file)})["image"][0].numpy()
+        stored = open_array(store, volume.key)
+        if stored.shape != expected.shape:
+            raise RuntimeError(f"{file}: {stored.shape}, MONAI has {expected.shape}")
+        worst = max(worst, float(np.abs(stored - expected * np.float32(volume.levels)).max()))
+    bench.floor(f"difference in levels, {name}", worst, at_most=0.5 + 1e-5 * 255)
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", run)

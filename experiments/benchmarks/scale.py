@@ -1,0 +1,297 @@
+"""How feed and step change with workers and volumes, what it costs in memory, and where the next bottleneck is.
+
+    PYTHONPATH=. python experiments/benchmarks/scale.py [--quick]
+
+1. Feed: 1 to 8 ranks read one stream of small patches; CPU time of the coordinator (Ray Data's scheduling loop) and of
+   the rest, a block. Small blocks, so that blocks and not bytes are what is measured.
+2. Volumes: 100 to 100,000 of them and 300 epochs planned, through `pretrain()` itself: seconds to the first batch, rate
+   over many windows, memory of driver, worker and coordinator. Every volume has a key and a folder of its own, which
+   are links to a few real ones: the page cache is warmer than it would be, the metadata are not.
+3. Model: what limits a run on up to 256 GPUs, out of the figures above.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from cohort import fill, spread
+from timing import Bench, Watched, ledger, main
+
+from ssl_ray.cluster import quiet
+from ssl_ray.cohort.store import Store
+from ssl_ray.pretrain.learner import scale
+from ssl_ray.pretrain.plan import Plan
+from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, Window, open_window, windows
+
+H100 = 1500.0
+"""Patches/s a GPU that the feed must carry: the floor of gpu.py with ViT-B."""
+PATCH = 96**3
+NETWORK = 25e9
+"""Bytes/s between nodes of 8 GPUs, 200 Gbit/s; the model's only figure that is not measured here."""
+PARAMETERS = 88e6
+
+
+def feed(bench: Bench) -> dict[str, float]:
+    """Part 1."""
+    import ray
+
+    quiet()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=400 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"worker_process_setup_hook": quiet},
+    )
+    store = Store(bench.folder / "store")
+    volumes = fill(store, 4, (60, 60, 60))
+    keys = tuple(volume.key for volume in volumes)
+    shapes = np.array([volume.shape for volume in volumes], dtype=np.int64)
+    side, batch, blocks = 32, 8, 32 if bench.quick else 512
+    results: dict[str, float] = {}
+
+    def stream(world: int, blocks: int) -> dict[str, float]:
+        plan = Plan(0, shapes, (side,) * 3, 2, batch * world, blocks)  # 8 patches an epoch
+        made = Feed(plan, store, keys, keys, "uint8", volumes[0].levels)
+        shared = ray.put(made)
+        opened: dict[Window, list[Any]] = {}
+
+        def opener(window: Window) -> list[Any]:
+            if window not in opened:
+                opened[window] = open_window(shared, plan, window, 0)
+            return opened[window]
+
+        schedule = windows(plan, 0, world, batch * side**3, 1)
+        before, coordinating, start = ledger().seconds(), coordinator_seconds(), time.perf_counter()
+        ranks = [Stream(plan, rank, schedule, opener) for rank in range(world)]
+        first = 0.0
+        for _ in range(plan.steps):
+            for rank in ranks:
+                scale(torch.from_numpy(next(rank).images), made.levels)
+            first = first or time.perf_counter() - start
+        seconds, count = time.perf_counter() - start, sum(window.blocks for window in schedule)
+        return {
+            "blocks/s": count / seconds,
+            "cpu a block": (ledger().seconds() - before) / count,
+            "coordinator a block": (coordinator_seconds() - coordinating) / count,
+            "open": first,
+        }
+
+    stream(1, 8)  # starts Ray's workers
+    print(f"\nfeed: {blocks} blocks of 8 patches of {side}³")
+    print(f"{'ranks':>8}{'blocks/s':>12}{'ms a block':>12}{'of coordinator':>16}{'window opens in s':>20}")
+    for world in (2,) if bench.quick else (1, 2, 4, 8):
+        row = stream(world, blocks)
+        results |= {f"{name}, {world} ranks": value for name, value in row.items()}
+        print(
+            f"{world:>8}{row['blocks/s']:>12.1f}{1000 * row['cpu a block']:>12.2f}"
+            f"{1000 * row['coordinator a block']:>16.2f}{row['open']:>20.2f}",
+            flush=True,
+        )
+    ray.shutdown()
+    bench.facts["feed"] = results
+    return results
+
+
+def coordinator_seconds() -> float:
+    """CPU time of the actors that run Ray Data's loop."""
+    return ledger().seconds("SplitCoordinator")
+
+
+def volumes(bench: Bench) -> None:
+    """Part 2: each cohort in a process of its own, which is ended after some time."""
+    counts = (300,) if bench.quick else (100, 1000, 10_000, 100_000)
+    print(f"\n{'volumes':>10}{'first batch s':>15}{'patches/s':>12}{'last third':>12}{'driver MB':>12}", end="")
+    print(f"{'worker MB':>12}{'coordinator MB':>16}")
+    rates = {}
+    for count in counts:
+        out = bench.folder / f"volumes{count}.jsonl"
+        command = [sys.executable, __file__, "--cohort", str(count), "--folder", str(bench.folder)]
+        watched = Watched(command, out.with_suffix(".log"), RAY_ADDRESS="", OMP_NUM_THREADS="1")
+        seconds = 6 if bench.quick else 50
+        peaks: dict[str, float] = {}
+
+        def enough(out: Path = out, watched: Watched = watched, peaks: Any = peaks, seconds: float = seconds) -> bool:
+            for name, size in memory(watched.tree).items():
+                peaks[name] = max(peaks.get(name, 0.0), size)
+            rows = read(out)
+            return len(rows) > 3 and time.time() - rows[1]["time"] > seconds
+
+        try:
+            watched.wait(enough, at_most=150)
+        finally:
+            watched.stop()
+        rows = read(out)
+        began = next(row["time"] for row in rows if row["what"] == "pretrain")
+        records = [row for row in rows if row["what"] == "record"]
+        third = len(records) // 3
+        early, late = (pace(part) for part in (records[third : 2 * third + 1], records[2 * third :]))
+        first = records[0]["time"] - began
+        rates[count] = late
+        bench.facts[f"{count} volumes"] = peaks | {"first batch": first, "middle third": early, "last third": late}
+        print(
+            f"{count:>10}{first:>15.1f}{early:>12.0f}{late:>12.0f}"
+            + "".join(
+                f"{peaks.get(name, 0):>{w}.0f}" for name, w in (("driver", 12), ("worker", 12), ("coordinator", 16))
+            ),
+            flush=True,
+        )
+    largest = counts[-1]
+    bench.floor(f"driver GB, {largest} volumes", bench.facts[f"{largest} volumes"]["driver"] / 1000, at_most=2.0)
+    bench.floor(f"seconds to the first batch, {largest} volumes", first, at_most=30.0)
+    bench.floor(f"last third over middle third, {largest} volumes", late / early, at_least=0.9)
+    bench.floor(f"rate at {largest} over rate at {counts[0]} volumes", rates[largest] / rates[counts[0]], at_least=0.9)
+
+
+def pace(records: list[dict[str, Any]]) -> float:
+    """Patches/s between the first and the last of some records."""
+    first, last = records[0], records[-1]
+    return float(last["patches"] - first["patches"]) / (last["time"] - first["time"])
+
+
+def memory(root: psutil.Process) -> dict[str, float]:
+    """MB of private memory of the driver, the largest worker and the largest coordinator."""
+    found: dict[str, float] = {}
+    for process in (root, *root.children(recursive=True)):
+        try:
+            command = " ".join(process.cmdline())
+            kinds = {"SplitCoordinator": "coordinator", "RayTrainWorker": "worker"}
+            name = next(
+                (kind for key, kind in kinds.items() if key in command), "driver" if process == root else "rest"
+            )
+            usage = process.memory_info()
+            found[name] = max(found.get(name, 0.0), (usage.rss - usage.shared) / 1e6)
+        except psutil.Error:
+            continue
+    return found
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file so far."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def cohort(count: int, folder: Path) -> None:
+    """A child of part 2: `pretrain()` on `count` volumes, with a line for every record."""
+    from ssl_ray.cluster import connect
+    from ssl_ray.experiment import dump
+    from ssl_ray.pretrain import train
+    from ssl_ray.tracking import Tracker
+
+    made = study(folder, count)
+    store = Store(made.cache_folder)
+    training = spread(store, fill(store, 4, (60, 60, 60)), count)
+    lines = (folder / f"volumes{count}.jsonl").open("w", buffering=1)
+
+    def line(what: str, **facts: Any) -> None:
+        lines.write(json.dumps({"what": what, "time": time.time(), **facts}) + "\n")
+
+    class Collector(train._Collector):
+        def _log(self, step: int, record: dict[str, Any]) -> None:
+            line("record", patches=step * made.pretrain.batch_size)
+            super()._log(step, record)
+
+    train._Collector = Collector  # type: ignore[misc]
+    connect(made)
+    tracker = Tracker(made)
+    line("pretrain")
+    train.pretrain(made, training, training[:2], tracker, dump(made))
+
+
+def study(folder: Path, count: int) -> Any:
+    """300 epochs of a network so small that the feed has to hurry."""
+    from ssl_ray.config import Study
+
+    preparation = {"spacing": 2, "window": [-57, 164]}
+    nowhere = {"root": str(folder), "datalist": "none.json"}
+    return Study.model_validate(
+        {
+            "name": f"volumes{count}",
+            "output": str(folder / f"output{count}"),
+            "cache": str(folder / "links"),
+            "network": {"hidden_size": 12, "mlp_dim": 12, "num_heads": 1},
+            "cluster": {"cpus": 2, "object_store_gigabytes": 0.3},
+            "pretrain": {
+                "sources": [nowhere],
+                "preparation": preparation,
+                "patch_size": 32,
+                "batch_size": 8,
+                "epochs": 300,
+                "validate_every": 300,
+                "log_every": 5,
+                "block_megabytes": 1,
+                "corruption": {"inpaint_size": [3, 10], "outpaint_size": [8, 20], "shuffle_size": 4},
+            },
+            "finetune": {
+                "cohort": {"root": str(folder), "classes": 14, "splits": {1: "none.json"}},
+                "preparation": preparation,
+                "patch_size": 32,
+            },
+        }
+    )
+
+
+def model(bench: Bench, found: dict[str, float]) -> None:
+    """Part 3: what each stage can carry for G GPUs, of blocks of 64 MiB, in patches/s."""
+    world = max(int(key.split()[3]) for key in found if key.startswith("coordinator a block"))
+    coordinator = found[f"coordinator a block, {world} ranks"]
+    opening = found[f"open, {world} ranks"]
+    reading = read_seconds(bench)
+    block = 64 * 2**20 // PATCH
+    print(
+        f"\nmodel: coordinator {1000 * coordinator:.2f} ms a block, a window opens in {opening:.1f} s, reading "
+        f"{1000 * reading:.2f} ms a patch of 96³, {block} patches a block; all in thousands of patches/s\n"
+        f"{'GPUs':>6}{'needed':>10}{'coordinator':>13}{'windows':>10}{'all-reduce':>12}{'cores to read':>15}  limit"
+    )
+    for gpus in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        needed = gpus * H100
+        length = max(1, WINDOW_BLOCKS // gpus) * gpus * block
+        # The next window opens when half of this one is consumed.
+        limits = {"coordinator": block / coordinator, "windows": length / 2 / opening}
+        seconds = 2 * 4 * PARAMETERS * (gpus - 1) / gpus / (NETWORK if gpus > 8 else 200e9)
+        limits["all-reduce"] = gpus * 64 / seconds if gpus > 1 else float("inf")
+        name = min(limits, key=lambda key: limits[key])
+        row = "".join(f"{limits[key] / 1000:>{w}.1f}" for key, w in (("coordinator", 13), ("windows", 10)))
+        print(
+            f"{gpus:>6}{needed / 1000:>10.1f}{row}{limits['all-reduce'] / 1000:>12.0f}{needed * reading:>15.1f}  "
+            + (name if limits[name] < needed else "the GPU")
+        )
+        bench.facts.setdefault("model", {})[gpus] = limits | {"needed": needed, "cores to read": needed * reading}
+
+
+def read_seconds(bench: Bench) -> float:
+    """CPU seconds of reading one patch of 96³ out of the page cache."""
+    store = Store(bench.folder / "large")
+    made = fill(store, 1, (180, 170, 150))
+    plan = Plan(0, np.array([made[0].shape]), (96,) * 3, 2, 8, 20)
+    source = Feed(plan, store, (made[0].key,), ("0",), "uint8", 221)
+    samples = [plan.sample(index) for index in range(40)]
+    source.read(samples)
+    start = time.process_time()
+    source.read(samples)
+    return (time.process_time() - start) / len(samples)
+
+
+def run(bench: Bench) -> None:
+    """All three parts."""
+    found = feed(bench)
+    volumes(bench)
+    model(bench, found)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "--cohort" in sys.argv:
+        count, folder = (sys.argv[sys.argv.index(name) + 1] for name in ("--cohort", "--folder"))
+        cohort(int(count), Path(folder))
+    else:
+        main(__doc__ or "", run)
