@@ -214,6 +214,8 @@ def disturb(site: Site, kind: str, dice: random.Random) -> None:
             site.driver.terminate()
             site.driver.wait(120)
         end(site.driver)
+        while site.processes("RayTrainWorker", "ImplicitFunc"):  # which Ray ends when it misses their driver
+            time.sleep(0.1)
         newest = max(site.checkpoints().items(), key=lambda item: item[1])[0].parent / "state.pt"
         if kind == "torn checkpoint" and newest.is_file():
             with newest.open("r+b") as file:
