@@ -16,7 +16,8 @@ from ssl_ray.config import Study
 from ssl_ray.precision import autocast
 from ssl_ray.pretrain import learner as module
 from ssl_ray.pretrain.corrupt import corrupt, draw, pack, take, unpack
-from ssl_ray.pretrain.learner import Job, Learner, scale
+from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.learner import Learner, scale
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
 

@@ -18,7 +18,8 @@ from ssl_ray.networks import build_autoencoder
 from ssl_ray.optimize import take_step
 from ssl_ray.precision import autocast
 from ssl_ray.pretrain import corrupt as corruption
-from ssl_ray.pretrain.learner import Job, Learner, scale
+from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.learner import Learner, scale
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
 

@@ -25,7 +25,8 @@ from cohort import ct, write_cohort
 from timing import Bench, Cost, Watched, main
 
 from ssl_ray.experiment import load
-from ssl_ray.pretrain.learner import Job, Learner
+from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.learner import Learner
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.tracking import Tracker

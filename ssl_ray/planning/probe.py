@@ -15,7 +15,8 @@ from ssl_ray.config import Study
 from ssl_ray.networks import build_unetr
 from ssl_ray.optimize import build_optimizer, take_step
 from ssl_ray.precision import autocast, resolve
-from ssl_ray.pretrain.learner import Job, Learner
+from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.learner import Learner
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
 

@@ -5,54 +5,25 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from monai.networks.nets import ViTAutoEnc
-from ray.util.queue import Queue
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray.compiled import compile_or_not
-from ssl_ray.config import VIT_PATCH, Contrastive, Study
+from ssl_ray.config import VIT_PATCH, Contrastive
 from ssl_ray.networks import build_autoencoder, describe, export, use_fast_attention, use_patch_products
 from ssl_ray.optimize import build_optimizer, take_step
 from ssl_ray.precision import autocast, resolve
 from ssl_ray.pretrain.corrupt import DeviceDraws, Draws, contrastive_loss, corrupt, draw, take
 from ssl_ray.pretrain.graphed import StepGraph
+from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.pretrain.plan import Sample
-from ssl_ray.pretrain.stream import Feed
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker is given.
-
-    Rank 0 sends log records through `reports`, a Ray queue that the driver empties: unlike `ray.train.report`, which is
-    a barrier that the controller serves every two seconds, that costs a step nothing.
-    """
-
-    study: Study
-    training: Feed
-    validation: Feed
-    folder: Path
-    key: str
-    reports: Queue
-
-    @property
-    def checkpoints(self) -> Path:
-        """Training states by step."""
-        return self.folder / "checkpoints"
-
-    @property
-    def weights(self) -> Path:
-        """The autoencoder that did best on validation so far, written by rank 0."""
-        return self.folder / "best.safetensors"
 
 
 class Learner:

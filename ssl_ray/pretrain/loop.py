@@ -17,7 +17,8 @@ from ssl_ray.checkpoint import Saver, load_latest, load_state
 from ssl_ray.nonfinite import Fault, Watch
 from ssl_ray.optimize import learning_rate
 from ssl_ray.pretrain.fault import keep
-from ssl_ray.pretrain.learner import Job, Learner
+from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.learner import Learner
 from ssl_ray.pretrain.stream import Batch, Stream, Window, open_window, windows
 from ssl_ray.system import PREFIX, arithmetic_rate, peak_memory
 

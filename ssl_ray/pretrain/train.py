@@ -24,8 +24,7 @@ from ssl_ray.config import Pretrain, Study
 from ssl_ray.console import Bar, say
 from ssl_ray.mirror import Mirror
 from ssl_ray.networks import load_metadata
-from ssl_ray.pretrain.learner import Job
-from ssl_ray.pretrain.loop import train_loop
+from ssl_ray.pretrain.job import Job, work
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.system import ObjectStore, as_system
@@ -89,7 +88,7 @@ def pretrain(
     run = tracker.open("pretraining", key, "pretrain", study_params(study, "pretrain") | counts)
     run.text(config_yaml, "experiment.yaml")
     trainer = TorchTrainer(
-        train_loop,
+        work,
         train_loop_config=job,
         scaling_config=train.ScalingConfig(
             num_workers=config.workers,

@@ -1,0 +1,45 @@
+"""What a pretraining worker is started with.
+
+Ray's controller reads it, too, before it starts any worker: torch and MONAI take seconds to import, so they are not here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray.util.queue import Queue
+
+from ssl_ray.config import Study
+from ssl_ray.pretrain.stream import Feed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is given.
+
+    Rank 0 sends log records through `reports`, a Ray queue that the driver empties: unlike `ray.train.report`, which is
+    a barrier that the controller serves every two seconds, that costs a step nothing.
+    """
+
+    study: Study
+    training: Feed
+    validation: Feed
+    folder: Path
+    key: str
+    reports: Queue
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states by step."""
+        return self.folder / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """The autoencoder that did best on validation so far, written by rank 0."""
+        return self.folder / "best.safetensors"
+
+
+def work(job: Job) -> None:
+    """The training loop."""
+    from ssl_ray.pretrain.loop import train_loop
+
+    train_loop(job)
