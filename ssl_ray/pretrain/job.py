@@ -1,6 +1,6 @@
 """What a pretraining worker is started with.
 
-Ray's controller reads it, too, before it starts any worker: torch and MONAI take seconds to import, so they are not here.
+Ray's controller reads it, too, before it starts any worker: torch and MONAI take seconds to import and are not here.
 """
 
 from dataclasses import dataclass
