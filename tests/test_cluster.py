@@ -122,10 +122,10 @@ def test_the_supervisor_of_a_job_killed(head, undisturbed, cohort, tmp_path):
 
     begin()
     wait_for(lambda: saved(tmp_path), "a checkpoint")
-    (supervisor,) = processes(environment["RAY_AUTH_TOKEN"], "JobSupervisor")
-    (driver,) = processes(environment["RAY_AUTH_TOKEN"], "-m ssl_ray pretrain", str(path))
+    (supervisor,) = processes(environment["RAY_AUTH_TOKEN"], "ray::JobSupervisor")
+    drivers = processes(environment["RAY_AUTH_TOKEN"], "-m ssl_ray pretrain", str(path))  # the shell around it, too
     supervisor.send_signal(signal.SIGKILL)
-    driver.wait(60)
+    assert not psutil.wait_procs(drivers, timeout=60)[1], "Ray leaves no driver without a supervisor"
     again = begin()
     wait_for(lambda: "SUCCEEDED" in submit(address, environment, "status", again).stdout, "the job's success", 240)
     assert_same(outcome(path), undisturbed)

@@ -3,46 +3,42 @@
 import os
 import re
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from runs import SAVED, STEPS, assert_same, kill, outcome, saved, start, wait_for, workers, write
+from runs import SAVED, STEPS, assert_same, kill, outcome, saved, start, wait_for, write
 
 from ssl_ray.cli import main
 
 pytestmark = pytest.mark.slow
 
 
-def sabotage(monkeypatch, marker: Path, place: str) -> None:
-    """Have rank 0 killed once, when the training worker comes to a place in the code."""
+def sabotage(monkeypatch, markers: Path) -> None:
+    """Have a process killed once at each of four places in the code; a file says which were reached."""
     from ssl_ray.pretrain import train
 
     def disturbed(job):
-        import signal
 
         from ssl_ray import checkpoint
         from ssl_ray.pretrain import learner, loop, stream
 
-        module, name = {
-            "validation": (learner, "corrupt"),
-            "checkpoint": (checkpoint, "_digest"),
-            "opening": (loop, "open_window"),
-            "reading": (stream, "_read_block"),
-        }[place]
-        genuine = getattr(module, name)
-        calls = []
+        def deadly(module, name, place, due):
+            genuine, calls = getattr(module, name), []
 
-        def deadly(*args, **kwargs):
-            calls.append(args)
-            validating = place != "validation" or not torch.is_grad_enabled()
-            if validating and len(calls) > 1 and not marker.exists():
-                marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return genuine(*args, **kwargs)
+            def killed(*args, **kwargs):
+                calls.append(args)
+                if due(args, len(calls)) and not (markers / place).exists():
+                    (markers / place).touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return genuine(*args, **kwargs)
 
-        setattr(module, name, deadly)
+            setattr(module, name, killed)
+
+        deadly(loop, "learning_rate", "in mid-epoch", lambda args, calls: args[1] == 90)
+        deadly(learner, "corrupt", "in a validation", lambda args, calls: calls > 1 and not torch.is_grad_enabled())
+        deadly(checkpoint, "_digest", "in a checkpoint", lambda args, calls: calls == 2)
+        deadly(stream, "_read_block", "in a data task", lambda args, calls: int(args[0]["id"][0]) == 3)
         loop.train_loop(job)
 
     monkeypatch.setattr(train, "work", disturbed)
@@ -52,74 +48,19 @@ def run(path: Path, *more: str) -> None:
     assert main(["pretrain", str(path), *more]) == 0
 
 
-def test_a_worker_killed_in_mid_epoch(undisturbed, cohort, tmp_path):
-    """SIGKILL between two checkpoints: every loss and the weights equal the undisturbed run's."""
-    path = write(tmp_path, cohort)
-
-    def strike() -> list[int]:
-        wait_for(lambda: saved(tmp_path), "a checkpoint")
-        victims = wait_for(workers, "a training worker")
-        for process in victims:
-            process.send_signal(signal.SIGKILL)
-        return [process.pid for process in victims]
-
-    with ThreadPoolExecutor() as pool:
-        killed = pool.submit(strike)
-        run(path)
-        assert killed.result()
-    assert_same(outcome(path), undisturbed)
-
-
-@pytest.mark.parametrize("place", ["validation", "checkpoint"])
-def test_a_worker_killed_in_a_delicate_moment(undisturbed, cohort, tmp_path, monkeypatch, place):
-    """SIGKILL in the middle of a validation, and between a checkpoint's content and its manifest."""
-    path = write(tmp_path, cohort)
-    sabotage(monkeypatch, tmp_path / "done", place)
+def test_workers_and_a_data_task_killed(undisturbed, cohort, tmp_path, monkeypatch):
+    """SIGKILL to the worker in mid-epoch, in a validation and between a checkpoint's content and its manifest, and to
+    a process that reads patches, which does not even make the training start anew: all ends as without."""
+    path = write(tmp_path, cohort, max_failures=3)
+    markers = tmp_path / "markers"
+    markers.mkdir()
+    sabotage(monkeypatch, markers)
     run(path)
-    assert (tmp_path / "done").exists()
-    assert_same(outcome(path), undisturbed)
-
-
-def test_a_data_task_killed(undisturbed, cohort, tmp_path, monkeypatch):
-    """The process that reads patches is killed: Ray Data reads the block again, training does not even start anew."""
-    path = write(tmp_path, cohort)
-    from ssl_ray.pretrain import train
-
-    marker = tmp_path / "done"
-
-    def disturbed(job):
-        import signal
-
-        from ssl_ray.pretrain import loop, stream
-
-        genuine = stream._read_block
-
-        def deadly(rows, feed, window):
-            if int(rows["id"][0]) == 3 and not marker.exists():
-                marker.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return genuine(rows, feed, window)
-
-        stream._read_block = deadly
-        loop.train_loop(job)
-
-    monkeypatch.setattr(train, "work", disturbed)
-    run(path)
-    assert marker.exists()
+    places = {"in mid-epoch", "in a validation", "in a checkpoint", "in a data task"}
+    assert {marker.name for marker in markers.iterdir()} == places
     found = outcome(path)
-    assert found.started == [0]
-    assert found.losses == undisturbed.losses
-    assert all(torch.equal(found.weights[name], tensor) for name, tensor in undisturbed.weights.items())
-
-
-def test_the_driver_killed_and_started_again(undisturbed, cohort, tmp_path):
-    """The same command, given again after SIGKILL, goes on; MLflow has every step once, those before the kill too."""
-    path = write(tmp_path, cohort)
-    first = start(path)
-    wait_for(lambda: saved(tmp_path), "a checkpoint")
-    kill(first)
-    run(path)
-    assert_same(outcome(path), undisturbed)
+    assert len(found.started) == 4, "once and after each killed worker"
+    assert_same(found, undisturbed)
 
 
 def test_the_end_of_a_job(undisturbed, cohort, tmp_path):
@@ -136,8 +77,9 @@ def test_the_end_of_a_job(undisturbed, cohort, tmp_path):
     assert_same(outcome(path), undisturbed)
 
 
-def test_a_torn_checkpoint(undisturbed, cohort, tmp_path):
-    """The newest checkpoint is cut off: the one before is used, and the end is the same."""
+def test_the_driver_killed_and_its_checkpoint_torn(undisturbed, cohort, tmp_path):
+    """After SIGKILL, and with its newest checkpoint cut off, the same command goes on from the one before; MLflow has
+    every step once, those before the kill too."""
     path = write(tmp_path, cohort)
     first = start(path)
     wait_for(lambda: len(saved(tmp_path)) == 2, "two checkpoints")
@@ -149,30 +91,26 @@ def test_a_torn_checkpoint(undisturbed, cohort, tmp_path):
     run(path)
     found = outcome(path)
     assert found.started[-1] == before
-    assert found.losses == undisturbed.losses
-    assert all(torch.equal(found.weights[name], tensor) for name, tensor in undisturbed.weights.items())
+    assert_same(found, undisturbed)
 
 
-def test_a_result_is_not_made_twice(undisturbed, cohort, tmp_path, capfd):
-    """A finished run given again does nothing; its weights deleted, they come back from the last checkpoint."""
-    path = write(tmp_path, cohort)
-    run(path)
-    run(path)
-    assert outcome(path).started == [0]
-    (weights,) = tmp_path.glob("output/faults/pretrain-*/best.safetensors")
-    weights.unlink()
-    run(path)
-    assert outcome(path).started == [0, STEPS]
+def test_a_result_is_not_made_twice(cohort, tmp_path, ray_cluster):
+    """A finished run given again does nothing; its weights deleted, they come back from the last checkpoint.
 
-
-def test_checkpoints_by_time(cohort, tmp_path, ray_cluster):
-    """Without `checkpoint_every`, one is written whenever `checkpoint_minutes` have passed, and the newest two stay."""
+    Without `checkpoint_every`, one is written whenever `checkpoint_minutes` have passed, and the newest two stay.
+    """
     path = write(tmp_path, cohort, checkpoint_every=None, checkpoint_minutes=0.01)
     run(path)
     steps = saved(tmp_path)
     assert len(steps) == 2
     assert steps[1] == STEPS
     assert steps[0] > SAVED
+    run(path)
+    assert outcome(path).started == [0]
+    (weights,) = tmp_path.glob("output/faults/pretrain-*/best.safetensors")
+    weights.unlink()
+    run(path)
+    assert outcome(path).started == [0, STEPS]
 
 
 def test_a_loss_that_explodes(cohort, tmp_path, ray_cluster, capfd):
