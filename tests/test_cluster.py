@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -118,7 +119,7 @@ def test_the_supervisor_of_a_job_killed(head, undisturbed, cohort, tmp_path):
                 break
             time.sleep(1)
         assert done.returncode == 0, done.stderr
-        return done.stdout.split("ray job status ")[1].split()[0]
+        return re.search(r"raysubmit_\w+", done.stdout).group()
 
     begin()
     wait_for(lambda: saved(tmp_path), "a checkpoint")
