@@ -134,13 +134,15 @@ def test_the_contrastive_view_trains(ray_cluster, experiment):
     assert two[8] != one[8]
 
 
-def test_a_failing_worker_ends_in_one_message_and_code_1(ray_cluster, experiment, capfd):
+def test_a_failing_worker_ends_in_one_message_and_code_1(ray_cluster, experiment, capfd, monkeypatch):
     """Without restarts left, the message says on which rank and why, without a traceback; the run is marked failed."""
     path = experiment("failing")
-    assert main(["prepare", str(path)]) == 0
     study = load(path)
-    for image in study.cache_folder.glob("*/*/image.npy"):
-        image.unlink()
+
+    def broken(job):
+        raise OSError(5, "Input/output error", "image.npy")
+
+    monkeypatch.setattr("ssl_ray.pretrain.train.work", broken)
     assert main(["pretrain", str(path), "--set", "pretrain.max_failures=0"]) == 1
     printed = capfd.readouterr()
     assert "pretraining failed on rank 0" in printed.err
