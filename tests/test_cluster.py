@@ -128,7 +128,7 @@ def test_the_supervisor_of_a_job_killed(head, undisturbed, cohort, tmp_path):
     supervisor.send_signal(signal.SIGKILL)
     assert not psutil.wait_procs(drivers, timeout=60)[1], "Ray leaves no driver without a supervisor"
     again = begin()
-    wait_for(lambda: "SUCCEEDED" in submit(address, environment, "status", again).stdout, "the job's success", 240)
+    wait_for(lambda: "succeeded" in submit(address, environment, "status", again).stdout.lower(), "its success", 240)
     assert_same(outcome(path), undisturbed)
 
 
