@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import threading
 import warnings
@@ -53,6 +54,14 @@ def connect(study: Study) -> None:
             f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "
             "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"
         )
+
+
+def first_error(text: str) -> str | None:
+    """What began a remote error, in one line: its text is a chain of tracebacks, of which the first error that is not
+    Ray's wrapping is the cause; None where there is none.
+    """
+    named = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b(?!.*ray::).*: .*$", text, re.MULTILINE)
+    return named.group().strip() if named else None
 
 
 def quiet() -> None:

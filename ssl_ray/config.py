@@ -372,6 +372,11 @@ class Study(Strict):
         return self.tracking.uri or f"sqlite:///{Path(self.output).absolute() / 'mlflow.db'}"
 
     @property
+    def pretrains(self) -> bool:
+        """Whether the grid needs weights that this study has to make; if not, its unlabelled volumes are not read."""
+        return "pretrained" in self.finetune.grid.init and not self.finetune.weights
+
+    @property
     def experiment(self) -> str:
         """Name of the MLflow experiment."""
         return self.tracking.experiment or self.name

@@ -68,11 +68,6 @@ class Runner:
         """The study's MLflow experiment."""
         return Tracker(self.study)
 
-    @property
-    def pretrains(self) -> bool:
-        """Whether the grid needs weights that this study has to make; if not, its unlabelled volumes are not read."""
-        return "pretrained" in self.study.finetune.grid.init and not self.study.finetune.weights
-
     @cached_property
     def cohorts(self) -> Cohorts:
         """Read the datalists; a study on a synthetic cohort makes that first.
@@ -84,7 +79,7 @@ class Runner:
         if made:
             numbers = made.model_dump(exclude={"root"})
             write_cohort(Path(made.root), **numbers, progress=track("synthesizing volumes"))
-        training, validation = read_unlabelled(self.study.pretrain.sources) if self.pretrains else ((), ())
+        training, validation = read_unlabelled(self.study.pretrain.sources) if self.study.pretrains else ((), ())
         splits = read_labelled(self.study.finetune.cohort, self.study.finetune.split_sizes)
         check_held_out((*training, *validation), splits)
         if self.study.finetune.weights:
@@ -135,7 +130,7 @@ class Runner:
             say(f"pretrained weights are given: {given}")
             content = Path(given).read_bytes()
             return Pretrained(Path(given).absolute(), hashlib.sha256(content).hexdigest()[:16])
-        if not self.pretrains:
+        if not self.study.pretrains:
             raise ValueError("finetune.grid.init: this study trains only from random weights")
         volumes = self.prepared.unlabelled
         training = [volumes[str(case.image)] for case in self.cohorts.training if str(case.image) in volumes]

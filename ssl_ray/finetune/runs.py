@@ -1,7 +1,6 @@
 """In the driver: what Ray Tune says of the trials becomes MLflow runs, one a cell, and the progress bar."""
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
 
+from ssl_ray.cluster import first_error
 from ssl_ray.config import Study
 from ssl_ray.console import Bar, say
 from ssl_ray.finetune.folder import TrialFolder
@@ -162,6 +162,4 @@ def _cause(trial: Any) -> tuple[str, str]:
     text = str(error) if error else Path(trial.error_file).read_text().rpartition("Failure # ")[2]
     if isinstance(error, RayActorError):
         return f"the trial's worker process died: {' '.join(text.split())[:300]}", text
-    # The text of a remote error is a chain of tracebacks; the first error that is not Ray's wrapping began it.
-    named = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b(?!.*ray::).*: .*$", text, re.MULTILINE)
-    return named.group().strip() if named else " ".join(text.split())[:300], text
+    return first_error(text) or " ".join(text.split())[:300], text

@@ -54,7 +54,7 @@ def make_plan(study: Study, gpu: str | None = None, with_probe: bool = True) -> 
     """
     if study.mirror.origin is None:
         reuse.check_unchanged(study)
-    pretrains = "pretrained" in study.finetune.grid.init and not study.finetune.weights
+    pretrains = study.pretrains
     volumes = survey(study, pretrains)
     if study.finetune.weights:
         from ssl_ray.finetune.grid import check_transfer

@@ -1,7 +1,6 @@
 """The TorchTrainer around the worker's loop, and what the driver does with its reports."""
 
 import math
-import re
 import signal
 import threading
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssl_ray.checkpoint import digest
-from ssl_ray.cluster import check_pretraining
+from ssl_ray.cluster import check_pretraining, first_error
 from ssl_ray.cohort.store import Store, Volume
 from ssl_ray.config import Pretrain, Study
 from ssl_ray.console import Bar, say
@@ -131,9 +130,7 @@ def _fit(trainer: TorchTrainer) -> None:
         raise KeyboardInterrupt from error
     except train.WorkerGroupError as error:
         rank, cause = next(iter(error.worker_failures.items()))
-        # The text of a remote error is a chain of tracebacks; the first error that is not Ray's wrapping began it.
-        named = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b(?!.*ray::).*: .*$", str(cause), re.MULTILINE)
-        what = named.group().strip() if named else f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        what = first_error(str(cause)) or f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         raise RuntimeError(f"pretraining failed on rank {rank} of the workers: {what}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
