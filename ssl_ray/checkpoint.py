@@ -16,6 +16,7 @@ import torch
 
 from ssl_ray.files import open_file, read_file, shown
 from ssl_ray.mirror import Mirror
+from ssl_ray.storage import MANIFEST
 
 _MOST_MANIFEST = 2**16
 _STALE_SECONDS = 3600
@@ -32,7 +33,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     try:
         torch.save(dict(state), scratch / "state.pt")
         manifest = {"sha256": _digest(scratch / "state.pt"), "step": state.get("step")}
-        (scratch / "manifest.json").write_text(json.dumps(manifest))
+        (scratch / MANIFEST).write_text(json.dumps(manifest))
         try:
             scratch.rename(folder)
         except OSError:  # one is there already, whole or not
@@ -49,7 +50,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         ValueError: when the checkpoint is torn, was changed, or holds anything but tensors and plain values.
     """
     try:
-        manifest = json.loads(read_file(folder / "manifest.json", _MOST_MANIFEST))
+        manifest = json.loads(read_file(folder / MANIFEST, _MOST_MANIFEST))
         found = _digest(folder / "state.pt")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: not a whole checkpoint: {shown(error)}") from error
@@ -82,7 +83,7 @@ def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: M
     mirror.push(path)
     names = {old.name for old in folder.iterdir()} | mirror.names(folder)
     until = sorted(name for name in names if name <= path.name and not name.startswith("."))
-    whole = [name for name in until if mirror.has(folder / name / "manifest.json")]
+    whole = [name for name in until if mirror.has(folder / name / MANIFEST)]
     for name in set(until) - set(whole[-keep:]):
         mirror.drop(folder / name)
     for old in folder.glob(".*"):

@@ -1,12 +1,15 @@
-"""Files that others wrote: read with a bound, and named on one line."""
+"""Files that others wrote, read with a bound and named on one line; and our own, which appear whole."""
 
 import errno
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Characters that break a line, steer a terminal, or cannot be written down: control characters and half surrogates."""
@@ -33,6 +36,18 @@ def open_file(path: Path, most: int | None = None) -> BufferedReader:
         file.close()
         raise OSError(*reason, str(path))
     return file
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A name to write to that becomes `path` when all has been written, and vanishes on an error."""
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_ray.console import say
+from ssl_ray.files import appearing
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,8 @@ class Journal:
         """Keep a text, also when MLflow has it -> its path in the run's folder."""
         path = self.folder / "texts" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text)
-        part.replace(path)
+        with appearing(path) as part:
+            part.write_text(text)
         return str(path.relative_to(self.folder))
 
     def text(self, name: str) -> bytes | None:
@@ -189,10 +189,9 @@ class Journal:
         with self._lock:
             state = {"run_id": self.run_id, "offset": self._offset, "status": self._sent_status}
             text = json.dumps(state | {"refused": self.refused})
-        part = self.folder / "delivered.part"
-        with contextlib.suppress(OSError):  # full disk: delivered again after a restart, and found there
+        # On a full disk: delivered again after a restart, and found there.
+        with contextlib.suppress(OSError), appearing(self.folder / "delivered.json") as part:
             part.write_text(text)
-            part.replace(self.folder / "delivered.json")
 
     def _entries(self, start: int) -> Iterator[Entry]:
         if not self._path.exists():

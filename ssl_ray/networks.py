@@ -9,12 +9,10 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import uuid4
 
 import torch
 from monai.networks.blocks.selfattention import SABlock
@@ -24,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ssl_ray.config import VIT_LAYERS, VIT_PATCH, Network
-from ssl_ray.files import BREAKS, open_file, shown
+from ssl_ray.files import BREAKS, appearing, open_file, shown
 
 _DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
 _DTYPES = {
@@ -260,9 +258,9 @@ def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mappin
         key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for key, value in _plain(autoencoder_state, str(path)).items()
     }
-    with _replacing(path.with_suffix(".pt")) as part, part.open("wb") as file:
+    with appearing(path.with_suffix(".pt")) as part, part.open("wb") as file:
         torch.save({"state_dict": state}, file)
-    with _replacing(path) as part:
+    with appearing(path) as part:
         part.write_bytes(save(state, dict(metadata)))  # save_file would make it readable for the owner alone
 
 
@@ -402,14 +400,3 @@ def _plain(state: object, source: str) -> dict[str, Tensor]:
         raise ValueError(f"{source}: {shown(odd[0], 80)}: not a dense tensor of real numbers")
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write to that becomes `path` when all has been written, and vanishes otherwise."""
-    part = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import yaml
 
 from ssl_ray.config import Finetune, Pretrain, Study
 from ssl_ray.experiment import flatten
+from ssl_ray.files import appearing
 from ssl_ray.tracking import rename_experiment
 
 Stage = Literal["pretrain", "finetune"]
@@ -50,9 +51,8 @@ def record(study: Study, stage: Stage) -> None:
     """Write down what a stage is begun with."""
     path = _record(study, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(yaml.safe_dump(_settings(study, stage)))
-    scratch.replace(path)
+    with appearing(path) as part:
+        part.write_text(yaml.safe_dump(_settings(study, stage)))
     study.mirror.push(path)
 
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from ssl_ray.files import appearing
+
 MANIFEST = "manifest.json"
 _CHUNK = 2**25
 _CONNECT_SECONDS, _REQUEST_SECONDS = 3, 10
@@ -129,7 +131,7 @@ class Place:
         with _naming(self):
             if self.local:
                 self.local.parent.mkdir(parents=True, exist_ok=True)
-                with _appearing(self.local) as temporary, temporary.open("wb") as file:
+                with appearing(self.local) as temporary, temporary.open("wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
@@ -168,7 +170,7 @@ class Place:
             return
         with _naming(self, target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _appearing(target) as temporary:
+            with appearing(target) as temporary:
                 with temporary.open("wb") as file:
                     digest = self._read_through(file)
                     file.flush()
@@ -283,18 +285,6 @@ def _s3(root: str, attempts: int) -> Any:
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=attempts),
         allow_delayed_open=True,  # one request for a small file instead of three
     )
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A name to write to; the file takes its place at the end, and is removed on an error."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 @contextmanager

@@ -2,17 +2,16 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.checkpoint import load_latest, load_state, save_latest
+from ssl_ray.files import appearing
 from ssl_ray.mirror import Mirror
 
 _KEPT_FAULTS = 3
@@ -94,9 +93,5 @@ class TrialFolder:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
+    with appearing(path) as part:
         part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
