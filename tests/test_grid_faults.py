@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import runs
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -27,6 +29,7 @@ from ssl_ray.finetune.runs import FAILURE
 from ssl_ray.tracking import Tracker
 
 pytestmark = pytest.mark.slow
+wait_for = partial(runs.wait_for, seconds=120)
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
 A, B = "n02-random-lr0.001-seed0", "n04-random-lr0.001-seed0"
@@ -202,14 +205,6 @@ def assert_same(path, expected):
         assert histories == expected[cell][0], f"{cell}: bit by bit, every step and every score"
         for name, tensor in expected[cell][1].items():
             assert torch.equal(weights[name], tensor), f"{cell}: {name}"
-
-
-def wait_for(condition, what, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-    return found
 
 
 def test_a_trial_killed_again_and_again(undisturbed, experiment, capfd):

@@ -11,8 +11,10 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
+import runs
 from mlflow.tracking import MlflowClient
 
 from ssl_ray.config import Study
@@ -21,6 +23,7 @@ from ssl_ray.journal import Journal
 from ssl_ray.tracking import PRETRAINING_RUN, Tracker
 
 pytestmark = pytest.mark.slow
+wait_for = partial(runs.wait_for, seconds=120)
 
 
 class Server:
@@ -90,14 +93,6 @@ def close(*sockets):
         with contextlib.suppress(OSError):
             one.shutdown(socket.SHUT_RDWR)
         one.close()
-
-
-def wait_for(condition, what, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-    return found
 
 
 @pytest.fixture(scope="module")

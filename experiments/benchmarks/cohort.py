@@ -65,30 +65,38 @@ def write_cohort(root: Path, training: int, validation: int, shape: tuple[int, i
         (root / f"{name}.json").write_text(json.dumps({"training": first, "validation": second}))
 
 
-def fill(store: Store, count: int, shape: tuple[int, int, int], preparation: Preparation = PREPARATION) -> list[Volume]:
-    """Stored volumes of about a shape in voxels, prepared out of synthetic ones; `id` is the seed."""
+def fill(
+    store: Store,
+    count: int,
+    shape: tuple[int, int, int],
+    preparation: Preparation = PREPARATION,
+    classes: int = 0,
+) -> list[Volume]:
+    """Stored volumes of about a shape in voxels, of synthetic ones, labelled with `classes` if any; `id` is the seed."""
     volumes = []
-    side = preparation.spacing
+    affine = np.diag([*preparation.spacing, 1.0])
     for seed in range(count):
-        scan = Nifti(ct(shape, seed).astype(np.float32), np.diag([*side, 1.0]))
-        prepared = prepare(scan, None, preparation)
+        scan = Nifti(ct(shape, seed).astype(np.float32), affine)
+        truth = Nifti(labels(shape, classes, seed).astype(np.float32), affine) if classes else None
+        prepared = prepare(scan, truth, preparation)
+        counts = np.bincount(prepared.label.ravel()) if prepared.label is not None else np.zeros(0, np.int64)
         volume = Volume(
             key=f"{seed:032x}",
             id=str(seed),
             image_source=f"{seed}.nii.gz",
-            label_source=None,
+            label_source=f"{seed}.nii.gz" if classes else None,
             image_sha256=f"{seed:064x}",
             shape=prepared.image.shape,
-            spacing=side,
+            spacing=preparation.spacing,
             affine=tuple(map(tuple, prepared.affine.tolist())),
             dtype=str(prepared.image.dtype),
             levels=prepared.levels,
             window=preparation.window,
             box=prepared.box,
             original_shape=shape,
-            original_affine=tuple(map(tuple, scan.affine.tolist())),
-            label_voxels={},
-            largest_label=0,
+            original_affine=tuple(map(tuple, affine.tolist())),
+            label_voxels={str(value): int(number) for value, number in enumerate(counts) if number},
+            largest_label=max(0, classes - 1),
             files={},
         )
         volumes.append(store.put(volume, prepared))

@@ -28,10 +28,9 @@ import numpy as np
 import torch
 from cohort import fill
 from monai.data import CacheDataset, DataLoader, Dataset
-from timing import Bench, main
+from timing import Bench, main, start_ray
 from torch.utils.data import RandomSampler
 
-from ssl_ray.cluster import quiet
 from ssl_ray.cohort.store import Store, Volume, open_array, read_patch
 from ssl_ray.config import Corruption
 from ssl_ray.pretrain.corrupt import corrupt, draw
@@ -260,15 +259,7 @@ def run(bench: Bench) -> None:
     stored = [np.array(open_array(store, volume.key)) for volume in volumes]
     layouts(bench, stored, side)
 
-    quiet()
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=400 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": quiet},
-    )
+    start_ray()
     ours(volumes, store, side, 0, 48)()  # starts Ray's workers
     arrays = [array.astype(np.float32) / volumes[0].levels for array in stored]
     for views, (name, floor) in enumerate(FLOORS.items()):

@@ -15,7 +15,7 @@ from typing import Any
 import monai.transforms as mt
 import numpy as np
 import torch
-from cohort import ct, labels
+from cohort import fill
 from monai.data import CacheDataset, DataLoader, decollate_batch
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
@@ -24,7 +24,6 @@ from monai.networks.nets import UNETR
 from timing import Bench, main
 
 from ssl_ray.cohort.store import Store, Volume, open_array
-from ssl_ray.cohort.volume import Nifti, prepare
 from ssl_ray.config import Network, Study
 from ssl_ray.finetune.trial import Cell, TrialData, _Trial
 
@@ -55,39 +54,6 @@ def study(bench: Bench, network: Network, side: int) -> Study:
             },
         }
     )
-
-
-def fill(store: Store, count: int, shape: tuple[int, int, int], made: Study) -> list[Volume]:
-    """Labelled volumes in the store."""
-    side, volumes = made.finetune.preparation.spacing, []
-    affine = np.diag([*side, 1.0])
-    for seed in range(count):
-        scan = Nifti(ct(shape, seed).astype(np.float32), affine)
-        truth = Nifti(labels(shape, CLASSES, seed).astype(np.float32), affine)
-        prepared = prepare(scan, truth, made.finetune.preparation)
-        assert prepared.label is not None
-        counts = np.bincount(prepared.label.ravel())
-        volume = Volume(
-            key=f"{seed:032x}",
-            id=str(seed),
-            image_source=f"{seed}.nii.gz",
-            label_source=f"{seed}.nii.gz",
-            image_sha256=f"{seed:064x}",
-            shape=prepared.image.shape,
-            spacing=side,
-            affine=tuple(map(tuple, prepared.affine.tolist())),
-            dtype=str(prepared.image.dtype),
-            levels=prepared.levels,
-            window=made.finetune.preparation.window,
-            box=prepared.box,
-            original_shape=shape,
-            original_affine=tuple(map(tuple, affine.tolist())),
-            label_voxels={str(value): int(number) for value, number in enumerate(counts) if number},
-            largest_label=CLASSES - 1,
-            files={},
-        )
-        volumes.append(store.put(volume, prepared))
-    return volumes
 
 
 class Plain:
@@ -159,7 +125,7 @@ def run(bench: Bench) -> None:
     for name, network in networks.items():
         made = study(bench, network, side)
         store = Store(bench.folder / f"store-{name}")
-        volumes = fill(store, 2 if bench.quick else 3, shape, made)
+        volumes = fill(store, 2 if bench.quick else 3, shape, made.finetune.preparation, CLASSES)
         data = TrialData(store, tuple(volumes), tuple(volumes[:1]), (), tuple(f"organ {i}" for i in range(1, CLASSES)))
         cell = Cell(1, "random", 1e-4, 0)
         trial = _Trial(made, cell, data, None, _folder(bench, name), torch.device("cpu"))

@@ -21,9 +21,8 @@ import numpy as np
 import psutil
 import torch
 from cohort import fill, spread
-from timing import Bench, Watched, ledger, main
+from timing import Bench, Watched, ledger, main, start_ray
 
-from ssl_ray.cluster import quiet
 from ssl_ray.cohort.store import Store
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.plan import Plan
@@ -41,15 +40,7 @@ def feed(bench: Bench) -> dict[str, float]:
     """Part 1."""
     import ray
 
-    quiet()
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=400 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": quiet},
-    )
+    start_ray()
     store = Store(bench.folder / "store")
     volumes = fill(store, 4, (60, 60, 60))
     keys = tuple(volume.key for volume in volumes)

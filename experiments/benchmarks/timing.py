@@ -26,6 +26,23 @@ import torch
 torch.set_num_threads(1)
 
 
+def start_ray() -> None:
+    """A Ray of two CPUs and a small object store for this benchmark alone."""
+    import ray
+
+    from ssl_ray.cluster import quiet
+
+    quiet()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=400 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"worker_process_setup_hook": quiet},
+    )
+
+
 @dataclass(frozen=True)
 class Cost:
     """Seconds an item: by the clock, and of CPU over this process and all that it started."""
