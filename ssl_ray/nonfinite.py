@@ -1,13 +1,21 @@
-"""Finds training steps whose loss or gradient is not finite, without making a GPU wait."""
+"""Finds training steps whose loss or gradient is not finite, without making a GPU wait, and keeps them."""
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.config import OnNonfinite
+from ssl_ray.files import appearing
+
+_KEPT = 3
+"""Faults of one kind that are kept on disk; those that follow have the same cause."""
 
 T = TypeVar("T")
 
@@ -20,6 +28,29 @@ class Fault(Generic[T]):
     loss: float
     norm: float
     row: int
+
+
+class FiniteSum:
+    """Sum of the losses that are finite, and what they are the losses of; both stay on the device until they are taken.
+
+    Reading one at a step would wait for that step.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._count: Tensor | int = 0
+
+    def add(self, loss: Tensor, count: int = 1) -> None:
+        """Count a loss, a mean over `count`."""
+        finite = torch.isfinite(loss)
+        self._sum = self._sum + torch.where(finite, loss, 0.0) * count
+        self._count = self._count + finite * count
+
+    def take(self) -> tuple[float, float]:
+        """Sum and count, and begin anew."""
+        taken = float(self._sum), float(self._count)
+        self._sum, self._count = 0.0, 0
+        return taken
 
 
 class Watch(Generic[T]):
@@ -72,3 +103,28 @@ class Watch(Generic[T]):
         loss, norm = values.tolist()
         self.row = 0 if math.isfinite(norm) else self.row + 1
         return Fault(what, loss, norm, self.row) if self.row else None
+
+
+def keep(path: Path, others: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
+    """Write what reproduces a step, as safetensors and JSON.
+
+    Args:
+        path: ends with `.safetensors`.
+        others: pattern of the JSON files beside it of which three are enough.
+        tensors: patches and weights.
+        facts: where they come from.
+
+    Returns:
+        Whether it is there; False for all but the first three.
+    """
+    if not path.is_file() and len(list(path.parent.glob(others))) >= _KEPT:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contents = {
+        path: save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}),
+        path.with_suffix(".json"): json.dumps(facts, indent=1).encode(),
+    }
+    for target, content in contents.items():
+        with appearing(target) as part:
+            part.write_bytes(content)
+    return True

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 
-from ssl_ray.cohort.cache import Store, prepare_case
+from ssl_ray.cohort.cache import prepare_case
 from ssl_ray.cohort.datalist import Case
+from ssl_ray.cohort.store import Store
 from ssl_ray.config import Study
 from ssl_ray.finetune import folder as trial_folder
 from ssl_ray.finetune.folder import TrialFolder
@@ -333,7 +334,7 @@ def test_a_step_that_is_not_finite_changes_nothing(study, data, tmp_path, caplog
 
 def test_the_mean_loss_is_of_the_finite_ones():
     """A record over several steps leaves out those whose loss is not finite."""
-    totals = _Totals(CPU)
+    totals = _Totals()
     for loss in (1.0, math.nan, 3.0, math.inf):
         totals.add(torch.tensor(loss))
     assert totals.take(4)["loss"] == 2.0

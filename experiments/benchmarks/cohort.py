@@ -72,7 +72,7 @@ def fill(
     preparation: Preparation = PREPARATION,
     classes: int = 0,
 ) -> list[Volume]:
-    """Stored volumes of about a shape in voxels, of synthetic ones, labelled with `classes` if any; `id` is the seed."""
+    """Stored volumes of about a shape in voxels, of synthetic ones, labelled where there are `classes`; `id`: seed."""
     volumes = []
     affine = np.diag([*preparation.spacing, 1.0])
     for seed in range(count):

@@ -10,12 +10,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from ssl_ray import nonfinite
 from ssl_ray.checkpoint import load_latest, load_state, save_latest
 from ssl_ray.files import appearing
 from ssl_ray.mirror import Mirror
-
-_KEPT_FAULTS = 3
-"""Faults that a trial keeps on disk; those that follow have the same cause."""
 
 
 class TrialFolder:
@@ -69,13 +67,8 @@ class TrialFolder:
 
     def keep_fault(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path | None:
         """Write what reproduces a step: `faults/step_<n>.safetensors` and `.json`; None for all but the first three."""
-        folder = self.path / "faults"
-        path = folder / f"step_{step:07d}.safetensors"
-        if not path.is_file() and len(list(folder.glob("step_*.json"))) >= _KEPT_FAULTS:
-            return None
-        _write(path, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
-        _write(path.with_suffix(".json"), json.dumps(facts, indent=1).encode())
-        return path
+        path = self.path / "faults" / f"step_{step:07d}.safetensors"
+        return path if nonfinite.keep(path, "step_*.json", tensors, facts) else None
 
     def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any]) -> None:
         """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""

@@ -19,7 +19,7 @@ from ssl_ray.finetune.folder import TrialFolder
 from ssl_ray.finetune.metrics import DICE_FOREGROUND, CaseScores, aggregate, evaluate, evaluate_canonical, predict
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer
-from ssl_ray.nonfinite import Fault, Watch
+from ssl_ray.nonfinite import Fault, FiniteSum, Watch
 from ssl_ray.optimize import build_optimizer, learning_rate, take_step
 from ssl_ray.precision import autocast, resolve
 
@@ -126,7 +126,7 @@ class _Trial:
         yield start, {"started_at": float(start)}
         yield from self.records[0]
         log_every = max(1, config.validate_every // 10)
-        totals, logged = _Totals(self.device), start
+        totals, logged = _Totals(), start
         for step in range(start, config.steps):
             lr = learning_rate(self.optimizer_config, step, config.steps)
             loss, norm = self._step(step, lr)
@@ -263,23 +263,20 @@ class _Trial:
 class _Totals:
     """Sums over the steps since the last record."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
+        self._losses = FiniteSum()
         self.start()
 
     def start(self) -> None:
-        self._loss, self._finite = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
         self.skipped, self._since = 0, time.perf_counter()
 
     def add(self, loss: Tensor) -> None:
-        """Count one step. `loss` stays on the device: reading it would wait for the step."""
-        finite = torch.isfinite(loss)
-        self._loss += torch.where(finite, loss, 0.0)
-        self._finite += finite
+        """Count one step."""
+        self._losses.add(loss)
 
     def take(self, steps: int) -> dict[str, float]:
         """Mean of the losses that are finite, and the time a step."""
-        finite = float(self._finite)
-        metrics = {"loss": float(self._loss) / finite} if finite else {}
+        loss, finite = self._losses.take()
+        metrics = {"loss": loss / finite} if finite else {}
         metrics["seconds_per_step"] = (time.perf_counter() - self._since) / steps
         return metrics | ({"skipped_steps": float(self.skipped)} if self.skipped else {})

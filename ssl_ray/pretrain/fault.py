@@ -1,18 +1,14 @@
 """What a pretraining keeps of a step whose loss or gradient is not finite."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ssl_ray import nonfinite
 from ssl_ray.nonfinite import Fault
 from ssl_ray.pretrain.stream import Batch, Feed
-
-_KEPT = 3
-"""Faults that a rank keeps on disk; those that follow have the same cause."""
 
 
 def keep(
@@ -38,12 +34,6 @@ def keep(
         f"step {batch.step + 1}, rank {rank}: loss {fault.loss:g}, gradient norm {fault.norm:g}; samples "
         f"{', '.join(str(index) for index in batch.indices.tolist())} of volumes {', '.join(names)}"
     )
-    if len(list(folder.glob(f"step_*_rank_{rank}.json"))) >= _KEPT:
-        return text
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{batch.step + 1:07d}_rank_{rank}.safetensors"
-    tensors = {"images": torch.from_numpy(batch.images.copy()), "indices": torch.from_numpy(batch.indices.copy())}
-    save_file(tensors | {f"model.{name}": value.detach().cpu().contiguous() for name, value in model.items()}, path)
     tree = {"step": batch.step + 1, "rank": rank, "loss": str(fault.loss), "gradient_norm": str(fault.norm)}
     places = [
         {
@@ -54,5 +44,9 @@ def keep(
         }
         for index, sample in zip(batch.indices, samples, strict=True)
     ]
-    path.with_suffix(".json").write_text(json.dumps(tree | facts | {"samples": places}, indent=1))
-    return f"{text}; kept in {path}"
+    # Copies: the batch lies in Ray's object store, read-only.
+    tensors = {"images": torch.from_numpy(batch.images.copy()), "indices": torch.from_numpy(batch.indices.copy())}
+    tensors |= {f"model.{name}": value for name, value in model.items()}
+    path = folder / f"step_{batch.step + 1:07d}_rank_{rank}.safetensors"
+    kept = nonfinite.keep(path, f"step_*_rank_{rank}.json", tensors, tree | facts | {"samples": places})
+    return f"{text}; kept in {path}" if kept else text

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_ray.arithmetic import autoencoder_flops
 from ssl_ray.checkpoint import Saver, load_latest, load_state
-from ssl_ray.nonfinite import Fault, Watch
+from ssl_ray.nonfinite import Fault, FiniteSum, Watch
 from ssl_ray.optimize import learning_rate
 from ssl_ray.pretrain.fault import keep
 from ssl_ray.pretrain.job import Job
@@ -50,7 +50,7 @@ def train_loop(job: Job) -> None:
     feed = ray.put(job.training) if rank == 0 else None
     itemsize = np.dtype(job.training.dtype).itemsize
     stream = Stream(plan, rank, windows(plan, start, world, config.block_megabytes * 2**20, itemsize), opener)
-    validations = plan.boundaries(config.validate_every)
+    validations = {step: number for number, step in enumerate(plan.boundaries(config.validate_every))}
     for batch in stream:
         lr = learning_rate(config.optimizer, batch.step, plan.steps)
         loss, norm = learner.step(batch.images, batch.indices, world, lr)
@@ -67,7 +67,7 @@ def train_loop(job: Job) -> None:
         sums, due = book.gather()
         record |= sums
         if validate:
-            record |= learner.validate(rank, world, done, validations.index(done) % config.picture_every == 0 or last)
+            record |= learner.validate(rank, world, done, validations[done] % config.picture_every == 0 or last)
         book.log(record)
         leaving = due["preemption"] and book.preempted()
         if save or due["checkpoint"] or leaving:
@@ -80,23 +80,20 @@ class Totals:
     """Sums over a rank's steps since the last record."""
 
     def __init__(self) -> None:
-        self._loss: Tensor | float = 0.0
-        self._finite: Tensor | int = 0
+        self._losses = FiniteSum()
         self._patches, self._waited, self._start = 0, 0.0, time.perf_counter()
 
     def add(self, loss: Tensor, patches: int, waited: float) -> None:
-        """Count one step. `loss` stays on the device: reading it would wait for the step."""
-        finite = torch.isfinite(loss)
-        self._loss = self._loss + torch.where(finite, loss, 0.0) * patches
-        self._finite = self._finite + finite * patches
+        """Count one step."""
+        self._losses.add(loss, patches)
         self._patches += patches
         self._waited += waited
 
     def take(self) -> list[float]:
         """Sum of the losses that are finite, the patches that they are of, all patches, seconds waited, seconds."""
-        sums = [float(self._loss), float(self._finite), float(self._patches), self._waited]
+        sums = [*self._losses.take(), float(self._patches), self._waited]
         seconds = time.perf_counter() - self._start
-        self._loss, self._finite, self._patches, self._waited, self._start = 0.0, 0, 0, 0.0, time.perf_counter()
+        self._patches, self._waited, self._start = 0, 0.0, time.perf_counter()
         return [*sums, seconds]
 
 
