@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ssl_ray import reuse
 from ssl_ray.cluster import connect
-from ssl_ray.cohort.cache import BadVolume, Store, Volume, prepare_cohort
+from ssl_ray.cohort.cache import BadVolume, prepare_cohort
 from ssl_ray.cohort.datalist import Case, Splits, check_held_out, read_labelled, read_unlabelled
 from ssl_ray.cohort.phantom import write_cohort
+from ssl_ray.cohort.store import Store, Volume
 from ssl_ray.config import Preparation, Study
 from ssl_ray.console import say, track
 from ssl_ray.experiment import dump

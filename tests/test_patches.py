@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.transforms.utils import correct_crop_centers
 
-from ssl_ray.cohort.cache import Store, Volume, foreground_index
+from ssl_ray.cohort.store import Store, Volume, foreground_index
 from ssl_ray.config import Augmentation, Finetune
 from ssl_ray.finetune.patches import PatchSampler, augment, crop_origin
 

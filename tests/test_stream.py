@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ssl_ray.cohort.cache import Store, read_patch
+from ssl_ray.cohort.store import Store, read_patch
 from ssl_ray.pretrain import stream as streaming
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed, Stream, open_window, windows

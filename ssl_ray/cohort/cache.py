@@ -10,21 +10,10 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.cohort.datalist import Case
-from ssl_ray.cohort.store import Store, Volume, foreground_index, open_array, read_patch
+from ssl_ray.cohort.store import Store, Volume
 from ssl_ray.cohort.volume import VERSION, check_same_grid, prepare, read_label, read_nifti
 from ssl_ray.config import Preparation
 from ssl_ray.files import read_file
-
-__all__ = [
-    "BadVolume",
-    "Store",
-    "Volume",
-    "foreground_index",
-    "open_array",
-    "prepare_case",
-    "prepare_cohort",
-    "read_patch",
-]
 
 
 @dataclass(frozen=True)

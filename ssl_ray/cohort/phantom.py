@@ -109,6 +109,11 @@ def _write_volume(paths: dict[str, Path], seed: int, index: int) -> None:
         Place.parse(path).write_bytes(gzip.compress(nifti.to_bytes(), 6, mtime=0))
 
 
+def validation_share(unlabelled: int) -> int:
+    """How many of the unlabelled volumes `write_cohort` holds out for validation."""
+    return max(2, round(unlabelled / 8))
+
+
 def write_cohort(
     root: Path,
     *,
@@ -180,7 +185,7 @@ def write_cohort(
     header = {"name": f"phantom {seed}", "modality": {"0": "CT"}}
     names = {str(i): name for i, name in enumerate(("background", *ORGANS))}
     tests, validations, trainings, rest = (cases[a:b] for a, b in zip([0, *ends], ends, strict=False))
-    held_out = max(2, round(unlabelled / 8))
+    held_out = validation_share(unlabelled)
     for n in splits:
         parts = {"training": trainings[:n], "validation": validations, "test": tests}
         _write_json(root / f"labelled_{n}.json", {**header, "labels": names, **parts})

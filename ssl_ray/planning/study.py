@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def make_plan(study: Study, gpu: str | None = None, with_probe: bool = True) -> 
         total += core / cluster.cpus
     plan = StudyPlan(study.name, volumes, volumes.bytes, core, cluster, pretraining, grid, total, tuple(basis), ())
     warnings += _warnings(study, plan, device)
-    return StudyPlan(**{**vars(plan), "warnings": tuple(warnings)})
+    return replace(plan, warnings=tuple(warnings))
 
 
 def _cluster(study: Study, device: Device | None) -> Cluster:

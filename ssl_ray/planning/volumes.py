@@ -1,6 +1,5 @@
 """How many volumes a study has, and how large they will be in the store: from datalists, manifests and headers."""
 
-import json
 import math
 import time
 import zlib
@@ -16,7 +15,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from ssl_ray.cohort.datalist import Case, check_held_out, read_datalist, read_labelled, read_unlabelled
-from ssl_ray.cohort.store import Store
+from ssl_ray.cohort.phantom import validation_share
+from ssl_ray.cohort.store import Store, Volume
 from ssl_ray.cohort.volume import levels
 from ssl_ray.config import Preparation, Study
 from ssl_ray.storage import MANIFEST
@@ -213,18 +213,18 @@ def _stored(study: Study) -> dict[Any, Any] | None:
     for path in store.folder.glob(f"??/*/{MANIFEST}"):
         if time.monotonic() > until:
             break
-        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is as good as none
-            tree = json.loads(path.read_bytes())
-            key = tree["image_source"], tuple(tree["spacing"]), tuple(tree["window"]), bool(tree["label_source"])
-            size = sum(size for size, _ in tree["files"].values())
-            found[key] = size, tuple(tree["shape"]), math.prod(tree["original_shape"])
+        with suppress(OSError, ValueError):  # a damaged one is as good as none
+            volume = Volume.from_json(path.read_bytes())
+            key = volume.image_source, volume.spacing, volume.window, bool(volume.label_source)
+            size = sum(size for size, _ in volume.files.values())
+            found[key] = size, volume.shape, math.prod(volume.original_shape)
     return found
 
 
 def _phantom(study: Study, pretrains: bool) -> Survey:
     made = study.phantom
     assert made is not None
-    held_out = max(2, round(made.unlabelled / 8))  # as `write_cohort` has it
+    held_out = validation_share(made.unlabelled)
     training, validation = (made.unlabelled - held_out, held_out) if pretrains else (0, 0)
 
     def group(name: str, volumes: int, preparation: Preparation, labelled: bool) -> Group:
