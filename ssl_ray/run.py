@@ -37,10 +37,6 @@ class Run:
             self._asked.add(metric)
         return self._steps[metric]
 
-    def last_step(self, metric: str) -> int:
-        """Highest step of a metric so far, -1 for none."""
-        return max(self.logged(metric), default=-1)
-
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log metrics of a step; what the run has of that step already stays, so that replayed steps count once."""
         new = {key: float(value) for key, value in values.items() if step not in self._steps[key]}

@@ -10,6 +10,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -147,11 +148,9 @@ class Tracker:
         finished = journal is not None and journal.status == "FINISHED"
         self._delivery.catch_up(10, journal)
         if not (finished and journal and journal.left):
-            try:
+            with suppress(Away):  # the journal answers
                 runs = self._delivery.ask(lambda: self._delivery.sender.find(kind=kind, key=key), 20)
                 return next((run for run in runs if run.info.status == "FINISHED"), None)
-            except Away:
-                pass
         if not finished or journal is None:
             return None
         run_id = journal.run_id or REFERENCE + journal.name
