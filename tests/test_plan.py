@@ -85,8 +85,8 @@ def test_windows_and_blocks_cover_the_rest_of_a_run_exactly(start, world, block_
         found = [
             index
             for window in windows(drawn, start, world, block_bytes, 1)
-            for block in range(rank, window.blocks, world)
-            for index in window.samples(drawn, block)
+            for block in range(window.blocks)
+            for index in window.samples(drawn, rank, block)
         ]
         assert found == [i for step in range(start, drawn.steps) for i in drawn.rank_samples(step, rank, world)]
 

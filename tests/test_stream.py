@@ -25,15 +25,13 @@ def feed(tmp_path):
 def streams(feed, world, start=0, block_bytes=3 * 4 * 16**3, held=0.0):
     import ray
 
-    reference, opened = ray.put(feed), {}
-
-    def opener(window):
-        if window not in opened:
-            opened[window] = open_window(reference, feed.plan, window, held)
-        return opened[window]
-
+    reference = ray.put(feed)
     schedule = windows(feed.plan, start, world, block_bytes, 1)
-    return [Stream(feed.plan, rank, schedule, opener) for rank in range(world)], schedule
+
+    def stream(rank):
+        return Stream(feed.plan, rank, schedule, lambda window: open_window(reference, window, rank, held))
+
+    return [stream(rank) for rank in range(world)], schedule
 
 
 @pytest.mark.parametrize(("world", "held"), [(1, 0), (2, 0), (3, 0), (3, 2)])

@@ -56,7 +56,7 @@ def ours(volumes: Sequence[Volume], store: Store, side: int, views: int, count: 
         feed = Feed(plan, store, keys, keys, volumes[0].dtype, volumes[0].levels)
         shared = ray.put(feed)
         schedule = windows(plan, 0, 1, 64 * 2**20 if side == 96 else 2**20, 1)
-        for batch in Stream(plan, 0, schedule, lambda window: open_window(shared, plan, window, 1)):
+        for batch in Stream(plan, 0, schedule, lambda window: open_window(shared, window, 0, 1)):
             clean = scale(torch.from_numpy(batch.images), feed.levels)
             for view in range(views):
                 corrupt(clean, draw(config, size, 0, batch.indices, view))

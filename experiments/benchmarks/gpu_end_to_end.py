@@ -189,7 +189,7 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
         }
 
     def raw() -> None:
-        (iterator,) = open_window(reference, feed.plan, schedule[0], held)
+        iterator = open_window(reference, schedule[0], 0, held)
         options: dict[str, Any] = {"batch_size": batch, "batch_format": "numpy", "prefetch_batches": 1}
         batches = iter(iterator.iter_batches(**options))
         bench.put("feed", "ray_data_alone", value=consume(batches, lambda item: len(item["index"])))
@@ -197,8 +197,8 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
         print(iterator.stats()[:3000], flush=True)
 
     def stream() -> None:
-        def opener(window: Window) -> Sequence[Any]:
-            return open_window(reference, feed.plan, window, held)
+        def opener(window: Window) -> Any:
+            return open_window(reference, window, 0, held)
 
         batches: Iterator[Any] = iter(Stream(feed.plan, 0, schedule, opener))
         bench.put("feed", "stream", value=consume(batches, lambda item: len(item.indices)))

@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python experiments/benchmarks/scale.py [--quick]
 
-1. Feed: 1 to 8 ranks read one stream of small patches; CPU time of the coordinator (Ray Data's scheduling loop) and of
-   the rest, a block. Small blocks, so that blocks and not bytes are what is measured.
+1. Feed: 1 to 8 ranks, each with a stream of its own, read small patches; CPU time of the coordinators (Ray Data's
+   scheduling loops) and of the rest, a block. Small blocks, so that blocks and not bytes are what is measured.
 2. Volumes: 100 to 100,000 of them and 300 epochs planned, through `pretrain()` itself: seconds to the first batch, rate
    over many windows, memory of driver, worker and coordinator. Every volume has a key and a folder of its own, which
    are links to a few real ones: the page cache is warmer than it would be, the metadata are not.
@@ -26,7 +26,7 @@ from timing import Bench, Watched, ledger, main, start_ray
 from ssl_ray.cohort.store import Store
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.plan import Plan
-from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, Window, open_window, windows
+from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, open_window, windows
 
 H100 = 1500.0
 """Patches/s a GPU that the feed must carry: the floor of gpu.py with ViT-B."""
@@ -52,22 +52,18 @@ def feed(bench: Bench) -> dict[str, float]:
         plan = Plan(0, shapes, (side,) * 3, 2, batch * world, blocks)  # 8 patches an epoch
         made = Feed(plan, store, keys, keys, "uint8", volumes[0].levels)
         shared = ray.put(made)
-        opened: dict[Window, list[Any]] = {}
-
-        def opener(window: Window) -> list[Any]:
-            if window not in opened:
-                opened[window] = open_window(shared, plan, window, 0)
-            return opened[window]
-
         schedule = windows(plan, 0, world, batch * side**3, 1)
         before, coordinating, start = ledger().seconds(), coordinator_seconds(), time.perf_counter()
-        ranks = [Stream(plan, rank, schedule, opener) for rank in range(world)]
+        ranks = [
+            Stream(plan, rank, schedule, lambda window, rank=rank: open_window(shared, window, rank, 0))  # type: ignore[misc]
+            for rank in range(world)
+        ]
         first = 0.0
         for _ in range(plan.steps):
             for rank in ranks:
                 scale(torch.from_numpy(next(rank).images), made.levels)
             first = first or time.perf_counter() - start
-        seconds, count = time.perf_counter() - start, sum(window.blocks for window in schedule)
+        seconds, count = time.perf_counter() - start, world * sum(window.blocks for window in schedule)
         return {
             "blocks/s": count / seconds,
             "cpu a block": (ledger().seconds() - before) / count,
@@ -245,9 +241,9 @@ def model(bench: Bench, found: dict[str, float]) -> None:
     )
     for gpus in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         needed = gpus * H100
-        length = max(1, WINDOW_BLOCKS // gpus) * gpus * block
+        length = WINDOW_BLOCKS * gpus * block
         # The next window opens when half of this one is consumed.
-        limits = {"coordinator": block / coordinator, "windows": length / 2 / opening}
+        limits = {"coordinator": gpus * block / coordinator, "windows": length / 2 / opening}
         seconds = 2 * 4 * PARAMETERS * (gpus - 1) / gpus / (NETWORK if gpus > 8 else 200e9)
         limits["all-reduce"] = gpus * 64 / seconds if gpus > 1 else float("inf")
         name = min(limits, key=lambda key: limits[key])

@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,13 +40,12 @@ def train_loop(job: Job) -> None:
         learner.best = math.inf
         learner.validate(rank, world, start, picture=False)
 
-    def opener(window: Window) -> Sequence[Any]:
-        # A reference, not the iterators: what is broadcast must stay small however many ranks there are.
-        shared = ray.put(open_window(feed, plan, window, world * config.cpus_per_worker)) if rank == 0 else None
-        iterators: Sequence[Any] = ray.get(broadcast_from_rank_zero([shared]))[0]
-        return iterators
+    # One copy for all, and a reference, as what is broadcast must stay small.
+    feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
 
-    feed = ray.put(job.training) if rank == 0 else None
+    def opener(window: Window) -> Any:
+        return open_window(feed, window, rank, world * config.cpus_per_worker)
+
     itemsize = np.dtype(job.training.dtype).itemsize
     stream = Stream(plan, rank, windows(plan, start, world, config.block_megabytes * 2**20, itemsize), opener)
     validations = {step: number for number, step in enumerate(plan.boundaries(config.validate_every))}

@@ -1,9 +1,10 @@
 """Plan -> Ray Data -> batches of a rank.
 
-One row of the Ray dataset is one *block*: the batches of one rank over a few consecutive steps, read by one task.
-Block *j* belongs to rank `j mod world`, which is how `streaming_split(equal=True)` deals out equal blocks in order.
-Ray Data's cost is per block (its scheduling loop handles some tens a second), so blocks are sized by bytes, and a long
-run is streamed in *windows* of some hundred blocks; the next one is opened while the current one is being consumed.
+One row of a Ray dataset is one *block*: the batches of one rank over a few consecutive steps, read by one task. Every
+rank has a dataset of its own, and so a scheduling loop of its own: one loop handles some tens of blocks a second,
+whatever is in them, which is what one or two fast GPUs consume. As the cost is per block, blocks are sized by bytes,
+and a long run is streamed in *windows* of some hundred blocks; the next one is opened while the current one is
+consumed.
 """
 
 import queue
@@ -21,7 +22,7 @@ from ssl_ray.cohort.store import Store, open_array, read_patch
 from ssl_ray.pretrain.plan import Plan, Sample
 
 WINDOW_BLOCKS = 256
-"""Blocks a window over all ranks: start-up costs 2 to 3 ms a block, measured."""
+"""Blocks a window of a rank: start-up costs 2 to 3 ms a block, measured."""
 
 _DEPTH = 2
 """Batches that wait in front of the training step, beyond the block that Ray Data has already fetched."""
@@ -59,24 +60,14 @@ class Window:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks, a multiple of the number of ranks."""
-        return -(-(self.stop - self.start) // self.block_steps) * self.world
+        """Number of blocks of each rank."""
+        return -(-(self.stop - self.start) // self.block_steps)
 
-    def share(self, plan: Plan) -> int:
-        """Rows that a block has for each step: the largest share of a batch."""
-        return len(plan.rank_samples(self.start, 0, self.world))
-
-    def samples(self, plan: Plan, block: int) -> list[int]:
-        """Sample indices of a block, in the order in which its rank consumes them.
-
-        A rank with a smaller share than others gets -1 in its place: `streaming_split` makes the *rows* of all ranks
-        equal, not the blocks.
-        """
-        group, rank = divmod(block, self.world)
-        first = self.start + group * self.block_steps
+    def samples(self, plan: Plan, rank: int, block: int) -> list[int]:
+        """Sample indices of a rank's block, in the order in which it consumes them."""
+        first = self.start + block * self.block_steps
         steps = range(first, min(first + self.block_steps, self.stop))
-        shares = [list(plan.rank_samples(step, rank, self.world)) for step in steps]
-        return [index for share in shares for index in share + [-1] * (self.share(plan) - len(share))]
+        return [index for step in steps for index in plan.rank_samples(step, rank, self.world)]
 
 
 @dataclass(frozen=True)
@@ -93,43 +84,43 @@ def windows(plan: Plan, start: int, world: int, block_bytes: float, itemsize: in
     """The windows of a run from step `start` on."""
     batch_bytes = len(plan.rank_samples(0, 0, world)) * int(np.prod(plan.patch_size)) * itemsize
     block_steps = max(1, int(block_bytes // batch_bytes))
-    length = max(1, WINDOW_BLOCKS // world) * block_steps
+    length = WINDOW_BLOCKS * block_steps
     return [
         Window(first, min(first + length, plan.steps), block_steps, world) for first in range(start, plan.steps, length)
     ]
 
 
-def open_window(feed: Any, plan: Plan, window: Window, held: float) -> list[Any]:
-    """One Ray Data iterator a rank.
+def open_window(feed: Any, window: Window, rank: int, held: float) -> Any:
+    """The Ray Data iterator of one rank.
 
     Args:
         feed: reference to a `Feed` in the object store.
-        plan: of the run.
         window: the steps to stream.
+        rank: whose batches.
         held: CPUs that the training workers hold. Where they leave none, e.g. after a node was lost, the reading tasks
             ask for none and run beside them: they would wait for ever.
     """
     import pyarrow as pa
     import ray  # the tasks import this module only to read patches
-    from ray.data import DataContext, TaskPoolStrategy
+    from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
 
+    resources = ray.cluster_resources()
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [Pace]
-    context.target_max_block_size = None  # a block that Ray Data cut in two would shift all later ones to other ranks
+    context.target_max_block_size = None  # a block that Ray Data cut in two would not be in the order of the plan
     context.execution_options.preserve_order = True
+    # Each of the datasets would take half of the whole object store for its own.
+    store = resources.get("object_store_memory", 0.0) / 2 / window.world
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     with DataContext.current(context):
         # Not `ray.data.range`, whose own tasks cannot be told to ask for no CPU.
         dataset = ray.data.from_blocks([pa.table({"id": [block]}) for block in range(window.blocks)])
-        spare = ray.cluster_resources().get("CPU", 0.0) - held >= 1
-        how = (
-            {"num_cpus": 1}
-            if spare
-            else {"num_cpus": 0, "compute": TaskPoolStrategy(size=min(window.blocks, 2 * window.world))}
-        )
-        dataset = dataset.map_batches(partial(_read_block, feed=feed, window=window), batch_size=None, **how)
-        iterators: list[Any] = dataset.streaming_split(window.world, equal=True)
-        return iterators
+        spare = resources.get("CPU", 0.0) - held >= 1
+        how = {"num_cpus": 1} if spare else {"num_cpus": 0, "compute": TaskPoolStrategy(size=min(window.blocks, 2))}
+        read = partial(_read_block, feed=feed, window=window, rank=rank)
+        dataset = dataset.map_batches(read, batch_size=None, **how)
+        return dataset.streaming_split(1)[0]  # unlike `dataset.iterator()`, with its loop outside of this process
 
 
 class Pace:
@@ -156,14 +147,12 @@ class Pace:
 class Stream:
     """Batches of one rank from a step on; iterate it step by step on all ranks alike."""
 
-    def __init__(
-        self, plan: Plan, rank: int, schedule: Sequence[Window], opener: Callable[[Window], Sequence[Any]]
-    ) -> None:
+    def __init__(self, plan: Plan, rank: int, schedule: Sequence[Window], opener: Callable[[Window], Any]) -> None:
         """Args:
         plan: of the run.
         rank: whose batches.
         schedule: windows to stream, in order.
-        opener: gives the iterators of all ranks for a window; called on every rank at the same step.
+        opener: gives the iterator of this rank for a window.
         """
         self._plan, self._rank, self._schedule, self._open = plan, rank, list(schedule), opener
         self._step = schedule[0].start if schedule else plan.steps
@@ -181,7 +170,6 @@ class Stream:
             self._next = self._start_next()
         images, indices, waited = self._current.get()
         share = self._plan.rank_samples(self._step, self._rank, window.world)
-        images, indices = images[: len(share)], indices[: len(share)]
         if indices.tolist() != list(share):
             raise RuntimeError(
                 f"rank {self._rank} got samples {indices[0]}..{indices[-1]} at step {self._step}, the plan has "
@@ -197,7 +185,8 @@ class Stream:
         if not self._schedule:
             return None
         window = self._schedule.pop(0)
-        return _Reader(window, self._open(window)[self._rank], window.share(self._plan))
+        share = len(self._plan.rank_samples(window.start, self._rank, window.world))
+        return _Reader(window, self._open(window), share)
 
 
 class _Reader:
@@ -238,11 +227,11 @@ def _pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return pinned
 
 
-def _read_block(rows: dict[str, npt.NDArray[Any]], feed: Any, window: Window) -> dict[str, npt.NDArray[Any]]:
+def _read_block(rows: dict[str, npt.NDArray[Any]], feed: Any, window: Window, rank: int) -> dict[str, npt.NDArray[Any]]:
     source = _feed(feed)
-    indices = [index for block in rows["id"] for index in window.samples(source.plan, int(block))]
+    indices = [index for block in rows["id"] for index in window.samples(source.plan, rank, int(block))]
     return {
-        "image": source.read([source.plan.sample(max(0, index)) for index in indices]),
+        "image": source.read([source.plan.sample(index) for index in indices]),
         "index": np.array(indices, dtype=np.int64),
     }
 
