@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--verify",
                 action="store_true",
-                help="compare the digests of a remote store too; a local one's always are",
+                help="read all sources and stored volumes, even those whose times say that they have not changed",
             )
         command.set_defaults(command=function)
 

@@ -46,7 +46,7 @@ class Runner:
     def __init__(self, study: Study, verify: bool = False) -> None:
         """Args:
         study: the experiment.
-        verify: compare the digests of all stored volumes, which is always done in a local store.
+        verify: read all sources and all stored volumes and compare digests, whatever their times say.
 
         Raises:
             ValueError: when something else was begun under the study's name, or a place cannot be written to.
@@ -104,7 +104,7 @@ class Runner:
         def run(title: str, cases: Sequence[Case], preparation: Preparation, classes: int | None) -> dict[str, Volume]:
             nonlocal fresh
             volumes, unusable, count = prepare_cohort(
-                cases, preparation, store, classes, track(title), verify=self.verify or store.origin is None
+                cases, preparation, store, classes, track(title), verify=self.verify
             )
             bad.extend(unusable)
             fresh += count

@@ -28,6 +28,7 @@ from ssl_ray.cohort.datalist import Case
 from ssl_ray.cohort.store import Store, Volume, foreground_index, open_array, read_patch
 from ssl_ray.cohort.volume import VERSION, prepare, read_label, read_nifti
 from ssl_ray.config import Preparation
+from ssl_ray.storage import Place
 
 SHAPE = (12, 14, 9)
 AFFINE = oblique_affine((0.8, 1.1, 2.5), 25)
@@ -284,15 +285,65 @@ def test_a_damaged_volume_is_prepared_again(store: Store, case: Case, damage: st
 
 @pytest.mark.parametrize("name", ["image", "label", "foreground"])
 def test_an_altered_file_is_found_by_its_digest(store: Store, case: Case, name: str) -> None:
-    """One bit in any file is seen when all are verified, and mended."""
+    """One bit in any file is seen by the time of the file, or, if a disk lost it, when all are verified; and mended."""
     volume, _ = prepare_case(case, PREPARATION, store)
-    before = stored(store, volume)
-    bit_flipped(store.path(volume.key, f"{name}.npy"))
+    before, path = stored(store, volume), store.path(volume.key, f"{name}.npy")
+    time.sleep(0.01)  # times have the grain of the kernel's clock
+    bit_flipped(path)
+    assert store.get(volume.key) is None
+    assert prepare_case(case, PREPARATION, store) == (volume, True)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    bit_flipped(path)
+    os.utime(path, ns=times)
     assert store.get(volume.key) == volume
     assert store.get(volume.key, verify=True) is None
     assert prepare_case(case, PREPARATION, store, verify=True) == (volume, True)
     for found, expected in zip(stored(store, volume).values(), before.values(), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_a_copied_store_is_read_once(store: Store, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files with new times are compared with their digests, and when they were right, not again."""
+    volume, _ = prepare_case(case, PREPARATION, store)
+    future = time.time_ns() + 10**6
+    os.utime(store.path(volume.key, "label.npy"), ns=(future, future))
+    read: list[str] = []
+    digest = Place.sha256
+    monkeypatch.setattr(Place, "sha256", lambda place: (read.append(place.path), digest(place))[1])
+    time.sleep(0.01)
+    assert [store.get(volume.key), store.get(volume.key)] == [volume, volume]
+    assert len(read) == len(volume.files)
+
+
+def test_sources_that_have_not_changed_are_not_read_again(
+    store: Store, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Size and time stand for the content until either changes; a young file and `verify` trust nothing."""
+    assert case.label
+    read: list[Path] = []
+    monkeypatch.setattr(cache, "read_file", lambda path: (read.append(path), path.read_bytes())[1])
+    stamps: cache.Stamps = {}
+    volume, _ = prepare_case(case, PREPARATION, store, stamps=stamps)
+    assert stamps == {}, "written a moment ago"
+    for path in (case.image, case.label):
+        os.utime(path, (1e9, 1e9))
+    prepare_case(case, PREPARATION, store, stamps=stamps)
+    assert set(stamps) == {str(case.image), str(case.label)}
+    read.clear()
+    assert prepare_case(case, PREPARATION, store, stamps=stamps) == (volume, False)
+    assert read == []
+    assert prepare_case(case, PREPARATION, store, verify=True, stamps=stamps) == (volume, False)
+    assert read == [case.image, case.label]
+    other, fresh = prepare_case(case, PREPARATION.model_copy(update={"spacing": (3, 3, 3)}), store, stamps=stamps)
+    assert (fresh, other.image_sha256) == (True, volume.image_sha256)
+    os.utime(case.image, (1e9, 1e9 + 1))
+    read.clear()
+    assert prepare_case(case, PREPARATION, store, stamps=stamps) == (volume, False)
+    assert read == [case.image]
+    write_nifti(case.image, smooth_ct(SHAPE, 5), AFFINE)
+    changed, fresh = prepare_case(case, PREPARATION, store, stamps=stamps)
+    assert fresh
+    assert changed.key != volume.key
 
 
 def test_a_file_that_is_no_array_is_named(store: Store, case: Case) -> None:
@@ -335,7 +386,7 @@ def test_a_full_disk_ends_the_preparation_and_keeps_what_there_is(tmp_path: Path
         with pytest.raises(ValueError, match=r"^\S+/disk/store: cannot write a volume: No space left on device$"):
             prepare_cohort([large, small], PREPARATION, store)
         assert store.get(volume.key, verify=True) == volume
-        assert len(files(store)) == 4
+        assert len([name for name in files(store) if name != "sources.json"]) == 4
         assert not list(store.folder.glob("tmp-*"))
 
 
@@ -458,9 +509,16 @@ def test_a_cohort_is_prepared_but_for_its_bad_volumes(store: Store, tmp_path: Pa
         assert (volume.id, volume.image_source, volume.label_source) == (case.id, str(case.image), str(case.label))
         assert prepare_case(case, PREPARATION, store) == (volume, False)
 
-    again, unusable_again, fresh = prepare_cohort(cases, PREPARATION, store, classes=4)
-    assert fresh == 0
-    assert (again, unusable_again) == (volumes, unusable)
+    for round in range(3):  # sources too young to remember, remembered ones, a damaged memory
+        again, unusable_again, fresh = prepare_cohort(cases, PREPARATION, store, classes=4)
+        assert fresh == 0
+        assert (again, unusable_again) == (volumes, unusable)
+        known = json.loads((store.folder / "sources.json").read_text())
+        assert (set(known) >= {str(case.image) for case in good}) == (round > 0)
+        for case in good:
+            os.utime(case.image, (1e9, 1e9))
+        if round == 1:
+            (store.folder / "sources.json").write_text('{"x": 3')
 
     few, unusable, fresh = prepare_cohort([*good, copy], PREPARATION, store, classes=3)
     assert (few, fresh) == ({}, 0)

@@ -126,7 +126,8 @@ class Store:
 
         Args:
             key: of the volume.
-            verify: read all files and compare digests, instead of presence and sizes alone.
+            verify: read all files and compare digests, instead of presence and sizes; in a local store, files that
+                were written to since their digest was last seen to be right are read in any case.
         """
         home = self._home(key)
         try:
@@ -134,11 +135,16 @@ class Store:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         sizes = home.list()
-        for name, (size, sha256) in volume.files.items():
-            if sizes.get(name) != size or (verify and (home / name).sha256() != sha256):
-                return None
+        if any(sizes.get(name) != size for name, (size, _) in volume.files.items()):
+            return None
+        touched = verify or self._touched(volume)
+        if touched and any((home / name).sha256() != sha256 for name, (_, sha256) in volume.files.items()):
+            return None
         if verify and self.origin:
             self._verify_mirror(volume)
+        elif touched and not self.origin:
+            with suppress(OSError):  # of others, or read-only: then it is read each time
+                os.utime(self.path(key, MANIFEST))
         return volume
 
     def put(self, volume: Volume, prepared: Prepared) -> Volume:
@@ -212,6 +218,16 @@ class Store:
             if self.get(key, verify=True) is None:
                 for name in names:  # one by one, so that no file is ever missing for those who read it now
                     os.replace(scratch / name, target / name)
+
+    def _touched(self, volume: Volume) -> bool:
+        """Whether a file of a local store is younger than the manifest, which is written last."""
+        if self.origin:
+            return False
+        try:
+            sealed, *others = (self.path(volume.key, name).stat().st_mtime_ns for name in (MANIFEST, *volume.files))
+        except FileNotFoundError:  # gone in this moment
+            return True
+        return max(others) > sealed
 
     def _verify_mirror(self, volume: Volume) -> None:
         facts = {name: sha256 for name, (_, sha256) in volume.files.items()}
