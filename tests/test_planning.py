@@ -284,10 +284,10 @@ def test_a_named_gpu_needs_no_probe(cohort, tmp_path, capsys):
 
 
 def test_the_slowest_part_is_named(cohort, tmp_path):
-    """A fast device with few cores to read for it is held up by the feed; more cores make arithmetic the limit."""
+    """A fast device waits for few cores that read, then for the loop that deals out small blocks, then for itself."""
     study = load(write_study(tmp_path, cohort, patch_size=32, batch_size=64), [])
     volumes = survey(study, True)
-    timing = Timing(0.001, 20, "GPU", "bfloat16")
+    timing = Timing(0.002, 20, "GPU", "bfloat16")
     few, many = (
         plan_pretraining(study, volumes, None, timing, Cluster("x", cpus, 1, 1e9, 1e12)) for cpus in (2.0, 100.0)
     )
@@ -295,7 +295,12 @@ def test_the_slowest_part_is_named(cohort, tmp_path):
     assert few.bottleneck.startswith("feed")
     assert few.rate == few.reader_rate
     assert many.bottleneck == "arithmetic"
-    assert many.rate == pytest.approx(64_000)
+    small = study.model_copy(update={"pretrain": study.pretrain.model_copy(update={"block_megabytes": 1})})
+    looping = plan_pretraining(small, volumes, None, timing, Cluster("x", 100.0, 1, 1e9, 1e12))
+    assert "block_megabytes" in str(looping.bottleneck)
+    assert looping.rate is not None
+    assert looping.rate < 32_000
+    assert many.rate == pytest.approx(32_000)
     assert many.seconds is not None
     assert few.seconds is not None
     assert many.seconds < few.seconds

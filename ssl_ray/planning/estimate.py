@@ -16,14 +16,17 @@ from ssl_ray.planning.volumes import Survey
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import windows
 
-MFU = {"vit": 0.20, "unetr": 0.05}
-"""Share of the bfloat16 peak that an eager step reaches. ViT: 0.22 on an H100 SXM at 128 and 256 patches a step, by
-experiments/benchmarks/gpu.py. UNETR: not measured yet; its wide, shallow convolutions are bound by memory."""
+MFU = {"vit": 0.25, "vit compiled": 0.32, "unetr": 0.05}
+"""Share of the bfloat16 peak that the arithmetic of a step reaches. ViT: 0.24 to 0.27 and 0.31 to 0.34 on an H100 SXM
+at 64 to 256 patches a step, by experiments/benchmarks/gpu.py. UNETR: a guess, as 4 patches took the time of their
+launches; its wide, shallow convolutions are bound by memory."""
 MFU_FLOAT32 = 0.50
 """The same in float32 without TF32: ViT, H100 SXM, 64 patches a step."""
-LAUNCH_SECONDS, GRAPH_SECONDS = 0.060, 0.007
+LAUNCH_SECONDS, GRAPH_SECONDS = 0.060, 0.006
 """Least time of a step, where the host launches its kernels one by one (8 to 64 patches beside that H100: 58 to 70 ms)
-and where the step is one CUDA graph, which it is for a single worker (8 patches: 7.3 ms)."""
+and where the step is one CUDA graph, which it is for a single worker (8 patches: 6.0 and 7.1 ms)."""
+LOOP_SECONDS = 0.020
+"""Of Ray Data's scheduling loop for a block, by experiments/benchmarks/scale.py; every worker has a loop of its own."""
 _READ_SECONDS, _READ_BYTES = 0.2e-3, 333e6
 """A reading core's time for a patch: fixed, and bytes a second; 350 uint8 patches of 96³ a second."""
 _PAGE = 4096
@@ -121,7 +124,8 @@ def plan_pretraining(
     checks = volumes.validation * config.patches_per_volume * len(plan.boundaries(config.validate_every))
 
     least = LAUNCH_SECONDS if world > 1 else GRAPH_SECONDS
-    step = _step_seconds(flops, share * views, device, config.precision, timing, "vit", least)
+    network = "vit compiled" if config.compile else "vit"
+    step = _step_seconds(flops, share * views, device, config.precision, timing, network, least)
     arithmetic = config.batch_size / step if step else None
     core = 1 / (_READ_SECONDS + patch_bytes / _READ_BYTES)
     # Where the workers leave no core, reading tasks run beside them (`stream.open_window`): about one core of them.
@@ -130,7 +134,9 @@ def plan_pretraining(
     touched = _touched(volumes, config.patch_size, itemsize)
     fits = volumes.bytes is None or volumes.bytes <= cluster.memory
     storage = None if fits or touched is None else cluster.nodes * DISK_BYTES / touched
-    rate = min(arithmetic, reading, storage or math.inf) if arithmetic else None
+    window = windows(plan, 0, world, config.block_megabytes * 2**20, itemsize)[0]
+    looping = window.block_steps * config.batch_size / LOOP_SECONDS
+    rate = min(arithmetic, reading, looping, storage or math.inf) if arithmetic else None
     seconds = None
     if rate:
         seconds = patches / rate + checks * flops.forward / (flops.training * views) / rate
@@ -139,9 +145,9 @@ def plan_pretraining(
     if arithmetic:
         slow = "kernel launches (too few patches a worker and step)" if launches else "arithmetic"
         limits = {slow: arithmetic, "feed (cores that read patches)": reading, "storage": storage or math.inf}
+        limits["feed (Ray Data's loop: raise pretrain.block_megabytes)"] = looping
         bottleneck = min(limits, key=lambda name: limits[name])
 
-    window = windows(plan, 0, world, config.block_megabytes * 2**20, itemsize)[0]
     block = window.block_steps * share * patch_bytes
     # Each worker holds a block, has one fetched and one waiting; each reading core makes one; two windows overlap.
     needed = arithmetic / core if arithmetic else None
@@ -281,10 +287,12 @@ def utilisation(device: Device, precision: str, network: str) -> tuple[float, fl
     Args:
         device: kind of GPU.
         precision: as configured.
-        network: `vit` or `unetr`.
+        network: a key of `MFU`.
     """
     dtype = device.dtype(precision)
-    share = MFU[network] * (MFU_FLOAT32 / MFU["vit"] if dtype == "float32" else 1.0)
+    share = (
+        MFU[network] if dtype != "float32" else MFU_FLOAT32 * (MFU["unetr"] / MFU["vit"] if network == "unetr" else 1)
+    )
     return share, device.peak(dtype), dtype
 
 

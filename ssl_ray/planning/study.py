@@ -114,11 +114,12 @@ def _cluster(study: Study, device: Device | None) -> Cluster:
 
 
 def _named(study: Study, device: Device, pretrains: bool) -> Iterator[str]:
-    parts = [("pretraining", "vit", study.pretrain.precision)] if pretrains else []
+    vit = "vit compiled" if study.pretrain.compile else "vit"
+    parts = [("pretraining", vit, study.pretrain.precision)] if pretrains else []
     parts.append(("fine-tuning", "unetr", study.finetune.precision))
     for title, network, precision in parts:
         share, peak, dtype = estimate.utilisation(device, precision, network)
-        graphed = network == "vit" and study.pretrain.worker_range[1] == 1
+        graphed = network == vit and study.pretrain.worker_range[1] == 1
         yield (
             f"{title}: {share:.0%} of {peak / 1e12:g} TFLOP/s ({device.name}, dense, {dtype}), and at least "
             f"{duration(estimate.GRAPH_SECONDS if graphed else estimate.LAUNCH_SECONDS)} a step"
