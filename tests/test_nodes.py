@@ -72,6 +72,54 @@ def test_a_node_killed(undisturbed, cohort, tmp_path):
     close(found, undisturbed)
 
 
+def test_a_node_killed_and_replaced(undisturbed, cohort, tmp_path):
+    """With `workers: 2` and room for one, the run waits, and goes on from its checkpoint when there is a node again."""
+    path = write(tmp_path, cohort, workers=2)
+    with nodes(1, 1) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            kill_a_node_with_a_worker(cluster, tmp_path)
+            wait_for(lambda: not workers(raylet(cluster.head_node)), "the end of the worker that is left", 60)
+            before = saved(tmp_path)
+            time.sleep(5)
+            assert driver.poll() is None
+            assert saved(tmp_path) == before
+            cluster.add_node(num_cpus=1, object_store_memory=150 * 10**6)
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            kill(driver)
+    found = outcome(path)
+    assert found.started[-1] >= SAVED
+    assert set(found.workers) == {2}
+    close(found, undisturbed)
+
+
+def test_the_head_killed(undisturbed, cohort, tmp_path):
+    """Ray does not survive it: the driver ends with one clear line, and the same command goes on on a new cluster."""
+    path = write(tmp_path, cohort)
+    with nodes(2) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            wait_for(lambda: saved(tmp_path), "a checkpoint")
+            family = [raylet(cluster.head_node), *raylet(cluster.head_node).children(recursive=True)]
+            (server,) = cluster.head_node.all_processes["gcs_server"]
+            for process in (server.process.pid, family[0].pid):
+                psutil.Process(process).kill()
+            assert driver.wait(120) == 1
+            psutil.wait_procs(family, timeout=60)
+        finally:
+            kill(driver)
+    text = path.with_suffix(".log").read_text()
+    assert "Traceback" not in text.partition("killed")[2]
+    with nodes(2) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            kill(driver)
+    assert_same(outcome(path), undisturbed)
+
+
 def test_a_node_gained(cohort, tmp_path):
     """With `workers: [1, 2]`, training begins with one, and goes on with two after a node came."""
     path = write(tmp_path, cohort, workers=[1, 2], epochs=500)

@@ -46,7 +46,7 @@ KINDS = {
     "node": "a whole Ray node killed, a new one 3 s later",
     "driver": "SIGKILL to the driver, the same command again",
     "stop": "SIGTERM to the driver (`ray job stop`), the same command again",
-    "server": "SIGKILL to the MLflow server, started again 8 s later",
+    "server": "SIGKILL to the MLflow server, started again 8 s later or more",
     "torn checkpoint": "SIGKILL to the driver, its newest checkpoint cut off, the same command again",
 }
 PRETRAINING_STEPS, TRIAL_STEPS = 3600, 600
@@ -207,8 +207,6 @@ def disturb(site: Site, kind: str, dice: random.Random) -> None:
         site.add_node()
     elif kind == "server":
         end(site.server)
-        time.sleep(8)
-        site.start_server()
     else:
         if kind == "stop":
             site.driver.terminate()
@@ -247,6 +245,9 @@ def chaos(site: Site, faults: int, dice: random.Random) -> list[Row]:
         while not site.finished() and not any(stamp > known.get(path, 0) for path, stamp in site.checkpoints().items()):
             time.sleep(0.05)
         rows.append(Row(kind, stage, at - began, time.monotonic() - at))
+        if kind == "server":
+            time.sleep(max(0.0, 8 - rows[-1].recovered))
+            site.start_server()
         print(f"{rows[-1].at:6.0f} s  {stage:<11}  {kind:<15}  recovered after {rows[-1].recovered:5.1f} s", flush=True)
     while not site.finished():
         time.sleep(0.2)
