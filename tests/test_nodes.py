@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import SAVED, STEPS, Outcome, kill, outcome, saved, start, wait_for, workers, write
+from runs import SAVED, STEPS, Outcome, assert_same, kill, outcome, saved, start, wait_for, workers, write
 
 pytestmark = pytest.mark.slow
 
