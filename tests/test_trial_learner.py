@@ -1,0 +1,121 @@
+"""A trial's training step: compiled or not it learns the same, and prediction is left alone."""
+
+import copy
+import logging
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssl_ray import compiled
+from ssl_ray.config import Study
+from ssl_ray.finetune import learner as module
+from ssl_ray.finetune.learner import Learner
+
+CPU = torch.device("cpu")
+
+
+def make(**finetune: Any) -> Learner:
+    """A tiny one on patches of 16 x 16 x 32 voxels."""
+    preparation = {"spacing": 3, "window": [-175, 250]}
+    tree = {
+        "name": "learner",
+        "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
+        "pretrain": {"sources": [{"root": "x", "datalist": "x.json"}], "preparation": preparation},
+        "finetune": {
+            "cohort": {"root": "x", "classes": 3, "splits": {2: "x.json"}},
+            "preparation": preparation,
+            "patch_size": [16, 16, 32],
+            "patches_per_volume": 2,
+            "precision": "float32",
+        }
+        | finetune,
+    }
+    return Learner(Study.model_validate(tree), CPU, 1e-2, 0)
+
+
+def steps(made: Learner, first: int, last: int) -> list[float]:
+    """Losses of the steps [first, last) on patches that depend on the step alone."""
+    losses = []
+    for step in range(first, last):
+        random = torch.Generator().manual_seed(step)
+        images = torch.rand(2, 1, 16, 16, 32, generator=random)
+        labels = torch.randint(3, images.shape, generator=random, dtype=torch.uint8)
+        losses.append(float(made.step(images, labels, 1e-2)[0]))
+    return losses
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compile` without writing C++: what is traced is run as it is."""
+    monkeypatch.setattr(module, "compile_or_not", partial(compiled.compile_or_not, backend="eager"))
+
+
+def test_compiled_steps_are_the_eager_ones(traced: None) -> None:
+    """Losses to 1e-5, under the same names in the state, also after going on from a state of either kind."""
+    eager, fast = make(), make(compile=True)
+    assert fast.compiled
+    assert not eager.compiled
+    assert fast.network.state_dict().keys() == eager.network.state_dict().keys()
+    assert all(parameter.grad is None for parameter in fast.network.parameters())
+    assert steps(fast, 0, 2) == pytest.approx(steps(eager, 0, 2), rel=1e-5)
+    state = copy.deepcopy((eager.network.state_dict(), eager.optimizer.state_dict()))
+    resumed = make(compile=True)
+    resumed.network.load_state_dict(state[0])
+    resumed.optimizer.load_state_dict(state[1])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert steps(resumed, 2, 4) == pytest.approx(steps(eager, 2, 4), rel=1e-5), "without being traced again"
+
+
+def test_prediction_is_not_compiled(traced: None) -> None:
+    """Windows of other batch sizes trace nothing, give what the eager network gives, and training goes on as it was."""
+    eager, fast = make(), make(compile=True)
+    image = torch.rand(40, 20, 50)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(fast.predict(image), eager.predict(image))
+        assert steps(fast, 0, 1) == pytest.approx(steps(eager, 0, 1), rel=1e-5)
+
+
+def test_two_learners_of_a_process_do_not_share_weights_or_traces(traced: None) -> None:
+    """Ray Tune lets a process train one trial after the other: the second trains its own network."""
+    first, second = make(compile=True), make(compile=True)
+    before = {name: value.clone() for name, value in first.network.state_dict().items()}
+    steps(second, 0, 1)
+    for name, value in first.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert any(not torch.equal(value, before[name]) for name, value in second.network.state_dict().items())
+
+
+def test_without_a_compiler_it_goes_on_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where compiling fails, the losses are those of a trial that never tried."""
+
+    def refuse(self: nn.Module, **_: Any) -> None:
+        def call(*_: Any) -> None:
+            raise RuntimeError("no compiler")
+
+        self._compiled_call_impl = call
+
+    monkeypatch.setattr(nn.Module, "compile", refuse)
+    with caplog.at_level(logging.WARNING, compiled.__name__):
+        made = make(compile=True)
+    assert not made.compiled
+    assert len(caplog.records) == 1
+    assert "finetune.compile" in caplog.text
+    assert "no compiler" in caplog.text
+    assert steps(made, 0, 2) == steps(make(), 0, 2)
+
+
+@pytest.mark.slow
+def test_the_compiler_itself_computes_the_same() -> None:
+    """With inductor's C++: losses to 1e-4 over four steps, weights to 1e-3."""
+    eager, fast = make(), make(compile=True)
+    if not fast.compiled:
+        pytest.skip("torch.compile does not work here")
+    assert steps(fast, 0, 4) == pytest.approx(steps(eager, 0, 4), rel=1e-4)
+    state: dict[str, Tensor] = eager.network.state_dict()
+    for name, value in fast.network.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-3)
