@@ -290,6 +290,11 @@ class Finetune(Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Finetune":
         _check_patch(self.patch_size)
+        if self.precision == "bfloat16" and not self.gpus_per_trial and self.patch_size[0] == VIT_PATCH:
+            raise ValueError(
+                f"precision: on a CPU bfloat16 needs patches more than {VIT_PATCH} voxels deep, as gradients are wrong "
+                f"otherwise (oneDNN); got patch_size {list(self.patch_size)}"
+            )
         unknown = sorted(set(self.split_sizes) - set(self.cohort.splits))
         if unknown:
             raise ValueError(f"grid.splits: {unknown} are not in cohort.splits, which has {sorted(self.cohort.splits)}")

@@ -109,6 +109,33 @@ def test_without_a_compiler_it_goes_on_with_one_warning(
     assert steps(made, 0, 2) == steps(make(), 0, 2)
 
 
+@pytest.mark.parametrize("patch_size", [[16, 16, 32], [32, 16, 16]])
+def test_automatic_precision_gives_the_same_gradients_every_time(patch_size: list[int]) -> None:
+    """Whatever lay in memory before: on patches 16 voxels deep bfloat16 does not (torch 2.13), and is not taken."""
+    made = make(patch_size=patch_size, precision="auto")
+    assert patch_size[0] > 16 or made.dtype == torch.float32
+    images, labels = torch.rand(2, 1, *patch_size), torch.ones(2, 1, *patch_size, dtype=torch.uint8)
+    gradients: list[list[Tensor]] = []
+    for _ in range(3):
+        rubbish = [torch.full((10**power,), torch.nan) for power in (3, 4, 5, 6)]
+        del rubbish
+        made.network.zero_grad()
+        made._backward(images, labels)
+        found = [parameter.grad for parameter in made.network.parameters() if parameter.grad is not None]
+        gradients.append([gradient.clone() for gradient in found])
+    for first, *others in zip(*gradients, strict=True):
+        assert torch.isfinite(first).all()
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_bfloat16_that_cannot_be_right_is_refused() -> None:
+    """Asked for by name, on a CPU, with patches 16 voxels deep; on a GPU it may be."""
+    with pytest.raises(ValueError, match=r"more than 16 voxels deep.*got patch_size \[16, 32, 32\]"):
+        make(patch_size=[16, 32, 32], precision="bfloat16")
+    assert make(patch_size=[32, 16, 16], precision="bfloat16").dtype == torch.bfloat16
+    assert make(patch_size=[16, 32, 32], precision="bfloat16", gpus_per_trial=1).config.precision == "bfloat16"
+
+
 @pytest.mark.slow
 def test_the_compiler_itself_computes_the_same() -> None:
     """With inductor's C++: losses to 1e-4 over four steps, weights to 1e-3."""

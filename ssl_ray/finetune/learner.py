@@ -7,7 +7,7 @@ from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from ssl_ray.compiled import compile_or_not
-from ssl_ray.config import SegmentationLoss, Study
+from ssl_ray.config import VIT_PATCH, SegmentationLoss, Study
 from ssl_ray.finetune.metrics import predict
 from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer, use_fast_attention
 from ssl_ray.optimize import build_optimizer, take_step
@@ -36,6 +36,10 @@ class Learner:
         # Most of a step is the convolutional decoder, which is 1.1 to 1.25 times as fast in this layout.
         self.network.to(device, memory_format=torch.channels_last_3d)
         self.dtype = resolve(self.config.precision, device)
+        if device.type == "cpu" and self.config.patch_size[0] == VIT_PATCH:
+            # Some convolutions are then two voxels deep. oneDNN 3.12 (torch 2.13) makes the bfloat16 gradients of their
+            # weights out of memory that it never wrote: other numbers every time, inf and nan among them.
+            self.dtype = torch.float32
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # Ray Tune lets a process train one trial after the other
             use_fast_attention(self.network)
