@@ -274,7 +274,7 @@ class Finetune(Strict):
     grid: Grid = Grid()
     weights: str | None = Field(None, description="pretrained weights to start from instead of this study's own")
     max_concurrent_trials: Positive | None = None
-    cpus_per_trial: PositiveFloat = 1
+    cpus_per_trial: PositiveFloat = Field(1, description="all but one score volumes while the next is predicted")
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0
     max_failures: Annotated[int, Field(ge=-1)] = 2
     compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
