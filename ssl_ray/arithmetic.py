@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ssl_ray.config import VIT_LAYERS, VIT_PATCH, Network
 
@@ -28,7 +29,8 @@ def autoencoder_flops(network: Network, patch_size: Sequence[int]) -> Flops:
     return Flops(float(forward), float(3 * forward - embedding))
 
 
-def unetr_flops(network: Network, patch_size: Sequence[int], classes: int) -> Flops:
+@lru_cache(maxsize=8)
+def unetr_flops(network: Network, patch_size: tuple[int, ...], classes: int) -> Flops:
     """Of `networks.build_unetr`: 146 GFLOP forward for ViT-B, feature size 16, on 96³.
 
     Counted, not derived, on tensors without content: it takes no memory and about a second.

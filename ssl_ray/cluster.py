@@ -73,8 +73,6 @@ def quiet() -> None:
     logging.getLogger(str(context)).setLevel(logging.WARNING)
     # Batches lie in Ray's object store, read-only, and are copied to where they are used.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    # MONAI 1.6 calls its own metric with an argument that it deprecates.
-    warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
 
 
 def check_pretraining(study: Study) -> None:

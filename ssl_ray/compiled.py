@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssl_ray.files import reason
+
 
 def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], setting: str, **options: Any) -> bool:
     """Compile modules in place, if that works here: the names in their state dicts stay what they were.
@@ -32,9 +34,8 @@ def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], set
         for module in modules:
             module._compiled_call_impl = None
         torch.compiler.reset()
-        reason = " ".join(str(error).split())[:300]
         logging.getLogger(__name__).warning(
-            "%s: torch.compile does not work here, going on without: %s: %s", setting, type(error).__name__, reason
+            "%s: torch.compile does not work here, going on without: %s", setting, reason(error)
         )
         return False
     return True

@@ -274,7 +274,7 @@ class Finetune(Strict):
     grid: Grid = Grid()
     weights: str | None = Field(None, description="pretrained weights to start from instead of this study's own")
     max_concurrent_trials: Positive | None = None
-    cpus_per_trial: PositiveFloat = 1
+    cpus_per_trial: PositiveFloat = Field(1, description="all but one score volumes while the next is predicted")
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0
     max_failures: Annotated[int, Field(ge=-1)] = 2
     compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
@@ -290,6 +290,11 @@ class Finetune(Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Finetune":
         _check_patch(self.patch_size)
+        if self.precision == "bfloat16" and not self.gpus_per_trial and self.patch_size[0] == VIT_PATCH:
+            raise ValueError(
+                f"precision: on a CPU bfloat16 needs patches more than {VIT_PATCH} voxels deep, as gradients are wrong "
+                f"otherwise (oneDNN); got patch_size {list(self.patch_size)}"
+            )
         unknown = sorted(set(self.split_sizes) - set(self.cohort.splits))
         if unknown:
             raise ValueError(f"grid.splits: {unknown} are not in cohort.splits, which has {sorted(self.cohort.splits)}")

@@ -62,3 +62,8 @@ def shown(value: Any, length: int = 300) -> str:
     if len(text) > length:
         text = f"{text[: length - 3]}..."
     return BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def reason(error: BaseException) -> str:
+    """An error as part of a message: its type and the beginning of its text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

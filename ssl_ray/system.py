@@ -1,7 +1,7 @@
 """What a running training uses, under the names of MLflow's system metrics: `system/...` has a tab of its own there.
 
-A worker's share is sampled where a step is logged, in microseconds. The object store is asked for by the driver, in the
-thread that writes to MLflow, every ten seconds at most.
+What a worker or a trial uses is sampled where a step is logged, in microseconds. The object store is asked for by the
+driver, in the thread that writes to MLflow, every ten seconds at most.
 """
 
 import logging
@@ -16,6 +16,7 @@ from ssl_ray.arithmetic import known_device
 from ssl_ray.console import say
 
 PREFIX = "system/"
+WORKER_MEMORY = f"{PREFIX}worker_memory_peak_megabytes"
 _SAMPLE_SECONDS, _SILENT_SECONDS = 10.0, 60.0
 _REPLY_SECONDS = 5.0
 

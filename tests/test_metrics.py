@@ -29,9 +29,9 @@ from ssl_ray.finetune.metrics import (
     evaluate_canonical,
     organ_keys,
     predict,
-    surface_scores,
     to_original_grid,
 )
+from ssl_ray.finetune.surface import surface_scores
 
 SHAPE = (30, 26, 14)
 SPACING = (0.8, 1.1, 2.5)
@@ -234,6 +234,20 @@ def test_surface_scores_are_monais_on_the_whole_grid(seed: int, tolerance: float
     np.testing.assert_allclose(scores.surface_dice, surface_dice, rtol=1e-6)
     assert (scores.surface_dice > 0).all()
     assert (scores.surface_dice < 1).all()
+
+
+def test_surfaces_of_stray_voxels_are_monais_in_any_order_of_memory() -> None:
+    """Single voxels in corners and organs one voxel thick, as C and as NIfTI lays them out."""
+    truth, prediction = blobs(1, 4), blobs(1, 4)
+    truth[:, :, 0] = 0
+    truth[:, 5, 3] = 2
+    prediction[0, 0, 0], prediction[-1, 0, -1], prediction[15, -1, 0] = 1, 2, 3
+    scores = surface_scores(prediction, truth, 4, SPACING, 2.0)
+    hd95 = compute_hausdorff_distance(channels(prediction, 4), channels(truth, 4), percentile=95, spacing=SPACING)
+    np.testing.assert_allclose(scores.hd95, hd95[0].numpy(), rtol=1e-6)
+    other = surface_scores(prediction, np.asfortranarray(truth), 4, SPACING, 2.0)
+    np.testing.assert_array_equal(other.hd95, scores.hd95)
+    np.testing.assert_array_equal(other.surface_dice, scores.surface_dice)
 
 
 @pytest.mark.parametrize("axis", range(3))

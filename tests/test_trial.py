@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import threading
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 
+from ssl_ray.arithmetic import unetr_flops
 from ssl_ray.cohort.cache import prepare_case
 from ssl_ray.cohort.datalist import Case
 from ssl_ray.cohort.store import Store
@@ -65,7 +69,10 @@ KEY = "key of the cell"
 
 
 def plain(records):
-    return [(step, {k: v for k, v in metrics.items() if k != "seconds_per_step"}) for step, metrics in records]
+    return [
+        (step, {k: v for k, v in metrics.items() if k != "seconds_per_step" and not k.startswith("system/")})
+        for step, metrics in records
+    ]
 
 
 def reports(study, data, folder, cell=CELL, weights=None):
@@ -166,8 +173,8 @@ torch_save = torch.save
 @pytest.mark.parametrize(
     ("target", "count", "fault"),
     [
-        ("ssl_ray.finetune.trial.take_step", 7, cut),
-        ("ssl_ray.finetune.trial.predict", 2, cut),
+        ("ssl_ray.finetune.learner.take_step", 7, cut),
+        ("ssl_ray.finetune.learner.predict", 2, cut),
         ("ssl_ray.checkpoint.torch.save", 3, half),
         ("ssl_ray.checkpoint.torch.save", 4, half),
         ("ssl_ray.checkpoint._digest", 3, cut),
@@ -277,7 +284,7 @@ def test_checkpoints_are_written_when_they_are_due(
 ):
     """At every validation with 0 minutes, else by the clock and at the end; best weights only where they improved."""
     now, written, dice = [0.0], [], iter([0.5, 0.4, 0.6])
-    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
     monkeypatch.setattr("ssl_ray.finetune.trial.time", clock)
     monkeypatch.setattr("ssl_ray.finetune.trial.aggregate", lambda cases, organs: {"dice_foreground": next(dice)})
     monkeypatch.setattr(
@@ -311,14 +318,14 @@ def test_a_step_that_is_not_finite_changes_nothing(study, data, tmp_path, caplog
     trial = poisoned(study, data, tmp_path, [5])
     states = {}
     for step, metrics in trial.train():
-        states[step] = {name: value.clone() for name, value in trial.model.state_dict().items()}
+        states[step] = {name: value.clone() for name, value in trial.learner.network.state_dict().items()}
         assert metrics.get("skipped_steps", 0) == (step == 6)
         assert ("loss" in metrics) == (step not in (0, 6))
     for name, value in states[6].items():
         assert torch.equal(value, states[5][name]), name
         assert torch.isfinite(states[12][name]).all(), name
     assert any(not torch.equal(value, states[6][name]) for name, value in states[7].items())
-    assert {float(state["step"]) for state in trial.optimizer.state_dict()["state"].values()} == {11.0}
+    assert {float(state["step"]) for state in trial.learner.optimizer.state_dict()["state"].values()} == {11.0}
     assert "skipped step 6: loss nan, gradient norm nan; patches 10 to 11 of seed 2, volumes case" in caplog.text
 
     kept = load_file(tmp_path / "faults" / "step_0000006.safetensors")
@@ -326,30 +333,31 @@ def test_a_step_that_is_not_finite_changes_nothing(study, data, tmp_path, caplog
     assert [patch["patch"] for patch in facts["patches"]] == [10, 11]
     assert {patch["volume"] for patch in facts["patches"]} <= {"case0", "case1"}
     again = make(study, data, tmp_path / "again")
-    again.model.load_state_dict({name[6:]: value for name, value in kept.items() if name.startswith("model.")})
-    assert torch.isnan(again.loss(again.model(kept["images"]), kept["labels"]))
+    again.learner.network.load_state_dict(
+        {name[6:]: value for name, value in kept.items() if name.startswith("model.")}
+    )
+    assert torch.isnan(again.learner.objective(kept["images"], kept["labels"]))
     whole = again.sampler.batch(facts["step"] - 1)[0]
     assert torch.equal(whole, torch.where(kept["images"].isnan(), whole, kept["images"])), "addressed by the step"
 
 
 def test_the_mean_loss_is_of_the_finite_ones():
     """A record over several steps leaves out those whose loss is not finite."""
-    totals = _Totals()
+    totals = _Totals(SimpleNamespace(device=CPU, dtype=torch.float32), 2, 1e9)
     for loss in (1.0, math.nan, 3.0, math.inf):
-        totals.add(torch.tensor(loss))
+        totals.add(torch.tensor(loss), 0.0)
     assert totals.take(4)["loss"] == 2.0
 
 
 def test_an_infinite_loss_with_finite_gradients_changes_nothing_either(study, data, tmp_path):
     """The loss counts, not only the gradients."""
     trial = make(study, data, tmp_path)
-    before = {name: value.clone() for name, value in trial.model.state_dict().items()}
-    inner = trial.loss
-    trial.loss = lambda logits, labels: inner(logits, labels) + math.inf
-    loss, norm = trial._step(0, 1e-3)
+    before = {name: value.clone() for name, value in trial.learner.network.state_dict().items()}
+    trial.learner.objective.register_forward_hook(lambda module, arguments, loss: loss + math.inf)
+    loss, norm = trial.learner.step(*trial.sampler.batch(0), 1e-3)
     assert loss == math.inf
     assert not torch.isfinite(norm)
-    for name, value in trial.model.state_dict().items():
+    for name, value in trial.learner.network.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
@@ -393,8 +401,8 @@ def test_pretrained_and_random_differ_in_the_encoder_alone(study, data, tmp_path
     autoencoder = build_autoencoder(study.network, study.finetune.patch_size)
     weights = tmp_path / "weights.safetensors"
     export(weights, autoencoder.state_dict(), describe(study.network, study.finetune.patch_size))
-    random = make(study, data, tmp_path).model.state_dict()
-    pretrained = make(study, data, tmp_path, Cell(2, "pretrained", 2e-3, 2), weights).model.state_dict()
+    random = make(study, data, tmp_path).learner.network.state_dict()
+    pretrained = make(study, data, tmp_path, Cell(2, "pretrained", 2e-3, 2), weights).learner.network.state_dict()
     source = autoencoder.state_dict()
     for name, value in pretrained.items():
         if name.startswith("vit."):
@@ -421,12 +429,12 @@ def test_the_best_checkpoint_on_validation_is_scored(study, data, tmp_path, monk
     monkeypatch.setattr("ssl_ray.finetune.trial.aggregate", lambda cases, organs: {"dice_foreground": next(dice)})
     for step, metrics in trial.train():
         if "validation/dice_foreground" in metrics:
-            kept.append((step, {name: value.clone() for name, value in trial.model.state_dict().items()}))
+            kept.append((step, {name: value.clone() for name, value in trial.learner.network.state_dict().items()}))
     monkeypatch.undo()
     metrics = trial.evaluate()
     assert metrics["selected/step"] == 8
     assert [step for step, _ in kept] == [4, 8, 12]
-    for name, value in trial.model.state_dict().items():
+    for name, value in trial.learner.network.state_dict().items():
         assert torch.equal(value, kept[1][1][name]), name
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert tree["step"] == 8
@@ -434,6 +442,60 @@ def test_the_best_checkpoint_on_validation_is_scored(study, data, tmp_path, monk
     assert [case.case for case in scored] == ["case3"]
     expected = np.mean([score for score in scored[0].original_dice if score is not None])
     assert metrics["selected/test/original_dice_foreground"] == pytest.approx(expected)
+
+
+@pytest.fixture
+def many(data):
+    """More volumes to score than a trial has CPUs; some of them twice, as their order matters to `published_dice`."""
+    training, validation, test = data.training, data.validation, data.test
+    return replace(data, validation=validation + training + test, test=test + validation + training)
+
+
+def test_volumes_scored_in_threads_are_those_scored_in_turn(study, data, many, tmp_path):
+    """With three CPUs a trial ends as with one: the same scores in the same order."""
+    found = {}
+    for cpus in (0.5, 1, 3):
+        trial = make(changed(study, cpus_per_trial=cpus), many, tmp_path / str(cpus))
+        trial.best_weights = {name: value.clone() for name, value in trial.learner.network.state_dict().items()}
+        found[cpus] = trial.evaluate(), (tmp_path / str(cpus) / "evaluation.json").read_text()
+    assert found[3] == found[1] == found[0.5]
+    tree = json.loads(found[3][1])
+    assert [case["case"] for case in tree["validation"]] == ["case2", "case0", "case1", "case3"]
+    assert [case["case"] for case in tree["test"]] == ["case3", "case2", "case0", "case1"]
+
+
+def test_a_volume_that_cannot_be_scored_ends_the_trial(study, many, tmp_path, monkeypatch):
+    """With the error of the first such volume, no result, and no thread that goes on."""
+    trial = make(changed(study, cpus_per_trial=3), many, tmp_path)
+    trial.best_weights = trial.learner.network.state_dict()
+    threads = threading.active_count()
+
+    def vanished(path):
+        raise ValueError(f"{path}: cannot read: gone")
+
+    monkeypatch.setattr("ssl_ray.finetune.trial.read_label", vanished)
+    with pytest.raises(ValueError, match=r"label2\.nii\.gz: cannot read: gone"):
+        trial.evaluate()
+    assert not (tmp_path / "evaluation.json").exists()
+    assert threading.active_count() == threads
+
+
+def test_records_tell_what_a_trial_uses(study, data, tmp_path):
+    """Rate, wait, memory and arithmetic of its steps, under the names that a pretraining has too."""
+    clock = {name: [] for name in ("seconds_per_step", "system/patches_per_second", "system/data_wait_percentage")}
+    for step, metrics in make(study, data, tmp_path).train():
+        system = {name for name in metrics if name.startswith("system/")}
+        assert len(system) == (4 if step else 0)
+        for name, values in clock.items() if step else ():
+            values.append(metrics[name])
+        if step:
+            rate = metrics["system/patches_per_second"]
+            flops = unetr_flops(study.network, study.finetune.patch_size, study.finetune.cohort.classes).training
+            assert metrics["system/teraflops_per_second_per_worker"] == pytest.approx(rate * flops / 1e12)
+            assert metrics["system/worker_memory_peak_megabytes"] > 50
+    seconds, rates, waits = map(np.array, clock.values())
+    np.testing.assert_allclose(rates * seconds, 2)
+    assert ((waits >= 0) & (waits <= 100)).all()
 
 
 def test_weights_of_another_network_stop_the_trial(study, data, tmp_path):

@@ -23,6 +23,7 @@ from monai.metrics import DiceMetric
 from monai.networks.nets import UNETR
 from timing import Bench, main
 
+from ssl_ray.ahead import ahead
 from ssl_ray.cohort.store import Store, Volume, open_array
 from ssl_ray.config import Network, Study
 from ssl_ray.finetune.trial import Cell, TrialData, _Trial
@@ -130,11 +131,11 @@ def run(bench: Bench) -> None:
         cell = Cell(1, "random", 1e-4, 0)
         trial = _Trial(made, cell, data, None, _folder(bench, name), torch.device("cpu"))
         plain = Plain(store, volumes, network, side)
-        step = iter(range(10**6))
+        batches = ahead(trial._batch, range(10**6), threads=1)
 
-        def ours(count: int, trial: Any = trial, step: Any = step) -> int:
+        def ours(count: int, trial: Any = trial, batches: Any = batches) -> int:
             for _ in range(count):
-                loss, norm = trial._step(next(step), 1e-4)
+                loss, norm = trial.learner.step(*next(batches), 1e-4)
                 trial.watch.look(0, loss, norm)
             return count
 

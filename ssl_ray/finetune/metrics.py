@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
-from monai.metrics.utils import get_edge_surface_distance
 from nibabel.affines import voxel_sizes
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from torch import Tensor, nn
+
+from ssl_ray.finetune.surface import Volume, surface_scores
 
 DICE_WITH_BACKGROUND = "dice_with_background"
 """Canonical grid: mean over volumes of the mean over present classes, background included. MONAI's
@@ -41,16 +42,6 @@ ORIGINAL_SURFACE_DICE = "original_surface_dice"
 """These three on the original grid, HD95 in mm: mean over volumes of the mean over present organs."""
 
 Scores = tuple[float | None, ...]
-Volume = NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True)
-class SurfaceScores:
-    """Arrays of shape (classes - 1,), organ 1 first, nan where the organ is absent from the truth."""
-
-    hd95: NDArray[np.float64]
-    """mm"""
-    surface_dice: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -180,42 +171,6 @@ def to_original_grid(
         labels, to_canonical, output_shape=tuple(original_shape), order=0, mode="grid-constant", cval=0
     )
     return resampled
-
-
-def surface_scores(
-    prediction: Volume, truth: Volume, classes: int, spacing: Sequence[float], tolerance: float
-) -> SurfaceScores:
-    """HD95 and surface Dice of every organ, with MONAI's definitions.
-
-    A surface is the set of voxels that erosion removes. HD95 is the larger of the two directed 95th percentiles
-    (`compute_hausdorff_distance(percentile=95)`); surface Dice is the share of the voxels of both surfaces that lie
-    within the tolerance of the other one (`compute_surface_dice`). Both come from one pair of distances per organ here.
-
-    Args:
-        prediction: (X, Y, Z) integers on the original grid.
-        truth: (X, Y, Z) integers on the original grid.
-        classes: organs + background.
-        spacing: mm of the original grid; in an oblique one its voxel sizes (`nibabel.affines.voxel_sizes`).
-        tolerance: mm.
-    """
-    hd95, surface_dice = np.full(classes - 1, np.nan), np.full(classes - 1, np.nan)
-    diagonal = np.linalg.norm(np.multiply(truth.shape, spacing))
-    boxes = (ndimage.find_objects(volume, classes - 1) for volume in (prediction, truth))
-    for organ, (predicted_box, true_box) in enumerate(zip(*boxes, strict=True)):
-        if true_box is None:
-            continue
-        if predicted_box is None:
-            hd95[organ], surface_dice[organ] = diagonal, 0.0
-            continue
-        # MONAI's edges count what lies outside of the box as background, so the tightest common box changes nothing
-        pairs = zip(predicted_box, true_box, strict=True)
-        box = tuple(slice(min(one.start, two.start), max(one.stop, two.stop)) for one, two in pairs)
-        masks = (torch.from_numpy(volume[box] == organ + 1) for volume in (prediction, truth))
-        _, distances, _ = get_edge_surface_distance(*masks, spacing=np.asarray(spacing), symmetric=True)
-        hd95[organ] = max(np.percentile(directed.numpy(), 95) for directed in distances)
-        within = sum(int((directed <= tolerance).sum()) for directed in distances)
-        surface_dice[organ] = within / sum(len(directed) for directed in distances)
-    return SurfaceScores(hd95, surface_dice)
 
 
 def evaluate_canonical(case: str, prediction: Tensor, truth: Tensor, classes: int) -> CaseScores:

@@ -27,7 +27,7 @@ class PatchSampler:
     seed: int
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 1, X, Y, Z) float32 in 0..1 and labels (B, 1, X, Y, Z) int64 of one step, augmented.
+        """Images (B, 1, X, Y, Z) float32 in 0..1 and labels (B, 1, X, Y, Z) uint8 of one step, augmented.
 
         A step takes the next `volumes_per_step` volumes of an endless sequence of shuffled epochs, and
         `patches_per_volume` patches of each.
@@ -55,7 +55,7 @@ class PatchSampler:
         origin = crop_origin(self._centre(volume, image, label, random), volume.shape, self.config.patch_size)
         size = self.config.patch_size
         intensity = read_patch(image, origin, size).astype(np.float32) / np.float32(volume.levels)
-        return torch.from_numpy(intensity), torch.from_numpy(read_patch(label, origin, size).astype(np.int64))
+        return torch.from_numpy(intensity), torch.from_numpy(read_patch(label, origin, size))
 
     def _centre(
         self, volume: Volume, image: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8], random: np.random.Generator

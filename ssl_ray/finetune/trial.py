@@ -2,26 +2,27 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
 from torch import Tensor
 
+from ssl_ray.ahead import ahead
+from ssl_ray.arithmetic import unetr_flops
 from ssl_ray.cohort.store import Store, Volume, open_array
 from ssl_ray.cohort.volume import read_label
 from ssl_ray.config import Study
 from ssl_ray.finetune.folder import TrialFolder
-from ssl_ray.finetune.metrics import DICE_FOREGROUND, CaseScores, aggregate, evaluate, evaluate_canonical, predict
+from ssl_ray.finetune.learner import Learner
+from ssl_ray.finetune.metrics import DICE_FOREGROUND, CaseScores, aggregate, evaluate, evaluate_canonical
 from ssl_ray.finetune.patches import PatchSampler
-from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer
 from ssl_ray.nonfinite import Fault, FiniteSum, Watch
-from ssl_ray.optimize import build_optimizer, learning_rate, take_step
-from ssl_ray.precision import autocast, resolve
+from ssl_ray.optimize import learning_rate
+from ssl_ray.system import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ def run_trial(
     """Train one cell and yield `(step, metrics)`; a trial that was cut off goes on from its own checkpoint.
 
     First comes `started_at`, the step that it goes on from, with the records that whoever was cut off with it may not
-    have seen; they were yielded before. While training: `loss`, `lr`, `seconds_per_step`, `validation/<metric>`, and
-    `skipped_steps` where the loss or gradient of some was not finite. At the end, for the checkpoint with the best
-    foreground Dice on validation, `selected/validation/<metric>` and, where the cohort has a test split,
-    `selected/test/<metric>`; the folder then holds `unetr.safetensors` and `evaluation.json`.
+    have seen; they were yielded before. While training: `loss`, `lr`, `seconds_per_step`, `validation/<metric>`,
+    `system/<metric>`, and `skipped_steps` where the loss or gradient of some was not finite. At the end, for the
+    checkpoint with the best foreground Dice on validation, `selected/validation/<metric>` and, where the cohort has a
+    test split, `selected/test/<metric>`; the folder then holds `unetr.safetensors` and `evaluation.json`.
 
     Args:
         study: the experiment.
@@ -99,21 +100,11 @@ class _Trial:
         folder: TrialFolder,
         device: torch.device,
     ) -> None:
-        self.config, self.data, self.folder, self.device = study.finetune, data, folder, device
-        self.optimizer_config = self.config.optimizer.model_copy(update={"lr": cell.lr})
-        self.classes = self.config.cohort.classes
-        torch.manual_seed(cell.seed)  # the decoder's initial weights are the same for both kinds of initialisation
-        self.model = build_unetr(study.network, self.config.patch_size, self.classes)
-        if weights:
-            transfer(load_weights(weights), self.model, str(weights), load_metadata(weights))
-        # Most of a step is the convolutional decoder, which is 1.1 to 1.25 times as fast in this layout.
-        self.model.to(device, memory_format=torch.channels_last_3d)
-        self.dtype = resolve(self.config.precision, device)
-        self.optimizer = build_optimizer(self.optimizer_config, self.model.parameters())
-        loss = self.config.loss
-        self.loss = DiceCELoss(
-            to_onehot_y=True, softmax=True, include_background=loss.include_background, batch=loss.batch
-        )
+        self.config, self.data, self.folder = study.finetune, data, folder
+        self.learner = Learner(study, device, cell.lr, cell.seed, weights)
+        patches = self.config.volumes_per_step * self.config.patches_per_volume
+        flops = unetr_flops(study.network, self.config.patch_size, self.config.cohort.classes).training
+        self.totals = _Totals(self.learner, patches, flops)
         self.sampler = PatchSampler(data.training, data.store, self.config, cell.seed)
         self.best, self.best_step = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}
@@ -126,17 +117,20 @@ class _Trial:
         yield start, {"started_at": float(start)}
         yield from self.records[0]
         log_every = max(1, config.validate_every // 10)
-        totals, logged = _Totals(), start
+        totals, logged = self.totals, start
+        batches = ahead(self._batch, range(start, config.steps), threads=1)
         for step in range(start, config.steps):
-            lr = learning_rate(self.optimizer_config, step, config.steps)
-            loss, norm = self._step(step, lr)
-            totals.add(loss)
-            self._note(self.watch.look(step, loss, norm), totals)
+            lr, asked = learning_rate(self.learner.optimizer_config, step, config.steps), time.perf_counter()
+            images, labels = next(batches)
+            waited = time.perf_counter() - asked
+            loss, norm = self.learner.step(images, labels, lr)
+            totals.add(loss, waited)
+            self._note(self.watch.look(step, loss, norm))
             done = step + 1
             validate = done % config.validate_every == 0 or done == config.steps
             if not (validate or done % log_every == 0):
                 continue
-            self._note(self.watch.last(), totals)
+            self._note(self.watch.last())
             record = done, totals.take(done - logged) | {"lr": lr}
             if validate:
                 record[1].update(self._validate(done))
@@ -150,8 +144,11 @@ class _Trial:
 
     def evaluate(self) -> dict[str, float]:
         """Score the selected weights on validation and test, on both grids, and keep what was found."""
-        self.model.load_state_dict(self.best_weights)
-        scores = {name: [self._score(volume) for volume in getattr(self.data, name)] for name in ("validation", "test")}
+        self.learner.network.load_state_dict(self.best_weights)
+        threads = max(0, int(self.config.cpus_per_trial) - 1)
+        cases = list(ahead(self._score, self._predict(self.data.validation + self.data.test), threads))
+        known = len(self.data.validation)
+        scores = {"validation": cases[:known], "test": cases[known:]}
         metrics = {"selected/step": float(self.best_step)}
         for name, cases in scores.items():
             metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, self.data.organs).items()}
@@ -160,20 +157,17 @@ class _Trial:
         self.folder.keep_result(self.best_weights, tree)
         return metrics
 
-    def _step(self, step: int, lr: float) -> tuple[Tensor, Tensor]:
-        images, labels = (batch.to(self.device, non_blocking=True) for batch in self.sampler.batch(step))
-        with autocast(self.device, self.dtype):
-            logits = self.model(images)
-        loss: Tensor = self.loss(logits.float(), labels)
-        # A loss that is not finite need not have such gradients; this way it has, and the step is skipped.
-        loss.backward(torch.where(torch.isfinite(loss), 1.0, torch.nan))
-        return loss.detach(), take_step(self.optimizer, self.optimizer_config, lr)
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.sampler.batch(step)
+        if self.learner.device.type == "cuda":  # from other memory a copy waits for the steps before it
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return images, labels
 
-    def _note(self, fault: Fault[int] | None, totals: "_Totals") -> None:
+    def _note(self, fault: Fault[int] | None) -> None:
         """Keep what reproduces a step that was not finite; the optimizer has not changed the weights in it."""
         if fault is None:
             return
-        totals.skipped += 1
+        self.totals.skipped += 1
         step, sampler = fault.what, self.sampler
         patches = [{"patch": index, "volume": volume.id, "key": volume.key} for index, volume in sampler.patches(step)]
         volumes = ", ".join(dict.fromkeys(str(patch["volume"]) for patch in patches))
@@ -182,10 +176,11 @@ class _Trial:
             f"{patches[-1]['patch']} of seed {sampler.seed}, volumes {volumes}"
         )
         facts = {"step": step + 1, "loss": str(fault.loss), "gradient_norm": str(fault.norm), "seed": sampler.seed}
-        facts |= {"lr": learning_rate(self.optimizer_config, step, self.config.steps), "precision": str(self.dtype)}
+        facts |= {"lr": learning_rate(self.learner.optimizer_config, step, self.config.steps)}
+        facts |= {"precision": str(self.learner.dtype)}
         # On a GPU the next step has begun: if that was finite, these are the weights after it.
         images, labels = sampler.batch(step)
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors = {f"model.{name}": value for name, value in self.learner.network.state_dict().items()}
         tensors |= {"images": images, "labels": labels}
         kept = self.folder.keep_fault(step + 1, tensors, facts | {"patches": patches})
         text += f"; kept in {kept}" if kept else ""
@@ -194,43 +189,41 @@ class _Trial:
         logging.getLogger(__name__).warning("skipped %s", text)
 
     def _validate(self, step: int) -> dict[str, float]:
+        classes = self.config.cohort.classes
         cases = [
-            evaluate_canonical(volume.id, self._predict(volume), self._truth(volume), self.classes)
-            for volume in self.data.validation
+            evaluate_canonical(volume.id, prediction, truth.to(prediction.device), classes)
+            for volume, truth, prediction in self._predict(self.data.validation)
         ]
         found = aggregate(cases, self.data.organs)
         if (score := found.get(DICE_FOREGROUND, 0.0)) > self.best:
             self.best, self.best_step = score, step
-            self.best_weights = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+            weights = self.learner.network.state_dict()
+            self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
         return {f"validation/{name}": value for name, value in found.items()}
 
-    def _predict(self, volume: Volume) -> Tensor:
-        stored = np.asarray(open_array(self.data.store, volume.key, "image"), dtype=np.float32)
-        image = torch.from_numpy(stored).div_(volume.levels).to(self.device)
-        return predict(
-            self.model,
-            image,
-            self.config.patch_size,
-            self.classes,
-            window_batch=self.config.window_batch,
-            overlap=self.config.window_overlap,
-            autocast=None if self.dtype == torch.float32 else self.dtype,
-        )
+    def _predict(self, volumes: Iterable[Volume]) -> Iterator[tuple[Volume, Tensor, Tensor]]:
+        """Each volume with its truth and its prediction; the next one is read meanwhile."""
+        for volume, image, truth in ahead(self._read, volumes, threads=1):
+            yield volume, truth, self.learner.predict(image)
 
-    def _truth(self, volume: Volume) -> Tensor:
-        return torch.from_numpy(np.array(open_array(self.data.store, volume.key, "label"))).to(self.device)
+    def _read(self, volume: Volume) -> tuple[Volume, Tensor, Tensor]:
+        image, label = (open_array(self.data.store, volume.key, name) for name in ("image", "label"))
+        intensity = torch.from_numpy(np.asarray(image, dtype=np.float32)).div_(volume.levels)
+        return volume, intensity, torch.from_numpy(np.array(label))
 
-    def _score(self, volume: Volume) -> CaseScores:
+    def _score(self, case: tuple[Volume, Tensor, Tensor]) -> CaseScores:
+        """All scores of a case. Its original grid is read here, so that few of these large volumes are held at once."""
+        volume, truth, prediction = case
         assert volume.label_source is not None
         original = read_label(Path(volume.label_source))
         return evaluate(
             volume.id,
-            self._predict(volume),
-            self._truth(volume),
+            prediction.cpu(),
+            truth,
             np.array(volume.affine),
-            original.voxels.astype(np.uint8),
+            np.ascontiguousarray(original.voxels.astype(np.uint8)),  # NIfTI's axes run the other way
             original.affine,
-            classes=self.classes,
+            classes=self.config.cohort.classes,
             tolerance=self.config.surface_tolerance,
         )
 
@@ -238,8 +231,8 @@ class _Trial:
         older, newer = self.records
         state = {
             "step": step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.learner.network.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
             "best": self.best,
             "best_step": self.best_step,
             "row": self.watch.row,
@@ -253,8 +246,8 @@ class _Trial:
         if found is None:
             return 0
         state, self.best_weights = found
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.learner.network.load_state_dict(state["model"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
         self.best, self.best_step, self.watch.row = state["best"], state["best_step"], state["row"]
         self.records = [(step, metrics) for step, metrics in state["records"]], []
         return int(state["step"])
@@ -263,20 +256,33 @@ class _Trial:
 class _Totals:
     """Sums over the steps since the last record."""
 
-    def __init__(self) -> None:
+    def __init__(self, learner: Learner, patches: int, flops: float) -> None:
+        """Args:
+        learner: takes the steps.
+        patches: of a step.
+        flops: of a patch, forward and backward.
+        """
+        self._learner, self._patches, self._flops = learner, patches, flops
         self._losses = FiniteSum()
         self.start()
 
     def start(self) -> None:
-        self.skipped, self._since = 0, time.perf_counter()
+        """Count from now on."""
+        self.skipped, self._waited, self._since = 0, 0.0, time.perf_counter()
 
-    def add(self, loss: Tensor) -> None:
-        """Count one step."""
+    def add(self, loss: Tensor, waited: float) -> None:
+        """Count one step, and the seconds that it waited for its patches."""
         self._losses.add(loss)
+        self._waited += waited
 
     def take(self, steps: int) -> dict[str, float]:
-        """Mean of the losses that are finite, and the time a step."""
+        """Mean of the losses that are finite, the time a step, and what the steps say of the machine."""
         loss, finite = self._losses.take()
-        metrics = {"loss": loss / finite} if finite else {}
-        metrics["seconds_per_step"] = (time.perf_counter() - self._since) / steps
-        return metrics | ({"skipped_steps": float(self.skipped)} if self.skipped else {})
+        seconds = time.perf_counter() - self._since
+        metrics = {"seconds_per_step": seconds / steps}
+        metrics |= {"loss": loss / finite} if finite else {}
+        metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
+        rate, learner = steps * self._patches / seconds, self._learner
+        metrics |= as_system({"patches_per_second": rate, "data_wait_share": self._waited / seconds})
+        metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
+        return metrics | arithmetic_rate(rate * self._flops, 1, learner.device, learner.dtype)

@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.losses import DiceCELoss
 
 from ssl_ray.cohort.store import Store
 from ssl_ray.cohort.volume import levels
 from ssl_ray.config import Study
-from ssl_ray.networks import build_unetr
-from ssl_ray.optimize import build_optimizer, take_step
-from ssl_ray.precision import autocast, resolve
+from ssl_ray.finetune.learner import Learner
+from ssl_ray.precision import autocast
+from ssl_ray.pretrain import learner as pretraining
 from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.learner import Learner
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
 
@@ -44,7 +42,7 @@ def probe_pretraining(study: Study) -> Timing:
     top = levels(config.preparation.window)
     feed = Feed(plan, Store("."), ("",), ("",), "uint8" if top == 255 else "uint16", top)
     device = _device(config.gpu, config.cpus_per_worker)
-    learner = Learner(Job(study, feed, feed, study.folder, "", None), device)  # type: ignore[arg-type]
+    learner = pretraining.Learner(Job(study, feed, feed, study.folder, "", None), device)  # type: ignore[arg-type]
     share = len(plan.rank_samples(0, 0, world))
     patches = np.random.default_rng(0).integers(0, top + 1, (share, *config.patch_size)).astype(feed.dtype)
     if device.type == "cuda":  # as `stream` has them
@@ -58,30 +56,18 @@ def probe_finetuning(study: Study) -> tuple[Timing, Timing]:
     """Optimizer steps of a trial without reading its patches, and forward passes of `window_batch` windows."""
     config = study.finetune
     device = _device(config.gpus_per_trial > 0, config.cpus_per_trial)
-    classes, batch = config.cohort.classes, config.volumes_per_step * config.patches_per_volume
-    model = build_unetr(study.network, config.patch_size, classes)
-    model.to(device, memory_format=torch.channels_last_3d)
-    dtype = resolve(config.precision, device)
-    optimizer = build_optimizer(config.optimizer, model.parameters())
-    kind = config.loss
-    criterion = DiceCELoss(to_onehot_y=True, softmax=True, include_background=kind.include_background, batch=kind.batch)
-    images = torch.rand(batch, 1, *config.patch_size, device=device)
-    labels = torch.randint(classes, images.shape, device=device)
+    learner, rate = Learner(study, device, config.optimizer.lr, seed=0), config.optimizer.lr
+    images = torch.rand(config.volumes_per_step * config.patches_per_volume, 1, *config.patch_size, device=device)
+    labels = torch.randint(config.cohort.classes, images.shape, device=device, dtype=torch.uint8)
     windows = torch.rand(config.window_batch, 1, *config.patch_size, device=device)
 
-    def step() -> None:
-        with autocast(device, dtype):
-            logits = model(images)
-        criterion(logits.float(), labels).backward()
-        take_step(optimizer, config.optimizer, config.optimizer.lr)
-
     def forward() -> None:
-        with autocast(device, dtype), torch.inference_mode():
-            model(windows)
+        with autocast(device, learner.dtype), torch.inference_mode():
+            learner.network(windows)
 
-    name = _name(device), _short(dtype)
-    trained = Timing(*_time(step, device), *name)
-    model.eval()
+    name = _name(device), _short(learner.dtype)
+    trained = Timing(*_time(lambda: learner.step(images, labels, rate), device), *name)
+    learner.network.eval()
     return trained, Timing(*_time(forward, device), *name)
 
 

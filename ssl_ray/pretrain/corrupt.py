@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssl_ray.config import Corruption
+from ssl_ray.files import reason
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,7 @@ def fused_paint() -> "Callable[[Tensor, DeviceDraws], Tensor] | None":
         draws = upload(draw(config, (8, 8, 10), 0, np.arange(2)), volumes.device)
         paint(volumes, draws)
     except Exception as error:  # no Triton, no compiler for its launcher, an architecture that it does not know
-        reason = " ".join(str(error).split())[:300]
-        logging.getLogger(__name__).warning(
-            "painting without a kernel of its own: %s: %s", type(error).__name__, reason
-        )
+        logging.getLogger(__name__).warning("painting without a kernel of its own: %s", reason(error))
         return None
     return paint
 

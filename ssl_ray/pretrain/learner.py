@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray.compiled import compile_or_not
 from ssl_ray.config import VIT_PATCH, Contrastive
+from ssl_ray.files import reason
 from ssl_ray.networks import build_autoencoder, describe, export, use_fast_attention, use_patch_products
 from ssl_ray.optimize import build_optimizer, take_step
 from ssl_ray.precision import autocast, resolve
@@ -113,9 +114,8 @@ class Learner:
             self._graph = StepGraph(body, self.optimizer, self._go, stored, draws)
         except Exception as error:  # out of memory, or an operator that cannot be recorded
             self.graphs = False
-            reason = " ".join(str(error).split())[:300]
             logging.getLogger(__name__).warning(
-                "the training step cannot be a CUDA graph here, going on without: %s: %s", type(error).__name__, reason
+                "the training step cannot be a CUDA graph here, going on without: %s", reason(error)
             )
 
     def _no_sync(self) -> AbstractContextManager[Any]:

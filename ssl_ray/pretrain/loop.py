@@ -19,7 +19,7 @@ from ssl_ray.pretrain.fault import keep
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import Learner
 from ssl_ray.pretrain.stream import Batch, Stream, Window, open_window, windows
-from ssl_ray.system import PREFIX, arithmetic_rate, peak_memory
+from ssl_ray.system import WORKER_MEMORY, arithmetic_rate, peak_memory
 
 _PREEMPTION_SECONDS = 5.0
 """How often Ray is asked whether a node is about to be taken away: the question is a barrier of all ranks."""
@@ -143,7 +143,7 @@ class _Book:
         total, longest = sum(patches), max(seconds)
         metrics = {"workers": float(self._world), "patches_per_second": total / longest}
         metrics["data_wait_share"] = max(waited) / longest
-        metrics[f"{PREFIX}worker_memory_peak_megabytes"] = max(memory) / 1e6
+        metrics[WORKER_MEMORY] = max(memory) / 1e6
         metrics |= arithmetic_rate(self._flops * total / longest, self._world, device, self._learner.dtype)
         if sum(finite):
             metrics["loss"] = sum(loss) / sum(finite)  # sums over sums, never means of means

@@ -1,0 +1,39 @@
+"""Work that threads do while the caller does something else."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
+    """`map`, with the next items in the works while the caller has the result of one.
+
+    Threads, not processes: numpy, scipy, torch and zlib give up Python's lock while they compute, and what they work on
+    need not be copied or sent.
+
+    Args:
+        function: called in the threads.
+        items: taken in the caller's thread; at most `threads` + 1 of them and of their results are held at once.
+        threads: 0 calls the function in the caller's.
+
+    Raises:
+        Exception: that of the first item that has one, in its turn; nothing runs on afterwards.
+    """
+    if threads == 0:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,102 @@
+"""What a trial trains: the UNETR, its optimizer, one step of them, and the prediction of a volume."""
+
+from pathlib import Path
+
+import torch
+from monai.losses import DiceCELoss
+from torch import Tensor, nn
+
+from ssl_ray.compiled import compile_or_not
+from ssl_ray.config import VIT_PATCH, SegmentationLoss, Study
+from ssl_ray.finetune.metrics import predict
+from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer, use_fast_attention
+from ssl_ray.optimize import build_optimizer, take_step
+from ssl_ray.precision import autocast, resolve
+
+
+class Learner:
+    """Network, optimizer and one step of them."""
+
+    def __init__(self, study: Study, device: torch.device, lr: float, seed: int, weights: Path | None = None) -> None:
+        """Args:
+        study: the experiment.
+        device: to train on.
+        lr: instead of the one in `finetune.optimizer`.
+        seed: of the initial weights; what pretrained weights replace does not change the others.
+        weights: pretrained weights to start from; None for random ones.
+
+        Raises:
+            ValueError: when the pretrained weights do not match the network.
+        """
+        self.config, self.device = study.finetune, device
+        torch.manual_seed(seed)
+        self.network = build_unetr(study.network, self.config.patch_size, self.config.cohort.classes)
+        if weights:
+            transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
+        # Most of a step is the convolutional decoder, which is 1.1 to 1.25 times as fast in this layout.
+        self.network.to(device, memory_format=torch.channels_last_3d)
+        self.dtype = resolve(self.config.precision, device)
+        if device.type == "cpu" and self.config.patch_size[0] == VIT_PATCH:
+            # Some convolutions are then two voxels deep. oneDNN 3.12 (torch 2.13) makes the bfloat16 gradients of their
+            # weights out of memory that it never wrote: other numbers every time, inf and nan among them.
+            self.dtype = torch.float32
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # Ray Tune lets a process train one trial after the other
+            use_fast_attention(self.network)
+        self.optimizer_config = self.config.optimizer.model_copy(update={"lr": lr})
+        self.optimizer = build_optimizer(self.optimizer_config, self.network.parameters())
+        # Prediction, whose windows have other shapes, calls the network itself, which stays as it is.
+        self.objective = _Objective(self.network, self.config.loss, device, self.dtype)
+        self.compiled = self.config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
+
+    def step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step on images (B, 1, X, Y, Z) and labels of the same shape.
+
+        Returns:
+            The loss and the gradient norm, both on the device. Where either is not finite, the norm is not, and the
+            weights have not changed.
+        """
+        loss = self._backward(*(batch.to(self.device, non_blocking=True) for batch in (images, labels)))
+        return loss.detach(), take_step(self.optimizer, self.optimizer_config, lr)
+
+    def predict(self, image: Tensor) -> Tensor:
+        """Segment a volume (X, Y, Z) in 0..1 by sliding windows: uint8 of the same shape, on the device."""
+        return predict(
+            self.network,
+            image.to(self.device),
+            self.config.patch_size,
+            self.config.cohort.classes,
+            window_batch=self.config.window_batch,
+            overlap=self.config.window_overlap,
+            autocast=None if self.dtype == torch.float32 else self.dtype,
+        )
+
+    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.objective(images, labels)
+        # A loss that is not finite need not have such gradients; this way it has, and the step is skipped.
+        loss.backward(torch.where(torch.isfinite(loss), 1.0, torch.nan))
+        return loss
+
+    def _try(self) -> None:
+        """Forward and backward in the shapes of a training step; leaves no gradient behind."""
+        patches = self.config.volumes_per_step * self.config.patches_per_volume
+        images = torch.zeros(patches, 1, *self.config.patch_size, device=self.device)
+        self._backward(images, images.to(torch.uint8))
+        self.network.zero_grad(set_to_none=True)
+
+
+class _Objective(nn.Module):
+    """Patches and labels in, loss out."""
+
+    def __init__(self, network: nn.Module, loss: SegmentationLoss, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.device, self.dtype = network, device, dtype
+        self.criterion = DiceCELoss(
+            to_onehot_y=True, softmax=True, include_background=loss.include_background, batch=loss.batch
+        )
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        with autocast(self.device, self.dtype):
+            logits = self.network(images)
+        loss: Tensor = self.criterion(logits.float(), labels)
+        return loss

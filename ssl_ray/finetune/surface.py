@@ -1,0 +1,81 @@
+"""How far the surfaces of predicted and true organs lie apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import KDTree
+
+Volume = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class SurfaceScores:
+    """Arrays of shape (classes - 1,), organ 1 first, nan where the organ is absent from the truth."""
+
+    hd95: NDArray[np.float64]
+    """mm"""
+    surface_dice: NDArray[np.float64]
+
+
+def surface_scores(
+    prediction: Volume, truth: Volume, classes: int, spacing: Sequence[float], tolerance: float
+) -> SurfaceScores:
+    """HD95 and surface Dice of every organ, with MONAI's definitions.
+
+    A surface is the set of voxels that erosion removes. HD95 is the larger of the two directed 95th percentiles
+    (`compute_hausdorff_distance(percentile=95)`); surface Dice is the share of the voxels of both surfaces that lie
+    within the tolerance of the other one (`compute_surface_dice`).
+
+    Args:
+        prediction: (X, Y, Z) integers on the original grid.
+        truth: (X, Y, Z) integers on the original grid.
+        classes: organs + background.
+        spacing: mm of the original grid; in an oblique one its voxel sizes (`nibabel.affines.voxel_sizes`).
+        tolerance: mm.
+    """
+    hd95, surface_dice = np.full(classes - 1, np.nan), np.full(classes - 1, np.nan)
+    diagonal = np.linalg.norm(np.multiply(truth.shape, spacing))
+    pairs = zip(_surfaces(prediction, classes), _surfaces(truth, classes), strict=True)
+    for organ, (predicted, true) in enumerate(pairs):
+        if not len(true):
+            continue
+        if not len(predicted):
+            hd95[organ], surface_dice[organ] = diagonal, 0.0
+            continue
+        points = predicted * np.asarray(spacing, float), true * np.asarray(spacing, float)
+        # Rounded as by MONAI: two voxels that lie the tolerance apart are then within it, whatever their coordinates.
+        distances = [_to_nearest(*points).astype(np.float32), _to_nearest(*points[::-1]).astype(np.float32)]
+        hd95[organ] = max(np.percentile(directed, 95) for directed in distances)
+        within = sum(int((directed <= tolerance).sum()) for directed in distances)
+        surface_dice[organ] = within / sum(len(directed) for directed in distances)
+    return SurfaceScores(hd95, surface_dice)
+
+
+def _surfaces(volume: Volume, classes: int) -> list[NDArray[np.int64]]:
+    """Of every organ its surface, as voxels (N, 3): those with a face to another class or to the outside.
+
+    Found for all organs in one pass. Organ by organ, as in MONAI, the one stray voxel that a prediction has far away
+    makes each a pass over the whole volume.
+    """
+    volume = np.ascontiguousarray(volume)
+    surface = np.zeros(volume.shape, bool)
+    for axis in range(3):
+        values, marks = np.moveaxis(volume, axis, 0), np.moveaxis(surface, axis, 0)
+        differ = values[1:] != values[:-1]
+        marks[1:] |= differ
+        marks[:-1] |= differ
+        marks[0] = marks[-1] = True
+    surface &= volume > 0
+    voxels, organs = np.argwhere(surface), volume[surface]
+    ends = np.cumsum(np.bincount(organs, minlength=classes))[:-1]
+    return np.split(voxels[np.argsort(organs, kind="stable")], ends)[1:]
+
+
+def _to_nearest(points: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distance of each point (N, 3) to the nearest of the others (M, 3)."""
+    # As exact as the default tree, which takes half as long again to build and ask.
+    found: NDArray[np.float64] = KDTree(others, leafsize=32, balanced_tree=False, compact_nodes=False).query(points)[0]
+    return found
