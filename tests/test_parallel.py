@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_learner import BATCH, LEVELS, SIDE, make, same
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 from ssl_ray.networks import load_weights
 from ssl_ray.nonfinite import Watch
@@ -18,10 +19,11 @@ from ssl_ray.pretrain.parallel import gathered
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 SETTINGS: dict[str, dict[str, Any]] = {
     "clipped": {"optimizer": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 0.01}},
-    "uneven": {"batch_size": 5},
     # Three passes of one patch, of which the second rank has but two.
     "accumulated": {"batch_size": 5, "microbatch": 1},
     "contrastive": {"contrastive": {"enabled": True}, "workers": WORLD},
@@ -67,16 +69,13 @@ def work(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
     found: dict[str, Any] = {}
     for kind, shard in {"ddp": False, "fsdp": True}.items():
-        mine = folder / kind
         for name, settings in SETTINGS.items():
-            made = make(mine, shard=shard, **settings)
-            found[kind, name] = train(made, 0, 4, rank, WORLD), made.state()
-        whole = make(mine, shard=shard)
+            made = make(folder, shard=shard, **settings)
+            found[kind, name] = train(made, 0, 3, rank, WORLD), made.state()
+        whole = make(folder, shard=shard)
         train(whole, 0, 3, rank, WORLD)
-        found[kind, "state"] = copy.deepcopy(whole.state())
-        (folder / kind).mkdir(exist_ok=True)
-        if rank == 0:
-            torch.save(found[kind, "state"], folder / kind / "state.pt")
+        if (state := whole.state()) and rank == 0:
+            torch.save(state, folder / kind / "state.pt")
         distributed.barrier()
         found[kind, "end"] = train(whole, 3, 6, rank, WORLD), whole.state()
     for kind, shard in {"ddp": False, "fsdp": True}.items():
@@ -87,10 +86,11 @@ def work(rank: int, folder: Path) -> None:
             if origin == kind:
                 found[kind, "resumed"] = train(made, 3, 6, rank, WORLD), made.state()
 
-        made = validating(make(folder / f"validation_{kind}", shard=shard, microbatch=1))
+        made = validating(make(folder / kind, shard=shard, microbatch=1))
         train(made, 0, 2, rank, WORLD)
         found[kind, "validation"] = made.validate(rank, WORLD, 2, picture=False)
-        found[kind, "best"] = made.state()["model"], train(made, 2, 3, rank, WORLD)
+        assert all(isinstance(weight, DTensor) == shard for weight in made.network.parameters()), "freed again"
+        found[kind, "best"] = copy.deepcopy(made.state()["model"]), train(made, 2, 3, rank, WORLD)
 
         made, other = make(folder, shard=shard), make(folder, shard=shard)
         train(made, 0, 2, rank, WORLD), train(other, 0, 2, rank, WORLD)
@@ -100,7 +100,7 @@ def work(rank: int, folder: Path) -> None:
         handle = made.restoration.embedding.register_forward_hook(poisoned)
         loss, norm = made.step(batch(2, 2), np.arange(2), WORLD, 1e-3)
         handle.remove()
-        kept = gathered(made.network.state_dict(), here=rank == 1)
+        kept = copy.deepcopy(gathered(made.network.state_dict(), here=rank == 1))
         after = copy.deepcopy(made.state())
         ends = [train(one, 2, 4, rank, WORLD) for one in (made, other)]
         found[kind, "skipped"] = float(loss), watch.look("step", loss, norm) is not None, before, after, kept, ends
@@ -115,7 +115,8 @@ def work(rank: int, folder: Path) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of two workers found, one of whose states to go on from is this process's."""
     folder = tmp_path_factory.mktemp("workers")
-    (folder / "one").mkdir()
+    for name in ("ddp", "fsdp", "one"):
+        (folder / name).mkdir()
     made = make(folder)
     train(made, 0, 3)
     torch.save(made.state(), folder / "one" / "state.pt")
@@ -125,24 +126,27 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return ranks
 
 
-def close(one: dict[str, Tensor], other: dict[str, Tensor], atol: float) -> None:
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], atol: float) -> None:
+    assert one.keys() == other.keys()
     for name, value in other.items():
-        torch.testing.assert_close(one[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        assert torch.allclose(one[name], value, rtol=0, atol=atol), name
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sharded_steps_are_those_of_ddp_and_of_one_process(found: Any, tmp_path: Path, name: str) -> None:
-    """Losses, gradient norms and weights of four steps: with FSDP as with DDP and on one process."""
-    (sharded, sharded_state), (ddp, ddp_state) = found[0]["fsdp", name], found[0]["ddp", name]
-    for a, b in zip(np.array(sharded).T, np.array(ddp).T, strict=True):
-        print(name, "ddp", np.abs(a / b - 1).max())
-    print(max(float((sharded_state["model"][k] - v).abs().max()) for k, v in ddp_state["model"].items()))
-    if name != "contrastive":
-        made = make(tmp_path, **SETTINGS[name])
-        one = train(made, 0, 4)
-        for a, b in zip(np.array(sharded).T, np.array(one).T, strict=True):
-            print(name, "one", np.abs(a / b - 1).max())
-        print(max(float((sharded_state["model"][k] - v).abs().max()) for k, v in made.state()["model"].items()))
+    """Losses and gradient norms to 1e-5, weights to 1e-6 after three steps: with FSDP as with DDP, in bfloat16 too.
+
+    One process adds up in another order: weights to 1e-5 of its; in bfloat16 all to 1e-2.
+    """
+    settings, (steps, state) = SETTINGS[name], found[0]["fsdp", name]
+    ddp_steps, ddp = found[0]["ddp", name]
+    np.testing.assert_allclose(steps, ddp_steps, rtol=1e-5)
+    assert_close(state["model"], ddp["model"], atol=1e-6)
+    if name != "contrastive":  # its negatives are a worker's own
+        one = make(tmp_path, **settings)
+        rounding = 1e-2 if name == "bfloat16" else 1e-5
+        np.testing.assert_allclose(steps, train(one, 0, 3), rtol=rounding)
+        assert_close(state["model"], one.state()["model"], atol=rounding)
 
 
 @pytest.mark.parametrize("origin", ["ddp", "fsdp", "one"])
@@ -184,7 +188,7 @@ def test_the_weights_that_did_best_are_exported_whole(found: Any) -> None:
     """A validation where a rank has a patch less ends and exports what a checkpoint has; then training goes on."""
     for kind in ("ddp", "fsdp"):
         model, _ = found[0][kind, "best"]
-        assert same(load_weights(found[0]["folder"] / f"validation_{kind}" / "best.safetensors"), model)
+        assert same(load_weights(found[0]["folder"] / kind / "best.safetensors"), model)
         assert found[0][kind, "validation"] == found[1][kind, "validation"]
     assert found[0]["fsdp", "validation"] == pytest.approx(found[0]["ddp", "validation"], rel=1e-5)
     np.testing.assert_allclose(found[0]["fsdp", "best"][1], found[0]["ddp", "best"][1], rtol=1e-5)
@@ -200,4 +204,3 @@ def test_each_worker_holds_its_share(found: Any, tmp_path: Path) -> None:
     assert sum(rank["local"][1] for rank in found) == moments
     for rank in found:
         assert rank["local"][0] < 0.6 * weights
-        print(rank["local"], weights, moments)
