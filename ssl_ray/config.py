@@ -141,7 +141,7 @@ class Pretrain(Strict):
     """Self-supervised pretraining of ViTAutoEnc."""
 
     HOW: ClassVar[set[str]] = {
-        *("workers", "microbatch", "compile", "gpu", "cpus_per_worker", "block_megabytes", "max_failures"),
+        *("workers", "shard", "microbatch", "compile", "gpu", "cpus_per_worker", "block_megabytes", "max_failures"),
         *("log_every", "picture_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"),
         *("on_nonfinite", "max_skipped"),
     }
@@ -168,6 +168,9 @@ class Pretrain(Strict):
     on_nonfinite: OnNonfinite = "skip"
     max_skipped: Positive = Field(10, description="steps in a row whose loss or gradient is not finite")
     workers: Positive | tuple[Positive, Positive] = Field(1, description="[least, most]: as many as the cluster holds")
+    shard: bool = Field(
+        False, description="FSDP2 instead of DDP: weights, gradients, optimizer state spread over several workers"
+    )
     microbatch: Positive | None = Field(None, description="patches a worker computes at once; more are accumulated")
     compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
     gpu: bool = False

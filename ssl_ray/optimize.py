@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ssl_ray.config import Optimizer
 
@@ -43,6 +44,8 @@ def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float | t
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):  # of this rank's shards until now; all ranks must decide alike
+        norm = norm.full_tensor()
     if config.clip_norm:
         nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     for group in optimizer.param_groups:

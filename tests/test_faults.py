@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SAVED, STEPS, assert_same, kill, outcome, saved, start, wait_for, write
+from runs import SAVED, STEPS, assert_close, assert_same, kill, outcome, saved, start, wait_for, write
 
 from ssl_ray.cli import main
 
@@ -61,6 +61,22 @@ def test_workers_and_a_data_task_killed(undisturbed, cohort, tmp_path, monkeypat
     found = outcome(path)
     assert len(found.started) == 4, "once and after each killed worker"
     assert_same(found, undisturbed)
+
+
+def test_a_sharded_run(undisturbed, cohort, tmp_path, monkeypatch):
+    """With FSDP, one of two workers killed in a validation, where both are needed: the run goes on from what rank 0
+    gathered, to the losses and the whole weights of one worker."""
+    path = write(tmp_path, cohort, workers=2, shard=True)
+    markers = tmp_path / "markers"
+    markers.mkdir()
+    for place in ("in mid-epoch", "in a checkpoint", "in a data task"):
+        (markers / place).touch()  # as if it had been killed there already
+    sabotage(monkeypatch, markers)
+    run(path)
+    found = outcome(path)
+    assert set(found.workers) == {2}
+    assert found.started == [0, SAVED]
+    assert_close(found, undisturbed)
 
 
 def test_the_end_of_a_job(undisturbed, cohort, tmp_path):

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from runs import SAVED, STEPS, Outcome, assert_same, kill, outcome, saved, start, wait_for, workers, write
+from runs import SAVED, STEPS, assert_close, assert_same, kill, outcome, saved, start, wait_for, workers, write
 
 pytestmark = pytest.mark.slow
 
@@ -35,14 +34,6 @@ def raylet(node: object) -> psutil.Process:
     """The process of a node's raylet."""
     (info,) = node.all_processes["raylet"]  # type: ignore[attr-defined]
     return psutil.Process(info.process.pid)
-
-
-def close(found: Outcome, expected: Outcome) -> None:
-    """Another number of workers adds up in another order: the same samples, so the same losses but for rounding."""
-    assert list(found.losses) == list(range(1, STEPS + 1))
-    assert all(abs(found.losses[step] - expected.losses[step]) < 1e-3 for step in expected.losses)
-    for name, tensor in expected.weights.items():
-        assert torch.allclose(found.weights[name], tensor, atol=2e-2), name
 
 
 def kill_a_node_with_a_worker(cluster, folder: Path) -> int:
@@ -69,7 +60,7 @@ def test_a_node_killed(undisturbed, cohort, tmp_path):
     found = outcome(path)
     assert len(found.started) >= 2
     assert found.started[-1] >= SAVED
-    close(found, undisturbed)
+    assert_close(found, undisturbed)
 
 
 def test_a_node_killed_and_replaced(undisturbed, cohort, tmp_path):
@@ -91,7 +82,7 @@ def test_a_node_killed_and_replaced(undisturbed, cohort, tmp_path):
     found = outcome(path)
     assert found.started[-1] >= SAVED
     assert set(found.workers) == {2}
-    close(found, undisturbed)
+    assert_close(found, undisturbed)
 
 
 def test_the_head_killed(undisturbed, cohort, tmp_path, monkeypatch):
@@ -169,4 +160,4 @@ def test_a_node_announced_to_leave(undisturbed, cohort, tmp_path):
             kill(driver)
     found = outcome(path)
     assert 0 < found.started[-1] < STEPS
-    close(found, undisturbed)
+    assert_close(found, undisturbed)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from monai.networks.nets import ViTAutoEnc
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray.compiled import compile_or_not
@@ -23,6 +24,7 @@ from ssl_ray.precision import autocast, resolve
 from ssl_ray.pretrain.corrupt import DeviceDraws, Draws, contrastive_loss, corrupt, draw, take
 from ssl_ray.pretrain.graphed import StepGraph
 from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.parallel import gathered, load, parallel
 from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.pretrain.plan import Sample
 
@@ -41,28 +43,32 @@ class Learner:
             use_fast_attention(self.network)
         if self.dtype != torch.float32:
             use_patch_products(self.network)
-        restoration = Restoration(self.network, self.config.contrastive)
+        self.restoration = Restoration(self.network, self.config.contrastive)
         if self.config.compile:
-            self.compiled = compile_or_not(restoration.parts(), lambda: self._try(restoration), "pretrain.compile")
-        self.model = _parallel(restoration, device)
+            self.compiled = compile_or_not(self.restoration.parts(), self._try, "pretrain.compile")
+        self.model = parallel(self.restoration, self.restoration.blocks, device, self.config.shard)
         self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
         self.best = math.inf
-        # Under DDP the hooks that exchange gradients would have to be recorded too.
-        self.graphs = device.type == "cuda" and self.model is restoration
+        # Under DDP and FSDP the hooks that exchange gradients would have to be recorded too.
+        self.graphs = device.type == "cuda" and type(self.model) is Restoration
         self._graph: StepGraph | None = None
         self._go = torch.ones((), dtype=torch.bool, device=device)
         self._upload = Upload(device)
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load(self.network, self.optimizer, state)
         self._graph = None  # it writes to the state that was
         self.best = state["best"]
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; samples, corruption and learning rate follow from the step."""
-        return {"best": self.best, "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """All that the rest of the run depends on; samples, corruption and learning rate follow from the step.
+
+        With `shard`, all ranks must call it, and rank 0 gets the tensors.
+        """
+        state = {"best": self.best, "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        whole: dict[str, Any] = gathered(state, here=not distributed.is_initialized() or distributed.get_rank() == 0)
+        return whole
 
     def step(
         self, images: npt.NDArray[Any], indices: npt.NDArray[np.int64], world: int, lr: float
@@ -87,13 +93,15 @@ class Learner:
         self, stored: Tensor, draws: Sequence[Draws | DeviceDraws], world: int, lr: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
-        size = self.config.microbatch or len(stored)
-        starts = range(0, len(stored), size)
+        largest = -(-self.config.batch_size // world)
+        size = self.config.microbatch or largest
+        starts = range(0, largest, size)
         for start in starts:
-            rows = slice(start, start + size)
-            part = stored[rows]
-            # DDP takes the mean over ranks, whose shares of the batch may differ by one.
-            weight = len(part) * world / self.config.batch_size
+            # With `shard` a pass needs all ranks: one without patches left repeats its last one, with no weight.
+            rows = slice(min(start, len(stored) - 1), start + size)
+            part, counted = stored[rows], len(stored[start : start + size])
+            # Ranks, whose shares of the batch may differ by one, are averaged.
+            weight = counted * world / self.config.batch_size
             with nullcontext() if start == starts[-1] else self._no_sync():
                 clean = scale(part, self.job.training.levels)
                 corrupted = torch.cat([corrupt(clean, take(drawn, rows)) for drawn in draws])  # (views * B, 1, X, Y, Z)
@@ -101,7 +109,7 @@ class Learner:
                     own, total = self.model(corrupted, clean)
                 # A loss that is not finite need not have such gradients; this way they have, on every rank.
                 (total * weight).backward(torch.where(torch.isfinite(total) & self._go, 1.0, torch.nan))
-            loss += own.detach() * (len(part) / len(stored))
+            loss += own.detach() * (counted / len(stored))
         return loss, take_step(self.optimizer, self.config.optimizer, lr)
 
     def _record(self, stored: Tensor, draws: Sequence[Draws], world: int) -> None:
@@ -137,28 +145,32 @@ class Learner:
         shown = ""
         share = -(-self.config.batch_size // world)
         size = min(self.config.microbatch or share, share)  # as much as a training step of this rank
-        for start in range(0, len(mine), size):
-            indices = mine[start : start + size]
+        for start in range(0, -(-len(samples) // world), size):
+            counted = len(mine[start : start + size])
+            indices = mine[start : start + size] if counted else np.zeros(1, np.int64)  # as in `_step`
             clean = scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels)
             corrupted = corrupt(clean, draw(self.config.corruption, self.config.patch_size, 0, indices))
             # Other shapes than in training: compiling for them would cost more than it saves.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
-                restored = self.network(corrupted)[0].float()
-            sums[0] += (restored - clean).abs().mean(dtype=torch.float64) * len(indices)
-            sums[1] += (corrupted - clean).abs().mean(dtype=torch.float64) * len(indices)
-            sums[2] += len(indices)
+                restored = self.restoration.restore(corrupted)
+            sums[0] += (restored - clean).abs().mean(dtype=torch.float64) * counted
+            sums[1] += (corrupted - clean).abs().mean(dtype=torch.float64) * counted
+            sums[2] += counted
             if picture and rank == 0 and start == 0:
                 shown = self._picture(step, clean, corrupted, restored)
         if world > 1:
-            torch.distributed.all_reduce(sums)
+            distributed.all_reduce(sums)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # of what is in no block, which FSDP leaves whole for a backward pass
         self.model.train()
         loss, identity = float(sums[0] / sums[2]), float(sums[1] / sums[2])
         if loss < self.best:
             self.best = loss
+            weights = gathered(self.network.state_dict(), here=rank == 0)
             if rank == 0:
                 facts = {"step": str(step), "validation_loss": f"{loss:.6f}", "key": self.job.key}
                 described = describe(self.job.study.network, self.config.patch_size)
-                export(self.job.weights, self.network.state_dict(), described | facts)
+                export(self.job.weights, weights, described | facts)
                 self.job.study.mirror.push(self.job.weights)
         report: dict[str, float | str] = {"validation_loss": loss, "validation_identity_loss": identity}
         return report | ({"picture": shown} if shown else {})
@@ -173,12 +185,12 @@ class Learner:
         self.job.study.mirror.push(path)
         return str(path)
 
-    def _try(self, restoration: nn.Module) -> None:
+    def _try(self) -> None:
         """Forward and backward in the shapes of a training step; leaves no gradient behind."""
         share = -(-self.config.batch_size // self.config.worker_range[0])
         clean = torch.zeros(min(self.config.microbatch or share, share), 1, *self.config.patch_size, device=self.device)
         with autocast(self.device, self.dtype):
-            total = restoration(torch.cat([clean] * (2 if self.config.contrastive.enabled else 1)), clean)[1]
+            total = self.restoration(torch.cat([clean] * (2 if self.config.contrastive.enabled else 1)), clean)[1]
         total.backward()
         self.network.zero_grad(set_to_none=True)
 
@@ -200,11 +212,19 @@ class Restoration(nn.Module):
 
     def forward(self, corrupted: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """(views * B, 1, X, Y, Z) and (B, 1, X, Y, Z) -> mean L1 of the first view, and what is minimised."""
-        tokens = self.embedding(corrupted)
+        losses = self.objective(self._tokens(corrupted), clean)
+        return losses[0], losses[-1]
+
+    def restore(self, corrupted: Tensor) -> Tensor:
+        """(B, 1, X, Y, Z) -> the same, float32, as `ViTAutoEnc.forward` restores it."""
+        restored: Tensor = self.objective.restore(self._tokens(corrupted), corrupted.shape[2:])
+        return restored
+
+    def _tokens(self, corrupted: Tensor) -> Tensor:
+        tokens: Tensor = self.embedding(corrupted)
         for block in self.blocks:
             tokens = block(tokens)
-        losses = self.objective(tokens, clean)
-        return losses[0], losses[-1]
+        return tokens
 
 
 class _Objective(nn.Module):
@@ -216,14 +236,18 @@ class _Objective(nn.Module):
         self.up, self.up_1 = network.conv3d_transpose, network.conv3d_transpose_1
 
     def forward(self, tokens: Tensor, clean: Tensor) -> tuple[Tensor, ...]:
-        grid = [side // VIT_PATCH for side in clean.shape[2:]]
-        volumes = self.norm(tokens).transpose(1, 2).reshape(len(tokens), -1, *grid)
-        restored = self.up_1(self.up(volumes)).float()
+        restored = self.restore(tokens, clean.shape[2:])
         loss = (restored[: len(clean)] - clean).abs().mean()
         if not self.contrastive.enabled:
             return (loss,)
         first, second = restored.flatten(1).chunk(2)
         return loss, loss + contrastive_loss(first, second, self.contrastive.temperature) * loss
+
+    def restore(self, tokens: Tensor, side: Sequence[int]) -> Tensor:
+        grid = [length // VIT_PATCH for length in side]
+        volumes = self.norm(tokens).transpose(1, 2).reshape(len(tokens), -1, *grid)
+        restored: Tensor = self.up_1(self.up(volumes)).float()
+        return restored
 
 
 class Upload:
@@ -258,11 +282,3 @@ class Upload:
 def scale(stored: Tensor, levels: int) -> Tensor:
     """(B, X, Y, Z) as stored -> (B, 1, X, Y, Z) float32 in 0..1."""
     return stored.unsqueeze(1).float().div_(levels)
-
-
-def _parallel(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network as every worker trains it: gradients are the mean over workers, where there are several."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return network
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)

@@ -18,6 +18,7 @@ from ssl_ray.optimize import learning_rate
 from ssl_ray.pretrain.fault import keep
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import Learner
+from ssl_ray.pretrain.parallel import gathered
 from ssl_ray.pretrain.stream import Batch, Stream, Window, open_window, windows
 from ssl_ray.system import WORKER_MEMORY, arithmetic_rate, peak_memory
 
@@ -158,11 +159,12 @@ class _Book:
 
     def note(self, fault: Fault[Batch], fatal: bool, lr: float) -> bool:
         """Tell the driver of a step that was not finite: the ranks whose loss it was, and rank 0 of any other."""
-        if self._rank == 0 or not math.isfinite(fault.loss):
+        mine = self._rank == 0 or not math.isfinite(fault.loss)
+        model = gathered(self._learner.network.state_dict(), here=mine)
+        if mine:
             study = self._job.study
             facts = {"lr": lr, "seed": study.seed, "world": self._world, "precision": str(self._learner.dtype)}
-            folder, model = self._job.folder / "faults", self._learner.network.state_dict()
-            text = keep(fault, self._job.training, self._rank, folder, model, facts)
+            text = keep(fault, self._job.training, self._rank, self._job.folder / "faults", model, facts)
             self._job.reports.actor.put_nowait.remote(("fatal" if fatal else "skipped", text))
         return fatal
 
@@ -176,10 +178,11 @@ class _Book:
 
     def save(self, step: int) -> None:
         """Begin to write a checkpoint, on rank 0."""
+        state = self._learner.state()
         if self._rank == 0:
             records = self._older + self._newer
             own = {"step": step, "key": self._job.key, "records": records, "row_not_finite": self.watch.row}
-            self._saver.save(self._learner.state() | own)
+            self._saver.save(state | own)
             self._send("records", records)
         self._older, self._newer, self._saved = self._newer, [], time.monotonic()
 
