@@ -19,9 +19,8 @@ from ssl_ray.config import Preparation
 
 _UNCHANGED = 1e-3
 """Affines closer than this are one to MONAI (`AFFINE_TOL`), and nothing is resampled."""
-_STRAIGHT = 1e-3
-"""Voxels that a coordinate may be off by shear: rotations in float32, as headers have them, shear by up to 1e-4 voxel
-over a volume, where a gantry tilt shears by many voxels."""
+_STRAIGHT = 1e-7
+"""Voxels that a coordinate may be off by shear; rotations in float32, as headers have them, shear by up to 1e-5."""
 
 
 @dataclass(frozen=True)
