@@ -59,3 +59,16 @@ def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, coh
     path = write(tmp_path_factory.mktemp("undisturbed"), cohort)
     assert main(["pretrain", str(path)]) == 0
     return outcome(path)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` as it is on a machine without a compiler: it fails when a compiled module is called."""
+
+    def refuse(self: torch.nn.Module, **_: Any) -> None:
+        def call(*_: Any) -> None:
+            raise RuntimeError("no compiler")
+
+        self._compiled_call_impl = call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", refuse)

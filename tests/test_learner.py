@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from ssl_ray import compiled
 from ssl_ray.config import Study
@@ -143,18 +142,11 @@ def test_a_held_step_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_it_goes_on_with_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, no_compiler: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where compiling fails, the losses are those of a run that never tried."""
     expected = steps(make(tmp_path), 0, 3)
 
-    def refuse(self: nn.Module, **_: Any) -> None:
-        def call(*_: Any) -> None:
-            raise RuntimeError("no compiler")
-
-        self._compiled_call_impl = call
-
-    monkeypatch.setattr(nn.Module, "compile", refuse)
     with caplog.at_level(logging.WARNING, compiled.__name__):
         made = make(tmp_path, compile=True)
     assert not made.compiled

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssl_ray import compiled
 from ssl_ray.config import Study
@@ -88,18 +88,9 @@ def test_two_learners_of_a_process_do_not_share_weights_or_traces(traced: None) 
     assert any(not torch.equal(value, before[name]) for name, value in second.network.state_dict().items())
 
 
-def test_without_a_compiler_it_goes_on_with_one_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_compiler_it_goes_on_with_one_warning(no_compiler: None, caplog: pytest.LogCaptureFixture) -> None:
     """Where compiling fails, the losses are those of a trial that never tried."""
 
-    def refuse(self: nn.Module, **_: Any) -> None:
-        def call(*_: Any) -> None:
-            raise RuntimeError("no compiler")
-
-        self._compiled_call_impl = call
-
-    monkeypatch.setattr(nn.Module, "compile", refuse)
     with caplog.at_level(logging.WARNING, compiled.__name__):
         made = make(compile=True)
     assert not made.compiled
