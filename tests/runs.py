@@ -71,12 +71,18 @@ def write(folder: Path, cohort: Path, study: dict[str, Any] | None = None, **pre
     return path
 
 
-def start(path: Path, address: str = "", *more: str, log: Path | None = None) -> subprocess.Popen[bytes]:
-    """`ssl-ray pretrain` in a process group of its own, on a Ray of its own or the one at an address."""
+def start(
+    path: Path, address: str = "", *more: str, log: Path | None = None, patch: str = ""
+) -> subprocess.Popen[bytes]:
+    """`ssl-ray pretrain` in a process group of its own, on a Ray of its own or the one at an address.
+
+    Python code in `patch` is run in the driver first; it finds `ssl_ray.pretrain.train` as `train`.
+    """
     out = (log or path.with_suffix(".log")).open("ab")
     environment = {**os.environ, "RAY_ADDRESS": address, "SSL_RAY_TRACEBACK": "1"}
+    code = f"import sys\nfrom ssl_ray import cli\nfrom ssl_ray.pretrain import train\n{patch}\nsys.exit(cli.main())"
     return subprocess.Popen(
-        [sys.executable, "-m", "ssl_ray", "pretrain", str(path), *more],
+        [sys.executable, "-c", code, "pretrain", str(path), *more],
         env=environment,
         start_new_session=True,
         stdout=out,

@@ -1,6 +1,5 @@
 """Several nodes on this machine: one lost, one gained, one announced to leave."""
 
-import os
 import subprocess
 import sys
 import time
@@ -116,15 +115,8 @@ def test_the_head_killed(undisturbed, cohort, tmp_path, monkeypatch):
 def test_a_node_gained(cohort, tmp_path):
     """With `workers: [1, 2]`, training begins with one, and goes on with two after a node came."""
     path = write(tmp_path, cohort, workers=[1, 2], epochs=500)
-    often = "import ssl_ray.pretrain.train as t, ssl_ray.cli as c, sys; t._RESIZE_SECONDS = 2.0; sys.exit(c.main())"
-    with nodes(1) as cluster, path.with_suffix(".log").open("wb") as log:
-        driver = subprocess.Popen(
-            [sys.executable, "-c", often, "pretrain", str(path)],
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
-            start_new_session=True,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    with nodes(1) as cluster:
+        driver = start(path, cluster.address, patch="train._RESIZE_SECONDS = 2.0")
         try:
             wait_for(lambda: saved(tmp_path), "a checkpoint")
             cluster.add_node(num_cpus=1, object_store_memory=150 * 10**6)
@@ -138,26 +130,42 @@ def test_a_node_gained(cohort, tmp_path):
     assert found.started[-1] >= SAVED
 
 
-def test_a_node_announced_to_leave(undisturbed, cohort, tmp_path):
+ASK_AT_EVERY_STEP = """
+def work(job):
+    from ssl_ray.pretrain import loop
+    loop._PREEMPTION_SECONDS = 0.0
+    loop.train_loop(job)
+train.work = work
+"""
+
+
+def test_a_node_announced_to_leave(undisturbed, cohort, tmp_path, monkeypatch):
     """Ray says that a node will be preempted, and it dies: a checkpoint is written just in time, and the two workers go
     on from it on the nodes that are left."""
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
     path = write(tmp_path, cohort, workers=2, checkpoint_every=None, checkpoint_minutes=60)
     with nodes(1, 1, 1) as cluster:
-        driver = start(path, cluster.address)
+        driver = start(path, cluster.address, patch=ASK_AT_EVERY_STEP)
         try:
             wait_for(lambda: list(tmp_path.glob("output/*/*/best.safetensors")), "the first validation")
+            ranks = workers()
+            for rank in ranks:  # the whole run takes seconds: it is held until Ray knows of the drain
+                rank.suspend()
             assert not saved(tmp_path)
             node = next(node for node in cluster.worker_nodes if workers(raylet(node)))
             drain = ["drain-node", "--address", cluster.address, "--node-id", node.node_id]
             drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
             ray = Path(sys.executable).with_name("ray")
-            subprocess.run([ray, *drain, "--deadline-remaining-seconds", "15"], check=True, capture_output=True)
-            wait_for(lambda: saved(tmp_path), "a checkpoint just in time", 15)
-            time.sleep(1)
+            subprocess.run([ray, *drain, "--deadline-remaining-seconds", "20"], check=True, capture_output=True)
+            time.sleep(2)
+            for rank in ranks:
+                rank.resume()
+            (step,) = wait_for(lambda: saved(tmp_path), "a checkpoint just in time", 20)
+            assert step < STEPS
             cluster.remove_node(node, allow_graceful=False)
             assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
         finally:
             kill(driver)
     found = outcome(path)
-    assert 0 < found.started[-1] < STEPS
+    assert found.started[-1] == step
     assert_close(found, undisturbed)
