@@ -283,6 +283,16 @@ def test_a_named_gpu_needs_no_probe(cohort, tmp_path, capsys):
     assert any("patches a worker and step" in warning for warning in launches["warnings"])
 
 
+@pytest.mark.parametrize(("microbatch", "passes"), [(None, 1), (1, 4)])
+def test_sharded_weights_are_exchanged_in_every_pass(cohort, tmp_path, microbatch, passes):
+    """Beside the gradients of DDP: weights are gathered for a pass forward and again for the one backward."""
+    whole = load(write_study(tmp_path, cohort, batch_size=8, workers=2, microbatch=microbatch), [])
+    parts = load(write_study(tmp_path, cohort, batch_size=8, workers=2, microbatch=microbatch, shard=True), [])
+    cluster = Cluster("here", 8, 2, 1e9, 1e9)
+    found = [plan_pretraining(one, survey(one, True), None, None, cluster).exchanged_bytes for one in (whole, parts)]
+    assert found[1] / found[0] == pytest.approx((2 * passes + 1) / 2)
+
+
 def test_the_slowest_part_is_named(cohort, tmp_path):
     """A fast device waits for few cores that read, then for the loop that deals out small blocks, then for itself."""
     study = load(write_study(tmp_path, cohort, patch_size=32, batch_size=64), [])

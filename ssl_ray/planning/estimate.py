@@ -20,8 +20,8 @@ MFU = {"vit": 0.25, "vit compiled": 0.32, "unetr": 0.05}
 """Share of the bfloat16 peak that the arithmetic of a step reaches. ViT: 0.24 to 0.27 and 0.31 to 0.34 on an H100 SXM
 at 64 to 256 patches a step, by experiments/benchmarks/gpu.py. UNETR: a guess, as 4 patches took the time of their
 launches; its wide, shallow convolutions are bound by memory."""
-MFU_FLOAT32 = 0.50
-"""The same in float32 without TF32: ViT, H100 SXM, 64 patches a step."""
+MFU_FLOAT32 = {"vit": 0.50, "vit compiled": 0.50, "unetr": 0.10}
+"""The same in float32 without TF32: ViT, H100 SXM, 64 patches a step; UNETR in proportion."""
 LAUNCH_SECONDS, GRAPH_SECONDS = 0.060, 0.006
 """Least time of a step, where the host launches its kernels one by one (8 to 64 patches beside that H100: 58 to 70 ms)
 and where the step is one CUDA graph, which it is for a single worker (8 patches: 6.0 and 7.1 ms)."""
@@ -77,7 +77,7 @@ class Pretraining:
     checkpoint_bytes: int
     checkpoints_kept: int
     checkpoint_minutes: float
-    gradient_bytes: int
+    exchanged_bytes: float
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def plan_pretraining(
         checkpoint_bytes=4 * (every + 2 * trained),
         checkpoints_kept=config.keep_checkpoints,
         checkpoint_minutes=config.checkpoint_minutes,
-        gradient_bytes=4 * trained,
+        exchanged_bytes=_exchanged(study, share, world) * 4 * trained,
     )
 
 
@@ -256,6 +256,14 @@ def full_share(flops: float, device: Device, precision: str) -> int:
     return math.ceil(LAUNCH_SECONDS * _speed(device, precision, "vit") / flops)
 
 
+def _exchanged(study: Study, share: int, world: int) -> float:
+    """What a worker sends in a step, as a multiple of the trained weights, by rings: DDP reduces gradients and spreads
+    them; FSDP gathers weights for each pass forward and backward, and reduces gradients.
+    """
+    passes = math.ceil(share / (study.pretrain.microbatch or share))
+    return (2 * passes + 1 if study.pretrain.shard else 2) * (world - 1) / world
+
+
 def _touched(volumes: Survey, patch_size: Sequence[int], itemsize: int) -> float | None:
     """Bytes of the pages that a patch of a volume of mean size lies in; rows along the last axis are contiguous."""
     shape = next((group.shape for group in volumes.groups if not group.labelled and group.shape), None)
@@ -290,10 +298,8 @@ def utilisation(device: Device, precision: str, network: str) -> tuple[float, fl
         network: a key of `MFU`.
     """
     dtype = device.dtype(precision)
-    share = (
-        MFU[network] if dtype != "float32" else MFU_FLOAT32 * (MFU["unetr"] / MFU["vit"] if network == "unetr" else 1)
-    )
-    return share, device.peak(dtype), dtype
+    shares = MFU_FLOAT32 if dtype == "float32" else MFU
+    return shares[network], device.peak(dtype), dtype
 
 
 def _speed(device: Device, precision: str, network: str) -> float:

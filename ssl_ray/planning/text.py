@@ -67,7 +67,7 @@ def _pretraining_lines(work: Pretraining) -> Iterator[tuple[str, str]]:
         yield "storage", f"{size(work.rate * work.storage_bytes_per_patch)}/s, until memory holds the whole store"
     yield "object store", f"{size(work.object_store_bytes)} of blocks of {size(work.block_bytes)} in flight"
     if work.workers > 1:
-        yield "gradients", f"{size(work.gradient_bytes)} a step between workers, whose time is not counted"
+        yield "exchange", f"{size(work.exchanged_bytes)} a step from each worker to others, whose time is not counted"
     yield (
         "checkpoint",
         f"{size(work.checkpoint_bytes)} every {work.checkpoint_minutes:g} min, {work.checkpoints_kept} are kept",
