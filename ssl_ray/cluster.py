@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from ssl_ray import memory
 from ssl_ray.config import Study
 from ssl_ray.console import say
 from ssl_ray.storage import Place
@@ -45,7 +46,7 @@ def connect(study: Study) -> None:
                 "object_store_memory": int(study.cluster.object_store_gigabytes * 2**30),
                 "include_dashboard": False,
             }
-        ray.init(runtime_env={"worker_process_setup_hook": quiet}, **options)
+        ray.init(runtime_env=runtime_env(), **options)
     if threading.current_thread() is threading.main_thread():
         # `ray job stop`, as Ctrl-C. After `ray.init`, whose own handler aborts the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -62,6 +63,11 @@ def first_error(text: str) -> str | None:
     """
     named = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b(?!.*ray::).*: .*$", text, re.MULTILINE)
     return named.group().strip() if named else None
+
+
+def runtime_env() -> dict[str, Any]:
+    """How Ray's worker processes are to start: with quiet loggers, and keeping the memory that they free."""
+    return {"worker_process_setup_hook": quiet, "env_vars": memory.environment()}
 
 
 def quiet() -> None:

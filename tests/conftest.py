@@ -14,6 +14,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from ssl_ray.memory import keep_freed
+
+keep_freed()
 torch.set_num_threads(1)
 settings.register_profile("ssl_ray", deadline=None, print_blob=True)
 settings.load_profile("ssl_ray")
@@ -24,7 +27,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, shared by all tests that ask for it."""
     import ray
 
-    from ssl_ray.cluster import quiet
+    from ssl_ray.cluster import quiet, runtime_env
 
     quiet()
     ray.init(
@@ -32,7 +35,7 @@ def ray_cluster() -> Iterator[None]:
         num_cpus=2,
         object_store_memory=10**9,
         include_dashboard=False,
-        runtime_env={"worker_process_setup_hook": quiet},
+        runtime_env=runtime_env(),
         log_to_driver=False,
     )
     yield

@@ -94,15 +94,15 @@ def read_yaml(content: bytes, folder: Path) -> None:
 
 def read_weights(content: bytes, folder: Path) -> None:
     """As safetensors and as a torch file."""
-    from ssl_ray import networks  # seconds of import that the other targets do not pay
+    from ssl_ray import weights  # seconds of import that the other targets do not pay
 
     for name in ("a.safetensors", "a.pt"):
         path = folder / name
         path.write_bytes(content)
         try:
-            for value in networks.load_weights(path).values():
+            for value in weights.load_weights(path).values():
                 assert value.isfinite().all() in (True, False)
-            networks.load_metadata(path)
+            weights.load_metadata(path)
         except ValueError as error:
             refused(error, path)
 
@@ -134,7 +134,7 @@ def seeds(target: str) -> list[bytes]:
     import torch
     from safetensors.torch import save
 
-    import ssl_ray.networks  # noqa: F401  # or the first input would count as slow
+    import ssl_ray.weights  # noqa: F401  # or the first input would count as slow
 
     found = []
     for zipped in (True, False):

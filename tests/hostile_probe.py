@@ -25,7 +25,8 @@ from ssl_ray.cohort.datalist import read_datalist
 from ssl_ray.cohort.volume import Nifti, prepare, read_label, read_nifti
 from ssl_ray.config import Network, Preparation
 from ssl_ray.experiment import dump, load
-from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer
+from ssl_ray.networks import build_unetr
+from ssl_ray.weights import load_metadata, load_weights, transfer
 
 SECONDS = 30
 """Before a reader counts as hanging."""

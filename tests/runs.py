@@ -18,8 +18,8 @@ import yaml
 from torch import Tensor
 
 from ssl_ray.experiment import load
-from ssl_ray.networks import load_weights
 from ssl_ray.tracking import Tracker
+from ssl_ray.weights import load_weights
 
 STEPS, SAVED = 240, 40
 """Optimizer steps of the run, and after how many it writes a checkpoint."""

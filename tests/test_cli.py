@@ -42,6 +42,12 @@ def test_a_typo_is_told_without_loading_torch_or_ray(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_the_driver_trains_nothing_and_loads_no_monai():
+    """Its import takes seconds; only workers need it, and the driver where it checks a transfer."""
+    code = "import sys, ssl_ray.study\nassert 'monai' not in sys.modules, 'imported too early'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_phantom_then_datalist(tmp_path, capsys):
     """A cohort is written with its lists; lists for the same folder can be written anew."""
     arguments = ["phantom", str(tmp_path), "--volumes", "3", "--labelled", "2", "--validation", "1", "--test", "1"]

@@ -37,7 +37,8 @@ from safetensors.torch import save
 from volumes import Array, oblique_affine, smooth_ct
 
 from ssl_ray.checkpoint import save_state
-from ssl_ray.networks import build_autoencoder, describe
+from ssl_ray.networks import build_autoencoder
+from ssl_ray.weights import describe
 
 MEGABYTES, TIMES = 48, {"datalist": 50}
 """Memory that reading may take besides so many times the file, ten by default; a list of empty lists is 25 times."""

@@ -19,18 +19,8 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
-from ssl_ray.finetune.metrics import (
-    PUBLISHED_DICE,
-    CaseScores,
-    Scores,
-    aggregate,
-    dice,
-    evaluate,
-    evaluate_canonical,
-    organ_keys,
-    predict,
-    to_original_grid,
-)
+from ssl_ray.finetune.metrics import dice, evaluate, evaluate_canonical, predict, to_original_grid
+from ssl_ray.finetune.scores import PUBLISHED_DICE, CaseScores, Scores, aggregate, organ_keys
 from ssl_ray.finetune.surface import surface_scores
 
 SHAPE = (30, 26, 14)

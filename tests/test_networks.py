@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ssl_ray import networks
 from ssl_ray.config import Network
-from ssl_ray.networks import build_autoencoder, build_unetr, describe, export, load_metadata, load_weights, transfer
+from ssl_ray.networks import build_autoencoder, build_unetr
+from ssl_ray.weights import describe, export, load_metadata, load_weights, transfer
 
 TINY = Network(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
 CUBE, LONG = (32, 32, 32), (48, 32, 32)
@@ -302,7 +303,7 @@ def test_failed_export_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.
             target.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"ssl_ray.networks.{culprit}", break_off)
+    monkeypatch.setattr(f"ssl_ray.weights.{culprit}", break_off)
     with pytest.raises(OSError, match="No space"):
         export(path, {"a": torch.ones(2)}, {})
     for name in ("weights.pt", "weights.safetensors"):

@@ -12,12 +12,12 @@ from test_learner import BATCH, LEVELS, SIDE, make, same
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
-from ssl_ray.networks import load_weights
 from ssl_ray.nonfinite import Watch
 from ssl_ray.pretrain.learner import Learner
 from ssl_ray.pretrain.parallel import gathered
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.weights import load_weights
 
 pytestmark = pytest.mark.slow
 

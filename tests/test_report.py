@@ -20,9 +20,9 @@ from scipy import stats
 from ssl_ray.config import Study
 from ssl_ray.experiment import dump
 from ssl_ray.finetune.grid import cells
-from ssl_ray.finetune.metrics import CaseScores, aggregate
+from ssl_ray.finetune.job import Cell
 from ssl_ray.finetune.runs import FAILURE
-from ssl_ray.finetune.trial import Cell
+from ssl_ray.finetune.scores import CaseScores, aggregate
 from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.report.findings import answer, honest_table, notes, organ_table, published_table
 from ssl_ray.report.paired import difference, interval

@@ -21,9 +21,11 @@ from ssl_ray.cohort.store import Store
 from ssl_ray.config import Study
 from ssl_ray.finetune import folder as trial_folder
 from ssl_ray.finetune.folder import TrialFolder
-from ssl_ray.finetune.metrics import CaseScores
-from ssl_ray.finetune.trial import Cell, TrialData, _Totals, _Trial, run_trial
-from ssl_ray.networks import build_autoencoder, describe, export
+from ssl_ray.finetune.job import Cell, TrialData
+from ssl_ray.finetune.scores import CaseScores
+from ssl_ray.finetune.trial import _Totals, _Trial, run_trial
+from ssl_ray.networks import build_autoencoder
+from ssl_ray.weights import describe, export
 
 CPU = torch.device("cpu")
 

@@ -122,7 +122,7 @@ def start_ray(bench: "Bench", config: Study) -> None:
     """As a study does; where Ray does not see the GPU that torch sees, it is told."""
     import ray
 
-    from ssl_ray.cluster import connect, quiet
+    from ssl_ray.cluster import connect, runtime_env
 
     connect(config)
     if bench.device.type == "cuda" and not ray.cluster_resources().get("GPU"):
@@ -133,7 +133,7 @@ def start_ray(bench: "Bench", config: Study) -> None:
             num_gpus=1,
             object_store_memory=int(config.cluster.object_store_gigabytes * 2**30),
             include_dashboard=False,
-            runtime_env={"worker_process_setup_hook": quiet},
+            runtime_env=runtime_env(),
         )
 
 

@@ -246,7 +246,7 @@ def run(bench: Bench) -> None:
         bench.facts[f"{label}, share waiting for data"] = statistics.mean(one.waits for one in found["ours"])
         bench.facts[f"{label}, start-up"] = {kind: [one.startup for one in runs] for kind, runs in found.items()}
         bench.facts[f"{label}, losses"] = {kind: [one.losses for one in runs] for kind, runs in found.items()}
-        target = max(one.losses[-1][1] for one in found["MONAI + torchrun"] if one.losses)
+        target = max(one.losses[-1][1] for runs in found.values() for one in runs)  # which all of them reach
         times = {kind: statistics.median(reached(one.losses, target) for one in runs) for kind, runs in found.items()}
         bench.ratios[f"{label}, time to validation loss {target:.4f}"] = times["MONAI + torchrun"] / times["ours"]
         print(f"share waiting for data {bench.facts[f'{label}, share waiting for data']:.3f}; seconds to {target:.4f}:")

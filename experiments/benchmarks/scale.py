@@ -7,7 +7,7 @@
 2. Volumes: 100 to 100,000 of them and 300 epochs planned, through `pretrain()` itself: seconds to the first batch, rate
    over many windows, memory of driver, worker and coordinator. Every volume has a key and a folder of its own, which
    are links to a few real ones: the page cache is warmer than it would be, the metadata are not.
-3. Model: what limits a run on up to 256 GPUs, out of the figures above.
+3. Model: what limits a run on up to 256 GPUs, out of the figures above, those of no more ranks than there are cores.
 """
 
 import json
@@ -229,7 +229,9 @@ def study(folder: Path, count: int) -> Any:
 
 def model(bench: Bench, found: dict[str, float]) -> None:
     """Part 3: what each stage can carry for G GPUs, of blocks of 64 MiB, in patches/s."""
-    world = max(int(key.split()[3]) for key in found if key.startswith("coordinator a block"))
+    # Ranks bring cores of their own; with more of them than cores here, their loops would wait for each other.
+    worlds = {int(key.split()[3]) for key in found if key.startswith("coordinator a block")}
+    world = max((each for each in worlds if each <= (os.cpu_count() or 1)), default=min(worlds))
     coordinator = found[f"coordinator a block, {world} ranks"]
     opening = found[f"open, {world} ranks"]
     reading = read_seconds(bench)

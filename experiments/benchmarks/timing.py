@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +25,8 @@ import numpy as np
 import psutil
 import torch
 
+from ssl_ray.memory import keep_freed
+
 torch.set_num_threads(1)
 
 
@@ -30,7 +34,7 @@ def start_ray() -> None:
     """A Ray of two CPUs and a small object store for this benchmark alone."""
     import ray
 
-    from ssl_ray.cluster import quiet
+    from ssl_ray.cluster import quiet, runtime_env
 
     quiet()
     ray.init(
@@ -39,7 +43,7 @@ def start_ray() -> None:
         object_store_memory=400 * 2**20,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": quiet},
+        runtime_env=runtime_env(),
     )
 
 
@@ -173,11 +177,40 @@ def main(description: str, run: Callable[[Bench], None]) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one turn, floors are not enforced")
     options = parser.parse_args()
+    keep_freed()  # as ssl_ray's workers do
     with tempfile.TemporaryDirectory(prefix="ssl_ray_bench_") as folder:
         bench = Bench(options.quick, Path(folder))
         run(bench)
         code = bench.finish()
     sys.exit(code)
+
+
+class Elsewhere:
+    """An object in a process of its own, whose malloc is as it comes: what ours is compared with."""
+
+    def __init__(self, make: Callable[..., Any], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, context, initializer=_make, initargs=(make, args))
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        """What a method of the object returns."""
+        return self._pool.submit(_call, method, args).result()
+
+    def stop(self) -> None:
+        """End the process."""
+        self._pool.shutdown()
+
+
+def _make(make: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    global _made
+    _made = make(*args)
+
+
+def _call(method: str, args: tuple[Any, ...]) -> Any:
+    return getattr(_made, method)(*args)
+
+
+_made: Any = None
 
 
 class Watched:

@@ -133,31 +133,10 @@ def prepare_cohort(
 
     store.remove_stale()
     known = _load(store)
-    rows = [
-        {
-            "place": place,
-            "id": case.id,
-            "image": str(case.image),
-            "label": str(case.label or ""),
-            "stamps": json.dumps({name: known[name] for name in map(str, (case.image, case.label)) if name in known}),
-        }
-        for place, case in enumerate(cases)
-    ]
+    rows = [_row(place, case, known) for place, case in enumerate(cases)]
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        case = Case(row["id"], Path(row["image"]), Path(row["label"]) if row["label"] else None)
-        stamps: Stamps = {name: tuple(stamp) for name, stamp in json.loads(row["stamps"]).items()}
-        found = {"place": row["place"], "volume": "", "fresh": False, "reason": "", "fault": "", "stamps": "{}"}
-        try:
-            volume, fresh = prepare_case(case, preparation, store, verify, stamps)
-        except (ValueError, RuntimeError, MemoryError) as error:  # the last two: torch, on a volume beyond its means
-            reason = (
-                str(error) if isinstance(error, ValueError) else f"{case.image}: {' '.join(str(error).split())[:200]}"
-            )
-            return found | {"reason": reason}
-        except OSError as error:  # of the store, not of the volume
-            return found | {"fault": str(error)}
-        return found | {"volume": volume.to_json(), "fresh": fresh, "stamps": json.dumps(stamps)}
+        return _prepare_row(row, preparation, store, verify)
 
     blocks = min(len(rows), 1000)
     dataset = ray.data.from_items(rows, override_num_blocks=blocks).map(work, num_cpus=1)
@@ -176,9 +155,8 @@ def prepare_cohort(
             stamps.update(json.loads(row["stamps"]))
             reason = row["reason"]
             if volume and classes and volume.largest_label >= classes:
-                reason = (
-                    f"{case.label}: label {volume.largest_label} is beyond the {classes} classes (0..{classes - 1})"
-                )
+                beyond = f"label {volume.largest_label} is beyond the {classes} classes (0..{classes - 1})"
+                reason = f"{case.label}: {beyond}"
             if reason:
                 bad.append(BadVolume(case.id, reason))
             elif volume:
@@ -186,6 +164,29 @@ def prepare_cohort(
     finally:  # also of a preparation that was cut off
         _save(store, stamps)
     return volumes, sorted(bad, key=lambda one: one.id), prepared
+
+
+def _row(place: int, case: Case, known: Stamps) -> dict[str, Any]:
+    """A case as Ray Data carries it, with what is known of its files."""
+    stamps = {name: known[name] for name in map(str, (case.image, case.label)) if name in known}
+    files = {"image": str(case.image), "label": str(case.label or "")}
+    return {"place": place, "id": case.id, "stamps": json.dumps(stamps), **files}
+
+
+def _prepare_row(row: dict[str, Any], preparation: Preparation, store: Store, verify: bool) -> dict[str, Any]:
+    """In a task: `prepare_case`, whose errors are results, so that one bad volume does not end the others."""
+    case = Case(row["id"], Path(row["image"]), Path(row["label"]) if row["label"] else None)
+    stamps: Stamps = {name: tuple(stamp) for name, stamp in json.loads(row["stamps"]).items()}
+    found = {"place": row["place"], "volume": "", "fresh": False, "reason": "", "fault": "", "stamps": "{}"}
+    try:
+        volume, fresh = prepare_case(case, preparation, store, verify, stamps)
+    except ValueError as error:
+        return found | {"reason": str(error)}
+    except (RuntimeError, MemoryError) as error:  # torch, on a volume beyond its means
+        return found | {"reason": f"{case.image}: {' '.join(str(error).split())[:200]}"}
+    except OSError as error:  # of the store, not of the volume
+        return found | {"fault": str(error)}
+    return found | {"volume": volume.to_json(), "fresh": fresh, "stamps": json.dumps(stamps)}
 
 
 def _load(store: Store) -> Stamps:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray import tune
 
 from ssl_ray.checkpoint import digest
@@ -17,11 +16,11 @@ from ssl_ray.cohort.store import Store, Volume
 from ssl_ray.config import Finetune, Study
 from ssl_ray.console import Bar
 from ssl_ray.finetune.folder import TrialFolder
+from ssl_ray.finetune.job import Cell, TrialData
 from ssl_ray.finetune.runs import Runs
-from ssl_ray.finetune.trial import Cell, TrialData, run_trial
-from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer
 from ssl_ray.pretrain.train import Pretrained
 from ssl_ray.tracking import Tracker, study_params
+from ssl_ray.weights import load_metadata, load_weights, transfer
 
 _NAMED = frozenset({"grid", "cohort", "weights"})
 """Settings that a cell's key names in another way."""
@@ -58,6 +57,8 @@ def check_transfer(study: Study, weights: Path) -> dict[str, Any]:
     Raises:
         ValueError: when anything of the encoder does not match.
     """
+    from ssl_ray.networks import build_unetr
+
     unetr = build_unetr(study.network, study.finetune.patch_size, study.finetune.cohort.classes)
     return transfer(load_weights(weights), unetr, str(weights), load_metadata(weights)).summary()
 
@@ -159,6 +160,10 @@ def _tune(
     config = study.finetune
 
     def trainable(space: dict[str, Any]) -> None:
+        import torch
+
+        from ssl_ray.finetune.trial import run_trial
+
         cell: Cell = space["cell"]
         torch.set_num_threads(max(1, int(config.cpus_per_trial)))
         device = torch.device("cuda" if config.gpus_per_trial else "cpu")

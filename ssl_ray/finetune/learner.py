@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from ssl_ray.compiled import compile_or_not
 from ssl_ray.config import VIT_PATCH, SegmentationLoss, Study
 from ssl_ray.finetune.metrics import predict
-from ssl_ray.networks import build_unetr, load_metadata, load_weights, transfer, use_fast_attention
+from ssl_ray.networks import build_unetr, use_fast_attention
 from ssl_ray.optimize import build_optimizer, take_step
 from ssl_ray.precision import autocast, resolve
+from ssl_ray.weights import load_metadata, load_weights, transfer
 
 
 class Learner:

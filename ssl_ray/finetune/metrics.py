@@ -1,4 +1,4 @@
-"""Segmentation metrics of one volume, and their means over volumes.
+"""Segmentation metrics of one volume; `scores` has their names, and their means over volumes.
 
 A volume is scored on two grids. On the *canonical* grid (resampled and cropped) Dice is what the published scripts
 report; on the *original* grid of the NIfTI file Dice, HD95 and surface Dice are what a reader of the labels would see.
@@ -13,10 +13,8 @@ Conventions, the same for every metric:
 Prediction and truth hold class numbers: 0 is background, 1 to classes - 1 are organs.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,48 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
+from ssl_ray.finetune.scores import CaseScores, Scores
 from ssl_ray.finetune.surface import Volume, surface_scores
-
-DICE_WITH_BACKGROUND = "dice_with_background"
-"""Canonical grid: mean over volumes of the mean over present classes, background included. MONAI's
-`DiceMetric(include_background=True, reduction="mean").aggregate()` after all volumes."""
-PUBLISHED_DICE = "published_dice"
-"""Canonical grid: what the tutorial's `validation()` returns. It calls `aggregate()` after every volume without a reset
-and averages those running means, so the first of 6 volumes weighs 41 % and the last 3 %; in the order of the cases."""
-DICE_FOREGROUND = "dice_foreground"
-"""Canonical grid: mean over volumes of the mean over present organs."""
-ORIGINAL_DICE_FOREGROUND = "original_dice_foreground"
-ORIGINAL_HD95 = "original_hd95"
-ORIGINAL_SURFACE_DICE = "original_surface_dice"
-"""These three on the original grid, HD95 in mm: mean over volumes of the mean over present organs."""
-
-Scores = tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
-class CaseScores:
-    """All scores of one volume; None for a class that is absent from its truth."""
-
-    case: str
-    dice: Scores
-    """Canonical grid, (classes,), background first."""
-    original_dice: Scores | None = None
-    """Original grid, (classes - 1,) like the next two; None if only the canonical grid was scored."""
-    original_hd95: Scores | None = None
-    """mm"""
-    original_surface_dice: Scores | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and None, one entry of `evaluation.json`."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> "CaseScores":
-        """The inverse of `to_json`."""
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()
-        }
-        return cls(**fields)
 
 
 def predict(
@@ -212,54 +170,5 @@ def evaluate(
     )
 
 
-def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, float]:
-    """Means over volumes, by MLflow metric name; a mean of nothing is left out.
-
-    Args:
-        cases: one entry a volume. Their order matters to `published_dice` alone.
-        organs: names of the classes 1, 2, ..., without background.
-
-    Returns:
-        The metrics of this module's constants, and for every organ the mean over the volumes that have it:
-        `original_dice/<organ>`, `original_hd95/<organ>` (mm), `original_surface_dice/<organ>`, with `organ_keys`.
-    """
-    canonical = _table(cases, "dice", len(organs) + 1)
-    with_background = _mean(canonical, axis=1)
-    running = [_mean(with_background[: count + 1]) for count in range(len(cases))]
-    means = {
-        DICE_WITH_BACKGROUND: _mean(with_background),
-        PUBLISHED_DICE: _mean(np.array(running)),
-        DICE_FOREGROUND: _mean(_mean(canonical[:, 1:], axis=1)),
-    }
-    for name, field in (
-        (ORIGINAL_DICE_FOREGROUND, "original_dice"),
-        (ORIGINAL_HD95, "original_hd95"),
-        (ORIGINAL_SURFACE_DICE, "original_surface_dice"),
-    ):
-        original = _table(cases, field, len(organs))
-        means[name] = _mean(_mean(original, axis=1))
-        means |= {f"{field}/{key}": mean for key, mean in zip(organ_keys(organs), _mean(original, axis=0), strict=True)}
-    return {name: float(mean) for name, mean in means.items() if not np.isnan(mean)}
-
-
-def organ_keys(organs: Sequence[str]) -> list[str]:
-    """Organ names as parts of a metric name: what MLflow may refuse becomes `_`, and equal results get their number."""
-    keys = [re.sub(r"[^\w\- ]", "_", organ) for organ in organs]
-    return [key if keys.count(key) == 1 else f"{key}_{number}" for number, key in enumerate(keys, start=1)]
-
-
 def _scores(values: NDArray[np.float64]) -> Scores:
     return tuple(None if np.isnan(value) else float(value) for value in values)
-
-
-def _table(cases: Sequence[CaseScores], field: str, columns: int) -> NDArray[np.float64]:
-    """(volumes that have the field, columns), nan for None."""
-    rows = [getattr(case, field) for case in cases if getattr(case, field) is not None]
-    return np.array(rows, dtype=float).reshape(len(rows), columns)
-
-
-def _mean(values: NDArray[np.float64], axis: int | None = None) -> Any:
-    """Sum over count of what is not nan; unlike `np.nanmean`, nan without a warning where nothing is left."""
-    known = ~np.isnan(values)
-    total, count = np.where(known, values, 0).sum(axis), known.sum(axis)
-    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)

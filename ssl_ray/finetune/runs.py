@@ -13,7 +13,7 @@ from ssl_ray.cluster import first_error
 from ssl_ray.config import Study
 from ssl_ray.console import Bar, say
 from ssl_ray.finetune.folder import TrialFolder
-from ssl_ray.finetune.trial import Cell, TrialData
+from ssl_ray.finetune.job import Cell, TrialData
 from ssl_ray.pretrain.train import Pretrained
 from ssl_ray.tracking import KEY, PRETRAINING_RUN, Run, Tracker, study_params
 

@@ -3,9 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,43 +11,18 @@ from torch import Tensor
 
 from ssl_ray.ahead import ahead
 from ssl_ray.arithmetic import unetr_flops
-from ssl_ray.cohort.store import Store, Volume, open_array
+from ssl_ray.cohort.store import Volume, open_array
 from ssl_ray.cohort.volume import read_label
 from ssl_ray.config import Study
 from ssl_ray.finetune.folder import TrialFolder
+from ssl_ray.finetune.job import Cell, TrialData
 from ssl_ray.finetune.learner import Learner
-from ssl_ray.finetune.metrics import DICE_FOREGROUND, CaseScores, aggregate, evaluate, evaluate_canonical
+from ssl_ray.finetune.metrics import evaluate, evaluate_canonical
 from ssl_ray.finetune.patches import PatchSampler
+from ssl_ray.finetune.scores import DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.nonfinite import Fault, FiniteSum, Watch
 from ssl_ray.optimize import learning_rate
 from ssl_ray.system import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of the grid."""
-
-    split: int
-    init: Literal["random", "pretrained"]
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """For run names and folders, e.g. `n06-pretrained-lr0.0001-seed0`."""
-        return f"n{self.split:02d}-{self.init}-lr{self.lr:g}-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class TrialData:
-    """Prepared volumes of a trial, shared read-only by all of them."""
-
-    store: Store | Path
-    training: tuple[Volume, ...]
-    validation: tuple[Volume, ...]
-    test: tuple[Volume, ...]
-    organs: tuple[str, ...]
-
 
 Record = tuple[int, dict[str, float]]
 """A step and metrics of it."""

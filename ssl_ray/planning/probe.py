@@ -12,6 +12,7 @@ from ssl_ray.cohort.store import Store
 from ssl_ray.cohort.volume import levels
 from ssl_ray.config import Study
 from ssl_ray.finetune.learner import Learner
+from ssl_ray.memory import keep_freed
 from ssl_ray.precision import autocast
 from ssl_ray.pretrain import learner as pretraining
 from ssl_ray.pretrain.job import Job
@@ -88,6 +89,7 @@ def on_worker(function: Callable[[Study], Any], study: Study, cpus: float, gpus:
 
 
 def _device(gpu: bool, cpus: float) -> torch.device:
+    keep_freed()  # as the workers do
     torch.set_num_threads(max(1, int(cpus)))
     return torch.device("cuda:0" if gpu else "cpu")
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_ray.compiled import compile_or_not
 from ssl_ray.config import VIT_PATCH, Contrastive
 from ssl_ray.files import reason
-from ssl_ray.networks import build_autoencoder, describe, export, use_fast_attention, use_patch_products
+from ssl_ray.networks import build_autoencoder, use_fast_attention, use_patch_products
 from ssl_ray.optimize import build_optimizer, take_step
 from ssl_ray.precision import autocast, resolve
 from ssl_ray.pretrain.corrupt import DeviceDraws, Draws, contrastive_loss, corrupt, draw, take
@@ -27,6 +27,7 @@ from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.parallel import gathered, load, parallel
 from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.pretrain.plan import Sample
+from ssl_ray.weights import describe, export
 
 
 class Learner:

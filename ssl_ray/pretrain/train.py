@@ -22,12 +22,12 @@ from ssl_ray.cohort.store import Store, Volume
 from ssl_ray.config import Pretrain, Study
 from ssl_ray.console import Bar, say
 from ssl_ray.mirror import Mirror
-from ssl_ray.networks import load_metadata
 from ssl_ray.pretrain.job import Job, work
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.system import ObjectStore, as_system
 from ssl_ray.tracking import Run, Tracker, study_params
+from ssl_ray.weights import load_metadata
 
 _RESIZE_SECONDS = 60.0
 """How often Ray Train looks whether more of the workers that the experiment allows would find room."""

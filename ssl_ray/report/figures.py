@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ssl_ray.finetune.metrics import organ_keys
+from ssl_ray.finetune.scores import organ_keys
 from ssl_ray.report.paired import interval
 from ssl_ray.report.results import FOREGROUND, Arm, Pretraining, Results
 

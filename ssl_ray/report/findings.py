@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssl_ray.finetune.metrics import PUBLISHED_DICE, organ_keys
+from ssl_ray.finetune.scores import PUBLISHED_DICE, organ_keys
 from ssl_ray.report.page import Table
 from ssl_ray.report.paired import Difference
 from ssl_ray.report.results import (

@@ -11,7 +11,9 @@ from mlflow.entities import Run as MlflowRun
 from ssl_ray.config import Study
 from ssl_ray.experiment import dump
 from ssl_ray.finetune.grid import CELLS, cells
-from ssl_ray.finetune.metrics import (
+from ssl_ray.finetune.job import Cell
+from ssl_ray.finetune.runs import FAILURE
+from ssl_ray.finetune.scores import (
     DICE_FOREGROUND,
     DICE_WITH_BACKGROUND,
     ORIGINAL_DICE_FOREGROUND,
@@ -20,8 +22,6 @@ from ssl_ray.finetune.metrics import (
     CaseScores,
     Scores,
 )
-from ssl_ray.finetune.runs import FAILURE
-from ssl_ray.finetune.trial import Cell
 from ssl_ray.report.paired import Difference, difference
 from ssl_ray.tracking import KEY, PRETRAINING_RUN, Tracker
 

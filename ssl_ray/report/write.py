@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ssl_ray.config import Study
-from ssl_ray.finetune.metrics import PUBLISHED_DICE
+from ssl_ray.finetune.scores import PUBLISHED_DICE
 from ssl_ray.report.figures import draw_finetuning, draw_label_efficiency, draw_organs, draw_pretraining
 from ssl_ray.report.findings import (
     answer,
