@@ -26,6 +26,7 @@ from ssl_ray.experiment import load
 from ssl_ray.finetune import grid
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.finetune.runs import FAILURE
+from ssl_ray.finetune.trial import run_trial
 from ssl_ray.tracking import Tracker
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ A, B = "n02-random-lr0.001-seed0", "n04-random-lr0.001-seed0"
 STEPS = 12
 """Validations and checkpoints at steps 4, 8 and 12."""
 
-real_trial, real_save, real_batch = grid.run_trial, torch.save, PatchSampler.batch
+real_trial, real_save, real_batch = run_trial, torch.save, PatchSampler.batch
 
 
 def die(*_, **__):
@@ -97,7 +98,7 @@ def faulty_trial(study, cell, data, weights, folder, device, key):
 
 def drive(path, *options):
     """The command line, with planned faults."""
-    with mock.patch.object(grid, "run_trial", faulty_trial):
+    with mock.patch.object(grid, "work", faulty_trial):
         return main(["finetune", str(path), *options])
 
 
@@ -226,7 +227,7 @@ def test_a_trial_that_crashes_is_tried_again_and_then_a_hole(undisturbed, experi
     code 1, the report shows the hole, and the same command given again tries that cell alone."""
     path = experiment(a=["crash", "crash"])
     options = ["--set", "finetune.max_failures=1"]
-    with mock.patch.object(grid, "run_trial", faulty_trial):
+    with mock.patch.object(grid, "work", faulty_trial):
         assert main(["run", str(path), *options]) == 1
     out = capfd.readouterr().out
     assert "RuntimeError: the moon is in the way" in out

@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from ssl_ray.memory import keep_freed
+from ssl_ray.memory import environment, keep_freed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 
@@ -51,6 +51,14 @@ def in_a_process(keep: bool) -> int:
 def test_memory_is_mapped_once(default):
     """By default all pages are mapped again for each tensor."""
     assert 5 * in_a_process(keep=True) < default
+
+
+def test_what_a_user_has_set_stays(monkeypatch):
+    """Variables of glibc's malloc in the driver's environment are not overruled."""
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    assert environment()["MALLOC_TRIM_THRESHOLD_"] == "500000000"
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert "MALLOC_TRIM_THRESHOLD_" not in environment()
 
 
 def test_rays_workers_are_set_up_so(ray_cluster, default):

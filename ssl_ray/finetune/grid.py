@@ -16,7 +16,7 @@ from ssl_ray.cohort.store import Store, Volume
 from ssl_ray.config import Finetune, Study
 from ssl_ray.console import Bar
 from ssl_ray.finetune.folder import TrialFolder
-from ssl_ray.finetune.job import Cell, TrialData
+from ssl_ray.finetune.job import Cell, TrialData, work
 from ssl_ray.finetune.runs import Runs
 from ssl_ray.pretrain.train import Pretrained
 from ssl_ray.tracking import Tracker, study_params
@@ -162,8 +162,6 @@ def _tune(
     def trainable(space: dict[str, Any]) -> None:
         import torch
 
-        from ssl_ray.finetune.trial import run_trial
-
         cell: Cell = space["cell"]
         torch.set_num_threads(max(1, int(config.cpus_per_trial)))
         device = torch.device("cuda" if config.gpus_per_trial else "cpu")
@@ -171,7 +169,7 @@ def _tune(
         if weights and weights.is_relative_to(study.mirror.folder):
             study.mirror.pull(weights)  # made on another machine
         try:
-            for step, metrics in run_trial(study, cell, data[cell.split], weights, folders[cell], device, keys[cell]):
+            for step, metrics in work(study, cell, data[cell.split], weights, folders[cell], device, keys[cell]):
                 tune.report({"step": step, "metrics": metrics})
         except FloatingPointError as error:  # said, not raised: tried again, it would come to the same
             tune.report({"failure": str(error)})

@@ -1,11 +1,12 @@
-"""What a trial is given.
+"""What a trial is started with.
 
-The driver and the report need no more of a trial: MONAI takes seconds to import and is not here.
+The driver and the report read it, too: torch and MONAI take seconds to import and are not here.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ssl_ray.cohort.store import Store, Volume
 
@@ -34,3 +35,10 @@ class TrialData:
     validation: tuple[Volume, ...]
     test: tuple[Volume, ...]
     organs: tuple[str, ...]
+
+
+def work(*arguments: Any) -> Iterator[tuple[int, dict[str, float]]]:
+    """`trial.run_trial` with these arguments."""
+    from ssl_ray.finetune.trial import run_trial
+
+    yield from run_trial(*arguments)
