@@ -13,11 +13,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["prepare", "feed"])
-def test_a_quick_run_ends_with_its_figures(name: str) -> None:
+@pytest.mark.parametrize("command", ["prepare", "feed", "finetune", "gpu --parts correct,step,compile,ddp,unetr"])
+def test_a_quick_run_ends_with_its_figures(command: str) -> None:
     """`--quick` ends with code 0, and its last line is JSON with ratios, floors and ok."""
+    name, *options = command.split()
     done = subprocess.run(
-        [sys.executable, f"experiments/benchmarks/{name}.py", "--quick"],
+        [sys.executable, f"experiments/benchmarks/{name}.py", "--quick", *options],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""},
         capture_output=True,

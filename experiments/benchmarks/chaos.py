@@ -313,7 +313,7 @@ def free_port() -> int:
 
 def table(rows: list[Row]) -> Iterator[str]:
     """Markdown: faults by kind and stage."""
-    yield "| fault | in the pretraining | in the grid | recovery, median s | longest s |"
+    yield "| fault | in the pretraining | in the grid | until the next checkpoint, median s | longest s |"
     yield "|---|---:|---:|---:|---:|"
     for kind, text in KINDS.items():
         mine = [row for row in rows if row.kind == kind]

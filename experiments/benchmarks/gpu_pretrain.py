@@ -420,10 +420,11 @@ def ddp(bench: "Bench") -> None:
 
         def build(view: bool | None) -> Callable[[], Any]:
             made = learner(bench, batch)
+            made.graphs = False  # as with workers
             if view is not None:
                 devices = [bench.device.index or 0] if bench.device.type == "cuda" else None
                 made.model = nn.parallel.DistributedDataParallel(
-                    made.network, device_ids=devices, gradient_as_bucket_view=view
+                    made.restoration, device_ids=devices, gradient_as_bucket_view=view
                 )
             return stepper(bench, made, batch)
 
