@@ -4,10 +4,12 @@
 
 1. Feed: 1 to 8 ranks, each with a stream of its own, read small patches; CPU time of the coordinators (Ray Data's
    scheduling loops) and of the rest, a block. Small blocks, so that blocks and not bytes are what is measured.
-2. Volumes: 100 to 100,000 of them and 300 epochs planned, through `pretrain()` itself: seconds to the first batch, rate
+2. Step: 1 to 8 processes of DDP, each on as many patches as the one alone; CPU time of a rank's step, as there are more
+   ranks than cores, and how much of it the exchange of gradients adds.
+3. Volumes: 100 to 100,000 of them and 300 epochs planned, through `pretrain()` itself: seconds to the first batch, rate
    over many windows, memory of driver, worker and coordinator. Every volume has a key and a folder of its own, which
    are links to a few real ones: the page cache is warmer than it would be, the metadata are not.
-3. Model: what limits a run on up to 256 GPUs, out of the figures above, those of no more ranks than there are cores.
+4. Model: what limits a run on up to 256 GPUs, out of the figures above, those of no more ranks than there are cores.
 """
 
 import json
@@ -24,7 +26,9 @@ from cohort import fill, spread
 from timing import Bench, Watched, ledger, main, start_ray
 
 from ssl_ray.cohort.store import Store
-from ssl_ray.pretrain.learner import scale
+from ssl_ray.memory import keep_freed
+from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.learner import Learner, scale
 from ssl_ray.pretrain.plan import Plan
 from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, open_window, windows
 
@@ -34,6 +38,7 @@ PATCH = 96**3
 NETWORK = 25e9
 """Bytes/s between nodes of 8 GPUs, 200 Gbit/s; the model's only figure that is not measured here."""
 PARAMETERS = 88e6
+WIDE = {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3}
 
 
 def feed(bench: Bench) -> dict[str, float]:
@@ -92,8 +97,41 @@ def coordinator_seconds() -> float:
     return ledger().seconds("SplitCoordinator")
 
 
+def steps(bench: Bench) -> None:
+    """Part 2."""
+    count = 3 if bench.quick else 20
+    print(f"\nstep: 8 patches of 32³ a rank, ViT of width {WIDE['hidden_size']}, DDP over gloo")
+    print(f"{'ranks':>8}{'ms CPU':>12}")
+    for world in (1, 2) if bench.quick else (1, 2, 4, 8):
+        torch.multiprocessing.spawn(step_rank, (world, str(bench.folder), count), nprocs=world)
+        found = [json.loads((bench.folder / f"step{world}-{rank}.json").read_text()) for rank in range(world)]
+        bench.facts[f"CPU s a rank's step, {world} ranks"] = mean = sum(found) / world
+        print(f"{world:>8}{1000 * mean:>12.1f}", flush=True)
+
+
+def step_rank(rank: int, world: int, folder: str, count: int) -> None:
+    """A rank of part 2: writes the CPU seconds of one of its steps."""
+    torch.set_num_threads(1)
+    keep_freed()
+    store = f"file://{folder}/rendezvous{world}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    made = study(Path(folder), 1, batch=8 * world, network=WIDE)
+    size = made.pretrain.patch_size
+    plan = Plan(0, np.array([size]), size, 1, 8 * world, 1)
+    source = Feed(plan, Store(Path(folder)), ("",), ("",), "uint8", 221)
+    learner = Learner(Job(made, source, source, Path(folder), "", None), torch.device("cpu"))  # type: ignore[arg-type]
+    images = np.random.default_rng(rank).integers(0, 222, (8, *size)).astype(np.uint8)
+    indices = np.arange(rank, 8 * world, world)
+    for index in range(count + 3):
+        if index == 3:
+            start = time.process_time()
+        learner.step(images, indices, world, 1e-4)
+    (Path(folder) / f"step{world}-{rank}.json").write_text(json.dumps((time.process_time() - start) / count))
+    torch.distributed.destroy_process_group()
+
+
 def volumes(bench: Bench) -> None:
-    """Part 2: each cohort in a process of its own, which is ended after some time."""
+    """Part 3: each cohort in a process of its own, which is ended after some time."""
     counts = (300,) if bench.quick else (100, 1000, 10_000, 100_000)
     print(f"\n{'volumes':>10}{'first batch s':>15}{'patches/s':>12}{'last third':>12}{'driver MB':>12}", end="")
     print(f"{'worker MB':>12}{'coordinator MB':>16}")
@@ -168,7 +206,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def cohort(count: int, folder: Path) -> None:
-    """A child of part 2: `pretrain()` on `count` volumes, with a line for every record."""
+    """A child of part 3: `pretrain()` on `count` volumes, with a line for every record."""
     from ssl_ray.cluster import connect
     from ssl_ray.experiment import dump
     from ssl_ray.pretrain import train
@@ -194,8 +232,8 @@ def cohort(count: int, folder: Path) -> None:
     train.pretrain(made, training, training[:2], tracker, dump(made))
 
 
-def study(folder: Path, count: int) -> Any:
-    """300 epochs of a network so small that the feed has to hurry."""
+def study(folder: Path, count: int, batch: int = 8, network: Any = None) -> Any:
+    """300 epochs, by default of a network so small that the feed has to hurry."""
     from ssl_ray.config import Study
 
     preparation = {"spacing": 2, "window": [-57, 164]}
@@ -205,13 +243,13 @@ def study(folder: Path, count: int) -> Any:
             "name": f"volumes{count}",
             "output": str(folder / f"output{count}"),
             "cache": str(folder / "links"),
-            "network": {"hidden_size": 12, "mlp_dim": 12, "num_heads": 1},
+            "network": network or {"hidden_size": 12, "mlp_dim": 12, "num_heads": 1},
             "cluster": {"cpus": 2, "object_store_gigabytes": 0.3},
             "pretrain": {
                 "sources": [nowhere],
                 "preparation": preparation,
                 "patch_size": 32,
-                "batch_size": 8,
+                "batch_size": batch,
                 "epochs": 300,
                 "validate_every": 300,
                 "log_every": 5,
@@ -228,7 +266,7 @@ def study(folder: Path, count: int) -> Any:
 
 
 def model(bench: Bench, found: dict[str, float]) -> None:
-    """Part 3: what each stage can carry for G GPUs, of blocks of 64 MiB, in patches/s."""
+    """Part 4: what each stage can carry for G GPUs, of blocks of 64 MiB, in patches/s."""
     # Ranks bring cores of their own; with more of them than cores here, their loops would wait for each other.
     worlds = {int(key.split()[3]) for key in found if key.startswith("coordinator a block")}
     world = max((each for each in worlds if each <= (os.cpu_count() or 1)), default=min(worlds))
@@ -271,8 +309,9 @@ def read_seconds(bench: Bench) -> float:
 
 
 def run(bench: Bench) -> None:
-    """All three parts."""
+    """All four parts."""
     found = feed(bench)
+    steps(bench)
     volumes(bench)
     model(bench, found)
 
