@@ -80,9 +80,10 @@ def start(
     """
     out = (log or path.with_suffix(".log")).open("ab")
     environment = {**os.environ, "RAY_ADDRESS": address, "SSL_RAY_TRACEBACK": "1"}
-    code = f"import sys\nfrom ssl_ray import cli\nfrom ssl_ray.pretrain import train\n{patch}\nsys.exit(cli.main())"
+    patched = f"import sys\nfrom ssl_ray import cli\nfrom ssl_ray.pretrain import train\n{patch}\nsys.exit(cli.main())"
+    program = ["-c", patched] if patch else ["-m", "ssl_ray"]
     return subprocess.Popen(
-        [sys.executable, "-c", code, "pretrain", str(path), *more],
+        [sys.executable, *program, "pretrain", str(path), *more],
         env=environment,
         start_new_session=True,
         stdout=out,

@@ -5,7 +5,7 @@
 Ours is the stream of a pretraining: the plan, Ray Data's tasks over the store, the coordinator, and in the consumer the
 copy, the scaling to float32 and the corruption; the CPU time of all its processes counts, the start of the stream
 included. MONAI's and TorchIO's caches are filled before the clock starts. Their transforms are those of the tutorial:
-two crops a volume, one or two corrupted views.
+two crops a volume, one or two corrupted views. The consumer, which keeps the memory that it frees, is one for all.
 
 Layouts of the store: what reading one patch at random costs in each, with all volumes in the page cache, and from a
 cold one (the pages are given up before; the disk of this machine).

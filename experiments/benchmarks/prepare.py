@@ -98,6 +98,7 @@ def run(bench: Bench) -> None:
         floor = FLOOR if name != "real" else None
         bench.ratio(f"preparation, {name}", found["MONAI"], found["ours"], floor)
         bench.ratio(f"preparation, {name}, kept by both", found["MONAI, kept"], found["ours"])
+    plain.stop()
 
 
 def differ(bench: Bench, name: str, files: list[Path]) -> None:

@@ -37,7 +37,11 @@ class TrialData:
     organs: tuple[str, ...]
 
 
-def work(*arguments: Any) -> Iterator[tuple[int, dict[str, float]]]:
+Record = tuple[int, dict[str, float]]
+"""A step and metrics of it."""
+
+
+def work(*arguments: Any) -> Iterator[Record]:
     """`trial.run_trial` with these arguments."""
     from ssl_ray.finetune.trial import run_trial
 

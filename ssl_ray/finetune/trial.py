@@ -15,7 +15,7 @@ from ssl_ray.cohort.store import Volume, open_array
 from ssl_ray.cohort.volume import read_label
 from ssl_ray.config import Study
 from ssl_ray.finetune.folder import TrialFolder
-from ssl_ray.finetune.job import Cell, TrialData
+from ssl_ray.finetune.job import Cell, Record, TrialData
 from ssl_ray.finetune.learner import Learner
 from ssl_ray.finetune.metrics import evaluate, evaluate_canonical
 from ssl_ray.finetune.patches import PatchSampler
@@ -23,9 +23,6 @@ from ssl_ray.finetune.scores import DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.nonfinite import Fault, FiniteSum, Watch
 from ssl_ray.optimize import learning_rate
 from ssl_ray.system import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
-
-Record = tuple[int, dict[str, float]]
-"""A step and metrics of it."""
 
 
 def run_trial(
