@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ssl_ray.arithmetic import DEVICES
-from ssl_ray.config import Study
+from ssl_ray.config.loading import load
+from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
-from ssl_ray.experiment import load
+from ssl_ray.networks.flops import DEVICES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,8 +64,8 @@ def _run(options: Any) -> int:
 def _plan(options: Any) -> int:
     workers = [f"pretrain.workers={options.workers}"] if options.workers else []
     study = load(options.experiment, [*options.set, *workers])
-    from ssl_ray.planning.study import make_plan
-    from ssl_ray.planning.text import render
+    from ssl_ray.estimate.study import make_plan
+    from ssl_ray.estimate.text import render
 
     plan = make_plan(study, options.gpu, with_probe=options.probe)
     say(json.dumps(plan.tree()) if options.json else render(plan))
@@ -90,7 +90,7 @@ def _finetune(options: Any) -> int:
 
 
 def _report(options: Any) -> int:
-    from ssl_ray.study import Runner
+    from ssl_ray.study.runner import Runner
 
     return _show(Runner(load(options.experiment, options.set)))
 
@@ -107,7 +107,7 @@ def _show(runner: Any) -> int:
 
 
 def _phantom(options: Any) -> int:
-    from ssl_ray.cohort.phantom import write_cohort
+    from ssl_ray.phantom.cohort import write_cohort
 
     write_cohort(
         options.folder,
@@ -124,7 +124,7 @@ def _phantom(options: Any) -> int:
 
 
 def _datalist(options: Any) -> int:
-    from ssl_ray.cohort.listing import write_datalists
+    from ssl_ray.data.listing import write_datalists
 
     written = write_datalists(options.folder, options.splits, options.validation, options.subject, options.seed)
     for name, (training, validation) in written.items():
@@ -135,8 +135,8 @@ def _datalist(options: Any) -> int:
 @contextmanager
 def _runner(options: Any) -> Iterator[Any]:
     study = load(options.experiment, options.set)
-    from ssl_ray import reuse  # a typo in the YAML must not wait for torch and Ray to load
-    from ssl_ray.study import Runner
+    from ssl_ray.study import identity as reuse  # a typo in the YAML must not wait for torch and Ray to load
+    from ssl_ray.study.runner import Runner
 
     with reuse.only_one(study):
         if getattr(options, "fresh", False) and (kept := reuse.set_aside(study)):

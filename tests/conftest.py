@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ssl_ray.memory import keep_freed
+from ssl_ray.training.malloc import keep_freed
 
 keep_freed()
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, shared by all tests that ask for it."""
     import ray
 
-    from ssl_ray.cluster import quiet, runtime_env
+    from ssl_ray.cluster.connect import quiet, runtime_env
 
     quiet()
     ray.init(
@@ -45,7 +45,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six unlabelled volumes and seven labelled ones."""
-    from ssl_ray.cohort.phantom import write_cohort
+    from ssl_ray.phantom.cohort import write_cohort
 
     root = tmp_path_factory.mktemp("cohort")
     write_cohort(root, unlabelled=6, labelled=4, validation=2, test=1, splits=[2, 4], seed=1)

@@ -34,8 +34,9 @@ with atheris.instrument_imports(include=["ssl_ray", "nibabel", "yaml"]) if ather
     import numpy as np
     from volumes import oblique_affine, smooth_ct
 
-    from ssl_ray import experiment
-    from ssl_ray.cohort import datalist, volume
+    from ssl_ray.config import loading as experiment
+    from ssl_ray.data import datalist
+    from ssl_ray.data import nifti as volume
 
 SLOW = 5.0
 """Seconds for one small input that count as a fault."""
@@ -94,7 +95,7 @@ def read_yaml(content: bytes, folder: Path) -> None:
 
 def read_weights(content: bytes, folder: Path) -> None:
     """As safetensors and as a torch file."""
-    from ssl_ray import weights  # seconds of import that the other targets do not pay
+    from ssl_ray.networks import transfer as weights  # seconds of import that the other targets do not pay
 
     for name in ("a.safetensors", "a.pt"):
         path = folder / name
@@ -134,7 +135,7 @@ def seeds(target: str) -> list[bytes]:
     import torch
     from safetensors.torch import save
 
-    import ssl_ray.weights  # noqa: F401  # or the first input would count as slow
+    import ssl_ray.networks.transfer  # noqa: F401  # or the first input would count as slow
 
     found = []
     for zipped in (True, False):

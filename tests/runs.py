@@ -17,9 +17,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from ssl_ray.experiment import load
-from ssl_ray.tracking import Tracker
-from ssl_ray.weights import load_weights
+from ssl_ray.config.loading import load
+from ssl_ray.networks.transfer import load_weights
+from ssl_ray.tracking.tracker import Tracker
 
 STEPS, SAVED = 240, 40
 """Optimizer steps of the run, and after how many it writes a checkpoint."""
@@ -76,7 +76,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """`ssl-ray pretrain` in a process group of its own, on a Ray of its own or the one at an address.
 
-    Python code in `patch` is run in the driver first; it finds `ssl_ray.pretrain.train` as `train`.
+    Python code in `patch` is run in the driver first; it finds `ssl_ray.pretrain.driver` as `train`.
     """
     out = (log or path.with_suffix(".log")).open("ab")
     environment = {**os.environ, "RAY_ADDRESS": address, "SSL_RAY_TRACEBACK": "1"}

@@ -44,7 +44,7 @@ def test_a_typo_is_told_without_loading_torch_or_ray(tmp_path):
 
 def test_the_driver_trains_nothing_and_loads_no_monai():
     """Its import takes seconds; only workers need it, and the driver where it checks a transfer."""
-    code = "import sys, ssl_ray.study\nassert 'monai' not in sys.modules, 'imported too early'"
+    code = "import sys, ssl_ray.study.runner\nassert 'monai' not in sys.modules, 'imported too early'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

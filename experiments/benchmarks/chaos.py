@@ -36,9 +36,9 @@ import yaml
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
-from ssl_ray.cohort.phantom import write_cohort
-from ssl_ray.experiment import load
-from ssl_ray.tracking import Tracker
+from ssl_ray.config.loading import load
+from ssl_ray.phantom.cohort import write_cohort
+from ssl_ray.tracking.tracker import Tracker
 
 KINDS = {
     "worker": "SIGKILL to a training worker or a trial",

@@ -9,9 +9,9 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from ssl_ray.cohort.store import Store, Volume
-from ssl_ray.cohort.volume import Nifti, prepare
-from ssl_ray.config import Preparation
+from ssl_ray.config.schema import Preparation
+from ssl_ray.data.nifti import Nifti, prepare
+from ssl_ray.data.store import Store, Volume
 
 PREPARATION = Preparation(spacing=2, window=(-57, 164))
 """That of the reference recipe's pretraining."""

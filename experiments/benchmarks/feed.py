@@ -31,12 +31,12 @@ from monai.data import CacheDataset, DataLoader, Dataset
 from timing import Bench, main, start_ray
 from torch.utils.data import RandomSampler
 
-from ssl_ray.cohort.store import Store, Volume, open_array, read_patch
-from ssl_ray.config import Corruption
-from ssl_ray.pretrain.corrupt import corrupt, draw
+from ssl_ray.config.schema import Corruption
+from ssl_ray.data.store import Store, Volume, open_array, read_patch
 from ssl_ray.pretrain.learner import scale
-from ssl_ray.pretrain.plan import Plan
+from ssl_ray.pretrain.samples import Plan
 from ssl_ray.pretrain.stream import Feed, Stream, open_window, windows
+from ssl_ray.pretrain.tasks.restoration import corrupt, draw
 
 FLOORS = {"clean": 1.8, "one view": 2.0, "two views": 2.0}
 BATCH = 8

@@ -23,11 +23,11 @@ from monai.metrics import DiceMetric
 from monai.networks.nets import UNETR
 from timing import Bench, Elsewhere, main
 
-from ssl_ray.ahead import ahead
-from ssl_ray.cohort.store import Store, Volume, open_array
-from ssl_ray.config import Network, Study
+from ssl_ray.config.schema import Network, Study
+from ssl_ray.data.store import Store, Volume, open_array
 from ssl_ray.finetune.job import Cell, TrialData
 from ssl_ray.finetune.trial import _Trial
+from ssl_ray.training.prefetch import ahead
 
 FLOOR = 1.5
 CLASSES = 14
@@ -158,8 +158,8 @@ def run(bench: Bench) -> None:
 
 
 def _folder(bench: Bench, name: str) -> Any:
-    from ssl_ray.finetune.folder import TrialFolder
-    from ssl_ray.mirror import Mirror
+    from ssl_ray.finetune.trial_folder import TrialFolder
+    from ssl_ray.storage.mirror import Mirror
 
     return TrialFolder(bench.folder / f"trial-{name}", "key", Mirror.of(str(bench.folder), None))
 

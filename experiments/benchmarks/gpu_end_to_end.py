@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gpu_pretrain import learner, rate, stepper, study
 
-from ssl_ray.cohort.store import Store, Volume
-from ssl_ray.cohort.volume import Prepared
-from ssl_ray.config import Study
+from ssl_ray.config.schema import Study
+from ssl_ray.data.nifti import Prepared
+from ssl_ray.data.store import Store, Volume
 
 if TYPE_CHECKING:
     from gpu import Bench
@@ -122,7 +122,7 @@ def start_ray(bench: "Bench", config: Study) -> None:
     """As a study does; where Ray does not see the GPU that torch sees, it is told."""
     import ray
 
-    from ssl_ray.cluster import connect, runtime_env
+    from ssl_ray.cluster.connect import connect, runtime_env
 
     connect(config)
     if bench.device.type == "cuda" and not ray.cluster_resources().get("GPU"):
@@ -141,8 +141,8 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
     """What carries the patches, piece by piece: reading on one core, Ray Data, and pinned memory behind it."""
     import ray
 
+    from ssl_ray.pretrain.driver import _feed
     from ssl_ray.pretrain.stream import Stream, Window, _pin, open_window, windows
-    from ssl_ray.pretrain.train import _feed
 
     batch = 4 if bench.quick else 64
     config = made(bench, folder, "feed", batch, 1000)
@@ -212,10 +212,10 @@ def end_to_end(bench: "Bench") -> None:
     """Patches/s and the share of the time that waits for data, by batch, with Ray and MLflow as a study has them."""
     import ray
 
-    from ssl_ray.cluster import connect
-    from ssl_ray.experiment import dump
-    from ssl_ray.pretrain.train import pretrain
-    from ssl_ray.tracking import Tracker
+    from ssl_ray.cluster.connect import connect
+    from ssl_ray.config.loading import dump
+    from ssl_ray.pretrain.driver import pretrain
+    from ssl_ray.tracking.tracker import Tracker
 
     # Patches of a case: some 12 s of them.
     cases = {2: 160} if bench.quick else {64: 27_000, 8: 12_000, 128: 30_000, 256: 30_000}

@@ -13,15 +13,15 @@ from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_ray.config import Study
-from ssl_ray.networks import build_autoencoder
-from ssl_ray.optimize import take_step
-from ssl_ray.precision import autocast
-from ssl_ray.pretrain import corrupt as corruption
+from ssl_ray.config.schema import Study
+from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import Learner, scale
-from ssl_ray.pretrain.plan import Plan
+from ssl_ray.pretrain.samples import Plan
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.pretrain.tasks import restoration as corruption
+from ssl_ray.training.optimizer import take_step
+from ssl_ray.training.precision import autocast
 
 if TYPE_CHECKING:
     from gpu import Bench

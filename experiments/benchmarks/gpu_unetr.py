@@ -10,7 +10,7 @@ from gpu_pretrain import study
 from monai.networks.blocks.selfattention import SABlock
 
 from ssl_ray.finetune.learner import Learner
-from ssl_ray.networks import use_patch_products
+from ssl_ray.networks.unetr import use_patch_products
 
 if TYPE_CHECKING:
     from gpu import Bench

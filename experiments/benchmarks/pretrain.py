@@ -24,12 +24,12 @@ import yaml
 from cohort import ct, write_cohort
 from timing import Bench, Cost, Watched, main
 
-from ssl_ray.experiment import load
+from ssl_ray.config.loading import load
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import Learner
-from ssl_ray.pretrain.plan import Plan
+from ssl_ray.pretrain.samples import Plan
 from ssl_ray.pretrain.stream import Feed
-from ssl_ray.tracking import Tracker
+from ssl_ray.tracking.tracker import Tracker
 
 TINY = {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3}
 VIT_B = {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12}

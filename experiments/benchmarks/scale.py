@@ -25,12 +25,12 @@ import torch
 from cohort import fill, spread
 from timing import Bench, Watched, ledger, main, start_ray
 
-from ssl_ray.cohort.store import Store
-from ssl_ray.memory import keep_freed
+from ssl_ray.data.store import Store
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import Learner, scale
-from ssl_ray.pretrain.plan import Plan
+from ssl_ray.pretrain.samples import Plan
 from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, open_window, windows
+from ssl_ray.training.malloc import keep_freed
 
 H100 = 1500.0
 """Patches/s a GPU that the feed must carry: the floor of gpu.py with ViT-B."""
@@ -208,10 +208,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def cohort(count: int, folder: Path) -> None:
     """A child of part 3: `pretrain()` on `count` volumes, with a line for every record."""
-    from ssl_ray.cluster import connect
-    from ssl_ray.experiment import dump
-    from ssl_ray.pretrain import train
-    from ssl_ray.tracking import Tracker
+    from ssl_ray.cluster.connect import connect
+    from ssl_ray.config.loading import dump
+    from ssl_ray.pretrain import driver as train
+    from ssl_ray.tracking.tracker import Tracker
 
     made = study(folder, count)
     store = Store(made.cache_folder)
@@ -235,7 +235,7 @@ def cohort(count: int, folder: Path) -> None:
 
 def study(folder: Path, count: int, batch: int = 8, network: Any = None) -> Any:
     """300 epochs, by default of a network so small that the feed has to hurry."""
-    from ssl_ray.config import Study
+    from ssl_ray.config.schema import Study
 
     preparation = {"spacing": 2, "window": [-57, 164]}
     nowhere = {"root": str(folder), "datalist": "none.json"}

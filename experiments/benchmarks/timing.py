@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 
-from ssl_ray.memory import keep_freed
+from ssl_ray.training.malloc import keep_freed
 
 torch.set_num_threads(1)
 
@@ -34,7 +34,7 @@ def start_ray() -> None:
     """A Ray of two CPUs and a small object store for this benchmark alone."""
     import ray
 
-    from ssl_ray.cluster import quiet, runtime_env
+    from ssl_ray.cluster.connect import quiet, runtime_env
 
     quiet()
     ray.init(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ssl_ray.cohort.store import Store, Volume
+from ssl_ray.data.store import Store, Volume
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import torch
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-from ssl_ray.compiled import compile_or_not
-from ssl_ray.config import VIT_PATCH, SegmentationLoss, Study
-from ssl_ray.finetune.metrics import predict
-from ssl_ray.networks import build_unetr, use_fast_attention
-from ssl_ray.optimize import build_optimizer, take_step
-from ssl_ray.precision import autocast, resolve
-from ssl_ray.weights import load_metadata, load_weights, transfer
+from ssl_ray.config.schema import VIT_PATCH, SegmentationLoss, Study
+from ssl_ray.evaluate.metrics import predict
+from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
+from ssl_ray.networks.unetr import build_unetr, use_fast_attention
+from ssl_ray.training.compile import compile_or_not
+from ssl_ray.training.optimizer import build_optimizer, take_step
+from ssl_ray.training.precision import autocast, resolve
 
 
 class Learner:

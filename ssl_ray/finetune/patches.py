@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ssl_ray.cohort.store import Store, Volume, open_array, read_patch
-from ssl_ray.config import Augmentation, Finetune
-from ssl_ray.seeding import generator
+from ssl_ray.config.schema import Augmentation, Finetune
+from ssl_ray.data.store import Store, Volume, open_array, read_patch
+from ssl_ray.random import generator
 
 _ORDER, _PATCH = 11, 12
 _TRIES = 200

@@ -9,20 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_ray.ahead import ahead
-from ssl_ray.arithmetic import unetr_flops
-from ssl_ray.cohort.store import Volume, open_array
-from ssl_ray.cohort.volume import read_label
-from ssl_ray.config import Study
-from ssl_ray.finetune.folder import TrialFolder
+from ssl_ray.config.schema import Study
+from ssl_ray.data.nifti import read_label
+from ssl_ray.data.store import Volume, open_array
+from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
+from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.finetune.job import Cell, Record, TrialData
 from ssl_ray.finetune.learner import Learner
-from ssl_ray.finetune.metrics import evaluate, evaluate_canonical
 from ssl_ray.finetune.patches import PatchSampler
-from ssl_ray.finetune.scores import DICE_FOREGROUND, CaseScores, aggregate
-from ssl_ray.nonfinite import Fault, FiniteSum, Watch
-from ssl_ray.optimize import learning_rate
-from ssl_ray.system import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
+from ssl_ray.finetune.trial_folder import TrialFolder
+from ssl_ray.networks.flops import unetr_flops
+from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
+from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch
+from ssl_ray.training.optimizer import learning_rate
+from ssl_ray.training.prefetch import ahead
 
 
 def run_trial(

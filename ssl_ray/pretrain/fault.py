@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_ray import nonfinite
-from ssl_ray.nonfinite import Fault
 from ssl_ray.pretrain.stream import Batch, Feed
+from ssl_ray.training import nonfinite
+from ssl_ray.training.nonfinite import Fault
 
 
 def keep(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray.util.queue import Queue
 
-from ssl_ray.config import Study
+from ssl_ray.config.schema import Study
 from ssl_ray.pretrain.stream import Feed
 
 
@@ -40,6 +40,6 @@ class Job:
 
 def work(job: Job) -> None:
     """The training loop."""
-    from ssl_ray.pretrain.loop import train_loop
+    from ssl_ray.pretrain.worker import train_loop
 
     train_loop(job)

@@ -15,19 +15,19 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_ray.compiled import compile_or_not
-from ssl_ray.config import VIT_PATCH, Contrastive
-from ssl_ray.files import reason
-from ssl_ray.networks import build_autoencoder, use_fast_attention, use_patch_products
-from ssl_ray.optimize import build_optimizer, take_step
-from ssl_ray.precision import autocast, resolve
-from ssl_ray.pretrain.corrupt import DeviceDraws, Draws, contrastive_loss, corrupt, draw, take
-from ssl_ray.pretrain.graphed import StepGraph
+from ssl_ray.config.schema import VIT_PATCH, Contrastive
+from ssl_ray.networks.transfer import describe, export
+from ssl_ray.networks.unetr import build_autoencoder, use_fast_attention, use_patch_products
+from ssl_ray.pretrain.gpu.step_graph import StepGraph
 from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.parallel import gathered, load, parallel
 from ssl_ray.pretrain.picture import draw_restoration
-from ssl_ray.pretrain.plan import Sample
-from ssl_ray.weights import describe, export
+from ssl_ray.pretrain.samples import Sample
+from ssl_ray.pretrain.tasks.restoration import DeviceDraws, Draws, contrastive_loss, corrupt, draw, take
+from ssl_ray.storage.files import reason
+from ssl_ray.training.compile import compile_or_not
+from ssl_ray.training.optimizer import build_optimizer, take_step
+from ssl_ray.training.parallel import gathered, load, parallel
+from ssl_ray.training.precision import autocast, resolve
 
 
 class Learner:

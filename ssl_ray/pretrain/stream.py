@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssl_ray.cohort.store import Store, open_array, read_patch
-from ssl_ray.pretrain.plan import Plan, Sample
+from ssl_ray.data.store import Store, open_array, read_patch
+from ssl_ray.pretrain.samples import Plan, Sample
 
 WINDOW_BLOCKS = 256
 """Blocks a window of a rank: start-up costs 2 to 3 ms a block, measured."""

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ssl_ray.finetune.scores import organ_keys
-from ssl_ray.report.paired import interval
+from ssl_ray.evaluate.scores import organ_keys
 from ssl_ray.report.results import FOREGROUND, Arm, Pretraining, Results
+from ssl_ray.report.statistics import interval
 
 _COLOUR = {"random": "#E69F00", "pretrained": "#0072B2"}
 _MARKER = {"random": "s", "pretrained": "o"}

@@ -8,12 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from mlflow.entities import Run as MlflowRun
 
-from ssl_ray.config import Study
-from ssl_ray.experiment import dump
-from ssl_ray.finetune.grid import CELLS, cells
-from ssl_ray.finetune.job import Cell
-from ssl_ray.finetune.runs import FAILURE
-from ssl_ray.finetune.scores import (
+from ssl_ray.config.loading import dump
+from ssl_ray.config.schema import Study
+from ssl_ray.evaluate.scores import (
     DICE_FOREGROUND,
     DICE_WITH_BACKGROUND,
     ORIGINAL_DICE_FOREGROUND,
@@ -22,8 +19,11 @@ from ssl_ray.finetune.scores import (
     CaseScores,
     Scores,
 )
-from ssl_ray.report.paired import Difference, difference
-from ssl_ray.tracking import KEY, PRETRAINING_RUN, Tracker
+from ssl_ray.finetune.job import Cell
+from ssl_ray.report.statistics import Difference, difference
+from ssl_ray.search.callbacks import FAILURE
+from ssl_ray.search.grid import CELLS, cells
+from ssl_ray.tracking.tracker import KEY, PRETRAINING_RUN, Tracker
 
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"
 """The metric that selects a trial's checkpoint (`ssl_ray.finetune.trial`) and here its learning rate."""
@@ -34,7 +34,7 @@ Status = Literal["finished", "failed", "unfinished", "missing"]
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric of `ssl_ray.finetune.metrics` over volumes, and the same of one volume (nan for none)."""
+    """A metric of `ssl_ray.evaluate.metrics` over volumes, and the same of one volume (nan for none)."""
 
     name: str
     of_case: Callable[[CaseScores], float]

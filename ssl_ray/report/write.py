@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ssl_ray.config import Study
-from ssl_ray.finetune.scores import PUBLISHED_DICE
+from ssl_ray.config.schema import Study
+from ssl_ray.evaluate.scores import PUBLISHED_DICE
 from ssl_ray.report.figures import draw_finetuning, draw_label_efficiency, draw_organs, draw_pretraining
-from ssl_ray.report.findings import (
+from ssl_ray.report.page import Block, Bullets, Details, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from ssl_ray.report.results import FOREGROUND, HD95, SURFACE_DICE, WITH_BACKGROUND, Results, read_results
+from ssl_ray.report.tables import (
     answer,
     cell_table,
     count_of,
@@ -19,9 +21,7 @@ from ssl_ray.report.findings import (
     published_table,
     running_table,
 )
-from ssl_ray.report.page import Block, Bullets, Details, Heading, Paragraph, Picture, Table, to_html, to_markdown
-from ssl_ray.report.results import FOREGROUND, HD95, SURFACE_DICE, WITH_BACKGROUND, Results, read_results
-from ssl_ray.tracking import Tracker
+from ssl_ray.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,0 @@
-"""Where volumes come from and how they are kept."""

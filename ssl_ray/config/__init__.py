@@ -1,0 +1,1 @@
+"""One experiment: its schema, and how it is read from YAML."""

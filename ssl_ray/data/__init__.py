@@ -1,0 +1,1 @@
+"""From datalists and NIfTI files to the store of prepared volumes."""

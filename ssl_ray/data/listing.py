@@ -1,0 +1,101 @@
+"""Datalists for a folder of NIfTI: validation held out by subject, nested training splits."""
+
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_ray.data.datalist import SUFFIXES, stem
+
+
+def write_datalists(
+    folder: Path, sizes: Sequence[int], validation_share: float, subject: str, seed: int
+) -> dict[str, tuple[int, int]]:
+    """Write `unlabelled.json` and nested `labelled_<n>.json` for a folder of NIfTI.
+
+    Labels are looked for as the file of the same name in a folder `labels` (or `labelsTr`) beside `images` (or
+    `imagesTr`). Validation is held out by subject, so that no person is on both sides; who is held out of the labelled
+    volumes is also held out of the unlabelled ones.
+
+    Args:
+        folder: the root; searched for `*.nii` and `*.nii.gz`.
+        sizes: numbers of labelled training volumes; all there are if empty.
+        validation_share: share of the subjects held out, in (0, 1); at least one.
+        subject: regular expression whose first group (or whole match) in the file name is the subject.
+        seed: of the order in which subjects are drawn.
+
+    Returns:
+        Per file written, its numbers of training and validation volumes.
+
+    Raises:
+        ValueError: where there are too few volumes for what is asked; nothing is written then.
+    """
+    images, labels = _find_volumes(folder)
+    if not images:
+        raise ValueError(f"{folder}: no .nii or .nii.gz file in it")
+    try:
+        pattern = re.compile(subject)
+    except re.error as error:
+        raise ValueError(f"--subject {subject}: not a regular expression: {error}") from error
+    people: dict[str, list[Path]] = defaultdict(list)
+    for image in images:
+        match = pattern.search(stem(image))
+        person = next((group for group in match.groups() if group), match[0]) if match else stem(image)
+        people[person].append(image)
+    if sizes and not labels:
+        raise ValueError(f"{folder}: {max(sizes)} labelled training volumes asked for, but no image has a label")
+    order = sorted(people)
+    random.Random(str(seed)).shuffle(order)
+    held_out: set[str] = set()
+    lists: dict[str, dict[str, Any]] = {}
+    for name in ("labelled", "unlabelled"):
+        groups = {one: [image for image in people[one] if (image in labels) == (name == "labelled")] for one in order}
+        persons = sorted((one for one in order if groups[one]), key=lambda one: one not in held_out)
+        if not persons:
+            continue
+        held = max(1, round(validation_share * len(persons)), len(held_out.intersection(persons)))
+        held_out.update(persons[:held])
+        validation = [_entry(folder, image, labels) for one in persons[:held] for image in groups[one]]
+        training = [_entry(folder, image, labels) for one in persons[held:] for image in groups[one]]
+        for size in (name == "labelled" and sorted(sizes)) or [len(training)]:
+            if not 0 < size <= len(training):
+                raise ValueError(
+                    f"{folder}: {size} {name} training volumes asked for, but {len(training)} are left after holding "
+                    f"out {len(validation)} of {held} subjects for validation"
+                )
+            file = f"labelled_{size}.json" if name == "labelled" else "unlabelled.json"
+            tree: dict[str, Any] = {"name": f"{folder.resolve().name} {name}", "modality": {"0": "CT"}}
+            lists[file] = tree | {"training": training[:size], "validation": validation}
+    texts = {folder / file: json.dumps(tree, indent=1) + "\n" for file, tree in lists.items()}
+    for path, text in texts.items():
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{path}: a list with other content is there already; move it away first")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    return {file: (len(tree["training"]), len(tree["validation"])) for file, tree in lists.items()}
+
+
+def _find_volumes(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder")
+    found = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+    files = [path for path in found if not path.name.startswith("._")]  # macOS puts these into archives
+    is_label = {path: any(part.startswith("labels") for part in path.relative_to(folder).parts[:-1]) for path in files}
+    by_name = {_common_name(folder, path): path for path in files if is_label[path]}
+    images = [path for path in files if not is_label[path]]
+    named = {image: by_name.get(_common_name(folder, image)) for image in images}
+    return images, {image: label for image, label in named.items() if label is not None}
+
+
+def _common_name(folder: Path, path: Path) -> tuple[str, ...]:
+    """What an image and its label share: the path without images/labels, and without img/label in BTCV's names."""
+    parents = (part.removeprefix("images").removeprefix("labels") for part in path.relative_to(folder).parts[:-1])
+    return (*filter(None, parents), stem(path).replace("label", "img"))
+
+
+def _entry(folder: Path, image: Path, labels: dict[Path, Path]) -> dict[str, str]:
+    entry = {"image": image.relative_to(folder).as_posix()}
+    return entry | ({"label": labels[image].relative_to(folder).as_posix()} if image in labels else {})

@@ -1,0 +1,319 @@
+"""Content-addressed store of canonical arrays, in a local folder or an object store.
+
+    <cache>/<2 hex digits>/<key>/image.npy       (X, Y, Z) uint8 or uint16
+                                 label.npy       (X, Y, Z) uint8, labelled volumes only
+                                 foreground.npy  flat indices of labelled voxels, organ by organ
+                                 manifest.json   size and digest of each, and a seal over itself
+
+The key covers the source bytes, every preparation parameter and the preparation's version, so whatever is found under a
+key is right, and runs that prepare at the same time can only write the same thing. A local volume appears by one
+`rename`; in an object store the manifest is uploaded last, and what has none does not exist: an interrupted run leaves
+no half volume. What was damaged since counts as absent and is prepared again. Out of an object store, every machine
+fills a local mirror with the files that it opens, as patches are read from memory-mapped files.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ssl_ray.data.nifti import Prepared
+from ssl_ray.storage.places import MANIFEST, Place, default_scratch
+
+_STALE_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Manifest of one stored volume. Lengths in voxels, spacing in mm, affines map voxels to mm (RAS+).
+
+    `label_voxels` counts the stored label; `largest_label` is that of the file, where a structure may be too small to
+    survive the resampling, but is still part of the evaluation. `files` has bytes and sha256 of each.
+    """
+
+    key: str
+    id: str
+    image_source: str
+    label_source: str | None
+    image_sha256: str
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    affine: tuple[tuple[float, ...], ...]
+    dtype: str
+    levels: int
+    window: tuple[float, float]
+    box: tuple[tuple[int, ...], tuple[int, ...]]
+    original_shape: tuple[int, int, int]
+    original_affine: tuple[tuple[float, ...], ...]
+    label_voxels: dict[str, int]
+    largest_label: int
+    files: dict[str, tuple[int, str]]
+
+    def to_json(self) -> str:
+        """Text with a seal, a digest of all the rest."""
+        tree = asdict(self)
+        return json.dumps(tree | {"seal": _seal(tree)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Volume":
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: for anything else, such as a manifest of an older version.
+        """
+        try:
+            tree = json.loads(text)
+            if tree.pop("seal") != _seal(tree):
+                raise ValueError("the manifest does not match its seal")
+            for field in ("shape", "spacing", "window", "original_shape"):
+                tree[field] = tuple(tree[field])
+            for field in ("affine", "box", "original_affine"):
+                tree[field] = tuple(tuple(row) for row in tree[field])
+            tree["files"] = {name: tuple(facts) for name, facts in tree["files"].items()}
+            return cls(**tree)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a manifest of this version: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class Store:
+    """The store at one place, shared by all ranks, trials and reruns.
+
+    Args:
+        place: a folder that all machines share, or a URI of `ssl_ray.storage.places`.
+        scratch: for a URI, the folder on this machine's disk under which the mirror lies; it needs room for every
+            volume that is read on the machine.
+    """
+
+    place: str | Path
+    scratch: str | Path | None = None
+
+    @cached_property
+    def origin(self) -> Place | None:
+        """The place in the object store; None for a local folder."""
+        place = Place.parse(self.place)
+        return None if place.local else place
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the arrays are read: the store itself, or its mirror on this machine."""
+        if self.origin is None:
+            return Path(self.place)
+        return self.origin.scratch(Path(self.scratch or default_scratch()) / "cache")
+
+    def __str__(self) -> str:
+        return str(self.origin or self.folder)
+
+    def path(self, key: str, name: str = "") -> Path:
+        """Folder of a volume below `folder`, or one of its files."""
+        return self.folder / key[:2] / key / name
+
+    def get(self, key: str, verify: bool = False) -> Volume | None:
+        """The manifest under a key, or None where the volume is absent or damaged.
+
+        Args:
+            key: of the volume.
+            verify: read all files and compare digests, instead of presence and sizes; in a local store, files that
+                were written to since their digest was last seen to be right are read in any case.
+        """
+        home = self._home(key)
+        try:
+            volume = Volume.from_json((home / MANIFEST).read_bytes())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+        sizes = home.list()
+        if any(sizes.get(name) != size for name, (size, _) in volume.files.items()):
+            return None
+        touched = verify or self._touched(volume)
+        if touched and any((home / name).sha256() != sha256 for name, (_, sha256) in volume.files.items()):
+            return None
+        if verify and self.origin:
+            self._verify_mirror(volume)
+        elif touched and not self.origin:
+            with suppress(OSError):  # of others, or read-only: then it is read each time
+                os.utime(self.path(key, MANIFEST))
+        return volume
+
+    def put(self, volume: Volume, prepared: Prepared) -> Volume:
+        """Write a volume; where another run was faster, its equal result stays, and a damaged one is replaced.
+
+        Args:
+            volume: all about it but `files`.
+            prepared: its arrays.
+
+        Returns:
+            The volume with its `files`.
+
+        Raises:
+            OSError: naming the place, when the disk is full or the like; nothing of the volume is left.
+        """
+        scratch = self.folder / f"tmp-{uuid.uuid4().hex}"
+        arrays: dict[str, npt.NDArray[Any]] = {"image": prepared.image}
+        if prepared.label is not None:
+            arrays["label"] = prepared.label
+            arrays["foreground"] = foreground_index(prepared.label)
+        try:
+            scratch.mkdir(parents=True)
+            files = {f"{name}.npy": _write_array(scratch / f"{name}.npy", array) for name, array in arrays.items()}
+            volume = replace(volume, files=files)
+            with (scratch / MANIFEST).open("w") as text:
+                text.write(volume.to_json())
+                _sync(text)
+            if self.origin is None:
+                self._settle(volume.key, scratch, [*files, MANIFEST])
+            elif self.get(volume.key, verify=True) is None:
+                self._home(volume.key).upload(scratch)
+        except OSError as error:
+            reason = f"{self.folder}: cannot write a volume: {error.strerror}" if error.strerror else str(error)
+            raise OSError(reason) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return volume
+
+    def fetch(self, key: str, name: str) -> Path:
+        """A file of a volume on this machine; out of an object store, its checked copy in the mirror.
+
+        Raises:
+            OSError: where it cannot be had, or does not match its digest.
+        """
+        path = self.path(key, name)
+        if self.origin is None:
+            return path
+        size, sha256 = self._mirrored(key).files[name]
+        if not path.is_file() or path.stat().st_size != size:
+            (self._home(key) / name).download(path, sha256)
+        return path
+
+    def remove_stale(self) -> None:
+        """Remove what runs that were killed a day or more ago had begun to write."""
+        for scratch in self.folder.glob("tmp-*"):
+            with suppress(FileNotFoundError):  # another run has just finished it
+                if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(scratch, ignore_errors=True)
+
+    def _home(self, key: str) -> Place:
+        return (self.origin or Place.parse(self.folder)) / f"{key[:2]}/{key}"
+
+    def _settle(self, key: str, scratch: Path, names: Sequence[str]) -> None:
+        target = self.path(key)
+        target.parent.mkdir(exist_ok=True)
+        try:
+            scratch.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if self.get(key, verify=True) is None:
+                for name in names:  # one by one, so that no file is ever missing for those who read it now
+                    os.replace(scratch / name, target / name)
+
+    def _touched(self, volume: Volume) -> bool:
+        """Whether a file of a local store is younger than the manifest, which is written last."""
+        if self.origin:
+            return False
+        try:
+            sealed, *others = (self.path(volume.key, name).stat().st_mtime_ns for name in (MANIFEST, *volume.files))
+        except FileNotFoundError:  # gone in this moment
+            return True
+        return max(others) > sealed
+
+    def _verify_mirror(self, volume: Volume) -> None:
+        facts = {name: sha256 for name, (_, sha256) in volume.files.items()}
+        for path in self.path(volume.key).glob("*"):
+            if path.name not in facts or Place.parse(path).sha256() != facts[path.name]:
+                path.unlink()  # among them the manifest, whose digests may be those of a volume that was replaced
+
+    def _mirrored(self, key: str) -> Volume:
+        """The manifest of the mirror, fetched where it is not there yet."""
+        path = self.path(key, MANIFEST)
+        with suppress(FileNotFoundError, ValueError):
+            return Volume.from_json(path.read_bytes())
+        content = (self._home(key) / MANIFEST).read_bytes()
+        volume = Volume.from_json(content)
+        Place.parse(path).write_bytes(content)
+        return volume
+
+
+def foreground_index(label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Flat indices of all labelled voxels, sorted by label value; `Volume.label_voxels` has the counts."""
+    found = np.flatnonzero(label)
+    return found[np.argsort(label.ravel()[found], kind="stable")].astype(np.int64)
+
+
+@lru_cache(maxsize=512)
+def open_array(
+    store: Store | Path | str, key: str, name: Literal["image", "label", "foreground"] = "image"
+) -> npt.NDArray[Any]:
+    """Memory-mapped array of a stored volume; only the pages that a patch touches are read.
+
+    Raises:
+        OSError: where the file cannot be had.
+        ValueError: where it is not a whole array.
+    """
+    path = (store if isinstance(store, Store) else Store(store)).fetch(key, f"{name}.npy")
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({error}); preparing the cohort again mends it") from error
+    return array
+
+
+def read_patch(
+    array: npt.NDArray[Any], origin: Sequence[int], size: Sequence[int], out: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    """One patch, without loading its volume.
+
+    A volume shorter than the patch counts as padded with zeros on both sides, the smaller half first, like MONAI's
+    `SpatialPad`; `origin` (3 voxels) is meant in the padded volume.
+
+    Raises:
+        ValueError: where the patch leaves the padded volume.
+    """
+    if out is None:
+        out = np.empty(tuple(size), dtype=array.dtype)
+    source, target = [], []
+    for start, side, length in zip(origin, size, array.shape, strict=True):
+        before = max(side - length, 0) // 2
+        if not 0 <= start <= max(length - side, 0):
+            raise ValueError(f"origin {tuple(origin)} of a {tuple(size)} patch leaves the volume of {array.shape}")
+        source.append(slice(start, start + min(side, length)))
+        target.append(slice(before, before + min(side, length)))
+    if any(length < side for side, length in zip(size, array.shape, strict=True)):
+        out.fill(0)
+    out[tuple(target)] = array[tuple(source)]
+    return out
+
+
+def _write_array(path: Path, array: npt.NDArray[Any]) -> tuple[int, str]:
+    """`np.save` without a second pass for the digest, and with the operating system's own error on a full disk."""
+    header, array = io.BytesIO(), np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    body = array.reshape(-1).view(np.uint8).data
+    digest = hashlib.sha256(header.getvalue())
+    digest.update(body)
+    with path.open("wb") as file:
+        file.write(header.getvalue())
+        file.write(body)
+        _sync(file)
+    return len(header.getvalue()) + len(body), digest.hexdigest()
+
+
+def _seal(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

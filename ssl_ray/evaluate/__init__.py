@@ -1,0 +1,1 @@
+"""From a network's output to scores on the volume's own grid."""

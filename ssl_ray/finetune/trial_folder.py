@@ -1,0 +1,90 @@
+"""What one trial keeps on disk: checkpoints, its best weights so far, steps that were not finite, its result."""
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ssl_ray.storage.files import appearing
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.training import nonfinite
+from ssl_ray.training.checkpoint import load_latest, load_state, save_latest
+
+
+class TrialFolder:
+    """The folder of one trial, whose key is a digest of everything that the trial's result depends on."""
+
+    def __init__(self, path: Path, key: str, mirror: Mirror | None = None) -> None:
+        self.path, self.key, self.mirror = path, key, mirror or Mirror(path)
+        self._best_saved: int | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """The newest two training states, by step."""
+        return self.path / "checkpoint"
+
+    @property
+    def best(self) -> Path:
+        """Best weights on validation, by the step they are of, as the checkpoints refer to them."""
+        return self.path / "best"
+
+    def save(self, state: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint; the best weights only where they changed since the one before.
+
+        Args:
+            state: with `step` and `best_step`.
+            best: weights of `best_step`.
+        """
+        if self._best_saved != state["best_step"]:
+            # One more than checkpoints are kept: a fault between these two lines must not cost the oldest its weights.
+            save_latest(self.best, {"step": state["best_step"], "key": self.key, "weights": dict(best)}, 3, self.mirror)
+            self._best_saved = state["best_step"]
+        save_latest(self.checkpoints, {**state, "key": self.key}, mirror=self.mirror)
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The newest checkpoint of this key that is whole and whose best weights are, with these; or None."""
+        log, known = logging.getLogger(__name__), self.mirror.names(self.checkpoints)
+        while (state := load_latest(self.checkpoints, self.key, self.mirror)) is not None:
+            try:
+                self.mirror.pull(self.best / f"{state['best_step']:08d}")
+                best = load_state(self.best / f"{state['best_step']:08d}")
+                if best.get("key") != self.key:
+                    raise ValueError(f"{self.best}: weights of another configuration")
+            except ValueError as error:
+                log.warning("%s; trying the checkpoint before", error)
+                self.mirror.drop(self.checkpoints / f"{state['step']:08d}")
+                continue
+            self._best_saved = state["best_step"]
+            return state, best["weights"]
+        if known:
+            log.warning("%s: no checkpoint can be used; the trial starts from step 0", self.checkpoints)
+        return None
+
+    def keep_fault(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path | None:
+        """Write what reproduces a step: `faults/step_<n>.safetensors` and `.json`; None for all but the first three."""
+        path = self.path / "faults" / f"step_{step:07d}.safetensors"
+        return path if nonfinite.keep(path, "step_*.json", tensors, facts) else None
+
+    def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any]) -> None:
+        """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""
+        _write(self.path / "unetr.safetensors", save({name: value.contiguous() for name, value in weights.items()}))
+        _write(self.path / "evaluation.json", json.dumps(evaluation, indent=1).encode())
+        for name in ("unetr.safetensors", "evaluation.json"):
+            self.mirror.push(self.path / name)
+
+    def clear(self) -> None:
+        """Delete what a trial that is done no longer needs."""
+        for folder in (self.checkpoints, self.best):
+            with suppress(OSError):
+                self.mirror.drop(folder)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path) as part:
+        part.write_bytes(content)

@@ -1,0 +1,1 @@
+"""Networks, their weight files, the strict transfer between them, and what they cost."""

@@ -1,0 +1,1 @@
+"""A synthetic labelled CT cohort."""

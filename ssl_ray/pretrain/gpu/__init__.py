@@ -1,0 +1,1 @@
+"""Faster ways to take a pretraining step on a GPU."""

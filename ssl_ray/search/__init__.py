@@ -1,0 +1,1 @@
+"""The grid of fine-tunings under Ray Tune."""

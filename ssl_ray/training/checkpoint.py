@@ -1,0 +1,159 @@
+"""Training state <-> directory, with a digest that is verified on load."""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from ssl_ray.storage.files import open_file, read_file, shown
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.storage.places import MANIFEST
+
+_MOST_MANIFEST = 2**16
+_STALE_SECONDS = 3600
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings and containers of them) to a directory, which appears whole.
+
+    A worker whose driver was killed may write for some seconds more, beside the one that has taken its place: both
+    write the same, each into a directory of its own that is then renamed.
+    """
+    scratch = folder.with_name(f".{folder.name}-{uuid4().hex}")
+    scratch.mkdir(parents=True)
+    try:
+        torch.save(dict(state), scratch / "state.pt")
+        manifest = {"sha256": _digest(scratch / "state.pt"), "step": state.get("step")}
+        (scratch / MANIFEST).write_text(json.dumps(manifest))
+        try:
+            scratch.rename(folder)
+        except OSError:  # one is there already, whole or not
+            shutil.rmtree(folder, ignore_errors=True)
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        ValueError: when the checkpoint is torn, was changed, or holds anything but tensors and plain values.
+    """
+    try:
+        manifest = json.loads(read_file(folder / MANIFEST, _MOST_MANIFEST))
+        found = _digest(folder / "state.pt")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}: not a whole checkpoint: {shown(error)}") from error
+    if not isinstance(manifest, dict) or found != manifest.get("sha256"):
+        raise ValueError(f"{folder}: state.pt does not match its digest: torn or changed after it was written")
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{folder}: state.pt cannot be loaded: {shown(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{folder}: state.pt must hold a dict, got {type(state).__name__}")
+    return state
+
+
+def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: Mirror | None = None) -> None:
+    """`save_state` into `<folder>/<step>`; the newest `keep` whole checkpoints up to this one stay, older ones go.
+
+    Args:
+        folder: of the checkpoints.
+        state: as for `save_state`.
+        keep: how many.
+        mirror: of the output, where that is in an object store.
+
+    Raises:
+        OSError: when the checkpoint could not be kept; the ones before are still there.
+    """
+    mirror = mirror or Mirror(folder)
+    path = folder / f"{state['step']:08d}"
+    save_state(path, state)
+    mirror.push(path)
+    names = {old.name for old in folder.iterdir()} | mirror.names(folder)
+    until = sorted(name for name in names if name <= path.name and not name.startswith("."))
+    whole = [name for name in until if mirror.has(folder / name / MANIFEST)]
+    for name in set(until) - set(whole[-keep:]):
+        mirror.drop(folder / name)
+    for old in folder.glob(".*"):
+        if _is_stale(old):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:
+    """The newest checkpoint of `save_latest` that is whole and, where a key is given, was saved under it; or None."""
+    mirror = mirror or Mirror(folder)
+    for name in sorted((name for name in mirror.names(folder) if not name.startswith(".")), reverse=True):
+        path = folder / name
+        mirror.pull(path)
+        try:
+            state = load_state(path)
+            if key is not None and state.get("key") != key:
+                raise ValueError(f"{path}: belongs to another configuration ({state.get('key')}, not {key})")
+        except ValueError as error:
+            logging.getLogger(__name__).warning("%s; trying the one before", error)
+        else:
+            return state
+    return None
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether a process that was killed has left this behind, rather than one that is writing it now."""
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > _STALE_SECONDS
+    return False
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of nested containers on the CPU that later training steps do not change."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
+
+
+class Saver:
+    """Writes checkpoints in a thread of its own, one at a time and in order."""
+
+    def __init__(self, folder: Path, keep: int, mirror: Mirror | None = None) -> None:
+        self._folder, self._keep, self._mirror = folder, keep, mirror
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Begin to write a snapshot of `state`, once the one before is written.
+
+        Raises:
+            OSError: when the one before could not be written.
+        """
+        self.wait()
+        self._pending = self._pool.submit(save_latest, self._folder, snapshot(state), self._keep, self._mirror)
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        if self._pending:
+            self._pending.result()
+
+
+def digest(*parts: Any) -> str:
+    """Short digest of JSON-able values: names what a run depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _digest(file: Path) -> str:
+    with open_file(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

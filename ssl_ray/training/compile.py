@@ -1,0 +1,41 @@
+"""torch.compile where it works."""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssl_ray.storage.files import reason
+
+
+def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], setting: str, **options: Any) -> bool:
+    """Compile modules in place, if that works here: the names in their state dicts stay what they were.
+
+    Compiling block by block takes a twelfth of the time of a whole ViT, whose blocks share one graph, and DDP can begin
+    to exchange the gradients of one block while the next one's are computed.
+
+    Args:
+        modules: to compile, each on its own.
+        attempt: uses them, forward and backward, in the shapes of a training step: what fails, fails here.
+        setting: for the warning.
+        options: of `torch.compile`.
+
+    Returns:
+        Whether they are compiled; if not, one warning says why, and they work as before.
+    """
+    modules = list(modules)
+    for module in modules:
+        module.compile(dynamic=False, **options)
+    try:
+        attempt()
+    except Exception as error:  # a missing compiler, an operator that it does not know: any library's own error
+        for module in modules:
+            module._compiled_call_impl = None
+        torch.compiler.reset()
+        logging.getLogger(__name__).warning(
+            "%s: torch.compile does not work here, going on without: %s", setting, reason(error)
+        )
+        return False
+    return True

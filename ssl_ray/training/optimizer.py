@@ -1,0 +1,57 @@
+"""Optimizer and learning rate, shared by pretraining and fine-tuning."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ssl_ray.config.schema import Optimizer
+
+
+def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam or AdamW over the trainable parameters."""
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return kind(trainable, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+def learning_rate(config: Optimizer, step: int, steps: int) -> float:
+    """Learning rate of step `step` of `steps`: a pure function, so that nothing of it needs a checkpoint.
+
+    Linear warm-up from lr / warmup_steps; then constant, or a half cosine down to 0 (Loshchilov & Hutter, ICLR 2017).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float | torch.Tensor) -> torch.Tensor:
+    """Clip, step and clear the gradients; where one is not finite, nothing changes but that they are cleared.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        config: says where gradients are clipped.
+        lr: of this step; a tensor on the device is read there, by the kernel.
+
+    Returns:
+        The gradients' global norm before clipping, still on the device; not finite if the step was skipped.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):  # of this rank's shards until now; all ranks must decide alike
+        norm = norm.full_tensor()
+    if config.clip_norm:
+        nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # Torch's fused kernels look at this on the device, as for its gradient scaler: no waiting for the norm.
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,171 @@
+"""Several nodes on this machine: one lost, one gained, one announced to leave."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import SAVED, STEPS, assert_close, assert_same, kill, outcome, saved, start, wait_for, workers, write
+
+pytestmark = pytest.mark.slow
+
+
+@contextmanager
+def nodes(*cpus: int) -> Iterator[object]:
+    """A cluster whose first node is the head."""
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 150 * 10**6, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], **small})
+    try:
+        for number in cpus[1:]:
+            cluster.add_node(num_cpus=number, object_store_memory=150 * 10**6)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def raylet(node: object) -> psutil.Process:
+    """The process of a node's raylet."""
+    (info,) = node.all_processes["raylet"]  # type: ignore[attr-defined]
+    return psutil.Process(info.process.pid)
+
+
+def kill_a_node_with_a_worker(cluster, folder: Path) -> int:
+    """SIGKILL to the raylet of a node other than the head that holds a training worker, after the first checkpoint."""
+    wait_for(lambda: saved(folder), "a checkpoint")
+    for node in list(cluster.worker_nodes):
+        process = raylet(node)
+        if workers(process):
+            cluster.remove_node(node, allow_graceful=False)
+            return process.pid
+    raise AssertionError("no node but the head has a training worker")
+
+
+def test_a_node_killed(undisturbed, cohort, tmp_path):
+    """A node dies and no other is there: the run goes on with one worker, and reads though no CPU is left for that."""
+    path = write(tmp_path, cohort, workers=[1, 2])
+    with nodes(1, 1) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            kill_a_node_with_a_worker(cluster, tmp_path)
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            kill(driver)
+    found = outcome(path)
+    assert len(found.started) >= 2
+    assert found.started[-1] >= SAVED
+    assert_close(found, undisturbed)
+
+
+def test_a_node_killed_and_replaced(undisturbed, cohort, tmp_path):
+    """With `workers: 2` and room for one, the run waits, and goes on from its checkpoint when there is a node again."""
+    path = write(tmp_path, cohort, workers=2)
+    with nodes(1, 1) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            kill_a_node_with_a_worker(cluster, tmp_path)
+            wait_for(lambda: not workers(raylet(cluster.head_node)), "the end of the worker that is left", 60)
+            before = saved(tmp_path)
+            time.sleep(5)
+            assert driver.poll() is None
+            assert saved(tmp_path) == before
+            cluster.add_node(num_cpus=1, object_store_memory=150 * 10**6)
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            kill(driver)
+    found = outcome(path)
+    assert found.started[-1] >= SAVED
+    assert set(found.workers) == {2}
+    assert_close(found, undisturbed)
+
+
+def test_the_head_killed(undisturbed, cohort, tmp_path, monkeypatch):
+    """Ray does not survive it and ends the driver with one line; the same command goes on on a new cluster."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # instead of a minute
+    path = write(tmp_path, cohort)
+    with nodes(2) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            wait_for(lambda: saved(tmp_path), "a checkpoint")
+            family = [raylet(cluster.head_node), *raylet(cluster.head_node).children(recursive=True)]
+            (server,) = cluster.head_node.all_processes["gcs_server"]
+            for process in (server.process.pid, family[0].pid):
+                psutil.Process(process).kill()
+            assert driver.wait(120) == 1
+            psutil.wait_procs(family, timeout=60)
+        finally:
+            kill(driver)
+    text = path.with_suffix(".log").read_text()
+    assert "GCS may have been killed" in text
+    assert "Traceback" not in text
+    with nodes(2) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            kill(driver)
+    assert_same(outcome(path), undisturbed)
+
+
+def test_a_node_gained(cohort, tmp_path):
+    """With `workers: [1, 2]`, training begins with one, and goes on with two after a node came."""
+    path = write(tmp_path, cohort, workers=[1, 2], epochs=500)
+    with nodes(1) as cluster:
+        driver = start(path, cluster.address, patch="train._RESIZE_SECONDS = 2.0")
+        try:
+            wait_for(lambda: saved(tmp_path), "a checkpoint")
+            cluster.add_node(num_cpus=1, object_store_memory=150 * 10**6)
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            kill(driver)
+    found = outcome(path)
+    assert list(found.losses) == list(range(1, 1001))
+    assert found.workers[0] == 1
+    assert found.workers[-1] == 2
+    assert found.started[-1] >= SAVED
+
+
+ASK_AT_EVERY_STEP = """
+def work(job):
+    from ssl_ray.pretrain import worker as loop
+    loop._PREEMPTION_SECONDS = 0.0
+    loop.train_loop(job)
+train.work = work
+"""
+
+
+def test_a_node_announced_to_leave(undisturbed, cohort, tmp_path, monkeypatch):
+    """Ray says that a node will be preempted, and it dies: a checkpoint is written just in time, and the two workers go
+    on from it on the nodes that are left."""
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+    path = write(tmp_path, cohort, workers=2, checkpoint_every=None, checkpoint_minutes=60)
+    with nodes(1, 1, 1) as cluster:
+        driver = start(path, cluster.address, patch=ASK_AT_EVERY_STEP)
+        try:
+            wait_for(lambda: list(tmp_path.glob("output/*/*/best.safetensors")), "the first validation")
+            ranks = workers()
+            for rank in ranks:  # the whole run takes seconds: it is held until Ray knows of the drain
+                rank.suspend()
+            assert not saved(tmp_path)
+            node = next(node for node in cluster.worker_nodes if workers(raylet(node)))
+            drain = ["drain-node", "--address", cluster.address, "--node-id", node.node_id]
+            drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+            ray = Path(sys.executable).with_name("ray")
+            subprocess.run([ray, *drain, "--deadline-remaining-seconds", "20"], check=True, capture_output=True)
+            time.sleep(2)
+            for rank in ranks:
+                rank.resume()
+            (step,) = wait_for(lambda: saved(tmp_path), "a checkpoint just in time", 20)
+            assert step < STEPS
+            cluster.remove_node(node, allow_graceful=False)
+            assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+        finally:
+            kill(driver)
+    found = outcome(path)
+    assert found.started[-1] == step
+    assert_close(found, undisturbed)

@@ -1,0 +1,395 @@
+"""An experiment file is typed: what is wrong in it is named, what is right survives a round trip."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssl_ray.config.loading import dump, flatten, load
+from ssl_ray.config.schema import Finetune, Preparation, Pretrain, Study
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").rglob("*.yaml"))
+
+STUDY = """
+name: small
+pretrain:
+  sources:
+    - {root: a, datalist: unlabelled.json}
+    - {root: b, datalist: unlabelled.json}
+  preparation: {spacing: 2, window: [-57, 164]}
+finetune:
+  cohort:
+    root: a
+    classes: 14
+    splits: {6: six.json, 12: twelve.json}
+  preparation: {spacing: [1.5, 1.5, 2], window: [-175, 250]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def change(file: Path, key: str, value: Any) -> Path:
+    """Set one dotted key in the file; numbers are places in a list; the value None removes it."""
+    tree: Any = yaml.safe_load(file.read_text())
+    node = tree
+    *parents, last = [int(part) if part.isdecimal() else part for part in key.split(".")]
+    for parent in parents:
+        node = node[parent] if isinstance(parent, int) else node.setdefault(parent, {})
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return file
+
+
+def refusal(file: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        load(file, overrides)
+    return str(caught.value)
+
+
+def test_experiments_are_shipped() -> None:
+    """There is at least one experiment, so that the tests over all of them test something."""
+    assert len(EXPERIMENTS) > 0
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_shipped_experiment_loads_and_survives_dump(path: Path, tmp_path: Path) -> None:
+    """Every experiment in the repository is valid, and its resolved form describes the same study."""
+    study = load(path)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump(study))
+    assert load(resolved) == study
+
+
+def test_the_recipe_is_the_default(file: Path) -> None:
+    """What a study leaves out is the published recipe."""
+    study = load(file)
+    pretrain, finetune, network = study.pretrain, study.finetune, study.network
+    assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
+    assert (pretrain.epochs, pretrain.optimizer.name, pretrain.optimizer.lr) == (300, "adam", 1e-4)
+    assert not pretrain.contrastive.enabled
+    assert pretrain.contrastive.temperature == 0.05
+    assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
+    assert (finetune.steps, finetune.volumes_per_step, finetune.patches_per_volume) == (30_000, 1, 4)
+    assert (finetune.optimizer.name, finetune.optimizer.weight_decay) == ("adamw", 1e-5)
+    assert finetune.augmentation.flip_axes == (0, 1, 2)
+    assert (finetune.window_batch, finetune.validate_every) == (4, 100)
+
+
+def test_resolved_study_survives_dump_with_everything_set(file: Path, tmp_path: Path) -> None:
+    """No field loses its value or type on the way through YAML."""
+    study = load(
+        file,
+        [
+            "finetune.cohort.splits={1: [img0001], 3: [img0001..img0003]}",
+            "finetune.cohort.datalist=all.json",
+            "finetune.grid={splits: [1], lr: [1e-4, 3e-5], seeds: [0, 7], init: [pretrained]}",
+            "phantom={root: p, unlabelled: 3, labelled: 2, validation: 1, test: 1, splits: [1, 2], seed: 5}",
+            "pretrain.optimizer={name: adamw, lr: 1e-12, schedule: cosine, warmup_steps: 9, clip_norm: 0.5}",
+            "pretrain.patch_size=[32, 48, 64]",
+            "pretrain.corruption={inpaint_size: [1, 5], outpaint_size: [8, 8], shuffle_size: 4}",
+            "pretrain.preparation.orientation=null",
+            "tracking={uri: 'sqlite:///x.db', experiment: 'öäü: #1'}",
+        ],
+    )
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump(study))
+    assert load(resolved) == study
+    assert study.finetune.cohort.splits == {1: ("img0001",), 3: ("img0001..img0003",)}
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("pretrian", "pretrain"),
+        ("finetune.step", "steps"),
+        ("finetune.cohort.clases", "classes"),
+        ("finetune.preparation.spacng", "spacing"),
+        ("finetune.augmentation.flip_axis", "flip_axes"),
+        ("finetune.optimizer.learning_rate", None),
+        ("finetune.grid.seed", "seeds"),
+        ("finetune.loss.include_backgrund", "include_background"),
+        ("pretrain.contrastive.enable", "enabled"),
+        ("pretrain.corruption.inpaint_box", "inpaint_boxes"),
+        ("pretrain.sources.0.rooot", "root"),
+        ("pretrain.sources.1.datalst", "datalist"),
+        ("network.hiden_size", "hidden_size"),
+        ("tracking.url", "uri"),
+        ("cluster.cpu", "cpus"),
+        ("phantom.label", "labelled"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(file: Path, key: str, near: str | None) -> None:
+    """At every level, inside lists too, a mistyped key gives its full name and the key that was meant."""
+    message = refusal(change(file, key, 1))
+    line = next(line for line in message.splitlines() if "unknown key" in line)
+    assert f"{file}: {key}: unknown key; " in line
+    assert (f"did you mean '{near}'?" in line) if near else ("valid keys: name, lr," in line)
+
+
+def test_all_mistakes_are_told_at_once(file: Path) -> None:
+    """One message has a line for each mistake, so that mending takes one round."""
+    for key, value in (("pretrain.epochs", 0), ("network.hiden_size", 3), ("name", None)):
+        change(file, key, value)
+    lines = refusal(file).splitlines()
+    assert len(lines) == 3
+    assert any(line.endswith("name: this key is required") for line in lines)
+    assert any("pretrain.epochs: input should be greater than 0, got 0" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("pretrain.patch_size", 40, "patch_size: every side must be a multiple of 16 voxels, got [40, 40, 40]"),
+        ("finetune.patch_size", [32, 32, 50], "finetune: patch_size: every side must be a multiple of 16 voxels"),
+        ("pretrain.preparation.window", [164, -57], "window: the lower HU must be below the upper, got [164.0, -57.0]"),
+        ("pretrain.preparation.window", [5, 5], "window: the lower HU must be below the upper"),
+        ("pretrain.preparation.window", [-math.inf, 5], "preparation.window.0: input should be a finite number"),
+        ("pretrain.preparation.window", [0, math.nan], "preparation.window.1: input should be a finite number"),
+        ("pretrain.preparation.window", [0], "pretrain.preparation.window.1: this key is required"),
+        ("pretrain.preparation.spacing", [1, 0, 1], "pretrain.preparation.spacing.1: input should be greater than 0"),
+        ("pretrain.preparation.spacing", math.inf, "pretrain.preparation.spacing.0: input should be a finite number"),
+        ("pretrain.preparation.orientation", "RPI", "orientation: input should be 'RAS', 'LPS' or 'LAS', got 'RPI'"),
+        ("pretrain.workers", 9, "batch_size must give every worker a patch, got 8 for 9 workers"),
+        ("pretrain.patch_size", [96, 96, 48], "a box of 64 voxels does not fit into patch_size [96, 96, 48]"),
+        ("pretrain.corruption.shuffle_size", 97, "corruption: a box of 97 voxels does not fit"),
+        ("pretrain.corruption.inpaint_size", [9, 8], "inpaint_size: the smallest side must not exceed the largest"),
+        ("pretrain.sources", [], "pretrain.sources: tuple should have at least 1 item"),
+        ("pretrain.optimizer.lr", 0, "pretrain.optimizer.lr: input should be greater than 0, got 0"),
+        ("pretrain.optimizer.weight_decay", math.inf, "weight_decay: input should be a finite number, got inf"),
+        ("pretrain.epochs", 1.5, "pretrain.epochs: input should be a valid integer"),
+        ("finetune.cohort.splits", {6: ["a"]}, "splits.6 lists ids: name the list that they come from in 'datalist'"),
+        ("finetune.cohort.splits", {}, "finetune.cohort.splits: dictionary should have at least 1 item"),
+        ("finetune.cohort.splits", {"six": "a"}, "finetune.cohort.splits.six: input should be a valid integer"),
+        ("finetune.cohort.splits", {6: 5}, "finetune.cohort.splits.6: input should be a valid string, got 5"),
+        ("finetune.cohort.classes", 1, "finetune.cohort.classes: input should be greater than or equal to 2, got 1"),
+        ("finetune.grid.splits", [6, 24], "grid.splits: [24] are not in cohort.splits, which has [6, 12]"),
+        ("finetune.grid.splits", [], "finetune.grid.splits: tuple should have at least 1 item"),
+        ("finetune.grid.lr", [1e-4, 0.0001], "grid.lr: a value stands twice in [0.0001, 0.0001]"),
+        ("finetune.grid.seeds", [-1], "finetune.grid.seeds.0: input should be greater than or equal to 0, got -1"),
+        ("finetune.grid.init", ["scratch"], "grid.init.0: input should be 'random' or 'pretrained', got 'scratch'"),
+        ("finetune.window_overlap", 1.0, "finetune.window_overlap: input should be less than 1, got 1.0"),
+        ("network.num_heads", 7, "network: hidden_size must be a multiple of num_heads, got 768 and 7"),
+        ("name", "a/b", "name: string should match pattern"),
+        ("on_bad_volume", "ignore", "on_bad_volume: input should be 'fail' or 'skip', got 'ignore'"),
+    ],
+)  # fmt: skip
+def test_a_broken_rule_is_named_with_place_and_value(file: Path, key: str, value: Any, rule: str) -> None:
+    """Every rule that a study can break gives one line: the file, the place, the rule, the value."""
+    message = refusal(change(file, key, value))
+    assert rule in message
+    assert message.startswith(f"{file}: ")
+
+
+def test_a_wrong_item_is_not_also_reported_as_an_empty_list(file: Path) -> None:
+    """A list of one wrong item gives one line."""
+    assert len(refusal(change(file, "finetune.grid.lr", ["fast"])).splitlines()) == 1
+
+
+def test_overrides_replace_and_add(file: Path) -> None:
+    """`--set` reaches sections that the file has, sections that it has not, and keys that are numbers."""
+    study = load(
+        file,
+        [
+            "pretrain.epochs=7",
+            "pretrain.optimizer.lr=2e-4",
+            "finetune.grid.lr=[1e-3, 1e-4]",
+            "finetune.cohort.splits.6=other.json",
+            " seed = 5 ",
+            "tracking.uri=null",
+            "output=a=b",
+        ],
+    )
+    assert (study.pretrain.epochs, study.pretrain.optimizer.lr, study.seed) == (7, 2e-4, 5)
+    assert study.finetune.grid.lr == (1e-3, 1e-4)
+    assert study.finetune.cohort.splits == {6: "other.json", 12: "twelve.json"}
+    assert study.tracking.uri is None
+    assert study.output == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("pretrain.epochs", "expected key=value"),
+        ("=5", "expected key=value"),
+        ("name.first=5", "'name' is a value, not a section"),
+        ("pretrain.sources.0.root.deep=x", "'root' is a value, not a section"),
+        ("pretrain.epochs=[", "the value is not valid YAML"),
+        ("pretrain.epochs=2024-13-45", "the value is not valid YAML"),
+        ("pretrain.optimizer={lr: 1, lr: 2}", "the key 'lr' stands twice"),
+        ("pretrain.epoch=5", "pretrain.epoch: unknown key; did you mean 'epochs'?"),
+        ("pretrain.epochs=many", "pretrain.epochs: input should be a valid integer"),
+    ],
+)
+def test_a_wrong_override_is_named(file: Path, override: str, rule: str) -> None:
+    """What is wrong with a `--set` is told with the override or the key that it led to."""
+    message = refusal(file, override)
+    assert rule in message
+    assert override in message or str(file) in message
+
+
+@pytest.mark.parametrize("text", ["1e-4", "'1e-4'", "1.0e-4", "0.0001"])
+def test_exponents_without_a_point_are_numbers(file: Path, text: str) -> None:
+    """YAML 1.1 reads `1e-4` as a string, a study as a number."""
+    assert load(file, [f"pretrain.optimizer.lr={text}"]).pretrain.optimizer.lr == 1e-4
+    assert load(file, [f"pretrain.preparation.spacing={text}"]).pretrain.preparation.spacing == (1e-4, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("name: [", "not valid YAML"),
+        ("name: 2024-13-45", "not valid YAML"),
+        ("? {a: b}\n: c", "not valid YAML"),
+        ("name: \0", "not valid YAML"),
+        ("!!python/object:os.system {}", "not valid YAML"),
+        ("- name", "an experiment is a mapping of sections, got list"),
+        ("name", "an experiment is a mapping of sections, got str"),
+        ("", "an experiment is a mapping of sections, got NoneType"),
+        (STUDY + "name: other\n", "not valid YAML: the key 'name' stands twice in"),
+        (STUDY.replace("window: [-57, 164]", "window: [-57, 164], spacing: 3"), "the key 'spacing' stands twice in"),
+        (STUDY.replace("12: twelve.json", "'6': twelve.json"), "the key '6' stands twice in"),
+        ("5: 6\n", "5: keys should be strings, got 5"),
+    ],
+)
+def test_a_file_that_is_no_experiment_is_refused(file: Path, text: str, rule: str) -> None:
+    """Broken YAML, another top level and a key that stands twice are refused, naming the file."""
+    file.write_text(text)
+    message = refusal(file)
+    assert rule in message
+    assert message.startswith(f"{file}: ")
+
+
+def test_yaml_anchors_and_merges_are_no_duplicates(file: Path) -> None:
+    """A merged key may be overridden, as YAML has it."""
+    file.write_text(
+        STUDY.replace("pretrain:\n", "pretrain: &p\n  optimizer: &o {lr: 1e-3, warmup_steps: 5}\n")
+        + "  optimizer:\n    <<: *o\n    lr: 1e-5\n"
+    )
+    study = load(file)
+    assert (study.finetune.optimizer.lr, study.finetune.optimizer.warmup_steps) == (1e-5, 5)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """A missing file, a folder and a file that is no text are refused, naming the file."""
+    assert f"{tmp_path / 'no.yaml'}: cannot read the experiment: No such file" in refusal(tmp_path / "no.yaml")
+    assert "Is a directory" in refusal(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    assert f"{tmp_path / 'binary.yaml'}: cannot read the experiment" in refusal(tmp_path / "binary.yaml")
+
+
+def test_flatten_gives_dotted_keys_of_every_leaf(file: Path) -> None:
+    """MLflow parameters are the leaves of the YAML under dotted keys."""
+    study = load(file)
+    flat = flatten(study)
+    assert flat["pretrain.optimizer.lr"] == "0.0001"
+    assert flat["finetune.cohort.splits.12"] == "twelve.json"
+    assert flat["finetune.preparation.spacing"] == "[1.5, 1.5, 2.0]"
+    assert flat["phantom"] == "None"
+    assert flatten(study.network, "network.")["network.hidden_size"] == "768"
+    leaves = yaml.safe_load(dump(study))
+    for key, value in flat.items():
+        node = leaves
+        for part in key.split("."):
+            node = node[part]
+        assert str(node) == value
+
+
+def test_paths_of_a_study_are_absolute(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study can be handed to processes that run elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    study = load(file)
+    assert study.folder == tmp_path / "output" / "small"
+    assert study.cache_folder == tmp_path / "output" / "cache"
+    assert study.tracking_uri == f"sqlite:///{tmp_path / 'output' / 'mlflow.db'}"
+    assert load(file, ["cache=/elsewhere"]).cache_folder == Path("/elsewhere")
+
+
+def test_sections_cannot_be_changed(file: Path) -> None:
+    """A loaded study is a value."""
+    with pytest.raises(ValueError, match="frozen"):
+        load(file).seed = 3  # type: ignore[misc]
+
+
+KEYS = st.text(max_size=5) | st.integers()
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+SECTIONS = [(), ("pretrain",), ("finetune",), ("finetune", "cohort"), ("finetune", "grid"), ("pretrain", "sources")]
+
+
+@given(
+    VALUES,
+    st.sampled_from(SECTIONS),
+    st.sampled_from([*Study.model_fields, *Pretrain.model_fields, *Finetune.model_fields, *Preparation.model_fields]),
+)
+def test_any_value_anywhere_loads_or_is_refused(value: Any, section: tuple[str, ...], key: str) -> None:
+    """Whatever stands in the file, the outcome is a study or a ValueError that names the file."""
+    tree: Any = yaml.safe_load(STUDY)
+    node = tree
+    for part in section[:-1]:
+        node = node.setdefault(part, {})
+    if section and section[-1] in node and isinstance(node[section[-1]], dict):
+        node[section[-1]][key] = value
+    else:
+        node[section[-1] if section else key] = value
+    message = "study.yaml: "
+    with pytest.MonkeyPatch.context() as patch:
+        text = yaml.safe_dump(tree, allow_unicode=True)
+        patch.setattr("ssl_ray.config.loading.read_file", lambda path, most: text.encode(errors="surrogatepass"))
+        try:
+            assert load("study.yaml").pretrain.sources
+        except ValueError as error:
+            message = str(error)
+    assert message.startswith("study.yaml: ")
+
+
+def test_set_reaches_into_lists(tmp_path: Path) -> None:
+    """`pretrain.sources.0.root` is a place like any other; a place beyond the list is named."""
+    path = tmp_path / "study.yaml"
+    path.write_text(dump(load(Path(__file__).parents[2] / "experiments" / "demo.yaml")))
+    assert load(path, ["pretrain.sources.0.root=/elsewhere"]).pretrain.sources[0].root == "/elsewhere"
+    for place in ("7", "first"):
+        with pytest.raises(ValueError, match=rf"'{place}' is no place in a list of 1"):
+            load(path, [f"pretrain.sources.{place}.root=x"])
+
+
+def test_the_recipe_is_to_the_number() -> None:
+    """`tcia_btcv.yaml` against the table of the reference recipe (Project MONAI, vit_unetr_ssl)."""
+    study = load(Path(__file__).parents[2] / "experiments" / "tcia_btcv.yaml")
+    pretrain, finetune, network = study.pretrain, study.finetune, study.network
+    assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
+    assert (pretrain.preparation.spacing, pretrain.preparation.window) == ((2, 2, 2), (-57, 164))
+    assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
+    assert (pretrain.epochs, pretrain.validate_every, pretrain.contrastive.enabled) == (300, 2, False)
+    assert (pretrain.optimizer.name, pretrain.optimizer.lr, pretrain.optimizer.schedule) == ("adam", 1e-4, "constant")
+    assert (pretrain.optimizer.weight_decay, pretrain.optimizer.clip_norm) == (0, None)
+    task = pretrain.corruption
+    assert (task.inpaint_boxes, task.inpaint_size, task.outpaint_boxes, task.outpaint_size) == (6, (5, 32), 6, (20, 64))
+    assert (task.shuffle_prob, task.shuffle_boxes, task.shuffle_size, task.outpaint_prob) == (0.8, 10, 8, 0.5)
+    assert task.growing
+    assert finetune.cohort.classes == 14
+    assert finetune.preparation.orientation == "RAS"
+    assert (finetune.preparation.spacing, finetune.preparation.window) == ((1.5, 1.5, 2), (-175, 250))
+    assert (finetune.patch_size, finetune.volumes_per_step, finetune.patches_per_volume) == ((96, 96, 96), 1, 4)
+    augmentation = finetune.augmentation
+    assert (augmentation.flip_prob, augmentation.flip_axes, augmentation.rotate_prob) == (0.1, (0, 1, 2), 0.1)
+    assert (augmentation.shift, augmentation.shift_prob, finetune.foreground_prob) == (0.1, 0.5, 0.5)
+    assert (finetune.steps, finetune.validate_every, finetune.window_batch) == (30_000, 100, 4)
+    optimizer = finetune.optimizer
+    assert (optimizer.name, optimizer.weight_decay, finetune.grid.lr) == ("adamw", 1e-5, (1e-4,))
+    assert optimizer.schedule == "constant"
+    assert (finetune.loss.include_background, finetune.loss.batch, finetune.balance_organs) == (True, False, False)

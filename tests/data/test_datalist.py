@@ -1,0 +1,547 @@
+"""Datalists: the published ones are read as they are, wrong ones are refused, written ones hold subjects apart."""
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+
+from ssl_ray.config.schema import LabelledCohort, Source
+from ssl_ray.data.datalist import (
+    Case,
+    Splits,
+    check_held_out,
+    read_datalist,
+    read_labelled,
+    read_unlabelled,
+    stem,
+)
+from ssl_ray.data.listing import write_datalists
+
+PUBLISHED = Path(__file__).parents[3] / "shared" / "datalists"
+BTCV = {6: "dataset_0_init_6.json", 12: "dataset_0_init_12.json", 24: "dataset_0.json"}
+ORGANS = {"0": "background", "1": "spleen", "2": "liver"}
+
+needs_published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published datalists are not at hand")
+
+
+def touch(root: Path, *names: str) -> None:
+    """Empty files: the lists are checked without reading a volume."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def stand_ins(root: Path, datalist: Path, sections: Sequence[str] = ("training", "validation")) -> None:
+    tree = json.loads(datalist.read_text())
+    for entry in itertools.chain.from_iterable(tree[section] for section in sections):
+        touch(root, *([entry] if isinstance(entry, str) else entry.values()))
+
+
+def pair(number: int | str) -> dict[str, str]:
+    return {"image": f"images/v{number}.nii.gz", "label": f"labels/v{number}.nii.gz"}
+
+
+def write(root: Path, name: str = "list.json", **tree: Any) -> Path:
+    (root / name).write_text(json.dumps(tree))
+    return root / name
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with ten image and label files, v1 to v10."""
+    folder = tmp_path / "root"
+    touch(folder, *[path for number in range(1, 11) for path in pair(number).values()])
+    return folder
+
+
+def refusal(root: Path, *, labelled: bool = True, name: str = "list.json") -> str:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        read_datalist(root, name, labelled=labelled)
+    assert str(caught.value).startswith(f"{root / name}: ")
+    return str(caught.value)
+
+
+@needs_published
+def test_published_btcv_lists_are_read_unchanged(tmp_path: Path) -> None:
+    """BTCV's lists give the recipe's splits, its 13 organs, and no test volume, as their labels are not public."""
+    stand_ins(tmp_path, PUBLISHED / "btcv" / BTCV[24])
+    splits = {size: str(PUBLISHED / "btcv" / name) for size, name in BTCV.items()}
+    cohort = LabelledCohort(root=str(tmp_path), classes=14, splits=splits)
+    read = read_labelled(cohort, (6, 12, 24))
+    numbers = {6: [*range(1, 7)], 12: [*range(1, 11), 21, 22], 24: [*range(1, 11), *range(21, 35)]}
+    assert {size: [case.id for case in cases] for size, cases in read.training.items()} == {
+        size: [f"img{number:04d}" for number in listed] for size, listed in numbers.items()
+    }
+    assert [case.id for case in read.validation] == [f"img{number:04d}" for number in range(35, 41)]
+    assert read.test == ()
+    assert read.organs[:4] == ("spleen", "rkid", "lkid", "gall")
+    assert len(read.organs) == 13
+    assert len(read.cases) == 30
+    for case in read.cases:
+        assert case.label == tmp_path / "labelsTr" / f"{case.id.replace('img', 'label')}.nii.gz"
+
+
+@needs_published
+def test_ids_and_ranges_select_the_published_splits(tmp_path: Path) -> None:
+    """One list and ids give the same splits as three lists."""
+    stand_ins(tmp_path, PUBLISHED / "btcv" / BTCV[24])
+    by_lists = {size: str(PUBLISHED / "btcv" / name) for size, name in BTCV.items()}
+    by_ids = {
+        6: ("img0001..img0006",),
+        12: ("img0001..img0010", "img0021", "img0022"),
+        24: ("img0001..img0010", "img0021..img0034"),
+    }
+    expected = read_labelled(LabelledCohort(root=str(tmp_path), classes=14, splits=by_lists), (6, 12, 24))
+    cohort = LabelledCohort(root=str(tmp_path), classes=14, splits=by_ids, datalist=by_lists[24])
+    assert read_labelled(cohort, (6, 12, 24)) == expected
+
+
+@needs_published
+def test_published_tcia_list_is_read_unchanged(tmp_path: Path) -> None:
+    """TCIA's list gives 600 training and 171 validation volumes without labels, each under its own id."""
+    datalist = PUBLISHED / "tcia" / "dataset_split.json"
+    stand_ins(tmp_path, datalist)
+    training, validation = read_unlabelled([Source(root=str(tmp_path), datalist=str(datalist))])
+    assert (len(training), len(validation)) == (600, 171)
+    assert len({case.id for case in (*training, *validation)}) == 771
+    assert all(case.label is None for case in (*training, *validation))
+    assert training[0] == Case("volume-covid19-A-0656", tmp_path / "data" / "volume-covid19-A-0656.nii.gz")
+
+
+def test_entries_may_be_paths_or_mappings(root: Path) -> None:
+    """A path alone is an image; both forms may stand in one list; labels are left out where none are wanted."""
+    write(root, training=["images/v1.nii.gz", pair(2)], validation=["./images/../images/v3.nii.gz"])
+    listed = read_datalist(root, "list.json", labelled=False)
+    assert listed.training == (Case("v1", root / "images/v1.nii.gz"), Case("v2", root / "images/v2.nii.gz"))
+    assert listed.validation == (Case("v3", root / "images/v3.nii.gz"),)
+
+
+def test_test_entries_without_label_are_left_out(root: Path) -> None:
+    """Of the test volumes only those with a label count, and the others need not be there."""
+    write(root, training=[pair(1)], validation=[pair(2)], test=["elsewhere.nii.gz", pair(3), {"image": "no.nii.gz"}])
+    assert [case.id for case in read_datalist(root, "list.json", labelled=True).test] == ["v3"]
+
+
+def test_labels_name_the_organs(root: Path) -> None:
+    """Organs are named by value; a value without a name is called by its number."""
+    write(root, training=[pair(1)], validation=[pair(2)], labels={"2": "liver", "0": "background"})
+    cohort = LabelledCohort(root=str(root), classes=4, splits={1: "list.json"})
+    assert read_labelled(cohort, [1]).organs == ("label 1", "liver", "label 3")
+
+
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (("a/v.nii.gz", "b/w.nii.gz"), ("v", "w")),
+        (("a/v.nii.gz", "b/v.nii.gz", "c/w.nii"), ("a/v", "b/v", "w")),
+        (("a/v.nii.gz", "a/v.nii"), ("a/v.nii.gz", "a/v.nii")),
+        (("a/v.nii.gz", "a/v.nii", "b/v.nii"), ("a/v.nii.gz", "a/v.nii", "b/v")),
+    ],
+)
+def test_ids_are_unique(tmp_path: Path, names: Sequence[str], ids: Sequence[str]) -> None:
+    """A file name is the id where it is the only one of its name, otherwise as much of the path as it takes."""
+    touch(tmp_path, *names)
+    write(tmp_path, training=list(names))
+    assert tuple(case.id for case in read_datalist(tmp_path, "list.json", labelled=False).training) == tuple(ids)
+
+
+def test_volumes_of_one_name_in_different_splits_are_different_cases(root: Path) -> None:
+    """Two splits may each have a volume `v`, from different folders; both are prepared."""
+    touch(root, "a/v.nii.gz", "b/v.nii.gz", "labels/a.nii.gz", "labels/b.nii.gz")
+    for name in "ab":
+        entry = {"image": f"{name}/v.nii.gz", "label": f"labels/{name}.nii.gz"}
+        extra = [pair(1)] if name == "b" else []
+        write(root, f"{name}.json", training=[entry, *extra], validation=[pair(9)])
+    splits = read_labelled(LabelledCohort(root=str(root), classes=3, splits={1: "a.json", 2: "b.json"}), (1, 2))
+    assert {case.image.relative_to(root).as_posix() for case in splits.cases} == {
+        "a/v.nii.gz", "b/v.nii.gz", "images/v1.nii.gz", "images/v9.nii.gz",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tree", "rule"),
+    [
+        ({"training": [pair(1), pair(77)]}, "no such file: {root}/images/v77.nii.gz (and 1 more of 4 files)"),
+        ({"training": [{"image": "images/v1.nii.gz", "label": "no.nii.gz"}]}, "no such file: {root}/no.nii.gz"),
+        ({"training": [{"image": "images/v1.nii.gz", "label": "labels"}]}, "labels must end in .nii or .nii.gz"),
+        ({"training": [{"image": "dir.nii", "label": "dir.nii"}]}, "no such file: {root}/dir.nii"),
+        ({"training": [{"image": "x" * 5000 + ".nii", "label": "dir.nii"}]}, "no such file: "),
+        ({"training": [pair(1), pair(2), pair(1)]}, "training: {root}/images/v1.nii.gz is listed twice"),
+        ({"training": [pair(1), {**pair(1), "image": "images/./v1.nii.gz"}]}, "is listed twice"),
+        ({"training": [pair(1), {**pair(1), "image": "link.nii.gz"}]}, "link.nii.gz is listed twice"),
+        ({"training": [pair(1)], "validation": [pair(1)]}, "v1.nii.gz is in both 'training' and 'validation'"),
+        ({"training": [pair(1)], "validation": [{**pair(2), "image": "link.nii.gz"}]}, "in both 'training' and"),
+        ({"training": [pair(1)], "test": [pair(1)]}, "v1.nii.gz is in both 'training' and 'test'"),
+        ({"training": [{**pair(1), "image": "../out.nii.gz"}]}, "[0].image: ../out.nii.gz leaves the root {root}"),
+        ({"training": [{**pair(1), "label": "a/../../out.nii.gz"}]}, "training[0].label: a/../../out.nii.gz leaves"),
+        ({"training": [{**pair(1), "image": "{out}"}]}, "training[0].image: {out} leaves the root"),
+        ({"training": [pair(1), {**pair(1), "image": "escape.nii.gz"}]}, "training[1].image: escape.nii.gz leaves"),
+        ({"training": [{**pair(1), "image": "outside/out.nii.gz"}]}, "outside/out.nii.gz leaves the root"),
+        ({"training": [{**pair(1), "image": "loop.nii.gz"}]}, "no such file: {root}/loop.nii.gz"),
+        ({"training": [{**pair(1), "image": "a.mha"}]}, "training[0].image: a.mha must end in .nii or .nii.gz"),
+        ({"training": []}, "'training' must list at least one volume"),
+        ({"validation": [pair(1)]}, "'training' must list at least one volume"),
+        ({"training": [pair(1), "images/v2.nii.gz"]}, "training[1]: needs a 'label', got only images/v2.nii.gz"),
+        ({"training": [pair(1)], "validation": [{"image": "images/v2.nii.gz"}]}, "validation[0]: needs a 'label'"),
+        ({"training": {"image": "a"}}, "training: must be a list, got dict"),
+        ({"training": None}, "training: must be a list, got NoneType"),
+        ({"training": [pair(1)], "validation": "images/v2.nii.gz"}, "validation: must be a list, got str"),
+        ({"training": [pair(1), 5]}, "training[1]: must be a path or {{image, label}}, got 5"),
+        ({"training": [[pair(1)]]}, "training[0]: must be a path or {{image, label}}"),
+        ({"training": [{"label": "labels/v1.nii.gz"}]}, "training[0]: must be a path or {{image, label}}"),
+        ({"training": [{**pair(1), "image": ""}]}, "training[0].image: must be a path, got ''"),
+        ({"training": [""]}, "training[0].image: must be a path, got ''"),
+        ({"training": [{**pair(1), "image": "a\0.nii"}]}, "training[0].image: must be a path"),
+        ({"training": [{**pair(1), "image": "\ud800.nii"}]}, "training[0].image: must be a path"),
+        ({"training": [{**pair(1), "image": ["images/v1.nii.gz"]}]}, "training[0].image: must be a path, got"),
+        ({"training": [{**pair(1), "label": None}]}, "training[0].label: must be a path, got 'None'"),
+        ({"training": [pair(1)], "labels": ["background"]}, "labels: must map label values to names, got"),
+        ({"training": [pair(1)], "labels": {"spleen": 1}}, "labels: must map label values to names, got"),
+        ({"training": [pair(1)], "labels": None}, "labels: must map label values to names, got None"),
+    ],
+)  # fmt: skip
+def test_a_wrong_list_is_refused(root: Path, tree: dict[str, Any], rule: str) -> None:
+    """Every mistake in a list is refused with the list, the entry, the rule and the value."""
+    out = root.parent / "out.nii.gz"
+    out.touch()
+    (root / "dir.nii").mkdir()
+    (root / "link.nii.gz").symlink_to("images/v1.nii.gz")
+    (root / "escape.nii.gz").symlink_to(out)
+    (root / "outside").symlink_to(root.parent)
+    (root / "loop.nii.gz").symlink_to("loop.nii.gz")
+    (root / "list.json").write_text(json.dumps(tree).replace("{out}", str(out)))
+    assert rule.format(root=root, out=out) in refusal(root)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{'training': []}", "\ufeff{}", "[" * 100_000, '{"training": [NULL]}'])
+def test_a_list_that_is_no_json_is_refused(root: Path, text: str) -> None:
+    """What is no JSON is refused, however deep it goes."""
+    (root / "list.json").write_text(text)
+    assert "not valid JSON" in refusal(root)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"training"'])
+def test_a_list_that_is_no_object_is_refused(root: Path, text: str) -> None:
+    """What is JSON, but no object, is refused."""
+    (root / "list.json").write_text(text)
+    assert "a datalist is an object with the key 'training'" in refusal(root)
+
+
+def test_a_list_that_cannot_be_read_is_refused(root: Path) -> None:
+    """A missing list, a folder and bytes that are no text are refused."""
+    assert "cannot read the datalist: No such file" in refusal(root, name="no.json")
+    assert "cannot read the datalist: Is a directory" in refusal(root, name="images")
+    (root / "list.json").write_bytes(b"\xff\xfe{")
+    assert "not valid JSON" in refusal(root)
+
+
+def test_a_root_may_be_a_link(root: Path) -> None:
+    """A root that is itself a link to the data leads to the same volumes."""
+    write(root, training=[pair(1)])
+    link = root.parent / "link"
+    link.symlink_to(root)
+    assert read_datalist(link, "list.json", labelled=True).training[0].image == link / "images/v1.nii.gz"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["v.nii", "w.nii"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["image", "label", "0", "1"]) | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["training", "validation", "test", "labels"]), JSON), st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_is_read_or_refused(tmp_path: Path, tree: dict[str, Any], labelled: bool) -> None:
+    """Whatever JSON a list holds, the outcome is a Datalist of files that exist or a ValueError that names the list."""
+    touch(tmp_path, "v.nii", "w.nii")
+    path = write(tmp_path, **tree)
+    listed, message = None, f"{path}: "
+    try:
+        listed = read_datalist(tmp_path, path, labelled=labelled)
+    except ValueError as error:
+        message = str(error)
+    assert message.startswith(f"{path}: ")
+    if listed:
+        assert all(case.image.is_file() for case in (*listed.training, *listed.validation, *listed.test))
+
+
+def test_sources_are_joined(root: Path) -> None:
+    """The volumes of all sources count together; one source with validation volumes is enough."""
+    write(root, "one.json", training=["images/v1.nii.gz"])
+    write(root, "two.json", training=["images/v2.nii.gz"], validation=["images/v3.nii.gz"])
+    sources = [Source(root=str(root), datalist=f"{name}.json") for name in ("one", "two")]
+    training, validation = read_unlabelled(sources)
+    assert [case.id for case in training] == ["v1", "v2"]
+    assert [case.id for case in validation] == ["v3"]
+    with pytest.raises(ValueError, match=re.escape(f"{root / 'one.json'}: 'validation' must list a volume")):
+        read_unlabelled(sources[:1])
+
+
+@pytest.mark.parametrize("second", ["same.json", "one.json"])
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_a_volume_belongs_to_one_source(root: Path, section: str, second: str) -> None:
+    """A volume in two sources is refused, through a link too, and so is a list that is named twice."""
+    (root / "link.nii.gz").symlink_to("images/v1.nii.gz")
+    write(root, "one.json", training=["images/v1.nii.gz"], validation=["images/v3.nii.gz"])
+    tree = {"training": ["images/v4.nii.gz"], "validation": ["images/v5.nii.gz"]} | {section: ["link.nii.gz"]}
+    write(root, "same.json", **tree)
+    with pytest.raises(ValueError, match="a volume belongs to one source") as caught:
+        read_unlabelled([Source(root=str(root), datalist=name) for name in ("one.json", second)])
+    assert str(root / "one.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["validation", "test"])
+def test_held_out_volumes_are_not_pretrained_on(root: Path, section: str) -> None:
+    """A labelled validation or test volume among the unlabelled ones is refused; a labelled training volume is not."""
+    held = Case("held", root / "images/v2.nii.gz", root / "labels/v2.nii.gz")
+    train = Case("train", root / "images/v1.nii.gz", root / "labels/v1.nii.gz")
+    other = Case("other", root / "images/v3.nii.gz", root / "labels/v3.nii.gz")
+    both = {"validation": (other,), "test": ()} | {section: (held,)}
+    splits = Splits(training={1: (train,)}, organs=("spleen",), **both)
+    check_held_out([train, Case("v4", root / "images/v4.nii.gz")], splits)
+    (root / "link.nii.gz").symlink_to("images/v2.nii.gz")
+    for image in ("images/v2.nii.gz", "link.nii.gz"):
+        with pytest.raises(ValueError, match="labelled validation or test volume is among the unlabelled") as caught:
+            check_held_out([train, Case("x", root / image)], splits)
+        assert str(held.image) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"training": [pair(1)]}, "two.json: the split of 2 volumes lists 1 for training"),
+        ({"validation": [pair(8)]}, "two.json: 'validation' differs from that of"),
+        ({"validation": []}, "two.json: 'validation' differs from that of"),
+        ({"validation": [{**pair(9), "label": "labels/v8.nii.gz"}]}, "two.json: 'validation' differs from that of"),
+        ({"test": [pair(8)]}, "two.json: 'test' differs from that of"),
+        ({"labels": {**ORGANS, "3": "gall"}}, "two.json: labels [3] are beyond the 3 classes of the study"),
+    ],
+)
+def test_splits_that_do_not_fit_together_are_refused(root: Path, change: dict[str, Any], rule: str) -> None:
+    """Splits have the size that they are named by, share what they are compared on, and keep to the classes."""
+    tree = {"training": [pair(1), pair(2)], "validation": [pair(9)], "test": [pair(10)], "labels": ORGANS}
+    write(root, "one.json", **tree | {"training": [pair(1)]})
+    write(root, "two.json", **tree)
+    cohort = LabelledCohort(root=str(root), classes=3, splits={1: "one.json", 2: "two.json"})
+    assert len(read_labelled(cohort, (1, 2)).cases) == 4
+    write(root, "two.json", **tree | change)
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        read_labelled(cohort, (1, 2))
+    assert list(read_labelled(cohort, (1,)).training) == [1], "a split that the grid leaves out is not read"
+
+
+def test_splits_need_validation(root: Path) -> None:
+    """A labelled cohort without validation volumes is refused."""
+    write(root, training=[pair(1)])
+    with pytest.raises(ValueError, match="'validation' must list at least one labelled volume"):
+        read_labelled(LabelledCohort(root=str(root), classes=3, splits={1: "list.json"}), (1,))
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (("v3", "v1"), ["v3", "v1"]),
+        (("v1..v3",), ["v1", "v2", "v3"]),
+        (("v8..v10",), ["v8", "v9", "v10"]),
+        (("v2", "v5..v5"), ["v2", "v5"]),
+    ],
+)
+def test_ids_keep_their_order(root: Path, ids: tuple[str, ...], expected: list[str]) -> None:
+    """A split by ids has its volumes in the order of the ids."""
+    touch(root, *pair("z").values())
+    write(root, training=[pair(number) for number in range(1, 11)], validation=[pair("z")])
+    cohort = LabelledCohort(root=str(root), classes=3, splits={len(expected): ids}, datalist="list.json")
+    assert [case.id for case in read_labelled(cohort, (len(expected),)).training[len(expected)]] == expected
+
+
+@pytest.mark.parametrize(
+    ("ids", "rule"),
+    [
+        (("v1", "v9"), "splits.2: no training volume has the id 'v9'"),
+        (("v1..w2",), "splits.2: no training volume has the id 'v1..w2'"),
+        (("v7..v9",), "splits.2: no training volume has the id 'v9'"),
+        (("v1", "v1..v1"), "splits.2: an id stands twice"),
+        (("v1..v3",), "the split of 2 volumes lists 3 for training"),
+        (("v3..v1",), "the split of 2 volumes lists 0 for training"),
+    ],
+)
+def test_wrong_ids_are_refused(root: Path, ids: tuple[str, ...], rule: str) -> None:
+    """An id that is unknown, in validation or named twice is refused; so is a split of another size."""
+    write(root, training=[pair(number) for number in range(1, 9)], validation=[pair(9)])
+    cohort = LabelledCohort(root=str(root), classes=3, splits={2: ids}, datalist="list.json")
+    with pytest.raises(ValueError, match=re.escape(f"{root / 'list.json'}: {rule}")):
+        read_labelled(cohort, (2,))
+
+
+def test_stem_takes_off_nifti_suffixes_only() -> None:
+    """Points in a name are part of it."""
+    assert [stem(Path(name)) for name in ("a/b.c.nii.gz", "b.nii", "b.gz")] == ["b.c", "b", "b.gz"]
+
+
+SUBJECT = r"^(s\d+)"
+
+
+def folder_of(root: Path, unlabelled: Sequence[str], labelled: Sequence[str]) -> Path:
+    touch(root, *[f"images/{name}.nii.gz" for name in (*unlabelled, *labelled)])
+    touch(root, *[f"labels/{name}.nii.gz" for name in labelled])
+    return root
+
+
+def visits(subjects: Sequence[int], visits: int) -> list[str]:
+    return [f"s{subject}_{visit}" for subject in subjects for visit in range(visits)]
+
+
+def people(cases: Sequence[Case]) -> set[str]:
+    return {case.id.split("_")[0] for case in cases}
+
+
+@given(
+    unlabelled=st.sets(st.tuples(st.integers(0, 11), st.integers(0, 3)), min_size=8),
+    labelled=st.sets(st.tuples(st.integers(0, 11), st.integers(4, 6)), min_size=8),
+    share=st.floats(0.05, 0.6),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_no_person_is_on_both_sides(
+    tmp_path_factory: pytest.TempPathFactory,
+    unlabelled: set[tuple[int, int]],
+    labelled: set[tuple[int, int]],
+    share: float,
+    seed: int,
+) -> None:
+    """Nobody held out of the labelled volumes is trained on, with or without labels; every volume is listed once."""
+    names = [[f"s{subject}_{visit}" for subject, visit in sorted(volumes)] for volumes in (unlabelled, labelled)]
+    root = folder_of(tmp_path_factory.mktemp("cohort"), *names)
+    try:
+        written = write_datalists(root, [], share, SUBJECT, seed)
+    except ValueError:
+        reject()  # everybody with unlabelled volumes is held out
+    (labelled_file,) = (name for name in written if name.startswith("labelled_"))
+    free = read_datalist(root, "unlabelled.json", labelled=False)
+    drawn = read_datalist(root, labelled_file, labelled=True)
+    for listed in (free, drawn):
+        assert not people(listed.training) & people(listed.validation)
+    assert not people(free.training) & people(drawn.validation)
+    assert sorted(case.id for case in (*free.training, *free.validation)) == sorted(names[0])
+    assert sorted(case.id for case in (*drawn.training, *drawn.validation)) == sorted(names[1])
+    assert written["unlabelled.json"] == (len(free.training), len(free.validation))
+
+
+def test_splits_of_a_folder_are_nested_and_share_validation(tmp_path: Path) -> None:
+    """A smaller split is the beginning of the larger ones, and the study's reader accepts them together."""
+    root = folder_of(tmp_path, visits(range(10), 2), visits(range(20, 32), 2))
+    written = write_datalists(root, [12, 3, 6], 0.25, SUBJECT, seed=4)
+    assert {name: counts[0] for name, counts in written.items() if name != "unlabelled.json"} == {
+        "labelled_3.json": 3, "labelled_6.json": 6, "labelled_12.json": 12,
+    }  # fmt: skip
+    cohort = LabelledCohort(root=str(root), classes=3, splits={n: f"labelled_{n}.json" for n in (3, 6, 12)})
+    splits = read_labelled(cohort, (3, 6, 12))
+    assert splits.training[12][:6] == splits.training[6]
+    assert splits.training[6][:3] == splits.training[3]
+    assert len(people(splits.validation)) == 3
+    training, validation = read_unlabelled([Source(root=str(root), datalist="unlabelled.json")])
+    check_held_out((*training, *validation), splits)
+
+
+def test_listing_is_a_function_of_the_seed(tmp_path: Path) -> None:
+    """The same folder and seed give the same bytes, whatever was written before; another seed holds out others."""
+    root = folder_of(tmp_path, visits(range(10), 2), visits(range(20, 32), 1))
+
+    def listing(seed: int) -> dict[str, bytes]:
+        written = [root / name for name in write_datalists(root, [2, 4], 0.2, SUBJECT, seed)]
+        assert list(write_datalists(root, [2, 4], 0.2, SUBJECT, seed)) == [path.name for path in written]
+        with pytest.raises(ValueError, match="a list with other content is there already"):
+            write_datalists(root, [2, 4], 0.2, SUBJECT, seed + 10)
+        content = {path.name: path.read_bytes() for path in written}
+        for path in written:
+            path.unlink()
+        return content
+
+    first = listing(0)
+    others = [listing(seed) for seed in (1, 2, 3)]
+    assert listing(0) == first
+    assert any(other["unlabelled.json"] != first["unlabelled.json"] for other in others)
+
+
+@pytest.mark.parametrize(
+    ("files", "pairs"),
+    [
+        (("imagesTr/a.nii.gz", "labelsTr/a.nii.gz"), {"imagesTr/a.nii.gz": "labelsTr/a.nii.gz"}),
+        (("images/a.nii", "labels/a.nii.gz"), {"images/a.nii": "labels/a.nii.gz"}),
+        (("imagesTr/img0001.nii", "labelsTr/label0001.nii"), {"imagesTr/img0001.nii": "labelsTr/label0001.nii"}),
+        (("imagesTr/a.nii", "imagesTs/b.nii", "labelsTr/a.nii"), {"imagesTr/a.nii": "labelsTr/a.nii"}),
+        (("x/images/a.nii", "x/labels/a.nii", "y/images/a.nii"), {"x/images/a.nii": "x/labels/a.nii"}),
+        (("x/images/a.nii", "x/labels/a.nii", "y/images/a.nii", "y/labels/a.nii"),
+         {"x/images/a.nii": "x/labels/a.nii", "y/images/a.nii": "y/labels/a.nii"}),
+        (("images/x/a.nii", "labels/x/a.nii", "images/y/a.nii"), {"images/x/a.nii": "labels/x/a.nii"}),
+        (("a.nii", "labels/a.nii"), {"a.nii": "labels/a.nii"}),
+    ],
+)  # fmt: skip
+def test_labels_are_found_beside_their_images(tmp_path: Path, files: Sequence[str], pairs: dict[str, str]) -> None:
+    """The layouts of the Decathlon and BTCV pair each image with its own label; what is left over is unlabelled."""
+    extra = [f"images/zz{number}.nii.gz" for number in range(3)] + [f"images/yy{number}.nii.gz" for number in range(2)]
+    touch(tmp_path, *files, *extra, *[f"labels/yy{number}.nii.gz" for number in range(2)], "images/._a.nii.gz")
+    written = write_datalists(tmp_path, [], 0.1, ".*", seed=0)
+    found: dict[str, str] = {}
+    unlabelled: set[str] = set()
+    for name in written:
+        tree = json.loads((tmp_path / name).read_text())
+        for entry in tree["training"] + tree["validation"]:
+            if name == "unlabelled.json":
+                unlabelled.add(entry["image"])
+            else:
+                found[entry["image"]] = entry["label"]
+    assert found == pairs | {f"images/yy{number}.nii.gz": f"labels/yy{number}.nii.gz" for number in range(2)}
+    images = {name for name in (*files, *extra) if "labels" not in name}
+    assert unlabelled == images - set(found)
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "labelled", "sizes", "rule"),
+    [
+        (0, 0, [], "no .nii or .nii.gz file in it"),
+        (5, 5, [5], "5 labelled training volumes asked for, but 4 are left after holding out 1 of 1 subjects"),
+        (5, 5, [0], "0 labelled training volumes asked for"),
+        (5, 0, [2], "2 labelled training volumes asked for, but no image has a label"),
+        (1, 5, [2], "unlabelled training volumes asked for, but 0 are left"),
+    ],
+)
+def test_too_few_volumes_are_refused(
+    tmp_path: Path, unlabelled: int, labelled: int, sizes: list[int], rule: str
+) -> None:
+    """A folder that cannot give what is asked for is refused before anything is written."""
+    folder_of(tmp_path, visits(range(unlabelled), 1), visits(range(50, 50 + labelled), 1))
+    with pytest.raises(ValueError, match=re.escape(rule)) as caught:
+        write_datalists(tmp_path, sizes, 0.2, SUBJECT, seed=0)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_wrong_folder_or_expression_is_refused(tmp_path: Path) -> None:
+    """What is no folder and what is no regular expression is named."""
+    with pytest.raises(ValueError, match="no: not a folder"):
+        write_datalists(tmp_path / "no", [], 0.2, SUBJECT, seed=0)
+    folder_of(tmp_path, ["a"], [])
+    with pytest.raises(ValueError, match=r"--subject \(: not a regular expression"):
+        write_datalists(tmp_path, [], 0.2, "(", seed=0)
+
+
+def test_a_subject_is_the_group_that_matches(tmp_path: Path) -> None:
+    """Alternatives in the expression may each have their group; a name that does not match is a subject of its own."""
+    names = ["siteA-1_x", "siteA-1_y", "siteB-1_x", "siteB-1_y", "other_x", "other_y"]
+    touch(tmp_path, *[f"{name}.nii.gz" for name in names])
+    write_datalists(tmp_path, [], 0.3, r"site(A-\d+)|site(B-\d+)", seed=0)
+    listed = read_datalist(tmp_path, "unlabelled.json", labelled=False)
+    sides = [{case.id for case in cases} for cases in (listed.training, listed.validation)]
+    for site in "AB":
+        assert any({f"site{site}-1_x", f"site{site}-1_y"} <= side for side in sides)

@@ -1,0 +1,400 @@
+"""NIfTI to canonical array: MONAI's own chain on files that are whole, one sentence on files that are not."""
+
+import gzip
+import itertools
+import math
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import monai.transforms as mt
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nibabel.affines import apply_affine, voxel_sizes
+from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
+
+from ssl_ray.config.schema import Preparation
+from ssl_ray.data.nifti import Nifti, check_same_grid, levels, prepare, read_label, read_nifti
+
+SHAPE = (22, 26, 19)
+AFFINE = oblique_affine((0.8, 1.1, 2.5), 25)
+PRETRAINING = Preparation(spacing=(2, 2, 2), window=(-57, 164), orientation=None)
+FINETUNING = Preparation(spacing=(1.5, 1.5, 2), window=(-175, 250), orientation="RAS")
+
+
+def compressed(array: Array | None = None, kind: Any = nib.Nifti1Image) -> bytes:
+    """Bytes of a small .nii.gz, always the same."""
+    array = smooth_ct((9, 8, 7)) if array is None else array
+    return gzip.compress(kind(array, AFFINE).to_bytes(), mtime=0)
+
+
+def refusal(content: bytes) -> str:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        read_nifti(Path("volume.nii.gz"), content)
+    message = str(caught.value)
+    assert message.startswith("volume.nii.gz: ")
+    assert "\n" not in message
+    return message
+
+
+def with_header(change: Callable[[Any], object], array: Array | None = None) -> bytes:
+    """A small .nii whose header was changed without nibabel's consent."""
+    content: bytes = nib.Nifti1Image(smooth_ct((9, 8, 7)) if array is None else array, AFFINE).to_bytes()
+    header = np.frombuffer(content[:348], nib.Nifti1Header.template_dtype).copy()
+    change(header[0])
+    return header.tobytes() + content[348:]
+
+
+@pytest.mark.parametrize("preparation", [PRETRAINING, FINETUNING], ids=["pretraining", "finetuning"])
+@pytest.mark.parametrize("degrees", [0, 25, 60])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("spacing", [(0.8, 1.1, 2.5), (3.0, 1.0, 1.0)])
+def test_prepare_is_monais_own_chain(
+    tmp_path: Path, preparation: Preparation, degrees: float, flip: bool, spacing: tuple[float, float, float]
+) -> None:
+    """Images agree with MONAI's transforms to half a stored level, labels, affine and crop exactly."""
+    affine = oblique_affine(spacing, degrees, flip)
+    files = {
+        "image": write_nifti(tmp_path / "image.nii.gz", smooth_ct(SHAPE), affine),
+        "label": write_nifti(tmp_path / "label.nii.gz", organ_labels(SHAPE), affine),
+    }
+    low, high = preparation.window
+    chain: list[Any] = [mt.LoadImaged(list(files)), mt.EnsureChannelFirstd(list(files))]
+    if preparation.orientation:
+        labels = (("L", "R"), ("P", "A"), ("I", "S"))
+        chain.append(mt.Orientationd(list(files), axcodes=preparation.orientation, labels=labels))
+    chain += [
+        mt.Spacingd(list(files), pixdim=preparation.spacing, mode=("bilinear", "nearest")),
+        mt.ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True),
+        mt.CropForegroundd(list(files), source_key="image"),
+    ]
+    expected = mt.Compose(chain)({name: str(path) for name, path in files.items()})
+
+    prepared = prepare(read_nifti(files["image"]), read_label(files["label"]), preparation)
+    assert prepared.label is not None
+    image = expected["image"][0].numpy().astype(np.float64)
+    assert prepared.image.shape == image.shape
+    assert np.abs(prepared.image - image * prepared.levels).max() <= 0.5 + 1e-6 * prepared.levels  # float32 in MONAI
+    np.testing.assert_array_equal(prepared.label, expected["label"][0].numpy())
+    np.testing.assert_allclose(prepared.affine, expected["image"].affine.numpy(), atol=1e-9)
+    assert prepared.box == (
+        tuple(expected["foreground_start_coord"]),
+        tuple(expected["foreground_end_coord"]),
+    )
+    assert prepared.image.flags.c_contiguous
+    assert prepared.label.flags.c_contiguous
+    assert prepared.original_shape == SHAPE
+    np.testing.assert_allclose(prepared.original_affine, affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("orientation", [None, "RAS", "LPS", "LAS"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_blob_stays_where_it_is_in_the_world(orientation: Any, flip: bool) -> None:
+    """The affine of the canonical array maps a bright blob to the place in mm that it has in the file."""
+    affine = oblique_affine((1.2, 0.9, 1.6), 20, flip)
+    grid = np.indices(SHAPE).reshape(3, -1).T
+    centre = apply_affine(affine, [9.3, 15.2, 8.8])
+    blob = 1000 * np.exp(-0.5 * ((apply_affine(affine, grid) - centre) ** 2).sum(1) / 3.0**2)
+    voxels = blob.reshape(SHAPE).astype(np.float32)
+    preparation = Preparation(spacing=1.5, window=(10, 1000), orientation=orientation)
+    prepared = prepare(Nifti(voxels, affine), None, preparation)
+    weights = prepared.image.astype(np.float64)
+    place = apply_affine(prepared.affine, np.indices(weights.shape).reshape(3, -1).T)
+    found = np.average(place, axis=0, weights=weights.ravel())
+    assert np.linalg.norm(found - centre) < 0.15
+    np.testing.assert_allclose(voxel_sizes(prepared.affine), 1.5, atol=1e-6)
+    if orientation:
+        assert "".join(nib.aff2axcodes(prepared.affine)) == orientation
+
+
+def test_the_box_is_where_the_crop_came_from() -> None:
+    """Without the crop the same voxels stand at the box; nothing outside of it is foreground."""
+    image = Nifti(smooth_ct(SHAPE).astype(np.float32), AFFINE)
+    cropped = prepare(image, None, FINETUNING)
+    whole = prepare(image, None, FINETUNING.model_copy(update={"crop_foreground": False}))
+    start, end = cropped.box
+    box = tuple(slice(a, b) for a, b in zip(start, end, strict=True))
+    np.testing.assert_array_equal(whole.image[box], cropped.image)
+    assert whole.box == ((0, 0, 0), whole.image.shape)
+    assert (whole.image > 0).sum() == (cropped.image > 0).sum()
+    assert min(start) > 0
+    np.testing.assert_allclose(cropped.affine[:3, 3], apply_affine(whole.affine, start), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("window", "top"),
+    [((-57, 164), 255), ((0, 255), 255), ((-100.5, 99.5), 255), ((0, 256), 65535), ((-175, 250), 65535)],
+)
+def test_integer_levels_of_the_window_are_kept(window: tuple[float, float], top: int) -> None:
+    """8 bits hold a window of up to 256 integer HU levels, 16 bits a wider one: distinct HU stay distinct."""
+    assert levels(window) == top
+    count = math.floor(window[1]) - math.ceil(window[0]) + 1
+    values = np.linspace(math.ceil(window[0]), math.floor(window[1]), count)
+    voxels = np.broadcast_to(values[:, None, None], (count, 2, 2)).astype(np.float32)
+    preparation = Preparation(spacing=1, window=window, orientation=None, crop_foreground=False)
+    prepared = prepare(Nifti(voxels, np.eye(4)), None, preparation)
+    assert prepared.levels == top
+    assert prepared.image.dtype == (np.uint8 if top == 255 else np.uint16)
+    stored = prepared.image[:, 0, 0].astype(np.int64)
+    assert (np.diff(stored) > 0).all()
+    step = (window[1] - window[0]) / top
+    assert np.abs(stored * step + window[0] - values).max() <= 0.5 * step + 1e-3
+
+
+def test_a_volume_without_foreground_is_refused() -> None:
+    """A volume that is all below the window has nothing to crop to; uncropped it is all zero."""
+    air = Nifti(np.full((5, 5, 5), -1000, np.float32), AFFINE)
+    with pytest.raises(ValueError, match="no voxel lies above -57 HU"):
+        prepare(air, None, PRETRAINING)
+    assert prepare(air, None, PRETRAINING.model_copy(update={"crop_foreground": False})).image.max() == 0
+
+
+def test_an_affine_in_the_wrong_unit_does_not_exhaust_the_memory() -> None:
+    """A volume that its affine makes metres wide is refused before it is resampled."""
+    volume = Nifti(np.zeros((64, 64, 64), np.float32), np.diag([900.0, 900.0, 900.0, 1.0]))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"5\.76e\+04 x 5\.76e\+04 x 5\.76e\+04 mm are .* voxels at spacing"):
+        prepare(volume, None, PRETRAINING)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+ARRAYS = {
+    "int16": smooth_ct((7, 6, 5)),
+    "uint8": organ_labels((7, 6, 5)),
+    "int32": smooth_ct((7, 6, 5)).astype(np.int32) * 1000,
+    "uint16": smooth_ct((7, 6, 5)).view(np.uint16),
+    "float32": smooth_ct((7, 6, 5)).astype(np.float32) / 7,
+    "float64": smooth_ct((7, 6, 5)) / 7,
+    "big-endian": smooth_ct((7, 6, 5)).astype(">i2"),
+    "big-endian float": (smooth_ct((7, 6, 5)) / 7).astype(">f4"),
+    "one frame": smooth_ct((7, 6, 5))[..., None],
+    "one frame of 5D": smooth_ct((7, 6, 5))[..., None, None],
+}
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_voxels_and_affine_are_those_of_nibabel(tmp_path: Path, name: str, kind: Any, suffix: str) -> None:
+    """Every type, byte order, version and suffix reads as with nibabel."""
+    array = ARRAYS[name]
+    header = kind.header_class(endianness=">" if "big" in name else "<")
+    header.set_data_dtype(array.dtype)
+    path = tmp_path / f"volume{suffix}"
+    nib.save(kind(array, AFFINE, header), path)
+    assert (path.read_bytes()[:2] == b"\x1f\x8b") == (suffix == ".nii.gz")
+    expected = nib.load(path)
+    assert expected.get_data_dtype() == array.dtype
+    read = read_nifti(path)
+    np.testing.assert_array_equal(read.voxels, expected.get_fdata(dtype=np.float32).reshape(7, 6, 5))
+    np.testing.assert_array_equal(read.affine, expected.affine)
+    assert read.voxels.dtype == np.float32
+    assert read.affine.dtype == np.float64
+
+
+def test_scale_and_intercept_are_applied(tmp_path: Path) -> None:
+    """Stored values become HU by the header's slope and intercept, as with nibabel."""
+    image = nib.Nifti1Image(smooth_ct((7, 6, 5)), AFFINE)
+    image.header.set_slope_inter(0.5, -1024)
+    path = tmp_path / "volume.nii.gz"
+    content = image.to_bytes()
+    header = np.frombuffer(content[:348], nib.Nifti1Header.template_dtype).copy()
+    header["scl_slope"], header["scl_inter"] = 0.5, -1024
+    path.write_bytes(gzip.compress(header.tobytes() + content[348:]))
+    expected = nib.load(path)
+    assert expected.dataobj.slope == 0.5
+    np.testing.assert_array_equal(read_nifti(path).voxels, expected.get_fdata(dtype=np.float32))
+
+
+def test_the_world_is_that_of_nibabel_without_any_form() -> None:
+    """Without sform, with a qform or with neither, the affine is the one that nibabel takes."""
+    for codes in ((0, 1), (1, 0), (1, 1), (0, 0)):
+        image = nib.Nifti1Image(smooth_ct((9, 8, 7)), AFFINE)
+        image.set_sform(AFFINE, codes[0])
+        image.set_qform(oblique_affine((1, 2, 3), 10), codes[1])
+        content = image.to_bytes()
+        expected = nib.Nifti1Image.from_bytes(content).affine
+        np.testing.assert_array_equal(read_nifti(Path("v.nii"), content).affine, expected)
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("compress", [gzip.compress, bytes], ids=["gz", "plain"])
+def test_header_extensions_are_skipped(kind: Any, compress: Callable[[bytes], bytes]) -> None:
+    """Extensions, which may be longer than the header itself, do not shift the voxels."""
+    image = kind(smooth_ct((9, 8, 7)), AFFINE)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 5000))
+    read = read_nifti(Path("v.nii.gz"), compress(image.to_bytes()))
+    np.testing.assert_array_equal(read.voxels, smooth_ct((9, 8, 7)))
+
+
+@given(st.lists(st.integers(0, 1500), max_size=6))
+@settings(max_examples=30)
+def test_gzip_members_are_joined(cuts: list[int]) -> None:
+    """A stream of several gzip members, empty ones and short ones too, is the stream of their contents."""
+    content = nib.Nifti1Image(smooth_ct((9, 8, 7)), AFFINE).to_bytes()
+    edges = [0, *sorted(cuts), len(content)]
+    members = [gzip.compress(content[a:b]) for a, b in itertools.pairwise(edges)]
+    np.testing.assert_array_equal(read_nifti(Path("v.nii.gz"), b"".join(members)).voxels, smooth_ct((9, 8, 7)))
+    damaged = bytearray(members[-1])
+    damaged[-6] ^= 1
+    assert "CRC check failed" in refusal(b"".join(members[:-1]) + bytes(damaged))
+
+
+def test_bytes_after_the_voxels_are_allowed() -> None:
+    """A longer file is read, and its checksum still verified."""
+    content = nib.Nifti1Image(smooth_ct((9, 8, 7)), AFFINE).to_bytes() + b"more" * 50
+    for whole in (content, gzip.compress(content), gzip.compress(content) + b"\0" * 512):
+        np.testing.assert_array_equal(read_nifti(Path("v.nii"), whole).voxels, smooth_ct((9, 8, 7)))
+    damaged = bytearray(gzip.compress(content))
+    damaged[-6] ^= 1
+    assert "CRC check failed" in refusal(bytes(damaged))
+
+
+@given(st.integers(0, len(compressed()) - 1))
+def test_a_truncated_gzip_is_refused(cut: int) -> None:
+    """Wherever the download stopped, the file is refused."""
+    refusal(compressed()[:cut])
+
+
+@given(st.integers(0, len(nib.Nifti1Image(smooth_ct((9, 8, 7)), AFFINE).to_bytes()) - 1))
+@settings(max_examples=40)
+def test_a_truncated_nii_is_refused(cut: int) -> None:
+    """The same without compression."""
+    refusal(nib.Nifti1Image(smooth_ct((9, 8, 7)), AFFINE).to_bytes()[:cut])
+
+
+@given(st.integers(10, len(compressed()) - 1), st.integers(1, 255))
+@settings(max_examples=300)
+def test_a_flipped_byte_never_gives_other_voxels(place: int, flip: int) -> None:
+    """Whatever byte of the compressed stream is damaged, the volume is refused, or the damage is of no effect."""
+    damaged = bytearray(compressed())
+    damaged[place] ^= flip
+    with suppress(ValueError):
+        voxels = read_nifti(Path("volume.nii.gz"), bytes(damaged)).voxels
+        np.testing.assert_array_equal(voxels, smooth_ct((9, 8, 7)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 351), st.integers(0, 255)), min_size=1, max_size=6), st.booleans())
+@settings(max_examples=150)
+def test_any_header_is_read_or_refused(changes: list[tuple[int, int]], pack: bool) -> None:
+    """Whatever stands in the header, the outcome is a finite volume or a ValueError, and little memory."""
+    content = bytearray(nib.Nifti1Image(smooth_ct((9, 8, 7)), AFFINE).to_bytes())
+    for place, value in changes:
+        content[place] = value
+    read, message = None, "v.nii: "
+    try:
+        read = read_nifti(Path("v.nii"), gzip.compress(bytes(content), 1) if pack else bytes(content))
+    except ValueError as error:
+        message = str(error)
+    assert message.startswith("v.nii: ")
+    if read:
+        assert read.voxels.ndim == 3
+        assert read.voxels.nbytes <= 4 * len(content)
+        assert np.isfinite(read.voxels).all()
+        assert np.isfinite(np.linalg.inv(read.affine)).all()
+
+
+@pytest.mark.parametrize("sides", [(30000, 30000, 30000), (2000, 2000, 50)])
+def test_absurd_dimensions_do_not_allocate(sides: tuple[int, int, int]) -> None:
+    """A small file that promises a huge volume is refused without memory for it."""
+    content = with_header(lambda header: header["dim"].__setitem__(slice(1, 4), sides))
+    for whole in (content, gzip.compress(content), gzip.compress(content + bytes(2**20), mtime=0)):
+        tracemalloc.start()
+        refusal(whole)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        tracemalloc.stop()
+
+
+def test_a_lying_header_gets_no_more_memory_than_the_stream_holds() -> None:
+    """A promise that the compression ratio would just allow is not believed in advance."""
+    content = with_header(lambda header: header["dim"].__setitem__(slice(1, 4), (400, 400, 400)))
+    packer = zlib.compressobj(0, zlib.DEFLATED, 31)
+    stored = packer.compress(content + bytes(2**17)) + packer.flush()
+    tracemalloc.start()
+    assert "truncated: " in refusal(stored)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"", "not a NIfTI file: 0 bytes of header, expected at least 352"),
+        (gzip.compress(b""), "not a NIfTI file: 0 bytes of header, expected at least 352"),
+        (b"not a volume\n" * 100, "not "),
+        (gzip.compress(b"not a volume\n" * 100), "not "),
+        (b"\x1f\x8b", "ended before the end-of-stream"),
+        (b"PK\x03\x04" + bytes(1000), "not "),
+        (compressed(smooth_ct((9, 8, 7))[:, :, 0]), "must be a 3D volume, got shape (9, 8)"),
+        (compressed(np.stack([smooth_ct((9, 8, 7))] * 2, -1)), "must be a 3D volume, got shape (9, 8, 7, 2)"),
+        (compressed(smooth_ct((9, 8, 7))[:, :1]), "every axis must have at least 2 voxels, got shape (9, 1, 7)"),
+        (compressed(np.where(np.eye(5)[..., None] > np.zeros(5), np.nan, 1.0).astype(np.float32)),
+         "25 of 125 voxels are not finite (NaN or infinite)"),
+        (compressed(np.full((3, 3, 3), np.inf, np.float32)), "27 of 27 voxels are not finite"),
+        (compressed(np.zeros((3, 3, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "voxels must be integers or floats"),
+        (compressed(np.zeros((3, 3, 3), np.complex64)), "voxels must be integers or floats, got complex64"),
+        (with_header(lambda h: h.__setitem__("magic", b"ni1")), "not a single-file NIfTI: magic b'ni1'"),
+        (with_header(lambda h: h.__setitem__("magic", b"abc")), "magic string 'abc' is not valid"),
+        (with_header(lambda h: h.__setitem__("datatype", 77)), "data code 77 not recognized"),
+        (with_header(lambda h: h["srow_y"].__setitem__(1, np.nan)), "the affine must be finite and invertible, got [["),
+        (with_header(lambda h: h["srow_y"].fill(0)), "the affine must be finite and invertible, got [["),
+        (with_header(lambda h: [h[f"srow_{axis}"].fill(0) for axis in "xyz"]), "must be finite and invertible, got"),
+        (with_header(lambda h: h["dim"].__setitem__(1, -9)), "must have at least 2 voxels, got shape (-9, 8, 7)"),
+        (with_header(lambda h: h["dim"].__setitem__(1, 10)), "truncated: "),
+        (with_header(lambda h: h.__setitem__("vox_offset", np.nan)), "NaN"),
+        (with_header(lambda h: h.__setitem__("vox_offset", 1e30)), "truncated: "),
+    ],
+)  # fmt: skip
+def test_what_is_no_volume_is_refused(content: bytes, rule: str) -> None:
+    """Other files, other dimensions, other types, broken affines: one sentence with the file, the rule, the value."""
+    assert rule in refusal(content)
+
+
+def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    """A missing file and a folder are named."""
+    with pytest.raises(ValueError, match=r"no\.nii: cannot read: No such file"):
+        read_nifti(tmp_path / "no.nii")
+    with pytest.raises(ValueError, match="cannot read: Is a directory"):
+        read_nifti(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(256, "got values from 0 to 256"), (-1, "got values from -1 to"), (0.5, "must be integers")]
+)
+def test_labels_are_small_integers(tmp_path: Path, value: float, message: str) -> None:
+    """A label map may be stored as floats, but holds integers in 0..255 only."""
+    array = np.zeros((4, 4, 4), np.float32)
+    array[1, 2, 3] = 255
+    path = write_nifti(tmp_path / "label.nii.gz", array, AFFINE)
+    np.testing.assert_array_equal(read_label(path).voxels, array)
+    array[0, 0, 0] = value
+    with pytest.raises(ValueError, match=message) as caught:
+        read_label(write_nifti(path, array, AFFINE))
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_label_lies_on_the_grid_of_its_image() -> None:
+    """Another shape and an affine more than a tenth of a voxel off are refused; rounding is not."""
+    image = Nifti(np.zeros(SHAPE, np.float32), AFFINE)
+    place = Path("label.nii.gz")
+    check_same_grid(image, Nifti(image.voxels, AFFINE.astype(np.float32).astype(np.float64)), place)
+    shifted = AFFINE.copy()
+    for shift, fits in ((0.079, True), (0.081, False)):  # the smallest voxel side is 0.8 mm
+        shifted[0, 3] = AFFINE[0, 3] + shift
+        if fits:
+            check_same_grid(image, Nifti(image.voxels, shifted), place)
+        else:
+            with pytest.raises(ValueError, match=r"label\.nii\.gz: the label's affine puts its voxels up to 0\.081 mm"):
+                check_same_grid(image, Nifti(image.voxels, shifted), place)
+    turned = AFFINE @ np.diag([1, 1, 1.01, 1])  # agrees at the origin, not at the far corner
+    with pytest.raises(ValueError, match=r"up to 0\.45 mm"):
+        check_same_grid(image, Nifti(image.voxels, turned), place)
+    with pytest.raises(ValueError, match=r"the label has shape \(22, 19, 26\), its image \(22, 26, 19\)"):
+        check_same_grid(image, Nifti(image.voxels.swapaxes(1, 2), AFFINE), place)

@@ -1,0 +1,509 @@
+"""One UNETR training, without Ray: it starts from what it should, resumes exactly, and selects its best checkpoint."""
+
+import json
+import math
+import os
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
+
+from ssl_ray.config.schema import Study
+from ssl_ray.data.datalist import Case
+from ssl_ray.data.prepare import prepare_case
+from ssl_ray.data.store import Store
+from ssl_ray.evaluate.scores import CaseScores
+from ssl_ray.finetune import trial_folder
+from ssl_ray.finetune.job import Cell, TrialData
+from ssl_ray.finetune.trial import _Totals, _Trial, run_trial
+from ssl_ray.finetune.trial_folder import TrialFolder
+from ssl_ray.networks.flops import unetr_flops
+from ssl_ray.networks.transfer import describe, export
+from ssl_ray.networks.unetr import build_autoencoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def study():
+    preparation = {"spacing": 3, "window": [-175, 250]}
+    tree = {
+        "name": "trial",
+        "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
+        "pretrain": {"sources": [{"root": "x", "datalist": "x.json"}], "preparation": preparation},
+        "finetune": {
+            "cohort": {"root": "x", "classes": 3, "splits": {2: "x.json"}},
+            "preparation": preparation,
+            "patch_size": 16,
+            "patches_per_volume": 2,
+            "steps": 12,
+            "validate_every": 4,
+            "checkpoint_minutes": 0,
+            "optimizer": {"schedule": "cosine", "warmup_steps": 2},
+            "precision": "float32",
+        },
+    }
+    return Study.model_validate(tree)
+
+
+@pytest.fixture(scope="module")
+def data(study, tmp_path_factory):
+    """Four small labelled volumes on oblique, anisotropic grids."""
+    tmp_path = tmp_path_factory.mktemp("data")
+    store, volumes = Store(tmp_path / "cache"), []
+    for number in range(4):
+        affine = oblique_affine((2.5, 2.5, 4.0), 10.0 * number, flip=number % 2 == 1)
+        image = write_nifti(tmp_path / f"image{number}.nii.gz", smooth_ct((24, 22, 16), number), affine)
+        label = write_nifti(tmp_path / f"label{number}.nii.gz", organ_labels((24, 22, 16), 3, number), affine)
+        case = Case(f"case{number}", image, label)
+        volumes.append(prepare_case(case, study.finetune.preparation, store)[0])
+    return TrialData(store.folder, tuple(volumes[:2]), (volumes[2],), (volumes[3],), ("first", "second"))
+
+
+CELL = Cell(2, "random", 2e-3, 2)  # its Dice is better at every validation
+KEY = "key of the cell"
+
+
+def plain(records):
+    return [
+        (step, {k: v for k, v in metrics.items() if k != "seconds_per_step" and not k.startswith("system/")})
+        for step, metrics in records
+    ]
+
+
+def reports(study, data, folder, cell=CELL, weights=None):
+    return plain(run_trial(study, cell, data, weights, folder, CPU, KEY))
+
+
+def make(study, data, folder, cell=CELL, weights=None):
+    return _Trial(study, cell, data, weights, TrialFolder(folder, KEY), CPU)
+
+
+def changed(study, **settings):
+    return study.model_copy(update={"finetune": study.finetune.model_copy(update=settings)})
+
+
+def history(*runs):
+    """What a driver keeps of a trial that was started several times: of every step, what came first."""
+    kept = {}
+    for step, metrics in (record for run in runs for record in run):
+        if "started_at" not in metrics:
+            kept.setdefault((step, "selected/step" in metrics), metrics)
+    return kept
+
+
+def results(folder):
+    return load_file(folder / "unetr.safetensors"), (folder / "evaluation.json").read_text()
+
+
+def assert_same(folder, other):
+    (weights, evaluation), (others, expected) = results(folder), results(other)
+    assert evaluation == expected
+    assert weights.keys() == others.keys()
+    for name, value in others.items():
+        assert torch.equal(weights[name], value), name
+
+
+@pytest.fixture(scope="module")
+def whole(study, data, tmp_path_factory):
+    """Records and folder of the trial that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    return reports(study, data, folder), folder
+
+
+@pytest.mark.parametrize("minutes", [0, 1000], ids=["often", "rarely"])
+@pytest.mark.parametrize("seen", [1, 5, 8, 13])
+def test_a_trial_that_was_cut_off_ends_as_if_it_had_not_been(study, data, tmp_path, whole, seen, minutes):
+    """Cut off after any record and started again, also from an older checkpoint, it says the same and ends the same."""
+    study = changed(study, checkpoint_minutes=minutes)
+    trial = run_trial(study, CELL, data, None, tmp_path / "cut", CPU, KEY)
+    first = plain(next(trial) for _ in range(seen))
+    trial.close()
+    rest = reports(study, data, tmp_path / "cut")
+    step = first[-1][0]
+    assert rest[0][1] == {"started_at": step // 4 * 4 if minutes == 0 or step == 12 else 0}
+    assert history(first, rest) == history(whole[0])
+    assert_same(tmp_path / "cut", whole[1])
+
+
+def test_what_was_best_before_a_cut_stays_the_best(study, data, tmp_path):
+    """Where Dice falls from the first validation on, a trial that was cut off after the second selects the first."""
+    cell = Cell(2, "random", 2e-3, 0)
+    whole = reports(study, data, tmp_path / "whole", cell)
+    assert whole[-1][1]["selected/step"] == 4
+    trial = run_trial(study, cell, data, None, tmp_path / "cut", CPU, KEY)
+    first = plain(next(trial) for _ in range(9))
+    trial.close()
+    assert history(first, reports(study, data, tmp_path / "cut", cell)) == history(whole)
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_what_the_driver_did_not_get_is_said_again(study, data, tmp_path, whole):
+    """Records between the last two checkpoints come again, so that a driver killed after the newer one loses none."""
+    trial = run_trial(study, CELL, data, None, tmp_path / "cut", CPU, KEY)
+    first = plain(next(trial) for _ in range(9))
+    trial.close()
+    assert first[-1][0] == 8
+    rest = reports(study, data, tmp_path / "cut")
+    assert rest[0][1] == {"started_at": 8}
+    assert history(first[:5], rest) == history(whole[0]), "the driver had got those up to step 4"
+
+
+class CutError(Exception):
+    pass
+
+
+def cut(*_, **__):
+    raise CutError
+
+
+def half(state, path, *_):
+    torch_save(state, path)
+    os.truncate(path, path.stat().st_size // 2)
+    raise CutError
+
+
+torch_save = torch.save
+
+
+@pytest.mark.parametrize(
+    ("target", "count", "fault"),
+    [
+        ("ssl_ray.finetune.learner.take_step", 7, cut),
+        ("ssl_ray.finetune.learner.predict", 2, cut),
+        ("ssl_ray.training.checkpoint.torch.save", 3, half),
+        ("ssl_ray.training.checkpoint.torch.save", 4, half),
+        ("ssl_ray.training.checkpoint._digest", 3, cut),
+        ("ssl_ray.finetune.trial.evaluate", 2, cut),
+        ("ssl_ray.finetune.trial_folder.os.replace", 1, cut),
+        ("ssl_ray.finetune.trial_folder.os.replace", 2, cut),
+    ],
+    ids=["step", "validation", "best", "checkpoint", "manifest", "evaluation", "unetr", "evaluation.json"],
+)
+def test_a_fault_inside_leaves_nothing_half_done(study, data, tmp_path, whole, monkeypatch, target, count, fault):
+    """In a step, a validation, a write or the evaluation: no half-written result, and the next start ends the same."""
+    module, _, name = target.rpartition(".")
+    owner = __import__(module.replace(".torch", "").replace(".os", ""), fromlist=["x"])
+    owner = torch if module.endswith(".torch") else os if module.endswith(".os") else owner
+    original, calls = getattr(owner, name), iter(range(1, 1000))
+    # Other files are replaced, too: count results alone.
+    inside = {"ssl_ray.finetune.trial_folder.os": ("unetr.safetensors", "evaluation.json")}.get(module)
+
+    def wrapped(*arguments, **options):
+        if inside and os.path.basename(arguments[1]) not in inside:
+            return original(*arguments, **options)
+        return fault(*arguments, **options) if next(calls) == count else original(*arguments, **options)
+
+    first = []
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, wrapped)
+        with pytest.raises(CutError):
+            first.extend(run_trial(study, CELL, data, None, tmp_path / "cut", CPU, KEY))
+    assert not (tmp_path / "cut" / "evaluation.json").exists()
+    assert (tmp_path / "cut" / "unetr.safetensors").exists() == (count == 2 and inside is not None)
+    rest = reports(study, data, tmp_path / "cut")
+    assert history(plain(first), rest) == history(whole[0])
+    assert_same(tmp_path / "cut", whole[1])
+    assert not [path for path in (tmp_path / "cut").iterdir() if path.name.startswith(".")], "no rubbish is left"
+
+
+def interrupted(study, data, folder):
+    """A trial with checkpoints at steps 4 and 8, cut off at 9."""
+    trial = run_trial(study, CELL, data, None, folder, CPU, KEY)
+    assert [next(trial)[0] for _ in range(10)][-1] == 9
+    trial.close()
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["00000004", "00000008"]
+
+
+def tear(path):
+    os.truncate(path / "state.pt", 1000)
+
+
+def tamper(path):
+    content = bytearray((path / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "state.pt").write_bytes(content)
+
+
+def unfinished(path):
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [tear, tamper, unfinished])
+def test_a_damaged_checkpoint_is_not_used(study, data, tmp_path, whole, caplog, damage):
+    """The one before is, or step 0 when both are damaged; each with a warning, and the trial ends the same."""
+    for name, victims, start in (("one", [8], 4), ("both", [4, 8], 0)):
+        interrupted(study, data, tmp_path / name)
+        for step in victims:
+            damage(tmp_path / name / "checkpoint" / f"{step:08d}")
+        caplog.clear()
+        found = reports(study, data, tmp_path / name)
+        assert found[0][1] == {"started_at": start}
+        assert f"{victims[-1]:08d}" in caplog.text
+        assert ("starts from step 0" in caplog.text) == (start == 0)
+        assert_same(tmp_path / name, whole[1])
+
+
+def test_best_weights_that_are_damaged_cost_their_checkpoint(study, data, tmp_path, whole, caplog):
+    """A checkpoint whose best weights are torn is not used; with the weights of the one before whole, that one is."""
+    interrupted(study, data, tmp_path / "cut")
+    best = sorted((tmp_path / "cut" / "best").iterdir())
+    assert [path.name for path in best] == ["00000004", "00000008"], "Dice was best at both"
+    tear(best[-1])
+    found = reports(study, data, tmp_path / "cut")
+    assert found[0][1] == {"started_at": 4}
+    assert "trying the checkpoint before" in caplog.text
+    assert_same(tmp_path / "cut", whole[1])
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(study, data, tmp_path, whole, caplog):
+    """Put into the folder, it is passed over with a message, and the trial starts from step 0."""
+    interrupted(study, data, tmp_path / "cut")
+    found = plain(run_trial(study, CELL, data, None, tmp_path / "cut", CPU, "another key"))
+    assert found[0][1] == {"started_at": 0}
+    assert "another configuration" in caplog.text
+    assert_same(tmp_path / "cut", whole[1])
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "expected", "best"),
+    [
+        (0, (0, 0), [4, 8, 12], [4, 12]),
+        (5, (10, 10), [12], [12]),
+        (5, (80, 80), [4, 8, 12], [4, 12]),
+        (5, (40, 40), [8, 12], [4, 12]),
+        (5, (80, 10), [4, 12], [4, 12]),
+    ],
+)
+def test_checkpoints_are_written_when_they_are_due(
+    study, data, tmp_path, monkeypatch, minutes, seconds, expected, best
+):
+    """At every validation with 0 minutes, else by the clock and at the end; best weights only where they improved."""
+    now, written, dice = [0.0], [], iter([0.5, 0.4, 0.6])
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr("ssl_ray.finetune.trial.time", clock)
+    monkeypatch.setattr("ssl_ray.finetune.trial.aggregate", lambda cases, organs: {"dice_foreground": next(dice)})
+    monkeypatch.setattr(
+        trial_folder,
+        "save_latest",
+        lambda folder, state, keep=2, mirror=None: written.append((folder.name, state["step"])),
+    )
+    for step, _ in make(changed(study, checkpoint_minutes=minutes), data, tmp_path).train():
+        now[0] += seconds[step > 4]
+    assert [step for name, step in written if name == "checkpoint"] == expected
+    assert [step for name, step in written if name == "best"] == best
+
+
+def poisoned(study, data, folder, steps, **settings):
+    """A trial whose images of some steps hold a NaN."""
+    trial = make(changed(study, **settings), data, folder)
+    batch = trial.sampler.batch
+
+    def damaged(step):
+        images, labels = batch(step)
+        if step in steps:
+            images[0, 0, 3, 3, 3] = math.nan
+        return images, labels
+
+    object.__setattr__(trial.sampler, "batch", damaged)
+    return trial
+
+
+def test_a_step_that_is_not_finite_changes_nothing(study, data, tmp_path, caplog):
+    """Its weights and moments are those before it, the loss of the rest is finite, and what it was is kept."""
+    trial = poisoned(study, data, tmp_path, [5])
+    states = {}
+    for step, metrics in trial.train():
+        states[step] = {name: value.clone() for name, value in trial.learner.network.state_dict().items()}
+        assert metrics.get("skipped_steps", 0) == (step == 6)
+        assert ("loss" in metrics) == (step not in (0, 6))
+    for name, value in states[6].items():
+        assert torch.equal(value, states[5][name]), name
+        assert torch.isfinite(states[12][name]).all(), name
+    assert any(not torch.equal(value, states[6][name]) for name, value in states[7].items())
+    assert {float(state["step"]) for state in trial.learner.optimizer.state_dict()["state"].values()} == {11.0}
+    assert "skipped step 6: loss nan, gradient norm nan; patches 10 to 11 of seed 2, volumes case" in caplog.text
+
+    kept = load_file(tmp_path / "faults" / "step_0000006.safetensors")
+    facts = json.loads((tmp_path / "faults" / "step_0000006.json").read_text())
+    assert [patch["patch"] for patch in facts["patches"]] == [10, 11]
+    assert {patch["volume"] for patch in facts["patches"]} <= {"case0", "case1"}
+    again = make(study, data, tmp_path / "again")
+    again.learner.network.load_state_dict(
+        {name[6:]: value for name, value in kept.items() if name.startswith("model.")}
+    )
+    assert torch.isnan(again.learner.objective(kept["images"], kept["labels"]))
+    whole = again.sampler.batch(facts["step"] - 1)[0]
+    assert torch.equal(whole, torch.where(kept["images"].isnan(), whole, kept["images"])), "addressed by the step"
+
+
+def test_the_mean_loss_is_of_the_finite_ones():
+    """A record over several steps leaves out those whose loss is not finite."""
+    totals = _Totals(SimpleNamespace(device=CPU, dtype=torch.float32), 2, 1e9)
+    for loss in (1.0, math.nan, 3.0, math.inf):
+        totals.add(torch.tensor(loss), 0.0)
+    assert totals.take(4)["loss"] == 2.0
+
+
+def test_an_infinite_loss_with_finite_gradients_changes_nothing_either(study, data, tmp_path):
+    """The loss counts, not only the gradients."""
+    trial = make(study, data, tmp_path)
+    before = {name: value.clone() for name, value in trial.learner.network.state_dict().items()}
+    trial.learner.objective.register_forward_hook(lambda module, arguments, loss: loss + math.inf)
+    loss, norm = trial.learner.step(*trial.sampler.batch(0), 1e-3)
+    assert loss == math.inf
+    assert not torch.isfinite(norm)
+    for name, value in trial.learner.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "last"),
+    [
+        ({"on_nonfinite": "stop"}, [5], 5),
+        ({"max_skipped": 2}, [1, 2, 4, 5, 7, 8, 9, 10], 9),
+        ({"max_skipped": 2}, [2, 3, 5, 6, 8, 9], None),
+    ],
+)
+def test_the_policy_says_when_a_trial_ends(study, data, tmp_path, settings, steps, last):
+    """`stop` at the first, `skip` at more in a row than `max_skipped`; in the step itself, with three of them kept."""
+    trial = poisoned(study, data, tmp_path, steps, **settings)
+    seen = []
+    if last is None:
+        seen = [step for step, _ in trial.train()]
+        assert seen[-1] == 12
+    else:
+        with pytest.raises(FloatingPointError, match=rf"the last one was step {last + 1}: loss nan.*volumes case"):
+            seen.extend(step for step, _ in trial.train())
+        assert seen[-1] == last
+    assert len(list((tmp_path / "faults").glob("*.json"))) == min(
+        3, len(steps) if last is None else sum(s <= last for s in steps)
+    )
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_restart(study, data, tmp_path):
+    """Two before the checkpoint and one after it are three."""
+    trial = poisoned(study, data, tmp_path, [2, 3, 4], max_skipped=2)
+    records = trial.train()
+    assert [next(records)[0] for _ in range(5)][-1] == 4
+    records.close()
+    with pytest.raises(FloatingPointError, match=r"^3 step"):
+        list(poisoned(study, data, tmp_path, [2, 3, 4], max_skipped=2).train())
+
+
+def test_pretrained_and_random_differ_in_the_encoder_alone(study, data, tmp_path):
+    """The encoder is that of the file; the decoder has the initial weights that the random trial of the seed has."""
+    torch.manual_seed(99)
+    autoencoder = build_autoencoder(study.network, study.finetune.patch_size)
+    weights = tmp_path / "weights.safetensors"
+    export(weights, autoencoder.state_dict(), describe(study.network, study.finetune.patch_size))
+    random = make(study, data, tmp_path).learner.network.state_dict()
+    pretrained = make(study, data, tmp_path, Cell(2, "pretrained", 2e-3, 2), weights).learner.network.state_dict()
+    source = autoencoder.state_dict()
+    for name, value in pretrained.items():
+        if name.startswith("vit."):
+            assert torch.equal(value, source[name.removeprefix("vit.")]), name
+        else:
+            assert torch.equal(value, random[name]), name
+    assert not torch.equal(
+        random["vit.patch_embedding.patch_embeddings.weight"], source["patch_embedding.patch_embeddings.weight"]
+    )
+
+
+def test_seeds_differ_and_repeat(study, data, tmp_path):
+    """A seed gives the same curve again, another seed another one."""
+    one = reports(study, data, tmp_path / "one")
+    assert reports(study, data, tmp_path / "again") == one
+    other = reports(study, data, tmp_path / "other", Cell(2, "random", 2e-3, 1))
+    assert [metrics.get("loss") for _, metrics in other] != [metrics.get("loss") for _, metrics in one]
+
+
+def test_the_best_checkpoint_on_validation_is_scored(study, data, tmp_path, monkeypatch):
+    """Selected is the step with the highest foreground Dice on validation, and its weights, not the last."""
+    trial = make(study, data, tmp_path)
+    dice, kept = iter([0.2, 0.7, 0.5]), []
+    monkeypatch.setattr("ssl_ray.finetune.trial.aggregate", lambda cases, organs: {"dice_foreground": next(dice)})
+    for step, metrics in trial.train():
+        if "validation/dice_foreground" in metrics:
+            kept.append((step, {name: value.clone() for name, value in trial.learner.network.state_dict().items()}))
+    monkeypatch.undo()
+    metrics = trial.evaluate()
+    assert metrics["selected/step"] == 8
+    assert [step for step, _ in kept] == [4, 8, 12]
+    for name, value in trial.learner.network.state_dict().items():
+        assert torch.equal(value, kept[1][1][name]), name
+    tree = json.loads((tmp_path / "evaluation.json").read_text())
+    assert tree["step"] == 8
+    scored = [CaseScores.from_json(case) for case in tree["test"]]
+    assert [case.case for case in scored] == ["case3"]
+    expected = np.mean([score for score in scored[0].original_dice if score is not None])
+    assert metrics["selected/test/original_dice_foreground"] == pytest.approx(expected)
+
+
+@pytest.fixture
+def many(data):
+    """More volumes to score than a trial has CPUs; some of them twice, as their order matters to `published_dice`."""
+    training, validation, test = data.training, data.validation, data.test
+    return replace(data, validation=validation + training + test, test=test + validation + training)
+
+
+def test_volumes_scored_in_threads_are_those_scored_in_turn(study, data, many, tmp_path):
+    """With three CPUs a trial ends as with one: the same scores in the same order."""
+    found = {}
+    for cpus in (0.5, 1, 3):
+        trial = make(changed(study, cpus_per_trial=cpus), many, tmp_path / str(cpus))
+        trial.best_weights = {name: value.clone() for name, value in trial.learner.network.state_dict().items()}
+        found[cpus] = trial.evaluate(), (tmp_path / str(cpus) / "evaluation.json").read_text()
+    assert found[3] == found[1] == found[0.5]
+    tree = json.loads(found[3][1])
+    assert [case["case"] for case in tree["validation"]] == ["case2", "case0", "case1", "case3"]
+    assert [case["case"] for case in tree["test"]] == ["case3", "case2", "case0", "case1"]
+
+
+def test_a_volume_that_cannot_be_scored_ends_the_trial(study, many, tmp_path, monkeypatch):
+    """With the error of the first such volume, no result, and no thread that goes on."""
+    trial = make(changed(study, cpus_per_trial=3), many, tmp_path)
+    trial.best_weights = trial.learner.network.state_dict()
+    threads = threading.active_count()
+
+    def vanished(path):
+        raise ValueError(f"{path}: cannot read: gone")
+
+    monkeypatch.setattr("ssl_ray.finetune.trial.read_label", vanished)
+    with pytest.raises(ValueError, match=r"label2\.nii\.gz: cannot read: gone"):
+        trial.evaluate()
+    assert not (tmp_path / "evaluation.json").exists()
+    assert threading.active_count() == threads
+
+
+def test_records_tell_what_a_trial_uses(study, data, tmp_path):
+    """Rate, wait, memory and arithmetic of its steps, under the names that a pretraining has too."""
+    clock = {name: [] for name in ("seconds_per_step", "system/patches_per_second", "system/data_wait_percentage")}
+    for step, metrics in make(study, data, tmp_path).train():
+        system = {name for name in metrics if name.startswith("system/")}
+        assert len(system) == (4 if step else 0)
+        for name, values in clock.items() if step else ():
+            values.append(metrics[name])
+        if step:
+            rate = metrics["system/patches_per_second"]
+            flops = unetr_flops(study.network, study.finetune.patch_size, study.finetune.cohort.classes).training
+            assert metrics["system/teraflops_per_second_per_worker"] == pytest.approx(rate * flops / 1e12)
+            assert metrics["system/worker_memory_peak_megabytes"] > 50
+    seconds, rates, waits = map(np.array, clock.values())
+    np.testing.assert_allclose(rates * seconds, 2)
+    assert ((waits >= 0) & (waits <= 100)).all()
+
+
+def test_weights_of_another_network_stop_the_trial(study, data, tmp_path):
+    """An encoder of another width is an error that names the file, before any step."""
+    other = study.network.model_copy(update={"hidden_size": 96})
+    weights = tmp_path / "other.safetensors"
+    export(weights, build_autoencoder(other, (16, 16, 16)).state_dict(), describe(other, (16, 16, 16)))
+    with pytest.raises(ValueError, match=r"other\.safetensors"):
+        next(run_trial(study, Cell(2, "pretrained", 2e-3, 0), data, weights, tmp_path, CPU, KEY))

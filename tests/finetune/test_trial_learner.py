@@ -1,0 +1,127 @@
+"""A trial's training step: compiled or not it learns the same, and prediction is left alone."""
+
+import copy
+import logging
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssl_ray.config.schema import Study
+from ssl_ray.finetune import learner as module
+from ssl_ray.finetune.learner import Learner
+from ssl_ray.training import compile as compiled
+
+CPU = torch.device("cpu")
+
+
+def make(**finetune: Any) -> Learner:
+    """A tiny one on patches of 16 x 16 x 32 voxels."""
+    preparation = {"spacing": 3, "window": [-175, 250]}
+    tree = {
+        "name": "learner",
+        "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
+        "pretrain": {"sources": [{"root": "x", "datalist": "x.json"}], "preparation": preparation},
+        "finetune": {
+            "cohort": {"root": "x", "classes": 3, "splits": {2: "x.json"}},
+            "preparation": preparation,
+            "patch_size": [16, 16, 32],
+            "patches_per_volume": 2,
+            "precision": "float32",
+        }
+        | finetune,
+    }
+    return Learner(Study.model_validate(tree), CPU, 1e-2, 0)
+
+
+def steps(made: Learner, first: int, last: int) -> list[float]:
+    """Losses of the steps [first, last) on patches that depend on the step alone."""
+    losses = []
+    for step in range(first, last):
+        random = torch.Generator().manual_seed(step)
+        images = torch.rand(2, 1, 16, 16, 32, generator=random)
+        labels = torch.randint(3, images.shape, generator=random, dtype=torch.uint8)
+        losses.append(float(made.step(images, labels, 1e-2)[0]))
+    return losses
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compile` without writing C++: what is traced is run as it is."""
+    monkeypatch.setattr(module, "compile_or_not", partial(compiled.compile_or_not, backend="eager"))
+
+
+def test_compiled_steps_are_the_eager_ones(traced: None) -> None:
+    """Losses to 1e-5, under the same names in the state, also after going on from a state of either kind."""
+    eager, fast = make(), make(compile=True)
+    assert fast.compiled
+    assert not eager.compiled
+    assert fast.network.state_dict().keys() == eager.network.state_dict().keys()
+    assert all(parameter.grad is None for parameter in fast.network.parameters())
+    assert steps(fast, 0, 2) == pytest.approx(steps(eager, 0, 2), rel=1e-5)
+    state = copy.deepcopy((eager.network.state_dict(), eager.optimizer.state_dict()))
+    resumed = make(compile=True)
+    resumed.network.load_state_dict(state[0])
+    resumed.optimizer.load_state_dict(state[1])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert steps(resumed, 2, 4) == pytest.approx(steps(eager, 2, 4), rel=1e-5), "without being traced again"
+
+
+def test_prediction_is_not_compiled(traced: None) -> None:
+    """Windows of other batch sizes trace nothing, give what the eager network gives, and training goes on as it was."""
+    eager, fast = make(), make(compile=True)
+    image = torch.rand(40, 20, 50)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(fast.predict(image), eager.predict(image))
+        assert steps(fast, 0, 1) == pytest.approx(steps(eager, 0, 1), rel=1e-5)
+
+
+def test_two_learners_of_a_process_do_not_share_weights_or_traces(traced: None) -> None:
+    """Ray Tune lets a process train one trial after the other: the second trains its own network."""
+    first, second = make(compile=True), make(compile=True)
+    before = {name: value.clone() for name, value in first.network.state_dict().items()}
+    steps(second, 0, 1)
+    for name, value in first.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert any(not torch.equal(value, before[name]) for name, value in second.network.state_dict().items())
+
+
+def test_without_a_compiler_it_goes_on_with_one_warning(no_compiler: None, caplog: pytest.LogCaptureFixture) -> None:
+    """Where compiling fails, the losses are those of a trial that never tried."""
+
+    with caplog.at_level(logging.WARNING, compiled.__name__):
+        made = make(compile=True)
+    assert not made.compiled
+    assert len(caplog.records) == 1
+    assert "finetune.compile" in caplog.text
+    assert "no compiler" in caplog.text
+    assert steps(made, 0, 2) == steps(make(), 0, 2)
+
+
+@pytest.mark.parametrize("patch_size", [[16, 16, 32], [32, 16, 16]])
+def test_automatic_precision_gives_the_same_gradients_every_time(patch_size: list[int]) -> None:
+    """Whatever lay in memory before: on patches 16 voxels deep bfloat16 does not (torch 2.13), and is not taken."""
+    made = make(patch_size=patch_size, precision="auto")
+    assert patch_size[0] > 16 or made.dtype == torch.float32
+    images, labels = torch.rand(2, 1, *patch_size), torch.ones(2, 1, *patch_size, dtype=torch.uint8)
+    gradients: list[list[Tensor]] = []
+    for _ in range(3):
+        rubbish = [torch.full((10**power,), torch.nan) for power in (3, 4, 5, 6)]
+        del rubbish
+        made.network.zero_grad()
+        made._backward(images, labels)
+        found = [parameter.grad for parameter in made.network.parameters() if parameter.grad is not None]
+        gradients.append([gradient.clone() for gradient in found])
+    for first, *others in zip(*gradients, strict=True):
+        assert torch.isfinite(first).all()
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_bfloat16_that_cannot_be_right_is_refused() -> None:
+    """Asked for by name, on a CPU, with patches 16 voxels deep; on a GPU it may be."""
+    with pytest.raises(ValueError, match=r"more than 16 voxels deep.*got patch_size \[16, 32, 32\]"):
+        make(patch_size=[16, 32, 32], precision="bfloat16")
+    assert make(patch_size=[32, 16, 16], precision="bfloat16").dtype == torch.bfloat16
+    assert make(patch_size=[16, 32, 32], precision="bfloat16", gpus_per_trial=1).config.precision == "bfloat16"

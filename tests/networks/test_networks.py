@@ -1,0 +1,399 @@
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import UNETR, ViTAutoEnc
+from scipy import ndimage
+from torch import Tensor
+
+from ssl_ray.config.schema import Network
+from ssl_ray.networks import unetr as networks
+from ssl_ray.networks.transfer import describe, export, load_metadata, load_weights, transfer
+from ssl_ray.networks.unetr import build_autoencoder, build_unetr
+
+TINY = Network(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
+CUBE, LONG = (32, 32, 32), (48, 32, 32)
+POSITIONS = "patch_embedding.position_embeddings"
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def trained(patch_size: tuple[int, int, int] = CUBE, network: Network = TINY) -> ViTAutoEnc:
+    """An autoencoder in which every parameter differs from what any initialisation gives."""
+    autoencoder = build_autoencoder(network, patch_size).eval()
+    for parameter in autoencoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return autoencoder
+
+
+def tokens(vit: Any, x: Tensor) -> Tensor:
+    """The normed tokens (batch, tokens, hidden), written out as in both of MONAI's forward passes."""
+    x = vit.patch_embedding(x)
+    for block in vit.blocks:
+        x = block(x)
+    return torch.as_tensor(vit.norm(x))
+
+
+@pytest.mark.parametrize("patch_size", [CUBE, LONG])
+def test_autoencoder_restores_the_shape_of_its_input(patch_size: tuple[int, int, int]) -> None:
+    """A patch comes back in its own shape, with the tokens of all twelve blocks."""
+    restored, hidden = build_autoencoder(TINY, patch_size)(torch.rand(2, 1, *patch_size))
+    assert restored.shape == (2, 1, *patch_size)
+    assert [h.shape for h in hidden] == [(2, np.prod(patch_size) // 16**3, 48)] * 12
+
+
+@pytest.mark.parametrize("patch_size", [CUBE, LONG])
+def test_unetr_gives_a_channel_a_class(patch_size: tuple[int, int, int]) -> None:
+    """Logits have the patch's grid and one channel a class."""
+    assert build_unetr(TINY, patch_size, classes=5)(torch.rand(2, 1, *patch_size)).shape == (2, 5, *patch_size)
+
+
+def test_networks_are_the_tutorials() -> None:
+    """Parameters have the names and shapes of the tutorial's networks at full width."""
+    with torch.device("meta"):
+        ours = build_autoencoder(Network(), (96,) * 3), build_unetr(Network(), (96,) * 3, 14)
+        theirs = (
+            ViTAutoEnc(
+                in_channels=1,
+                img_size=(96, 96, 96),
+                patch_size=(16, 16, 16),
+                proj_type="conv",
+                hidden_size=768,
+                mlp_dim=3072,
+            ),
+            UNETR(
+                in_channels=1,
+                out_channels=14,
+                img_size=(96, 96, 96),
+                feature_size=16,
+                hidden_size=768,
+                mlp_dim=3072,
+                num_heads=12,
+                proj_type="conv",
+                norm_name="instance",
+                res_block=True,
+                dropout_rate=0.0,
+            ),
+        )
+    for our, their in zip(ours, theirs, strict=True):
+        assert str(our) == str(their)
+        assert {k: v.shape for k, v in our.state_dict().items()} == {k: v.shape for k, v in their.state_dict().items()}
+
+
+@pytest.mark.parametrize("build", [build_autoencoder, lambda n, p: build_unetr(n, p, 3)])
+def test_every_trainable_parameter_has_a_gradient(build: Callable[..., torch.nn.Module]) -> None:
+    """A backward pass reaches all that is trainable, and only the idle norms are frozen: DDP finds nothing unused."""
+    network = build(TINY, CUBE)
+    out = network(torch.rand(1, 1, *CUBE))
+    (out[0] if isinstance(out, tuple) else out).square().mean().backward()
+    without = {name for name, p in network.named_parameters() if p.grad is None}
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    assert without == frozen
+    assert len(frozen) == 24
+    assert all("norm_cross_attn" in name for name in frozen)
+
+
+def test_fast_attention_equals_the_plain_path() -> None:
+    """The fused kernel changes neither the outputs nor the gradients of a network."""
+    plain, fast = trained(), build_autoencoder(TINY, CUBE).eval()
+    fast.load_state_dict(plain.state_dict())
+    networks.use_fast_attention(fast)
+    x = torch.rand(2, 1, *CUBE)
+    outputs = [network(x)[0] for network in (plain, fast)]
+    for output in outputs:
+        output.square().mean().backward()
+    assert all(block.attn.use_flash_attention for block in fast.blocks)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", [CUBE, LONG])
+def test_transferred_vit_gives_the_autoencoders_tokens(patch_size: tuple[int, int, int]) -> None:
+    """After a transfer both encoders give the same tokens, block by block, and the decoder is as it was."""
+    autoencoder, unetr = trained(patch_size), build_unetr(TINY, patch_size, 3).eval()
+    before = {key: value.clone() for key, value in unetr.state_dict().items()}
+    report = transfer(autoencoder.state_dict(), unetr, "weights")
+
+    x = torch.rand(2, 1, *patch_size)
+    with torch.no_grad():
+        last, hidden = unetr.vit(x)
+        assert torch.equal(last, tokens(autoencoder, x))
+        assert all(torch.equal(a, b) for a, b in zip(hidden, autoencoder(x)[1], strict=True))
+    after = unetr.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items() if not key.startswith("vit."))
+    assert report.share == 1
+    assert set(report.loaded) == set(unetr.vit.state_dict())
+    assert report.interpolated == report.missing == report.unexpected == ()
+    assert report.summary()["loaded"] == len(report.loaded)
+
+
+def as_written_by(version: str, state: State) -> State:
+    """The state dict under the names that ViTAutoEnc of an older MONAI gave it (compared with the releases)."""
+    old = {key: value for key, value in state.items() if "norm_cross_attn" not in key}
+    if version == "0.8":
+        old["patch_embedding.cls_token"] = torch.zeros(1, 1, 48)
+    if version in ("1.4", "1.5"):
+        for i in range(12):
+            old |= {f"blocks.{i}.norm_cross_attn.{name}": torch.ones(48) for name in ("weight", "bias")}
+            old |= {f"blocks.{i}.cross_attn.to_{name}.weight": torch.rand(48, 48) for name in "qkv"}
+            old[f"blocks.{i}.cross_attn.out_proj.weight"] = torch.rand(48, 48)
+            old[f"blocks.{i}.cross_attn.out_proj.bias"] = torch.rand(48)
+    return old
+
+
+@pytest.mark.parametrize(
+    ("version", "missing", "unexpected"), [("0.8", 24, 1), ("0.9", 24, 0), ("1.3", 24, 0), ("1.4", 0, 60)]
+)
+def test_weights_of_older_releases_transfer(version: str, missing: int, unexpected: int) -> None:
+    """Checkpoints that differ in idle parameters alone give the same tokens, and the report names those."""
+    autoencoder, unetr = trained(), build_unetr(TINY, CUBE, 3).eval()
+    report = transfer(as_written_by(version, autoencoder.state_dict()), unetr, "weights")
+    x = torch.rand(1, 1, *CUBE)
+    with torch.no_grad():
+        assert torch.equal(unetr.vit(x)[0], tokens(autoencoder, x))
+    assert (len(report.missing), len(report.unexpected)) == (missing, unexpected)
+    assert (report.share == 1) == (missing == 0)
+
+
+def rename(state: State, old: str, new: str) -> State:
+    return {key.replace(old, new): value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda s: {k: v for k, v in s.items() if k != "blocks.3.norm1.weight"}, "missing: blocks.3.norm1.weight"),
+        (lambda s: {k: v for k, v in s.items() if k != POSITIONS}, f"missing: {POSITIONS}"),
+        (lambda s: s | {"blocks.0.attn.qkv.bias": torch.zeros(144)}, "unexpected: blocks.0.attn.qkv.bias"),
+        (lambda s: s | rename(s, "blocks.", "blocks.1"), "unexpected: blocks.12."),
+        (lambda s: rename(s, "blocks.", "encoder.blocks."), "and 153 more"),
+        (lambda s: {f"swin.{k}": v for k, v in s.items()}, "another kind of network"),
+        (
+            lambda s: rename(s, "patch_embeddings.", "patch_embeddings.1."),
+            'it was trained with proj_type="perceptron", not "conv"',
+        ),
+        (lambda s: s | {"norm.bias": torch.full((48,), torch.nan)}, "norm.bias: NaN or infinite"),
+        (lambda s: s | {"conv3d_transpose.bias": torch.full((16,), -torch.inf)}, "NaN or infinite"),
+        (lambda s: s | {POSITIONS: torch.rand(1, 12, 48)}, "the grid of its 12 tokens cannot be told"),
+        (lambda s: s | {POSITIONS: torch.rand(8, 48)}, "is (8, 48), expected (1, 8, 48)"),
+        (lambda s: {}, "missing"),
+    ],
+)
+def test_anything_but_a_whole_encoder_is_refused(spoil: Callable[[State], State], expected: str) -> None:
+    """A transfer that would be partial says which file and why, and leaves the network as it was."""
+    unetr = build_unetr(TINY, CUBE, 3)
+    before = {key: value.clone() for key, value in unetr.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^run/weights\.pt: ") as error:
+        transfer(spoil(trained().state_dict()), unetr, "run/weights.pt")
+    assert expected in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in unetr.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("width", "cause", "shapes"),
+    [
+        ({"hidden_size": 96}, "hidden_size is 96 there and 48 here", "is (1, 8, 96), expected (1, 8, 48)"),
+        ({"mlp_dim": 64}, "mlp_dim is 64 there and 96 here", "is (64, 48), expected (96, 48)"),
+    ],
+)
+def test_another_width_is_refused_with_its_cause(width: dict[str, int], cause: str, shapes: str) -> None:
+    """Weights of a wider or narrower ViT are refused with both shapes and the setting that differs."""
+    other = build_autoencoder(TINY.model_copy(update=width), CUBE).state_dict()
+    with pytest.raises(ValueError, match=cause) as error:
+        transfer(other, build_unetr(TINY, CUBE, 3), "weights")
+    assert shapes in str(error.value)
+
+
+def test_another_number_of_heads_is_refused() -> None:
+    """Heads do not show in any shape, so the metadata tells them apart."""
+    six = TINY.model_copy(update={"num_heads": 6})
+    state = build_autoencoder(six, CUBE).state_dict()
+    with pytest.raises(ValueError, match="num_heads 6, but this network has 3"):
+        transfer(state, build_unetr(TINY, CUBE, 3), "weights", describe(six, CUBE))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "told"),
+    [((64, 64, 64), LONG, False), (CUBE, (48, 48, 48), False), (LONG, (32, 48, 32), True), (LONG, (64, 48, 16), True)],
+)
+def test_position_embeddings_follow_the_patch(
+    source: tuple[int, int, int], target: tuple[int, int, int], told: bool
+) -> None:
+    """Another patch resamples the embeddings as scipy does, even where the number of tokens is the same."""
+    state, unetr = trained(source).state_dict(), build_unetr(TINY, target, 3)
+    report = transfer(state, unetr, "weights", describe(TINY, source) if told else None)
+    assert report.interpolated == (POSITIONS,)
+    assert report.share == 1
+
+    grid, goal = [s // 16 for s in source], [t // 16 for t in target]
+    field = state[POSITIONS].numpy().reshape(*grid, 48)
+    zoom = [g / s for g, s in zip(goal, grid, strict=True)]
+    expected = ndimage.zoom(field, (*zoom, 1), order=1, mode="nearest", grid_mode=True).reshape(1, -1, 48)
+    np.testing.assert_allclose(unetr.vit.state_dict()[POSITIONS], expected, atol=1e-6)
+
+
+def test_metadata_that_contradicts_the_weights_is_refused() -> None:
+    """A patch size that gives another number of tokens is an error, whatever it looks like."""
+    for text in ("[96, 96, 96]", "96", "[]", "none", "[0, 0, 0]"):
+        with pytest.raises(ValueError, match="does not explain 8 tokens"):
+            transfer(trained().state_dict(), build_unetr(TINY, CUBE, 3), "weights", {"patch_size": text})
+
+
+def test_ambiguous_grid_is_refused() -> None:
+    """64 tokens may be a cube or the elongated grid of the network: without metadata, neither is assumed."""
+    state, unetr = trained((128, 64, 32)).state_dict(), build_unetr(TINY, (128, 64, 32), 3)
+    with pytest.raises(ValueError, match="the grid of its 64 tokens cannot be told"):
+        transfer(state, unetr, "weights")
+    assert transfer(state, unetr, "weights", describe(TINY, (128, 64, 32))).interpolated == ()
+
+
+def test_exported_weights_load_with_the_tutorials_code(tmp_path: Path) -> None:
+    """The notebook of Project MONAI, run as published on our file, fills the ViT of a plain MONAI UNETR."""
+    autoencoder = trained()
+    export(tmp_path / "weights.safetensors", autoencoder.state_dict(), {})
+    model = UNETR(1, 14, CUBE, feature_size=4, hidden_size=48, mlp_dim=96, num_heads=3)
+    pretrained_path = tmp_path / "weights.pt"
+
+    vit_dict = torch.load(pretrained_path)
+    vit_weights = vit_dict["state_dict"]
+    model_dict = model.vit.state_dict()
+    vit_weights = {k: v for k, v in vit_weights.items() if k in model_dict}
+    model_dict.update(vit_weights)
+    model.vit.load_state_dict(model_dict)
+
+    ours = dict(autoencoder.named_parameters())
+    assert all(torch.equal(value, ours[name]) for name, value in model.vit.named_parameters())
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_exported_weights_come_back(tmp_path: Path, ending: str) -> None:
+    """Both files hold every tensor bit for bit, under plain names, even when the state came from DDP."""
+    state = trained().state_dict()
+    path = tmp_path / "weights.safetensors"
+    export(path, {f"module.{key}": value for key, value in state.items()}, describe(TINY, LONG) | {"step": "60"})
+    loaded = load_weights(path.with_suffix(ending))
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    build_autoencoder(TINY, CUBE).load_state_dict(loaded)
+    expected = {"hidden_size": "48", "mlp_dim": "96", "num_heads": "3", "patch_size": "[48, 32, 32]", "step": "60"}
+    assert load_metadata(path.with_suffix(ending)) == (expected if ending == ".safetensors" else {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["weights.pt", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("culprit", ["torch.save", "os.replace"])
+def test_failed_export_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, culprit: str) -> None:
+    """A write that breaks off half-way neither harms the weights that were there nor leaves a part behind."""
+    path = tmp_path / "weights.safetensors"
+    export(path, {"a": torch.zeros(2)}, {})
+
+    def break_off(_: Any, target: Any) -> None:
+        if culprit == "torch.save":
+            target.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"ssl_ray.networks.transfer.{culprit}", break_off)
+    with pytest.raises(OSError, match="No space"):
+        export(path, {"a": torch.ones(2)}, {})
+    for name in ("weights.pt", "weights.safetensors"):
+        assert torch.equal(load_weights(tmp_path / name)["a"], torch.zeros(2))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_exported_files_are_small_and_shared(tmp_path: Path) -> None:
+    """Views of a large tensor are written by themselves, and whoever may read new files may read these."""
+    large = torch.rand(1000, 1000)
+    state = {"a": large[:2, :2], "b": large[1:3, 1:3].T}
+    export(tmp_path / "weights.safetensors", state, {})
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    for path in (tmp_path / "weights.pt", tmp_path / "weights.safetensors"):
+        loaded = load_weights(path)
+        assert all(torch.equal(loaded[key], value) for key, value in state.items())
+        assert path.stat().st_size < 10_000
+        assert path.stat().st_mode == mode
+
+
+def test_export_refuses_another_ending(tmp_path: Path) -> None:
+    """The reader tells the formats apart by the ending, so the writer keeps to it."""
+    with pytest.raises(ValueError, match=r"must end with \.safetensors"):
+        export(tmp_path / "weights.pt", {"a": torch.zeros(1)}, {})
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"epoch": 3, "state_dict": s, "loss": 0.1}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_torch_files_of_others_load(tmp_path: Path, wrap: Callable[[State], Any], prefix: str) -> None:
+    """Plain state dicts, training checkpoints around one, and DDP's prefix all give plain names."""
+    torch.save(wrap({prefix + "norm.weight": torch.ones(3), prefix + "norm.bias": torch.zeros(3)}), tmp_path / "a.pt")
+    loaded = load_weights(tmp_path / "a.pt")
+    assert list(loaded) == ["norm.weight", "norm.bias"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"model": {"a": torch.ones(1)}}, "'model' is not one"),
+        ({"state_dict": {"a": torch.ones(1), "step": 3}}, "'step' is not one"),
+        ({"state_dict": []}, "got list"),
+        ({}, "got dict without tensors"),
+        ({0: torch.ones(1)}, "0 is not one"),
+        (torch.ones(3), "got Tensor"),
+    ],
+)
+def test_torch_files_without_a_state_dict_are_refused(tmp_path: Path, content: Any, expected: str) -> None:
+    """Anything but named tensors is refused with what was found instead."""
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: expected a state dict") as error:
+        load_weights(tmp_path / "a.pt")
+    assert expected in str(error.value)
+
+
+class Attack:
+    """Pickles to a call that makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_does_not_run(tmp_path: Path, zipped: bool) -> None:
+    """A checkpoint that runs code when unpickled is refused before it does."""
+    path, folder = tmp_path / "a.pt", tmp_path / "owned"
+    content = {"state_dict": {"a": torch.ones(1)}, "b": Attack(folder)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="Python objects, which can run code"):
+        load_weights(path)
+    assert not folder.exists()
+    torch.load(path, weights_only=False)
+    assert folder.exists(), "the attack itself must work, or this test shows nothing"
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_damaged_files_are_refused(tmp_path: Path, ending: str) -> None:
+    """Missing, empty, cut and foreign files give a ValueError that names the file."""
+    whole = tmp_path / "whole.safetensors"
+    export(whole, {"a": torch.ones(300)}, {})
+    data = whole.with_suffix(ending).read_bytes()
+    path = tmp_path / f"broken{ending}"
+    with pytest.raises(ValueError, match=rf"broken\{ending}: cannot read the weights: No such file"):
+        load_weights(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for content in (b"", data[:1], data[:9], data[: len(data) // 2], data[:-1], b"<html>404</html>", b"\x80" * 64):
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=rf"broken\{ending}: "):
+                load_weights(path)

@@ -1,0 +1,243 @@
+"""One worker's training step: what it computes, what it leaves alone, and what goes into a checkpoint."""
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ssl_ray.config.schema import Study
+from ssl_ray.pretrain import learner as module
+from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.learner import Learner, scale
+from ssl_ray.pretrain.samples import Plan
+from ssl_ray.pretrain.stream import Feed
+from ssl_ray.pretrain.tasks.restoration import corrupt, draw, pack, take, unpack
+from ssl_ray.training import compile as compiled
+from ssl_ray.training.precision import autocast
+
+BATCH, SIDE, LEVELS = 4, 16, 221
+CPU = torch.device("cpu")
+
+
+def make(tmp_path: Path, device: torch.device = CPU, **pretrain: Any) -> Learner:
+    """A tiny learner outside Ray."""
+    preparation = {"spacing": 2, "window": [-57, 164]}
+    settings = {
+        "sources": [{"root": "data", "datalist": "none.json"}],
+        "preparation": preparation,
+        "patch_size": SIDE,
+        "batch_size": BATCH,
+        "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
+        "precision": "float32",
+    }
+    study = Study.model_validate(
+        {
+            "name": "learner",
+            "output": str(tmp_path),
+            "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3},
+            "pretrain": settings | pretrain,
+            "finetune": {
+                "cohort": {"root": "data", "classes": 14, "splits": {1: "none.json"}},
+                "preparation": preparation,
+                "patch_size": SIDE,
+            },
+        }
+    )
+    plan = Plan(0, np.array([[32] * 3] * 4), (SIDE,) * 3, 2, BATCH, 1)
+    feed = Feed(plan, tmp_path, ("a",) * 4, ("a",) * 4, "uint8", LEVELS)
+    return Learner(Job(study, feed, feed, tmp_path, "key", None), device)  # type: ignore[arg-type]
+
+
+def steps(made: Learner, first: int, last: int) -> list[float]:
+    """Losses of the steps [first, last) on patches that depend on the step alone."""
+    losses = []
+    for step in range(first, last):
+        images = np.random.default_rng(step).integers(0, LEVELS + 1, (BATCH,) + (SIDE,) * 3, dtype=np.uint8)
+        indices = np.arange(step * BATCH, (step + 1) * BATCH)
+        losses.append(float(made.step(images, indices, 1, 1e-3 / (1 + step))[0]))
+    return losses
+
+
+def weights(made: Learner) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in made.network.state_dict().items()}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit by bit, and of the same types."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
+@pytest.mark.parametrize("two_views", [False, True])
+def test_the_loss_is_that_of_monais_own_forward(tmp_path: Path, two_views: bool) -> None:
+    """Computed in parts, the first step's loss is the L1 of `ViTAutoEnc.forward`, to the bit."""
+    made = make(tmp_path, contrastive={"enabled": two_views})
+    images = np.random.default_rng(0).integers(0, LEVELS + 1, (BATCH,) + (SIDE,) * 3, dtype=np.uint8)
+    clean = scale(torch.from_numpy(images), LEVELS)
+    view = corrupt(clean, draw(made.config.corruption, (SIDE,) * 3, 0, np.arange(BATCH)))
+    with torch.no_grad(), autocast(CPU, made.dtype):
+        expected = (made.network(view)[0] - clean).abs().mean()
+    assert steps(made, 0, 1) == [float(expected)]
+
+
+def test_a_resumed_learner_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    """State out, state in: the losses and the state after six more steps are those of the undisturbed learner."""
+    undisturbed = make(tmp_path)
+    steps(undisturbed, 0, 3)
+    state = copy.deepcopy(undisturbed.state())
+    losses = steps(undisturbed, 3, 9)
+    resumed = make(tmp_path)
+    resumed.load(state)
+    assert steps(resumed, 3, 9) == losses
+    assert same(resumed.state(), undisturbed.state())
+
+
+def test_accumulated_microbatches_equal_the_whole_batch(tmp_path: Path) -> None:
+    """Three patches and then one, or four at once: the same losses and, to rounding, the same weights."""
+    whole, parts = make(tmp_path), make(tmp_path, microbatch=3)
+    np.testing.assert_allclose(steps(parts, 0, 4), steps(whole, 0, 4), rtol=1e-5)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, poison: float) -> None:
+    """Weights and optimizer state stay bit by bit, the norm says so, and the next step is as if it had not been."""
+    made, other = make(tmp_path), make(tmp_path)
+    steps(made, 0, 2), steps(other, 0, 2)
+    before = copy.deepcopy(made.state())
+    handle = made.network.patch_embedding.register_forward_hook(lambda *call: call[-1] * poison)
+    images = np.zeros((BATCH,) + (SIDE,) * 3, np.uint8)
+    loss, norm = made.step(images, np.arange(BATCH), 1, 1e-3)
+    handle.remove()
+    assert not torch.isfinite(loss)
+    assert not torch.isfinite(norm)
+    after = made.state()
+    assert same(after["model"], before["model"])
+    assert same(after["optimizer"]["state"], before["optimizer"]["state"])
+    assert all(parameter.grad is None for parameter in made.network.parameters())
+    assert steps(made, 2, 4) == steps(other, 2, 4)
+
+
+def test_a_held_step_changes_nothing(tmp_path: Path) -> None:
+    """What a CUDA graph warms up with is a whole step that leaves weights and optimizer state as they were."""
+    made = make(tmp_path)
+    steps(made, 0, 2)
+    before = copy.deepcopy(made.state())
+    made._go.fill_(False)
+    (loss,) = steps(made, 2, 3)
+    assert np.isfinite(loss)
+    assert same(made.state()["model"], before["model"])
+    assert same(made.state()["optimizer"]["state"], before["optimizer"]["state"])
+
+
+def test_without_a_compiler_it_goes_on_with_one_warning(
+    tmp_path: Path, no_compiler: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where compiling fails, the losses are those of a run that never tried."""
+    expected = steps(make(tmp_path), 0, 3)
+
+    with caplog.at_level(logging.WARNING, compiled.__name__):
+        made = make(tmp_path, compile=True)
+    assert not made.compiled
+    assert [record.name for record in caplog.records] == [compiled.__name__]
+    assert "no compiler" in caplog.text
+    assert steps(made, 0, 3) == expected
+    assert all(parameter.grad is None for parameter in made.network.parameters())
+
+
+def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CUDA graph that fails costs nothing but itself."""
+    expected = steps(make(tmp_path), 0, 3)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(module, "StepGraph", refuse)
+    made = make(tmp_path)
+    made.graphs = True
+    with caplog.at_level(logging.WARNING, module.__name__):
+        assert steps(made, 0, 3) == expected
+    assert len(caplog.records) == 1
+    assert not made.graphs
+
+
+def test_packed_draws_come_back_and_parts_of_them_are_theirs() -> None:
+    """What travels to the device in one copy is what was drawn, and the draws of some samples are those samples'."""
+    config = make_config()
+    drawn = draw(config, (SIDE,) * 3, 3, np.arange(6))
+    there = unpack(pack(drawn), drawn)
+    some = draw(config, (SIDE,) * 3, 3, np.arange(2, 5))
+    for name in ("key", "outpaint", "start", "stop", "shuffle", "shuffle_start"):
+        np.testing.assert_array_equal(getattr(there, name).numpy(), getattr(drawn, name))
+        np.testing.assert_array_equal(getattr(take(drawn, slice(2, 5)), name), getattr(some, name))
+        np.testing.assert_array_equal(getattr(take(there, slice(2, 5)), name).numpy(), getattr(some, name))
+
+
+def make_config() -> Any:
+    from ssl_ray.config.schema import Corruption
+
+    return Corruption(inpaint_size=(2, 6), outpaint_size=(4, 10), shuffle_size=3)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"microbatch": 3},
+    {"contrastive": {"enabled": True}},
+    {"optimizer": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 0.01}},
+]
+
+
+@needs_gpu
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_recorded_step_computes_what_the_eager_one_does(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Eight steps with a learning rate that changes, as a CUDA graph and without one."""
+    cuda = torch.device("cuda", 0)
+    graph, eager = make(tmp_path, cuda, **settings), make(tmp_path, cuda, **settings)
+    eager.graphs = False
+    np.testing.assert_allclose(steps(graph, 0, 8), steps(eager, 0, 8), rtol=1e-4)
+    assert graph._graph is not None
+    assert eager._graph is None
+    kinds: Callable[[Any], Any] = lambda state: [(key, type(value)) for key, value in state.items()]  # noqa: E731
+    for one, other in zip(
+        graph.state()["optimizer"]["param_groups"], eager.state()["optimizer"]["param_groups"], strict=True
+    ):
+        assert kinds(one) == kinds(other)
+        assert one == other
+
+
+@needs_gpu
+def test_a_recorded_run_resumes_from_a_checkpoint_of_either_kind(tmp_path: Path) -> None:
+    """The state of an eager learner goes into a recorded one and the other way round."""
+    cuda = torch.device("cuda", 0)
+    for first, second in ((True, False), (False, True), (True, True)):
+        one, other = make(tmp_path, cuda), make(tmp_path, cuda)
+        one.graphs, other.graphs = first, second
+        steps(one, 0, 3)
+        steps(other, 5, 7)  # recorded before the state is loaded
+        other.load(copy.deepcopy(one.state()))
+        np.testing.assert_allclose(steps(other, 3, 6), steps(one, 3, 6), rtol=1e-4)
+
+
+@needs_gpu
+def test_a_batch_of_another_size_runs_without_the_graph(tmp_path: Path) -> None:
+    """Fewer patches than were recorded are a step of their own."""
+    made = make(tmp_path, torch.device("cuda", 0))
+    steps(made, 0, 2)
+    loss, norm = made.step(np.ones((2,) + (SIDE,) * 3, np.uint8), np.arange(2), 1, 1e-3)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(norm)
+    assert np.isfinite(steps(made, 2, 4)).all()

@@ -1,0 +1,376 @@
+"""Local folders and object stores behave alike; a fault of either is named in one line."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from storage_worker import open_at_once, put_and_die
+from test_prepare import PREPARATION, make_case, small_disk
+
+from ssl_ray.data.nifti import prepare, read_label, read_nifti
+from ssl_ray.data.prepare import prepare_case, prepare_cohort
+from ssl_ray.data.store import Store, Volume, open_array, read_patch
+from ssl_ray.storage import places as storage
+from ssl_ray.storage.places import Place
+
+NAMES = ("image", "label", "foreground")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The endpoint of an S3 server on the loopback."""
+    moto = pytest.importorskip("moto.server", reason="needs moto[server]")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+def client(endpoint: str) -> Any:
+    import boto3
+
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "secret"}
+    return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
+
+
+@pytest.fixture
+def uri(server: str) -> str:
+    """A prefix in a new bucket; the credentials are in it, as Ray's workers have another environment."""
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    client(server).create_bucket(Bucket=bucket)
+    return f"s3://test:secret@{bucket}/some/prefix?region=us-east-1&endpoint_override={server}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return Place.parse(tmp_path / "place" if request.param == "local" else request.getfixturevalue("uri"))
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One attempt at every request."""
+    s3 = storage._s3
+    monkeypatch.setattr(storage, "_s3", lambda root, attempts: s3(root, 1))
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder that not even root can write to."""
+    with small_disk(tmp_path / "read_only", "ro,size=1m") as folder:
+        yield folder
+
+
+def test_what_is_written_is_read(place: Place) -> None:
+    """A file comes back as it was last written, is listed with its size, and goes when removed."""
+    file = place / "a folder/ä+b%20c #1?.bin"
+    assert not file.exists()
+    assert place.list() == {}
+    for content in (b"first", b"", os.urandom(1000)):
+        file.write_bytes(content)
+        assert file.read_bytes() == content
+        assert place.list() == {"a folder/ä+b%20c #1?.bin": len(content)}
+    assert file.exists()
+    assert (place / "a folder").exists()
+    file.remove()
+    file.remove()
+    assert not file.exists()
+    assert place.list() == {}
+
+
+def test_folders_go_up_down_and_elsewhere(place: Place, tmp_path: Path) -> None:
+    """Uploaded, moved and downloaded, every file of a folder is the same, also one beyond a multipart upload's size."""
+    source = tmp_path / "source"
+    contents = {"a.bin": os.urandom(11 * 2**20), "deep/er/b.bin": b"b", "deep/empty.bin": b""}
+    for name, content in contents.items():
+        Place.parse(source / name).write_bytes(content)
+    (place / "one").upload(source)
+    (place / "one").move(place / "two")
+    assert not (place / "one").list()
+    (place / "two/a.bin").move(place / "three.bin")
+    (place / "three.bin").move(place / "two/a.bin")
+    (place / "two").download(tmp_path / "target")
+    found = {path.relative_to(tmp_path / "target").as_posix(): path for path in (tmp_path / "target").rglob("*.bin")}
+    assert {name: path.read_bytes() for name, path in found.items()} == contents
+    (place / "two").remove()
+    assert place.list() == {}
+
+
+def test_what_is_not_there_is_named(place: Place, tmp_path: Path) -> None:
+    """A missing file is a FileNotFoundError in one line, and leaves nothing where it should have gone."""
+    with pytest.raises(FileNotFoundError) as caught:
+        (place / "none").read_bytes()
+    assert str(caught.value) == f"{place}/none: No such file or directory"
+    with pytest.raises(FileNotFoundError):
+        (place / "none").download(tmp_path / "target" / "none")
+    assert list((tmp_path / "target").iterdir()) == []
+
+
+def test_a_download_that_does_not_match_leaves_what_was_there(place: Place, tmp_path: Path) -> None:
+    """A file with another digest never takes the target's name."""
+    (place / "file").write_bytes(b"content")
+    target = tmp_path / "target"
+    target.write_bytes(b"before")
+    with pytest.raises(OSError, match="does not match its digest"):
+        (place / "file").download(target, "0" * 64)
+    assert target.read_bytes() == b"before"
+    (place / "file").download(target, (place / "file").sha256())
+    assert target.read_bytes() == b"content"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local file is replaced whole or not at all."""
+    file = Place.parse(tmp_path / "file")
+    file.write_bytes(b"before")
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="file: No space left on device"):
+        file.write_bytes(b"after")
+    assert file.read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_is_cheap_to_send_and_keeps_its_secrets(uri: str) -> None:
+    """Only its URI is pickled, also after use; its text is without credentials and parameters."""
+    place = Place.parse(uri)
+    place.exists()
+    assert pickle.loads(pickle.dumps(place)) == place
+    assert len(pickle.dumps(place)) < 300
+    assert str(place).startswith("s3://bucket-")
+    assert str(place).endswith("/some/prefix")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ftp://host/folder", "ftp://…: must be a local path or s3://bucket/prefix"),
+        ("s3:///prefix", "s3:///prefix: the bucket is missing"),
+        ("s3://bucket/prefix?regoin=x", "s3://bucket/prefix: parameters are endpoint_override, region and scheme"),
+    ],
+)
+def test_a_wrong_uri_is_refused(text: str, message: str) -> None:
+    """Scheme, bucket and parameters are checked without any request."""
+    with pytest.raises(ValueError, match="s3://") as caught:
+        Place.parse(text)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_environment_fills_in_what_the_uri_leaves_out(
+    server: str, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Endpoint, credentials and region may come from the variables that the AWS tools read."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bare = Place.parse(str(Place.parse(uri)))
+    bare.check_writable()
+    (bare / "file").write_bytes(b"x")
+    assert (Place.parse(uri) / "file").read_bytes() == b"x"
+
+
+def test_a_writable_place_is_left_as_it_was(place: Place) -> None:
+    """The probe is removed again."""
+    place.check_writable()
+    assert place.list() == {}
+
+
+def refuse(endpoint: str, uri: str, action: str) -> None:
+    bucket = Place.parse(uri).path.partition("/")[0]
+    rule = {"Effect": "Deny", "Principal": "*", "Action": action, "Resource": f"arn:aws:s3:::{bucket}/*"}
+    policy = {"Version": "2012-10-17", "Statement": [rule]}
+    client(endpoint).put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
+
+
+def refusal(place: Place) -> str:
+    """What `check_writable` says, which must be one line that names the place and no secret."""
+    with pytest.raises(ValueError, match="cannot be written to") as caught:
+        place.check_writable()
+    text = str(caught.value)
+    assert text.startswith(f"{place}: cannot be written to: ")
+    assert "\n" not in text
+    assert len(text) < 300
+    assert "secret" not in text
+    return text.removeprefix(f"{place}: cannot be written to: ")
+
+
+def test_an_object_store_that_cannot_be_written_to_is_named(server: str, uri: str, closed_port: int) -> None:
+    """A bucket that is missing, one without permission and a server that is gone each have their reason."""
+    place = Place.parse(uri)
+    assert refusal(Place.parse(uri.replace("bucket-", "none-"))) == "there is no such bucket (PutObject)"
+    gone = Place.parse(f"s3://test:secret@bucket/x?region=us-east-1&endpoint_override=http://127.0.0.1:{closed_port}")
+    assert refusal(gone).startswith(f"no connection: Failed to connect to 127.0.0.1 port {closed_port}")
+    refuse(server, uri, "s3:PutObject")
+    assert refusal(place) == "no permission (PutObject)"
+
+
+def test_a_read_only_folder_is_named(read_only: Path) -> None:
+    """Before anything starts."""
+    assert refusal(Place.parse(read_only / "output")) == "Read-only file system"
+
+
+def test_a_path_below_a_file_is_named(tmp_path: Path) -> None:
+    """It can be no folder."""
+    (tmp_path / "file").touch()
+    assert refusal(Place.parse(tmp_path / "file" / "output")) == "Not a directory"
+
+
+def files_of(store: Store, volume: Volume) -> dict[str, Any]:
+    return {name: np.array(open_array(store, volume.key, name)) for name in NAMES}  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cohort_in_an_object_store_is_the_same_as_in_a_folder(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Manifests, arrays and patches are equal, nothing is prepared twice, and what was read needs no server."""
+    cases = [make_case(tmp_path, f"case{seed}", seed) for seed in range(3)]
+    near, far = Store(tmp_path / "near"), Store(uri, tmp_path / "scratch")
+    expected = {str(case.image): prepare_case(case, PREPARATION, near)[0] for case in cases}
+    volumes, bad, fresh = prepare_cohort(cases, PREPARATION, far)
+    assert (volumes, bad, fresh) == (expected, [], 3)
+    assert prepare_cohort(cases, PREPARATION, far, verify=True) == (volumes, [], 0)
+    stored = Place.parse(uri).list()
+    assert sorted(stored) == sorted(path.relative_to(near.folder).as_posix() for path in near.folder.glob("*/*/*"))
+    assert not list((tmp_path / "scratch").rglob("*.npy")), "the mirror has only what was read"
+    for volume in volumes.values():
+        for name, array in files_of(far, volume).items():
+            np.testing.assert_array_equal(array, open_array(near, volume.key, name))  # type: ignore[arg-type]
+        array = open_array(far, volume.key)
+        assert isinstance(array, np.memmap)
+        patch = read_patch(array, (1, 0, 2), (3, 9, 2))
+        np.testing.assert_array_equal(patch, read_patch(open_array(near.folder, volume.key), (1, 0, 2), (3, 9, 2)))
+
+    def unreachable(*_: Any) -> Any:
+        raise AssertionError("asked the object store for what the mirror has")
+
+    monkeypatch.setattr(storage, "_s3", unreachable)
+    open_array.cache_clear()
+    for volume in volumes.values():
+        files_of(far, volume)
+
+
+def test_a_uri_alone_opens_arrays(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mirror is then in the user's own folder among the temporary files, which nobody else can read."""
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    volume, _ = prepare_case(make_case(tmp_path), PREPARATION, Store(uri))
+    assert open_array(uri, volume.key).shape == volume.shape
+    (own,) = tmp_path.glob("ssl_ray-*")
+    assert own.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("survive", [1, 3])
+def test_an_upload_that_was_killed_is_invisible_and_healed(uri: str, tmp_path: Path, survive: int) -> None:
+    """Without its manifest a volume does not exist, however much of it is there."""
+    case, store = make_case(tmp_path), Store(uri, tmp_path / "scratch")
+    assert case.label
+    prepared = prepare(read_nifti(case.image), read_label(case.label), PREPARATION)
+    expected, _ = prepare_case(case, PREPARATION, Store(tmp_path / "near"))
+    arguments = (store, expected, prepared, survive)
+    process = multiprocessing.get_context("spawn").Process(target=put_and_die, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert len(Place.parse(uri).list()) == survive
+    assert store.get(expected.key) is None
+    assert prepare_case(case, PREPARATION, store) == (expected, True)
+    assert store.get(expected.key, verify=True) == expected
+    assert len(Place.parse(uri).list()) == 4
+
+
+def test_processes_fill_the_mirror_at_once(uri: str, tmp_path: Path) -> None:
+    """All of them read the stored arrays, and no unfinished file is left."""
+    store = Store(uri, tmp_path / "scratch")
+    volume, _ = prepare_case(make_case(tmp_path), PREPARATION, store)
+    context = multiprocessing.get_context("spawn")
+    start, answers = context.Barrier(2), context.Queue()
+    runs = [context.Process(target=open_at_once, args=(store, volume.key, NAMES, start, answers)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    first, second = answers.get(timeout=60), answers.get(timeout=60)
+    for run in runs:
+        run.join()
+    assert first == second == {name: array.tobytes() for name, array in files_of(store, volume).items()}
+    assert sorted(path.name for path in store.path(volume.key).iterdir()) == [
+        "foreground.npy",
+        "image.npy",
+        "label.npy",
+        "manifest.json",
+    ]
+
+
+def flip(place: Place) -> None:
+    content = bytearray(place.read_bytes())
+    content[-1] ^= 1
+    place.write_bytes(bytes(content))
+
+
+def test_damage_in_the_object_store_is_never_trained_on(uri: str, tmp_path: Path) -> None:
+    """A deleted or cut object is prepared again, an altered one is refused and, after `verify`, prepared again."""
+    store, case = Store(uri, tmp_path / "scratch"), make_case(tmp_path)
+    volume, _ = prepare_case(case, PREPARATION, store)
+    home = Place.parse(uri) / f"{volume.key[:2]}/{volume.key}"
+    image = home / "image.npy"
+    image.remove()
+    assert prepare_case(case, PREPARATION, store) == (volume, True)
+    image.write_bytes(image.read_bytes()[:-1])
+    assert prepare_case(case, PREPARATION, store) == (volume, True)
+    (home / "manifest.json").write_bytes(b'{"key": 1')
+    assert prepare_case(case, PREPARATION, store) == (volume, True)
+    flip(image)
+    assert prepare_case(case, PREPARATION, store) == (volume, False)
+    with pytest.raises(OSError, match=r"image\.npy: does not match its digest"):
+        open_array(store, volume.key)
+    assert prepare_case(case, PREPARATION, store, verify=True) == (volume, True)
+    assert open_array(store, volume.key).shape == volume.shape
+
+
+def test_damage_in_the_mirror_is_mended(uri: str, tmp_path: Path) -> None:
+    """A file of another size is fetched again when it is opened, an altered one after `verify`."""
+    store, case = Store(uri, tmp_path / "scratch"), make_case(tmp_path)
+    volume, _ = prepare_case(case, PREPARATION, store)
+    expected, path = np.array(open_array(store, volume.key)), store.path(volume.key, "image.npy")
+    for damage in (lambda: path.write_bytes(b"x"), path.unlink, lambda: flip(Place.parse(path))):
+        damage()
+        assert prepare_case(case, PREPARATION, store, verify=True) == (volume, False)
+        open_array.cache_clear()
+        np.testing.assert_array_equal(open_array(store, volume.key), expected)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_is_gone_is_named(uri: str, tmp_path: Path) -> None:
+    """Preparing and reading end with one line; when it is back, what was stored is there."""
+    case, moto = make_case(tmp_path), pytest.importorskip("moto.server")
+    other = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)  # serves what the first one does
+    other.start()
+    host, port = other.get_host_and_port()
+    store = Store(f"{uri.partition('endpoint_override')[0]}endpoint_override=http://{host}:{port}", tmp_path / "one")
+    volume, _ = prepare_case(case, PREPARATION, store)
+    other.stop()
+    message = rf"^s3://bucket-\S*: no connection: Failed to connect to 127.0.0.1 port {port}[^\n]*$"
+    with pytest.raises(OSError, match=message):
+        open_array(store, volume.key)
+    with pytest.raises(OSError, match=message):
+        prepare_case(case, PREPARATION, store)
+    assert Store(uri, tmp_path / "two").get(volume.key) == volume

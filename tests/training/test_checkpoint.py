@@ -1,0 +1,72 @@
+"""Training state comes back as it was, or not at all."""
+
+import os
+
+import pytest
+import torch
+
+from ssl_ray.training.checkpoint import digest, load_latest, load_state, save_latest, save_state
+
+
+def state(step=3):
+    generator = torch.Generator().manual_seed(step)
+    return {"step": step, "model": {"weight": torch.randn(4, 5, generator=generator)}, "best": 0.25, "key": "k"}
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    """Tensors bit by bit, numbers and strings as they are."""
+    save_state(tmp_path / "one", state())
+    found = load_state(tmp_path / "one")
+    assert torch.equal(found["model"]["weight"], state()["model"]["weight"])
+    assert {name: found[name] for name in ("step", "best", "key")} == {"step": 3, "best": 0.25, "key": "k"}
+
+
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+def test_a_torn_checkpoint_is_refused_by_name(tmp_path, name):
+    """Cut, changed or missing files are an error that names the checkpoint."""
+    save_state(tmp_path, state())
+    file = tmp_path / name
+    content = file.read_bytes()
+    for broken in (content[:-7], content[:-1] + bytes([content[-1] ^ 1]), b""):
+        file.write_bytes(broken)
+        if name == "manifest.json" and broken == content[:-1] + bytes([content[-1] ^ 1]):
+            continue  # a changed brace is not JSON any more; covered by the cut
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            load_state(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_state(tmp_path)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    """A checkpoint with code in it is refused, and the code does not run."""
+    save_state(tmp_path / "evil", {"step": 1, "model": Payload(tmp_path / "owned")})
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_state(tmp_path / "evil")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_newest_whole_checkpoint_is_used(tmp_path):
+    """Two are kept; when the newest is torn, the one before it is found."""
+    assert load_latest(tmp_path) is None
+    for step in (1, 2, 30):
+        save_latest(tmp_path, state(step))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert load_latest(tmp_path)["step"] == 30
+    (tmp_path / "00000030" / "state.pt").write_bytes(b"torn")
+    assert load_latest(tmp_path)["step"] == 2
+
+
+def test_digests_tell_values_apart_and_not_their_order():
+    """Equal settings have equal digests, whatever order their keys came in."""
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert digest([1, 2]) != digest([2, 1])

@@ -1,0 +1,149 @@
+"""What a running training uses, as MLflow's system metrics, and the line that a person watches."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ssl_ray import console
+from ssl_ray.console import Bar
+from ssl_ray.pretrain.driver import _facts
+from ssl_ray.training import meters as system
+from ssl_ray.training.meters import ObjectStore, arithmetic_rate, as_system, peak_memory
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is told to go on."""
+    time = SimpleNamespace(now=1000.0)
+    fake = SimpleNamespace(monotonic=lambda: time.now)
+    monkeypatch.setattr(console, "time", fake)
+    monkeypatch.setattr(system, "time", fake)
+    return time
+
+
+def store(monkeypatch, *answers):
+    """An object store whose statistics are these, in turn; an exception is raised."""
+    left = list(answers)
+
+    def stats():
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return dict(zip(("used", "capacity", "spilled"), answer, strict=True))
+
+    monkeypatch.setattr(system, "_stats", stats)
+    return ObjectStore()
+
+
+def test_memory_is_that_of_this_process():
+    """In bytes: at least what it holds now, and it grows with what is allocated."""
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(64 * 2**20)
+    assert 50e6 < before < 1e12
+    assert peak_memory(torch.device("cpu")) >= max(before, 4.0 * len(held))
+
+
+def test_utilisation_is_a_share_of_the_known_peak(monkeypatch):
+    """989 TFLOP/s at 200 of them on each of two workers; of an unknown device and of a CPU only the rate."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
+    found = arithmetic_rate(400e12, 2, torch.device("cuda"), torch.bfloat16)
+    assert found["system/mfu_percentage"] == pytest.approx(100 * 200 / 989)
+    assert found["system/teraflops_per_second_per_worker"] == 200
+    slow = arithmetic_rate(67e12, 1, torch.device("cuda"), torch.float32)
+    assert slow["system/mfu_percentage"] == 100
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 9")
+    for device in ("cuda", "cpu"):
+        assert set(arithmetic_rate(1e12, 1, torch.device(device), torch.bfloat16)) == {
+            "system/teraflops_per_second_per_worker"
+        }
+
+
+def test_the_rate_and_the_wait_are_system_metrics_too():
+    """What MLflow's system tab should show beside memory."""
+    record = {"patches_per_second": 210.0, "data_wait_share": 0.03, "loss": 1.0}
+    assert as_system(record) == {"system/patches_per_second": 210.0, "system/data_wait_percentage": 3.0}
+
+
+def test_the_object_store_is_asked_every_ten_seconds_at_most(monkeypatch, clock):
+    """What was spilled before the first sample is not this run's."""
+    samples = store(monkeypatch, (5e6, 1e8, 7e6), (9e7, 1e8, 7e6))
+    first = samples.sample()
+    assert first["system/object_store_spilled_megabytes"] == 0
+    assert first["system/object_store_usage_percentage"] == 5
+    clock.now += 9
+    assert samples.sample() == {}
+    clock.now += 1.5
+    assert samples.sample()["system/object_store_usage_megabytes"] == 90
+
+
+def test_spilling_is_said_once_with_the_setting(monkeypatch, clock, capsys):
+    """And counted in the metrics all the time."""
+    samples = store(monkeypatch, *((1e8, 1e8, spilled) for spilled in (1e6, 3e6, 9e6)))
+    spilled = []
+    for _ in range(3):
+        spilled.append(samples.sample()["system/object_store_spilled_megabytes"])
+        clock.now += 11
+    assert spilled == [0, 2, 8]
+    said = capsys.readouterr().out
+    assert said.count("spills to disk") == 1
+    assert "cluster.object_store_gigabytes" in said
+
+
+def test_a_ray_that_does_not_answer_stops_nothing(monkeypatch, clock, caplog):
+    """One warning; it is asked again a minute later."""
+    samples = store(monkeypatch, RuntimeError("gone"), RuntimeError("gone"), (1e6, 1e8, 0.0))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert samples.sample() == {}
+            clock.now += 61
+    assert len(caplog.records) == 1
+    assert samples.sample()
+
+
+def test_ray_itself_tells_of_its_object_store(ray_cluster):
+    """Through the part of Ray that is not public: a new version that lacks it must not go unnoticed."""
+    import ray
+
+    found = ObjectStore().sample()
+    assert found["system/object_store_spilled_megabytes"] == 0
+    total = ray.cluster_resources()["object_store_memory"] / 1e6
+    used = found["system/object_store_usage_megabytes"]
+    assert found["system/object_store_usage_percentage"] == pytest.approx(100 * used / total, abs=0.1)
+
+
+def test_the_time_that_is_left_counts_from_where_the_work_started(clock, capsys):
+    """A run that goes on in its middle has not done the first half in no time."""
+    with Bar("pretraining", 1000) as bar:
+        bar.update(480, "old")  # a record of the run before
+        bar.update(500, again=True)
+        clock.now += 50
+        bar.update(600, "loss 0.1")
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == "pretraining 600/1000, 0:50, 3:20 left: loss 0.1"
+
+
+def test_a_narrow_terminal_keeps_the_numbers(monkeypatch):
+    """On 80 columns the step, the time and the loss can be read; only what is behind them is cut."""
+    from rich.console import Console
+
+    screen = Console(width=80, force_terminal=True, record=True, highlight=False)
+    monkeypatch.setattr(console, "console", screen)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with Bar("pretraining", 1260) as bar:
+        bar.update(0)
+        bar.update(630, "loss 0.0912, 264 patches/s, waits for data 12%, validation 0.1034")
+    last = "pretraining" + screen.export_text().rstrip().rpartition("pretraining")[2].splitlines()[0]
+    assert len(last) <= 80
+    assert "630/1260" in last
+    assert "loss 0.0912, 264 patches/s" in last
+
+
+def test_waiting_is_told_where_it_matters():
+    """A few percent are not worth the space."""
+    record = {"loss": 0.5, "patches_per_second": 99.6, "data_wait_share": 0.2}
+    assert _facts(record) == "loss 0.5000, 100 patches/s, waits for data 20%"
+    assert "waits" not in _facts(record | {"data_wait_share": 0.01})
