@@ -38,7 +38,7 @@ class Outcome:
 
 def write(folder: Path, cohort: Path, study: dict[str, Any] | None = None, **pretrain: Any) -> Path:
     """The experiment's YAML: 240 steps of a tiny network, each logged, in float32."""
-    preparation = {"spacing": 9, "window": [-175, 250]}
+    preparation = {"spacing": 9, "hu_window": [-175, 250]}
     tree = {
         "name": "faults",
         "output": str(folder / "output"),

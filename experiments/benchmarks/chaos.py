@@ -155,7 +155,7 @@ class Site:
 
 def study(output: Path, cohort: Path, uri: str) -> dict[str, Any]:
     """The experiment: minutes in peace, and checkpoints often enough for faults to follow each other."""
-    preparation = {"spacing": 9, "window": [-175, 250]}
+    preparation = {"spacing": 9, "hu_window": [-175, 250]}
     return {
         "name": "chaos",
         "output": str(output),

@@ -13,7 +13,7 @@ from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti, prepare
 from ssl_ray.data.store import Store, Volume
 
-PREPARATION = Preparation(spacing=2, window=(-57, 164))
+PREPARATION = Preparation(spacing=2, hu_window=(-57, 164))
 """That of the reference recipe's pretraining."""
 
 
@@ -91,7 +91,7 @@ def fill(
             affine=tuple(map(tuple, prepared.affine.tolist())),
             dtype=str(prepared.image.dtype),
             levels=prepared.levels,
-            window=preparation.window,
+            hu_window=preparation.hu_window,
             box=prepared.box,
             original_shape=shape,
             original_affine=tuple(map(tuple, affine.tolist())),

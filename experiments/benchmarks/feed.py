@@ -34,8 +34,8 @@ from torch.utils.data import RandomSampler
 from ssl_ray.config.schema import Corruption
 from ssl_ray.data.store import Store, Volume, open_array, read_patch
 from ssl_ray.pretrain.learner import scale
-from ssl_ray.pretrain.samples import Plan
-from ssl_ray.pretrain.stream import Feed, Stream, open_window, windows
+from ssl_ray.pretrain.samples import SampleTable
+from ssl_ray.pretrain.stream import Feed, Stream, open_segment, segments
 from ssl_ray.pretrain.tasks.restoration import corrupt, draw
 
 FLOORS = {"clean": 1.8, "one view": 2.0, "two views": 2.0}
@@ -51,12 +51,12 @@ def ours(volumes: Sequence[Volume], store: Store, side: int, views: int, count: 
 
     def call() -> int:
         shapes = np.array([volume.shape for volume in volumes], dtype=np.int64)
-        plan = Plan(0, shapes, size, 2, BATCH, -(-count // (2 * len(volumes))))
+        plan = SampleTable(0, shapes, size, 2, BATCH, -(-count // (2 * len(volumes))))
         keys = tuple(volume.key for volume in volumes)
         feed = Feed(plan, store, keys, keys, volumes[0].dtype, volumes[0].levels)
         shared = ray.put(feed)
-        schedule = windows(plan, 0, 1, 64 * 2**20 if side == 96 else 2**20, 1)
-        for batch in Stream(plan, 0, schedule, lambda window: open_window(shared, window, 0, 1)):
+        schedule = segments(plan, 0, 1, 64 * 2**20 if side == 96 else 2**20, 1)
+        for batch in Stream(plan, 0, schedule, lambda segment: open_segment(shared, segment, 0, 1)):
             clean = scale(torch.from_numpy(batch.images), feed.levels)
             for view in range(views):
                 corrupt(clean, draw(config, size, 0, batch.indices, view))

@@ -35,7 +35,7 @@ CLASSES = 14
 
 def study(bench: Bench, network: Network, side: int) -> Study:
     """The reference recipe's fine-tuning."""
-    preparation = {"orientation": "RAS", "spacing": [1.5, 1.5, 2.0], "window": [-175, 250]}
+    preparation = {"orientation": "RAS", "spacing": [1.5, 1.5, 2.0], "hu_window": [-175, 250]}
     nowhere = {"root": str(bench.folder), "datalist": "none.json"}
     boxes = {} if side == 96 else {"inpaint_size": [3, 10], "outpaint_size": [8, 20], "shuffle_size": 4}
     return Study.model_validate(

@@ -38,7 +38,7 @@ def fill(store: Store, count: int, shape: tuple[int, int, int], first: int = 0) 
             affine=tuple(map(tuple, np.eye(4).tolist())),
             dtype="uint8",
             levels=255,
-            window=(-57.0, 164.0),
+            hu_window=(-57.0, 164.0),
             box=((0, 0, 0), shape),
             original_shape=shape,
             original_affine=tuple(map(tuple, np.eye(4).tolist())),
@@ -142,7 +142,7 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
     import ray
 
     from ssl_ray.pretrain.driver import _feed
-    from ssl_ray.pretrain.stream import Stream, Window, _pin, open_window, windows
+    from ssl_ray.pretrain.stream import Segment, Stream, _pin, open_segment, segments
 
     batch = 4 if bench.quick else 64
     config = made(bench, folder, "feed", batch, 1000)
@@ -152,7 +152,7 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
     resources = {key: value for key, value in ray.cluster_resources().items() if not key.startswith("node")}
     bench.put("feed", "cluster", value=resources)
     feed = _feed(config, volumes)
-    samples = [feed.plan.sample(index) for index in range(batch)]
+    samples = [feed.table.sample(index) for index in range(batch)]
     patch_mb = float(np.prod(config.pretrain.patch_size)) / 1e6
     feed.read(samples)
     seconds = bench.seconds(lambda: feed.read(samples))
@@ -165,9 +165,9 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
 
     reference = ray.put(feed)
     held = config.pretrain.cpus_per_worker
-    (window, *_) = windows(feed.plan, 0, 1, config.pretrain.block_megabytes * 2**20, 1)
+    (segment, *_) = segments(feed.table, 0, 1, config.pretrain.block_megabytes * 2**20, 1)
     # To its end: what is left half-way goes on reading beside the next part.
-    schedule = [replace(window, stop=min(window.stop, (800 if bench.quick else 16_000) // batch))]
+    schedule = [replace(segment, stop=min(segment.stop, (800 if bench.quick else 16_000) // batch))]
     duration = 3 if bench.quick else 20
 
     def consume(batches: Iterator[Any], size: Callable[[Any], int]) -> dict[str, float]:
@@ -189,7 +189,7 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
         }
 
     def raw() -> None:
-        iterator = open_window(reference, schedule[0], 0, held)
+        iterator = open_segment(reference, schedule[0], 0, held)
         options: dict[str, Any] = {"batch_size": batch, "batch_format": "numpy", "prefetch_batches": 1}
         batches = iter(iterator.iter_batches(**options))
         bench.put("feed", "ray_data_alone", value=consume(batches, lambda item: len(item["index"])))
@@ -197,10 +197,10 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
         print(iterator.stats()[:3000], flush=True)
 
     def stream() -> None:
-        def opener(window: Window) -> Any:
-            return open_window(reference, window, 0, held)
+        def opener(segment: Segment) -> Any:
+            return open_segment(reference, segment, 0, held)
 
-        batches: Iterator[Any] = iter(Stream(feed.plan, 0, schedule, opener))
+        batches: Iterator[Any] = iter(Stream(feed.table, 0, schedule, opener))
         bench.put("feed", "stream", value=consume(batches, lambda item: len(item.indices)))
 
     for name, call in (("stream", stream), ("ray_data", raw)):

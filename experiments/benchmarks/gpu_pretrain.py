@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_ray.config.schema import Study
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.learner import Learner, scale
-from ssl_ray.pretrain.samples import Plan
+from ssl_ray.pretrain.learner import PretrainingLearner, scale
+from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks import restoration as corruption
 from ssl_ray.training.optimizer import take_step
@@ -34,7 +34,7 @@ SMALL_BOXES: dict[str, Any] = {"inpaint_size": [3, 12], "outpaint_size": [8, 22]
 def study(bench: "Bench", folder: Path, batch: int, **pretrain: Any) -> Study:
     """The reference recipe with another batch; tiny where it must be quick."""
     side = 32 if bench.quick else 96
-    preparation = {"spacing": 2, "window": [-57, 164]}
+    preparation = {"spacing": 2, "hu_window": [-57, 164]}
     settings: dict[str, Any] = {
         "sources": [{"root": str(folder), "datalist": "none.json"}],
         "preparation": preparation,
@@ -60,14 +60,14 @@ def study(bench: "Bench", folder: Path, batch: int, **pretrain: Any) -> Study:
     )
 
 
-def learner(bench: "Bench", batch: int, **pretrain: Any) -> Learner:
+def learner(bench: "Bench", batch: int, **pretrain: Any) -> PretrainingLearner:
     """A learner outside Ray, on one worker."""
     bench.clean()
     made = study(bench, Path(tempfile.gettempdir()), batch, **pretrain)
     patch = made.pretrain.patch_size
-    plan = Plan(0, np.array([[side * 2 for side in patch]] * 4), patch, 2, batch, 1)
+    plan = SampleTable(0, np.array([[side * 2 for side in patch]] * 4), patch, 2, batch, 1)
     feed = Feed(plan, made.cache_folder, ("a",) * 4, ("a",) * 4, "uint8", 221)
-    return Learner(Job(made, feed, feed, made.folder, "key", None), bench.device)  # type: ignore[arg-type]
+    return PretrainingLearner(Job(made, feed, feed, made.folder, "key", None), bench.device)  # type: ignore[arg-type]
 
 
 def patches(bench: "Bench", batch: int, seed: int = 0, pin: bool = True) -> np.ndarray[Any, Any]:
@@ -81,7 +81,7 @@ def patches(bench: "Bench", batch: int, seed: int = 0, pin: bool = True) -> np.n
     return there.numpy()
 
 
-def plain(made: Learner) -> Learner:
+def plain(made: PretrainingLearner) -> PretrainingLearner:
     """Back to MONAI's attention and convolutions as they come."""
     for module in made.network.modules():
         if isinstance(module, SABlock):
@@ -92,13 +92,13 @@ def plain(made: Learner) -> Learner:
     return made
 
 
-def eager(made: Learner) -> Learner:
+def eager(made: PretrainingLearner) -> PretrainingLearner:
     """Without the CUDA graph."""
     made.graphs = False
     return made
 
 
-def stepper(bench: "Bench", made: Learner, batch: int, pin: bool = True) -> Callable[[], Any]:
+def stepper(bench: "Bench", made: PretrainingLearner, batch: int, pin: bool = True) -> Callable[[], Any]:
     """A call that makes one step, on three sets of patches in turn, as the loop does: a step behind the device."""
     sets = [patches(bench, batch, seed, pin) for seed in range(3)]
     state: dict[str, Any] = {"step": 0, "before": None}
@@ -359,7 +359,7 @@ def variants(bench: "Bench") -> None:
     for batch in (2,) if bench.quick else (64, 8):
 
         def make(
-            change: Callable[[Learner], Any] | None = None, batch: int = batch, **options: Any
+            change: Callable[[PretrainingLearner], Any] | None = None, batch: int = batch, **options: Any
         ) -> Callable[[], Callable[[], Any]]:
             def build() -> Callable[[], Any]:
                 made = learner(bench, batch, **options)
@@ -369,12 +369,12 @@ def variants(bench: "Bench") -> None:
 
             return build
 
-        def convolutions(made: Learner) -> None:
+        def convolutions(made: PretrainingLearner) -> None:
             for module in made.network.modules():
                 if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
                     module.__class__ = nn.Conv3d if isinstance(module, nn.Conv3d) else nn.ConvTranspose3d
 
-        def attention(made: Learner) -> None:
+        def attention(made: PretrainingLearner) -> None:
             for block in made.network.modules():
                 if isinstance(block, SABlock):
                     block.__class__ = SABlock

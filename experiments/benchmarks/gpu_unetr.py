@@ -9,7 +9,7 @@ import torch
 from gpu_pretrain import study
 from monai.networks.blocks.selfattention import SABlock
 
-from ssl_ray.finetune.learner import Learner
+from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.networks.unetr import use_patch_products
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ def unetr(bench: "Bench") -> None:
     images = torch.rand(recipe.patches_per_volume, 1, *recipe.patch_size, device=bench.device)
     labels = torch.randint(recipe.cohort.classes, images.shape, device=bench.device, dtype=torch.uint8)
 
-    def learner(**finetune: Any) -> Learner:
+    def learner(**finetune: Any) -> SegmentationLearner:
         changed = base.model_copy(update={"finetune": recipe.model_copy(update=finetune)})
-        return Learner(changed, bench.device, 1e-4, seed=0)
+        return SegmentationLearner(changed, bench.device, 1e-4, seed=0)
 
-    def step(change: Callable[[Learner], Any] = lambda made: None, **finetune: Any) -> Build:
+    def step(change: Callable[[SegmentationLearner], Any] = lambda made: None, **finetune: Any) -> Build:
         def build() -> Callable[[], Any]:
             made = learner(**finetune)
             change(made)
@@ -38,7 +38,7 @@ def unetr(bench: "Bench") -> None:
 
         return build
 
-    def graphed(made: Learner) -> None:
+    def graphed(made: SegmentationLearner) -> None:
         made.objective = torch.cuda.make_graphed_callables(made.objective, (images, labels))
 
     kinds = {
@@ -56,7 +56,7 @@ def unetr(bench: "Bench") -> None:
     if cuda:
         for name, change in (("channels_last", lambda made: None), ("contiguous", contiguous)):
 
-            def peak(name: str = name, change: Callable[[Learner], Any] = change) -> None:
+            def peak(name: str = name, change: Callable[[SegmentationLearner], Any] = change) -> None:
                 call = step(change)()
                 torch.cuda.reset_peak_memory_stats()
                 call()
@@ -66,9 +66,9 @@ def unetr(bench: "Bench") -> None:
 
     volume = torch.rand((48, 40, 40) if bench.quick else (240, 200, 200), device=bench.device)
 
-    def infer(windows: int, change: Callable[[Learner], Any] = lambda made: None) -> Build:
+    def infer(windows: int, change: Callable[[SegmentationLearner], Any] = lambda made: None) -> Build:
         def build() -> Callable[[], Any]:
-            made = learner(window_batch=windows)
+            made = learner(sliding_window_batch=windows)
             change(made)
             return lambda: made.predict(volume)
 
@@ -78,12 +78,12 @@ def unetr(bench: "Bench") -> None:
     bench.compare("unetr_inference", inferences | {"4, not ch.last": infer(4, contiguous)})
 
 
-def contiguous(made: Learner) -> None:
+def contiguous(made: SegmentationLearner) -> None:
     """The network as it is built."""
     made.network.to(memory_format=torch.contiguous_format)
 
 
-def plain_attention(made: Learner) -> None:
+def plain_attention(made: SegmentationLearner) -> None:
     """Two matrix products, as on a CPU."""
     for block in made.network.modules():
         if isinstance(block, SABlock):

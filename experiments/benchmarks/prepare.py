@@ -47,7 +47,7 @@ class Plain:
 
 def chain() -> Any:
     """The deterministic half of the published transforms, with the orientation of `PREPARATION`."""
-    low, high = PREPARATION.window
+    low, high = PREPARATION.hu_window
     return mt.Compose(
         [
             mt.LoadImaged("image"),

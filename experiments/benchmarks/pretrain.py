@@ -26,8 +26,8 @@ from timing import Bench, Cost, Watched, main
 
 from ssl_ray.config.loading import load
 from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.learner import Learner
-from ssl_ray.pretrain.samples import Plan
+from ssl_ray.pretrain.learner import PretrainingLearner
+from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.tracking.tracker import Tracker
 
@@ -145,7 +145,7 @@ def ours(bench: Bench, case: Case, root: Path, name: str) -> Outcome:
 
 def experiment(bench: Bench, case: Case, root: Path, name: str) -> dict[str, Any]:
     """The recipe as an experiment file."""
-    preparation = {"spacing": 2, "window": [-57, 164]}
+    preparation = {"spacing": 2, "hu_window": [-57, 164]}
     steps = case.epochs * case.training // case.volumes
     return {
         "name": name,
@@ -179,9 +179,9 @@ def ceiling(bench: Bench, case: Case, root: Path, name: str) -> Any:
     path.write_text(yaml.safe_dump(experiment(bench, case, root, name)))
     study = load(path, [])
     size = study.pretrain.patch_size
-    plan = Plan(0, np.array([[side * 2 for side in size]] * case.training), size, 2, case.batch, case.epochs)
+    plan = SampleTable(0, np.array([[side * 2 for side in size]] * case.training), size, 2, case.batch, case.epochs)
     feed = Feed(plan, "", ("",) * case.training, ("",) * case.training, "uint8", 255)  # type: ignore[arg-type]
-    learner = Learner(Job(study, feed, feed, bench.folder, "key", None), torch.device("cpu"))  # type: ignore[arg-type]
+    learner = PretrainingLearner(Job(study, feed, feed, bench.folder, "key", None), torch.device("cpu"))  # type: ignore[arg-type]
     soft = np.clip((ct(size, 0).astype(np.float32) + 57) / 221 * 255, 0, 255).astype(np.uint8)
     images = np.stack([soft] * case.batch)
     state = iter(range(10**6))

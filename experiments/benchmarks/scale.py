@@ -27,9 +27,9 @@ from timing import Bench, Watched, ledger, main, start_ray
 
 from ssl_ray.data.store import Store
 from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.learner import Learner, scale
-from ssl_ray.pretrain.samples import Plan
-from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, open_window, windows
+from ssl_ray.pretrain.learner import PretrainingLearner, scale
+from ssl_ray.pretrain.samples import SampleTable
+from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, open_segment, segments
 from ssl_ray.training.malloc import keep_freed
 
 H100 = 1500.0
@@ -54,13 +54,13 @@ def feed(bench: Bench) -> dict[str, float]:
     results: dict[str, float] = {}
 
     def stream(world: int, blocks: int) -> dict[str, float]:
-        plan = Plan(0, shapes, (side,) * 3, 2, batch * world, blocks)  # 8 patches an epoch
+        plan = SampleTable(0, shapes, (side,) * 3, 2, batch * world, blocks)  # 8 patches an epoch
         made = Feed(plan, store, keys, keys, "uint8", volumes[0].levels)
         shared = ray.put(made)
-        schedule = windows(plan, 0, world, batch * side**3, 1)
+        schedule = segments(plan, 0, world, batch * side**3, 1)
         before, coordinating, start = ledger().seconds(), coordinator_seconds(), time.perf_counter()
         ranks = [
-            Stream(plan, rank, schedule, lambda window, rank=rank: open_window(shared, window, rank, 0))  # type: ignore[misc]
+            Stream(plan, rank, schedule, lambda segment, rank=rank: open_segment(shared, segment, rank, 0))  # type: ignore[misc]
             for rank in range(world)
         ]
         first = 0.0
@@ -68,7 +68,7 @@ def feed(bench: Bench) -> dict[str, float]:
             for rank in ranks:
                 scale(torch.from_numpy(next(rank).images), made.levels)
             first = first or time.perf_counter() - start
-        seconds, count = time.perf_counter() - start, world * sum(window.blocks for window in schedule)
+        seconds, count = time.perf_counter() - start, world * sum(segment.blocks for segment in schedule)
         return {
             "blocks/s": count / seconds,
             "cpu a block": (ledger().seconds() - before) / count,
@@ -78,7 +78,7 @@ def feed(bench: Bench) -> dict[str, float]:
 
     stream(1, 8)  # starts Ray's workers
     print(f"\nfeed: {blocks} blocks of 8 patches of {side}³")
-    print(f"{'ranks':>8}{'blocks/s':>12}{'ms a block':>12}{'of coordinator':>16}{'window opens in s':>20}")
+    print(f"{'ranks':>8}{'blocks/s':>12}{'ms a block':>12}{'of coordinator':>16}{'segment opens in s':>20}")
     for world in (2,) if bench.quick else (1, 2, 4, 8):
         row = stream(world, blocks)
         results |= {f"{name}, {world} ranks": value for name, value in row.items()}
@@ -117,9 +117,9 @@ def step_rank(rank: int, world: int, folder: str, count: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     made = study(Path(folder), 1, batch=8 * world, network=WIDE)
     size = made.pretrain.patch_size
-    plan = Plan(0, np.array([size]), size, 1, 8 * world, 1)
+    plan = SampleTable(0, np.array([size]), size, 1, 8 * world, 1)
     source = Feed(plan, Store(Path(folder)), ("",), ("",), "uint8", 221)
-    learner = Learner(Job(made, source, source, Path(folder), "", None), torch.device("cpu"))  # type: ignore[arg-type]
+    learner = PretrainingLearner(Job(made, source, source, Path(folder), "", None), torch.device("cpu"))  # type: ignore[arg-type]
     images = np.random.default_rng(rank).integers(0, 222, (8, *size)).astype(np.uint8)
     indices = np.arange(rank, 8 * world, world)
     for _ in range(3):
@@ -237,7 +237,7 @@ def study(folder: Path, count: int, batch: int = 8, network: Any = None) -> Any:
     """300 epochs, by default of a network so small that the feed has to hurry."""
     from ssl_ray.config.schema import Study
 
-    preparation = {"spacing": 2, "window": [-57, 164]}
+    preparation = {"spacing": 2, "hu_window": [-57, 164]}
     nowhere = {"root": str(folder), "datalist": "none.json"}
     return Study.model_validate(
         {
@@ -276,14 +276,14 @@ def model(bench: Bench, found: dict[str, float]) -> None:
     reading = read_seconds(bench)
     block = 64 * 2**20 // PATCH
     print(
-        f"\nmodel: coordinator {1000 * coordinator:.2f} ms a block, a window opens in {opening:.1f} s, reading "
+        f"\nmodel: coordinator {1000 * coordinator:.2f} ms a block, a segment opens in {opening:.1f} s, reading "
         f"{1000 * reading:.2f} ms a patch of 96³, {block} patches a block; all in thousands of patches/s\n"
         f"{'GPUs':>6}{'needed':>10}{'coordinator':>13}{'windows':>10}{'all-reduce':>12}{'cores to read':>15}  limit"
     )
     for gpus in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         needed = gpus * H100
         length = WINDOW_BLOCKS * gpus * block
-        # The next window opens when half of this one is consumed.
+        # The next segment opens when half of this one is consumed.
         limits = {"coordinator": gpus * block / coordinator, "windows": length / 2 / opening}
         seconds = 2 * 4 * PARAMETERS * (gpus - 1) / gpus / (NETWORK if gpus > 8 else 200e9)
         limits["all-reduce"] = gpus * 64 / seconds if gpus > 1 else float("inf")
@@ -300,7 +300,7 @@ def read_seconds(bench: Bench) -> float:
     """CPU seconds of reading one patch of 96³ out of the page cache."""
     store = Store(bench.folder / "large")
     made = fill(store, 1, (180, 170, 150))
-    plan = Plan(0, np.array([made[0].shape]), (96,) * 3, 2, 8, 20)
+    plan = SampleTable(0, np.array([made[0].shape]), (96,) * 3, 2, 8, 20)
     source = Feed(plan, store, (made[0].key,), ("0",), "uint8", 221)
     samples = [plan.sample(index) for index in range(40)]
     source.read(samples)

@@ -45,13 +45,13 @@ class Preparation(Strict):
 
     orientation: Literal["RAS", "LPS", "LAS"] | None = "RAS"
     spacing: Spacing = Field(description="mm")
-    window: tuple[float, float] = Field(description="HU that become 0 and 1; values outside are clipped")
+    hu_window: tuple[float, float] = Field(description="HU that become 0 and 1; values outside are clipped")
     crop_foreground: bool = True
 
     @model_validator(mode="after")
     def _ordered(self) -> "Preparation":
-        if not self.window[0] < self.window[1]:
-            raise ValueError(f"window: the lower HU must be below the upper, got {list(self.window)}")
+        if not self.hu_window[0] < self.hu_window[1]:
+            raise ValueError(f"hu_window: the lower HU must be below the upper, got {list(self.hu_window)}")
         return self
 
 
@@ -267,8 +267,8 @@ class Finetune(Strict):
     balance_organs: bool = Field(False, description="centre on every organ equally often, not by its volume")
     steps: Positive = 30_000
     validate_every: Positive = Field(100, description="steps")
-    window_batch: Positive = 4
-    window_overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    sliding_window_batch: Positive = 4
+    sliding_window_overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
     surface_tolerance: PositiveFloat = Field(2.0, description="mm, for surface Dice")
     augmentation: Augmentation = Augmentation()
     loss: SegmentationLoss = SegmentationLoss()

@@ -46,7 +46,7 @@ class Nifti:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class CanonicalVolume:
     """A volume on its canonical grid.
 
     `image` (X, Y, Z) holds 0..`levels` for the window's lower to upper HU; `label` (X, Y, Z) uint8 or None; `affine`
@@ -126,7 +126,7 @@ def check_same_grid(image: Nifti, label: Nifti, place: Path) -> None:
         raise ValueError(f"{place}: the label's affine puts its voxels up to {worst:.3g} mm from those of its image")
 
 
-def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prepared:
+def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> CanonicalVolume:
     """What MONAI's deterministic transforms give, in 8 or 16 bits.
 
     Raises:
@@ -141,7 +141,7 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prep
         )
     from ssl_ray.data.resample import canonical_grid, resample  # MONAI: seconds that a full cache does not pay
 
-    low, high = preparation.window
+    low, high = preparation.hu_window
     target = canonical_grid(image.voxels.shape, image.affine, preparation)
     if target is None:
         found = _monai(image, preparation, "bilinear")
@@ -158,7 +158,7 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prep
         start, end = first + [hit[0] for hit in body], first + [hit[-1] + 1 for hit in body]
     box = tuple(slice(a, b) for a, b in zip(start - first, end - first, strict=True))
     affine[:3, 3] += affine[:3, :3] @ start
-    top = levels(preparation.window)
+    top = levels(preparation.hu_window)
     # The order of MONAI's `ScaleIntensityRange`, so that float32 rounds as it does there.
     scaled = np.clip((voxels[box] - np.float32(low)) / np.float32(high - low), 0, 1)
     stored = (scaled * np.float32(top)).round().astype(np.uint8 if top == 255 else np.uint16, order="C")
@@ -167,7 +167,7 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Prep
         inside = tuple(slice(a, b) for a, b in zip(start, end, strict=True))
         stored_label = _monai(label, preparation, "nearest").voxels[inside].astype(np.uint8, order="C")
     corners = tuple(map(int, start)), tuple(map(int, end))
-    return Prepared(stored, stored_label, top, affine, corners, image.voxels.shape, image.affine)
+    return CanonicalVolume(stored, stored_label, top, affine, corners, image.voxels.shape, image.affine)
 
 
 def _monai(volume: Nifti, preparation: Preparation, mode: str) -> Nifti:

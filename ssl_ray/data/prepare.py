@@ -94,7 +94,7 @@ def prepare_case(
         affine=tuple(map(tuple, prepared.affine.tolist())),
         dtype=str(prepared.image.dtype),
         levels=prepared.levels,
-        window=preparation.window,
+        hu_window=preparation.hu_window,
         box=prepared.box,
         original_shape=(prepared.original_shape[0], prepared.original_shape[1], prepared.original_shape[2]),
         original_affine=tuple(map(tuple, prepared.original_affine.tolist())),

@@ -24,7 +24,7 @@ _STRAIGHT = 1e-7
 
 
 @dataclass(frozen=True)
-class Grid:
+class VoxelGrid:
     """The canonical grid of a volume.
 
     Along its axis j runs the source's axis `axes[j]`, and index i lies at `scale[j] * i + shift[j]` there.
@@ -38,7 +38,9 @@ class Grid:
     shift: tuple[float, float, float]
 
 
-def canonical_grid(shape: tuple[int, ...], affine: npt.NDArray[np.float64], preparation: Preparation) -> Grid | None:
+def canonical_grid(
+    shape: tuple[int, ...], affine: npt.NDArray[np.float64], preparation: Preparation
+) -> VoxelGrid | None:
     """The grid that MONAI would resample to; None where its axes are not the source's, as after a sheared scan."""
     there = MetaTensor(torch.empty(1).expand(1, *shape), affine=torch.from_numpy(affine))
     if preparation.orientation:
@@ -58,11 +60,11 @@ def canonical_grid(shape: tuple[int, ...], affine: npt.NDArray[np.float64], prep
     if sorted(axes) != [0, 1, 2] or off.max() > _STRAIGHT:
         return None
     x, y, z = (int(axis) for axis in axes)
-    return Grid(target, (new[0], new[1], new[2]), (x, y, z), tuple(scale), tuple(source[axes, 3]))
+    return VoxelGrid(target, (new[0], new[1], new[2]), (x, y, z), tuple(scale), tuple(source[axes, 3]))
 
 
 def resample(
-    voxels: npt.NDArray[np.float32], grid: Grid, above: float | None
+    voxels: npt.NDArray[np.float32], grid: VoxelGrid, above: float | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Linear interpolation on the grid; beyond the source's edge its last voxel goes on.
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ssl_ray.data.nifti import Prepared
+from ssl_ray.data.nifti import CanonicalVolume
 from ssl_ray.storage.places import MANIFEST, Place, default_scratch
 
 _STALE_SECONDS = 24 * 3600
@@ -54,7 +54,7 @@ class Volume:
     affine: tuple[tuple[float, ...], ...]
     dtype: str
     levels: int
-    window: tuple[float, float]
+    hu_window: tuple[float, float]
     box: tuple[tuple[int, ...], tuple[int, ...]]
     original_shape: tuple[int, int, int]
     original_affine: tuple[tuple[float, ...], ...]
@@ -78,7 +78,7 @@ class Volume:
             tree = json.loads(text)
             if tree.pop("seal") != _seal(tree):
                 raise ValueError("the manifest does not match its seal")
-            for field in ("shape", "spacing", "window", "original_shape"):
+            for field in ("shape", "spacing", "hu_window", "original_shape"):
                 tree[field] = tuple(tree[field])
             for field in ("affine", "box", "original_affine"):
                 tree[field] = tuple(tuple(row) for row in tree[field])
@@ -147,7 +147,7 @@ class Store:
                 os.utime(self.path(key, MANIFEST))
         return volume
 
-    def put(self, volume: Volume, prepared: Prepared) -> Volume:
+    def put(self, volume: Volume, prepared: CanonicalVolume) -> Volume:
         """Write a volume; where another run was faster, its equal result stays, and a damaged one is replaced.
 
         Args:

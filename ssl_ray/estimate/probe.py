@@ -11,10 +11,10 @@ import torch
 from ssl_ray.config.schema import Study
 from ssl_ray.data.nifti import levels
 from ssl_ray.data.store import Store
-from ssl_ray.finetune.learner import Learner
+from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.pretrain import learner as pretraining
 from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.samples import Plan
+from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.training.malloc import keep_freed
 from ssl_ray.training.precision import autocast
@@ -39,11 +39,11 @@ def probe_pretraining(study: Study) -> Timing:
     """Optimizer steps of one worker on its share of a batch; what workers tell each other is not in it."""
     config = study.pretrain
     world = config.worker_range[1]
-    plan = Plan(0, np.array([config.patch_size]), config.patch_size, 1, config.batch_size, 1)
-    top = levels(config.preparation.window)
+    plan = SampleTable(0, np.array([config.patch_size]), config.patch_size, 1, config.batch_size, 1)
+    top = levels(config.preparation.hu_window)
     feed = Feed(plan, Store("."), ("",), ("",), "uint8" if top == 255 else "uint16", top)
     device = _device(config.gpu, config.cpus_per_worker)
-    learner = pretraining.Learner(Job(study, feed, feed, study.folder, "", None), device)  # type: ignore[arg-type]
+    learner = pretraining.PretrainingLearner(Job(study, feed, feed, study.folder, "", None), device)  # type: ignore[arg-type]
     share = len(plan.rank_samples(0, 0, world))
     patches = np.random.default_rng(0).integers(0, top + 1, (share, *config.patch_size)).astype(feed.dtype)
     if device.type == "cuda":  # as `stream` has them
@@ -54,13 +54,13 @@ def probe_pretraining(study: Study) -> Timing:
 
 
 def probe_finetuning(study: Study) -> tuple[Timing, Timing]:
-    """Optimizer steps of a trial without reading its patches, and forward passes of `window_batch` windows."""
+    """Optimizer steps of a trial without reading its patches, and forward passes of `sliding_window_batch` windows."""
     config = study.finetune
     device = _device(config.gpus_per_trial > 0, config.cpus_per_trial)
-    learner, rate = Learner(study, device, config.optimizer.lr, seed=0), config.optimizer.lr
+    learner, rate = SegmentationLearner(study, device, config.optimizer.lr, seed=0), config.optimizer.lr
     images = torch.rand(config.volumes_per_step * config.patches_per_volume, 1, *config.patch_size, device=device)
     labels = torch.randint(config.cohort.classes, images.shape, device=device, dtype=torch.uint8)
-    windows = torch.rand(config.window_batch, 1, *config.patch_size, device=device)
+    windows = torch.rand(config.sliding_window_batch, 1, *config.patch_size, device=device)
 
     def forward() -> None:
         with autocast(device, learner.dtype), torch.inference_mode():

@@ -15,14 +15,14 @@ from ssl_ray.estimate import probe
 from ssl_ray.estimate import work as estimate
 from ssl_ray.estimate.text import duration, size
 from ssl_ray.estimate.volumes import Survey, preparation_seconds, survey
-from ssl_ray.estimate.work import Cluster, Grid, Pretraining
+from ssl_ray.estimate.work import Cluster, GridEstimate, PretrainingEstimate
 from ssl_ray.networks.flops import DEVICES, Device
 from ssl_ray.storage.places import Place, default_scratch
 from ssl_ray.study import identity as reuse
 
 
 @dataclass(frozen=True)
-class StudyPlan:
+class StudyEstimate:
     """Everything about a study that is not run yet; bytes, seconds, FLOP/s. `basis`: where the times come from."""
 
     name: str
@@ -30,8 +30,8 @@ class StudyPlan:
     cache_bytes: float | None
     preparation_core_seconds: float | None
     cluster: Cluster
-    pretraining: Pretraining | None
-    grid: Grid
+    pretraining: PretrainingEstimate | None
+    grid: GridEstimate
     seconds: float | None
     basis: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -42,7 +42,7 @@ class StudyPlan:
         return tree
 
 
-def make_plan(study: Study, gpu: str | None = None, with_probe: bool = True) -> StudyPlan:
+def make_plan(study: Study, gpu: str | None = None, with_probe: bool = True) -> StudyEstimate:
     """Read what is needed and time a few steps; nothing is written or started.
 
     Args:
@@ -77,7 +77,7 @@ def make_plan(study: Study, gpu: str | None = None, with_probe: bool = True) -> 
     total = sum(seconds for seconds in known if seconds is not None) if None not in known else None
     if total is not None and core is not None and math.isfinite(cluster.cpus):
         total += core / cluster.cpus
-    plan = StudyPlan(study.name, volumes, volumes.bytes, core, cluster, pretraining, grid, total, tuple(basis), ())
+    plan = StudyEstimate(study.name, volumes, volumes.bytes, core, cluster, pretraining, grid, total, tuple(basis), ())
     warnings += _warnings(study, plan, device)
     return replace(plan, warnings=tuple(warnings))
 
@@ -158,7 +158,7 @@ def _probe(study: Study, pretrains: bool, cluster: Cluster, basis: list[str], wa
     return found["pretraining"], found["fine-tuning"]
 
 
-def _warnings(study: Study, plan: StudyPlan, device: Device | None) -> Iterator[str]:
+def _warnings(study: Study, plan: StudyEstimate, device: Device | None) -> Iterator[str]:
     config, work, cluster = study.pretrain, plan.pretraining, plan.cluster
     for group in plan.volumes.groups:
         if group.bad:
@@ -202,7 +202,7 @@ def _warnings(study: Study, plan: StudyPlan, device: Device | None) -> Iterator[
     yield from _room(study, plan)
 
 
-def _room(study: Study, plan: StudyPlan) -> Iterator[str]:
+def _room(study: Study, plan: StudyEstimate) -> Iterator[str]:
     """Warnings about disks, as far as they can be seen from here."""
     stored = sum(group.stored for group in plan.volumes.groups) / max(1, plan.volumes.volumes)
     needed = (plan.cache_bytes or 0.0) * (1 - stored)

@@ -4,17 +4,17 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ssl_ray.estimate.work import Grid, Pretraining
+from ssl_ray.estimate.work import GridEstimate, PretrainingEstimate
 
 if TYPE_CHECKING:
-    from ssl_ray.estimate.study import StudyPlan
+    from ssl_ray.estimate.study import StudyEstimate
 
 
-def render(plan: "StudyPlan") -> str:
+def render(plan: "StudyEstimate") -> str:
     """For people: sections of aligned lines."""
     sections = [("Volumes", list(_volume_lines(plan)))]
     if plan.pretraining:
-        sections.append((f"Pretraining on {plan.cluster.where}", list(_pretraining_lines(plan.pretraining))))
+        sections.append((f"PretrainingEstimate on {plan.cluster.where}", list(_pretraining_lines(plan.pretraining))))
     sections.append((f"Fine-tuning on {plan.cluster.where}", list(_grid_lines(plan.grid))))
     sections.append(("Altogether", list(_total_lines(plan))))
     width = max(len(name) for _, lines in sections for name, _ in lines)
@@ -25,7 +25,7 @@ def render(plan: "StudyPlan") -> str:
     return "\n\n".join(blocks)
 
 
-def _volume_lines(plan: "StudyPlan") -> Iterator[tuple[str, str]]:
+def _volume_lines(plan: "StudyEstimate") -> Iterator[tuple[str, str]]:
     found = plan.volumes
     if found.to_make:
         yield "synthetic", f"{found.volumes} volumes are still to be made, in about half a second of a core each"
@@ -53,7 +53,7 @@ def _volume_lines(plan: "StudyPlan") -> Iterator[tuple[str, str]]:
         yield "preparing the rest", f"about {duration(plan.preparation_core_seconds)} of one core"
 
 
-def _pretraining_lines(work: Pretraining) -> Iterator[tuple[str, str]]:
+def _pretraining_lines(work: PretrainingEstimate) -> Iterator[tuple[str, str]]:
     yield (
         "work",
         f"{work.steps:,} steps of {work.patches // work.steps} patches ({work.share} a worker), {work.epochs} epochs; "
@@ -76,7 +76,7 @@ def _pretraining_lines(work: Pretraining) -> Iterator[tuple[str, str]]:
         yield "takes", f"{duration(work.seconds)}, limited by {work.bottleneck}"
 
 
-def _feed_line(work: Pretraining) -> str:
+def _feed_line(work: PretrainingEstimate) -> str:
     if not work.rate or not work.bytes_per_second_per_worker or not work.reader_cores_needed:
         return f"{size(work.patch_bytes)} a patch"
     there = f", there are cores for {work.reader_rate:,.0f} patches/s" if math.isfinite(work.reader_rate) else ""
@@ -84,7 +84,7 @@ def _feed_line(work: Pretraining) -> str:
     return f"{size(work.bytes_per_second_per_worker)}/s to each worker, {cores}"
 
 
-def _grid_lines(grid: Grid) -> Iterator[tuple[str, str]]:
+def _grid_lines(grid: GridEstimate) -> Iterator[tuple[str, str]]:
     yield (
         "work",
         f"{grid.cells} trials, {grid.concurrent} at a time, of {grid.steps:,} steps of {grid.patches_per_step} "
@@ -101,7 +101,7 @@ def _grid_lines(grid: Grid) -> Iterator[tuple[str, str]]:
         yield "takes", f"{duration(grid.trial_seconds)} a trial, {duration(grid.seconds)} in all"
 
 
-def _total_lines(plan: "StudyPlan") -> Iterator[tuple[str, str]]:
+def _total_lines(plan: "StudyEstimate") -> Iterator[tuple[str, str]]:
     if plan.seconds is not None:
         yield "takes", f"about {duration(plan.seconds)}, without start-up and the final evaluation's distances"
     else:

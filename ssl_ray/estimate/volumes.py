@@ -154,7 +154,7 @@ def _turned(shape: Sequence[int], affine: Any, preparation: Preparation) -> tupl
 
 def _group(name: str, cases: Sequence[Case], preparation: Preparation, stored: dict[Any, Any] | None) -> Group:
     labelled = any(case.label for case in cases)
-    window = (preparation.spacing, preparation.window, labelled)
+    window = (preparation.spacing, preparation.hu_window, labelled)
     there = [found for case in cases if (found := (stored or {}).get((str(case.image), *window)))]
     absent = [case for case in cases if (str(case.image), *window) not in (stored or {})]
     sizes, shapes, sources, bad = [], [shape for _, shape, _ in there], [voxels for *_, voxels in there], []
@@ -189,7 +189,7 @@ def _group(name: str, cases: Sequence[Case], preparation: Preparation, stored: d
 
 
 def _voxel_bytes(preparation: Preparation, labelled: bool) -> float:
-    return (1 if levels(preparation.window) == 255 else 2) + (_LABEL_BYTES if labelled else 0)
+    return (1 if levels(preparation.hu_window) == 255 else 2) + (_LABEL_BYTES if labelled else 0)
 
 
 def _mean(shapes: Sequence[Shape]) -> Shape | None:
@@ -215,7 +215,7 @@ def _stored(study: Study) -> dict[Any, Any] | None:
             break
         with suppress(OSError, ValueError):  # a damaged one is as good as none
             volume = Volume.from_json(path.read_bytes())
-            key = volume.image_source, volume.spacing, volume.window, bool(volume.label_source)
+            key = volume.image_source, volume.spacing, volume.hu_window, bool(volume.label_source)
             size = sum(size for size, _ in volume.files.values())
             found[key] = size, volume.shape, math.prod(volume.original_shape)
     return found

@@ -13,8 +13,8 @@ from ssl_ray.estimate.probe import Timing
 from ssl_ray.estimate.volumes import Survey
 from ssl_ray.networks.flops import Device, Flops, autoencoder_flops, unetr_flops
 from ssl_ray.networks.unetr import build_autoencoder, build_unetr
-from ssl_ray.pretrain.samples import Plan
-from ssl_ray.pretrain.stream import windows
+from ssl_ray.pretrain.samples import SampleTable
+from ssl_ray.pretrain.stream import segments
 
 MFU = {"vit": 0.25, "vit compiled": 0.32, "unetr": 0.05}
 """Share of the bfloat16 peak that the arithmetic of a step reaches. ViT: 0.24 to 0.27 and 0.31 to 0.34 on an H100 SXM
@@ -50,7 +50,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Pretraining:
+class PretrainingEstimate:
     """The pretraining; rates are those of all workers together, times are in seconds, None where nothing is known."""
 
     workers: int
@@ -81,7 +81,7 @@ class Pretraining:
 
 
 @dataclass(frozen=True)
-class Grid:
+class GridEstimate:
     """The fine-tuning grid; times in seconds."""
 
     cells: int
@@ -101,7 +101,7 @@ class Grid:
 
 def plan_pretraining(
     study: Study, volumes: Survey, device: Device | None, timing: Timing | None, cluster: Cluster
-) -> Pretraining:
+) -> PretrainingEstimate:
     """The pretraining on a named device or, with `timing`, at the measured speed.
 
     Args:
@@ -114,11 +114,13 @@ def plan_pretraining(
     config = study.pretrain
     world = config.worker_range[1]
     shapes = np.ones((volumes.training, 3), np.int64)
-    plan = Plan(study.seed, shapes, config.patch_size, config.patches_per_volume, config.batch_size, config.epochs)
+    plan = SampleTable(
+        study.seed, shapes, config.patch_size, config.patches_per_volume, config.batch_size, config.epochs
+    )
     views = 2 if config.contrastive.enabled else 1
     flops = autoencoder_flops(study.network, config.patch_size)
     share = len(plan.rank_samples(0, 0, world))
-    itemsize = 1 if levels(config.preparation.window) == 255 else 2
+    itemsize = 1 if levels(config.preparation.hu_window) == 255 else 2
     patch_bytes = math.prod(config.patch_size) * itemsize
     patches = plan.steps * config.batch_size
     checks = volumes.validation * config.patches_per_volume * len(plan.boundaries(config.validate_every))
@@ -128,14 +130,14 @@ def plan_pretraining(
     step = _step_seconds(flops, share * views, device, config.precision, timing, network, least)
     arithmetic = config.batch_size / step if step else None
     core = 1 / (_READ_SECONDS + patch_bytes / _READ_BYTES)
-    # Where the workers leave no core, reading tasks run beside them (`stream.open_window`): about one core of them.
+    # Where the workers leave no core, reading tasks run beside them (`stream.open_segment`): about one core of them.
     readers = max(1.0, cluster.cpus - world * config.cpus_per_worker)
     reading = readers * core
     touched = _touched(volumes, config.patch_size, itemsize)
     fits = volumes.bytes is None or volumes.bytes <= cluster.memory
     storage = None if fits or touched is None else cluster.nodes * DISK_BYTES / touched
-    window = windows(plan, 0, world, config.block_megabytes * 2**20, itemsize)[0]
-    looping = window.block_steps * config.batch_size / LOOP_SECONDS
+    segment = segments(plan, 0, world, config.block_megabytes * 2**20, itemsize)[0]
+    looping = segment.block_steps * config.batch_size / LOOP_SECONDS
     rate = min(arithmetic, reading, looping, storage or math.inf) if arithmetic else None
     seconds = None
     if rate:
@@ -148,14 +150,14 @@ def plan_pretraining(
         limits["feed (Ray Data's loop: raise pretrain.block_megabytes)"] = looping
         bottleneck = min(limits, key=lambda name: limits[name])
 
-    block = window.block_steps * share * patch_bytes
+    block = segment.block_steps * share * patch_bytes
     # Each worker holds a block, has one fetched and one waiting; each reading core makes one; two windows overlap.
     needed = arithmetic / core if arithmetic else None
     blocks = 3 * world + math.ceil(min(readers, needed or 1))
     with torch.device("meta"):
         parameters = list(build_autoencoder(study.network, config.patch_size).parameters())
     every, trained = (sum(p.numel() for p in parameters if p.requires_grad or all_) for all_ in (True, False))
-    return Pretraining(
+    return PretrainingEstimate(
         workers=world,
         share=share,
         steps=plan.steps,
@@ -190,7 +192,7 @@ def plan_grid(
     device: Device | None,
     timings: tuple[Timing, Timing] | None,
     cluster: Cluster,
-) -> Grid:
+) -> GridEstimate:
     """The fine-tuning grid; arguments as for `plan_pretraining`, `timings` of a step and of a batch of windows."""
     config = study.finetune
     grid = config.grid
@@ -201,7 +203,7 @@ def plan_grid(
     held_out = volumes.group("labelled validation")
     per_volume = None
     if held_out and held_out.shape:
-        per_volume = float(count_windows(held_out.shape, config.patch_size, config.window_overlap))
+        per_volume = float(count_windows(held_out.shape, config.patch_size, config.sliding_window_overlap))
     count = per_volume * held_out.volumes if per_volume and held_out else None
     # At the end validation and test volumes are segmented once more with the selected weights.
     test = volumes.group("labelled test")
@@ -213,9 +215,9 @@ def plan_grid(
     step = _step_seconds(flops, batch, device, config.precision, trained, "unetr", LAUNCH_SECONDS)
     window = None
     if segmented:
-        window = segmented.seconds / config.window_batch
+        window = segmented.seconds / config.sliding_window_batch
     elif device:
-        least = LAUNCH_SECONDS / 3 / config.window_batch  # a third of a step's kernels
+        least = LAUNCH_SECONDS / 3 / config.sliding_window_batch  # a third of a step's kernels
         window = max(least, flops.forward / _speed(device, config.precision, "unetr"))
     validation = count * window * slow if count and window else None
     trial = None
@@ -225,7 +227,7 @@ def plan_grid(
     with torch.device("meta"):
         unetr = build_unetr(study.network, config.patch_size, config.cohort.classes)
     every, learned = (sum(p.numel() for p in unetr.parameters() if p.requires_grad or all_) for all_ in (True, False))
-    return Grid(
+    return GridEstimate(
         cells=cells,
         concurrent=places,
         steps=config.steps,

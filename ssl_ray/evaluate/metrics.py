@@ -34,22 +34,22 @@ def predict(
     patch_size: Sequence[int],
     classes: int,
     *,
-    window_batch: int,
+    sliding_window_batch: int,
     overlap: float,
     autocast: torch.dtype | None = None,
 ) -> Tensor:
     """Segment one volume with MONAI's sliding window: mean of the logits of overlapping windows, then argmax.
 
-    Windows are computed on the model's device, `window_batch` at a time, and put together on the image's device, which
-    needs about 4 * (classes + 1) bytes a voxel: leave the image on the CPU where that is too much for the GPU. The
-    model predicts in eval mode and is left in the mode it came in.
+    Windows are computed on the model's device, `sliding_window_batch` at a time, and put together on the image's
+    device, which needs about 4 * (classes + 1) bytes a voxel: leave the image on the CPU where that is too much for
+    the GPU. The model predicts in eval mode and is left in the mode it came in.
 
     Args:
         model: (B, 1, *patch_size) float32 -> (B, classes, *patch_size) logits.
         image: (X, Y, Z) float32 in 0..1; padded with 0 by MONAI where it is smaller than the patch.
         patch_size: voxels.
         classes: organs + background, at most 256.
-        window_batch: windows a forward pass.
+        sliding_window_batch: windows a forward pass.
         overlap: of neighbouring windows, share of the patch side, 0 <= overlap < 1.
         autocast: dtype of mixed precision, e.g. `torch.bfloat16`; None: as the model is.
 
@@ -75,7 +75,7 @@ def predict(
             volume = sliding_window_inference(
                 image[None, None],
                 tuple(patch_size),
-                window_batch,
+                sliding_window_batch,
                 logits,
                 overlap=overlap,
                 sw_device=device,

@@ -15,7 +15,7 @@ from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.precision import autocast, resolve
 
 
-class Learner:
+class SegmentationLearner:
     """Network, optimizer and one step of them."""
 
     def __init__(self, study: Study, device: torch.device, lr: float, seed: int, weights: Path | None = None) -> None:
@@ -67,8 +67,8 @@ class Learner:
             image.to(self.device),
             self.config.patch_size,
             self.config.cohort.classes,
-            window_batch=self.config.window_batch,
-            overlap=self.config.window_overlap,
+            sliding_window_batch=self.config.sliding_window_batch,
+            overlap=self.config.sliding_window_overlap,
             autocast=None if self.dtype == torch.float32 else self.dtype,
         )
 

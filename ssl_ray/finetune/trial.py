@@ -15,7 +15,7 @@ from ssl_ray.data.store import Volume, open_array
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.finetune.job import Cell, Record, TrialData
-from ssl_ray.finetune.learner import Learner
+from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.finetune.trial_folder import TrialFolder
 from ssl_ray.networks.flops import unetr_flops
@@ -71,7 +71,7 @@ class _Trial:
         device: torch.device,
     ) -> None:
         self.config, self.data, self.folder = study.finetune, data, folder
-        self.learner = Learner(study, device, cell.lr, cell.seed, weights)
+        self.learner = SegmentationLearner(study, device, cell.lr, cell.seed, weights)
         patches = self.config.volumes_per_step * self.config.patches_per_volume
         flops = unetr_flops(study.network, self.config.patch_size, self.config.cohort.classes).training
         self.totals = _Totals(self.learner, patches, flops)
@@ -226,7 +226,7 @@ class _Trial:
 class _Totals:
     """Sums over the steps since the last record."""
 
-    def __init__(self, learner: Learner, patches: int, flops: float) -> None:
+    def __init__(self, learner: SegmentationLearner, patches: int, flops: float) -> None:
         """Args:
         learner: takes the steps.
         patches: of a step.

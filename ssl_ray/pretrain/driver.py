@@ -22,7 +22,7 @@ from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.transfer import load_metadata
 from ssl_ray.pretrain.job import Job, work
-from ssl_ray.pretrain.samples import Plan
+from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.tracking.tracker import Run, Tracker, study_params
@@ -82,8 +82,8 @@ def pretrain(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     job = Job(study, _feed(study, training), _feed(study, validation), folder, key, reports)
-    plan = job.training.plan
-    counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": plan.steps}
+    table = job.training.table
+    counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": table.steps}
     run = tracker.open("pretraining", key, "pretrain", study_params(study, "pretrain") | counts)
     run.text(config_yaml, "experiment.yaml")
     trainer = TorchTrainer(
@@ -103,7 +103,7 @@ def pretrain(
         ),
     )
     try:
-        with Bar("pretraining", plan.steps) as bar, _Collector(reports, run, bar, study.mirror) as collector:
+        with Bar("pretraining", table.steps) as bar, _Collector(reports, run, bar, study.mirror) as collector:
             _fit(trainer)
         if collector.fatal:
             raise FloatingPointError(
@@ -114,7 +114,7 @@ def pretrain(
         facts = load_metadata(job.weights)
         run.artifact(job.weights)
         best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
-        run.metrics(best, plan.steps)
+        run.metrics(best, table.steps)
     except BaseException:
         run.close("FAILED")
         raise
@@ -139,7 +139,7 @@ def _fit(trainer: TorchTrainer) -> None:
 
 def _feed(study: Study, volumes: Sequence[Volume]) -> Feed:
     config = study.pretrain
-    plan = Plan(
+    table = SampleTable(
         seed=study.seed,
         shapes=np.array([volume.shape for volume in volumes], dtype=np.int64),
         patch_size=config.patch_size,
@@ -149,7 +149,7 @@ def _feed(study: Study, volumes: Sequence[Volume]) -> Feed:
     )
     first = volumes[0]
     keys, ids = (tuple(getattr(volume, name) for volume in volumes) for name in ("key", "id"))
-    return Feed(plan, Store(study.cache_folder, study.scratch), keys, ids, first.dtype, first.levels)
+    return Feed(table, Store(study.cache_folder, study.scratch), keys, ids, first.dtype, first.levels)
 
 
 class _Collector:

@@ -28,7 +28,7 @@ def keep(
         One line that names step, rank, samples and file.
     """
     batch = fault.what
-    samples = [feed.plan.sample(int(index)) for index in batch.indices]
+    samples = [feed.table.sample(int(index)) for index in batch.indices]
     names = sorted({feed.ids[sample.volume] for sample in samples})
     text = (
         f"step {batch.step + 1}, rank {rank}: loss {fault.loss:g}, gradient norm {fault.norm:g}; samples "

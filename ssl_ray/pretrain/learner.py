@@ -30,7 +30,7 @@ from ssl_ray.training.parallel import gathered, load, parallel
 from ssl_ray.training.precision import autocast, resolve
 
 
-class Learner:
+class PretrainingLearner:
     """Model, optimizer and one step of them."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
@@ -140,7 +140,7 @@ class Learner:
         """
         self.model.eval()
         feed = self.job.validation
-        samples: list[Sample] = list(feed.plan.validation())
+        samples: list[Sample] = list(feed.table.validation())
         mine = np.arange(rank, len(samples), world)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         shown = ""

@@ -27,7 +27,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SampleTable:
     """All samples of a run.
 
     Epoch *e* is the samples `[e * V * n, (e + 1) * V * n)` for V volumes and n patches a volume: every volume once, in

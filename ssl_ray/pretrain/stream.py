@@ -1,9 +1,9 @@
-"""Plan -> Ray Data -> batches of a rank.
+"""SampleTable -> Ray Data -> batches of a rank.
 
 One row of a Ray dataset is one *block*: the batches of one rank over a few consecutive steps, read by one task. Every
 rank has a dataset of its own, and so a scheduling loop of its own: one loop handles some tens of blocks a second,
 whatever is in them, which is what one or two fast GPUs consume. As the cost is per block, blocks are sized by bytes,
-and a long run is streamed in *windows* of some hundred blocks; the next one is opened while the current one is
+and a long run is streamed in *segments* of some hundred blocks; the next one is opened while the current one is
 consumed.
 """
 
@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ssl_ray.data.store import Store, open_array, read_patch
-from ssl_ray.pretrain.samples import Plan, Sample
+from ssl_ray.pretrain.samples import Sample, SampleTable
 
 WINDOW_BLOCKS = 256
-"""Blocks a window of a rank: start-up costs 2 to 3 ms a block, measured."""
+"""Blocks a segment of a rank: start-up costs 2 to 3 ms a block, measured."""
 
 _DEPTH = 2
 """Batches that wait in front of the training step, beyond the block that Ray Data has already fetched."""
@@ -30,9 +30,9 @@ _DEPTH = 2
 
 @dataclass(frozen=True)
 class Feed:
-    """What a data task needs to read any sample: the plan, and where its volumes lie."""
+    """What a data task needs to read any sample: the table, and where its volumes lie."""
 
-    plan: Plan
+    table: SampleTable
     store: Store
     keys: tuple[str, ...]
     ids: tuple[str, ...]
@@ -41,16 +41,16 @@ class Feed:
 
     def read(self, samples: Sequence[Sample]) -> npt.NDArray[Any]:
         """Patches (N, X, Y, Z) as stored."""
-        out = np.empty((len(samples), *self.plan.patch_size), dtype=self.dtype)
+        out = np.empty((len(samples), *self.table.patch_size), dtype=self.dtype)
         for row, sample in enumerate(samples):
             read_patch(
-                open_array(self.store, self.keys[sample.volume]), sample.origin, self.plan.patch_size, out=out[row]
+                open_array(self.store, self.keys[sample.volume]), sample.origin, self.table.patch_size, out=out[row]
             )
         return out
 
 
 @dataclass(frozen=True)
-class Window:
+class Segment:
     """Steps `[start, stop)` in blocks of `block_steps` steps for each of `world` ranks."""
 
     start: int
@@ -63,11 +63,11 @@ class Window:
         """Number of blocks of each rank."""
         return -(-(self.stop - self.start) // self.block_steps)
 
-    def samples(self, plan: Plan, rank: int, block: int) -> list[int]:
+    def samples(self, table: SampleTable, rank: int, block: int) -> list[int]:
         """Sample indices of a rank's block, in the order in which it consumes them."""
         first = self.start + block * self.block_steps
         steps = range(first, min(first + self.block_steps, self.stop))
-        return [index for step in steps for index in plan.rank_samples(step, rank, self.world)]
+        return [index for step in steps for index in table.rank_samples(step, rank, self.world)]
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,23 @@ class Batch:
     waited: float
 
 
-def windows(plan: Plan, start: int, world: int, block_bytes: float, itemsize: int) -> list[Window]:
-    """The windows of a run from step `start` on."""
-    batch_bytes = len(plan.rank_samples(0, 0, world)) * int(np.prod(plan.patch_size)) * itemsize
+def segments(table: SampleTable, start: int, world: int, block_bytes: float, itemsize: int) -> list[Segment]:
+    """The segments of a run from step `start` on."""
+    batch_bytes = len(table.rank_samples(0, 0, world)) * int(np.prod(table.patch_size)) * itemsize
     block_steps = max(1, int(block_bytes // batch_bytes))
     length = WINDOW_BLOCKS * block_steps
     return [
-        Window(first, min(first + length, plan.steps), block_steps, world) for first in range(start, plan.steps, length)
+        Segment(first, min(first + length, table.steps), block_steps, world)
+        for first in range(start, table.steps, length)
     ]
 
 
-def open_window(feed: Any, window: Window, rank: int, held: float) -> Any:
+def open_segment(feed: Any, segment: Segment, rank: int, held: float) -> Any:
     """The Ray Data iterator of one rank.
 
     Args:
         feed: reference to a `Feed` in the object store.
-        window: the steps to stream.
+        segment: the steps to stream.
         rank: whose batches.
         held: CPUs that the training workers hold. Where they leave none, e.g. after a node was lost, the reading tasks
             ask for none and run beside them: they would wait for ever.
@@ -108,17 +109,17 @@ def open_window(feed: Any, window: Window, rank: int, held: float) -> Any:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [Pace]
-    context.target_max_block_size = None  # a block that Ray Data cut in two would not be in the order of the plan
+    context.target_max_block_size = None  # a block that Ray Data cut in two would not be in the order of the table
     context.execution_options.preserve_order = True
     # Each of the datasets would take half of the whole object store for its own.
-    store = resources.get("object_store_memory", 0.0) / 2 / window.world
+    store = resources.get("object_store_memory", 0.0) / 2 / segment.world
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     with DataContext.current(context):
         # Not `ray.data.range`, whose own tasks cannot be told to ask for no CPU.
-        dataset = ray.data.from_blocks([pa.table({"id": [block]}) for block in range(window.blocks)])
+        dataset = ray.data.from_blocks([pa.table({"id": [block]}) for block in range(segment.blocks)])
         spare = resources.get("CPU", 0.0) - held >= 1
-        how = {"num_cpus": 1} if spare else {"num_cpus": 0, "compute": TaskPoolStrategy(size=min(window.blocks, 2))}
-        read = partial(_read_block, feed=feed, window=window, rank=rank)
+        how = {"num_cpus": 1} if spare else {"num_cpus": 0, "compute": TaskPoolStrategy(size=min(segment.blocks, 2))}
+        read = partial(_read_block, feed=feed, segment=segment, rank=rank)
         dataset = dataset.map_batches(read, batch_size=None, **how)
         return dataset.streaming_split(1)[0]  # unlike `dataset.iterator()`, with its loop outside of this process
 
@@ -147,15 +148,17 @@ class Pace:
 class Stream:
     """Batches of one rank from a step on; iterate it step by step on all ranks alike."""
 
-    def __init__(self, plan: Plan, rank: int, schedule: Sequence[Window], opener: Callable[[Window], Any]) -> None:
+    def __init__(
+        self, table: SampleTable, rank: int, schedule: Sequence[Segment], opener: Callable[[Segment], Any]
+    ) -> None:
         """Args:
-        plan: of the run.
+        table: of the run.
         rank: whose batches.
-        schedule: windows to stream, in order.
-        opener: gives the iterator of this rank for a window.
+        schedule: segments to stream, in order.
+        opener: gives the iterator of this rank for a segment.
         """
-        self._plan, self._rank, self._schedule, self._open = plan, rank, list(schedule), opener
-        self._step = schedule[0].start if schedule else plan.steps
+        self._table, self._rank, self._schedule, self._open = table, rank, list(schedule), opener
+        self._step = schedule[0].start if schedule else table.steps
         self._current = self._start_next()
         self._next: _Reader | None = None
 
@@ -165,35 +168,35 @@ class Stream:
     def __next__(self) -> Batch:
         if self._current is None:
             raise StopIteration
-        window = self._current.window
-        if self._next is None and self._schedule and self._step >= (window.start + window.stop) // 2:
+        segment = self._current.segment
+        if self._next is None and self._schedule and self._step >= (segment.start + segment.stop) // 2:
             self._next = self._start_next()
         images, indices, waited = self._current.get()
-        share = self._plan.rank_samples(self._step, self._rank, window.world)
+        share = self._table.rank_samples(self._step, self._rank, segment.world)
         if indices.tolist() != list(share):
             raise RuntimeError(
-                f"rank {self._rank} got samples {indices[0]}..{indices[-1]} at step {self._step}, the plan has "
+                f"rank {self._rank} got samples {indices[0]}..{indices[-1]} at step {self._step}, the table has "
                 f"{share[0]}..{share[-1]}: Ray Data did not keep the order of blocks"
             )
         batch = Batch(self._step, images, indices, waited)
         self._step += 1
-        if self._step == window.stop:
+        if self._step == segment.stop:
             self._current, self._next = self._next or self._start_next(), None
         return batch
 
     def _start_next(self) -> "_Reader | None":
         if not self._schedule:
             return None
-        window = self._schedule.pop(0)
-        share = len(self._plan.rank_samples(window.start, self._rank, window.world))
-        return _Reader(window, self._open(window), share)
+        segment = self._schedule.pop(0)
+        share = len(self._table.rank_samples(segment.start, self._rank, segment.world))
+        return _Reader(segment, self._open(segment), share)
 
 
 class _Reader:
-    """Drains one window's iterator in a thread, a few batches ahead of the training step."""
+    """Drains one segment's iterator in a thread, a few batches ahead of the training step."""
 
-    def __init__(self, window: Window, iterator: Any, batch_size: int) -> None:
-        self.window = window
+    def __init__(self, segment: Segment, iterator: Any, batch_size: int) -> None:
+        self.segment = segment
         self._queue: queue.Queue[Any] = queue.Queue(_DEPTH)
         threading.Thread(target=self._drain, args=(iterator, batch_size), daemon=True).start()
 
@@ -208,7 +211,9 @@ class _Reader:
         try:
             for batch in iterator.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=1):
                 self._queue.put(batch | {"image": _pin(batch["image"])})
-            self._queue.put(RuntimeError(f"the stream of steps {self.window.start} to {self.window.stop} ended early"))
+            self._queue.put(
+                RuntimeError(f"the stream of steps {self.segment.start} to {self.segment.stop} ended early")
+            )
         except Exception as error:  # the training thread raises it where it asks for the next batch
             self._queue.put(error)
 
@@ -227,11 +232,13 @@ def _pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return pinned
 
 
-def _read_block(rows: dict[str, npt.NDArray[Any]], feed: Any, window: Window, rank: int) -> dict[str, npt.NDArray[Any]]:
+def _read_block(
+    rows: dict[str, npt.NDArray[Any]], feed: Any, segment: Segment, rank: int
+) -> dict[str, npt.NDArray[Any]]:
     source = _feed(feed)
-    indices = [index for block in rows["id"] for index in window.samples(source.plan, rank, int(block))]
+    indices = [index for block in rows["id"] for index in segment.samples(source.table, rank, int(block))]
     return {
-        "image": source.read([source.plan.sample(index) for index in indices]),
+        "image": source.read([source.table.sample(index) for index in indices]),
         "index": np.array(indices, dtype=np.int64),
     }
 

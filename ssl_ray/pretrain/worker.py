@@ -14,8 +14,8 @@ from torch import Tensor
 from ssl_ray.networks.flops import autoencoder_flops
 from ssl_ray.pretrain.fault import keep
 from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.learner import Learner
-from ssl_ray.pretrain.stream import Batch, Stream, Window, open_window, windows
+from ssl_ray.pretrain.learner import PretrainingLearner
+from ssl_ray.pretrain.stream import Batch, Segment, Stream, open_segment, segments
 from ssl_ray.training.checkpoint import Saver, load_latest, load_state
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch
@@ -27,33 +27,33 @@ _PREEMPTION_SECONDS = 5.0
 
 
 def train_loop(job: Job) -> None:
-    """Train from the newest whole checkpoint, or from step 0, to the end of the plan."""
+    """Train from the newest whole checkpoint, or from step 0, to the end of the table."""
     import ray
 
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    config, plan = job.study.pretrain, job.training.plan
+    config, table = job.study.pretrain, job.training.table
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    learner = Learner(job, get_device())
+    learner = PretrainingLearner(job, get_device())
     book = _Book(job, rank, world, learner)
     start = book.restore()
-    if start == plan.steps and not job.study.mirror.has(job.weights):  # done, but its result was deleted
+    if start == table.steps and not job.study.mirror.has(job.weights):  # done, but its result was deleted
         learner.best = math.inf
         learner.validate(rank, world, start, picture=False)
 
     # One copy for all, and a reference, as what is broadcast must stay small.
     feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
 
-    def opener(window: Window) -> Any:
-        return open_window(feed, window, rank, world * config.cpus_per_worker)
+    def opener(segment: Segment) -> Any:
+        return open_segment(feed, segment, rank, world * config.cpus_per_worker)
 
     itemsize = np.dtype(job.training.dtype).itemsize
-    stream = Stream(plan, rank, windows(plan, start, world, config.block_megabytes * 2**20, itemsize), opener)
-    validations = {step: number for number, step in enumerate(plan.boundaries(config.validate_every))}
+    stream = Stream(table, rank, segments(table, start, world, config.block_megabytes * 2**20, itemsize), opener)
+    validations = {step: number for number, step in enumerate(table.boundaries(config.validate_every))}
     for batch in stream:
-        lr = learning_rate(config.optimizer, batch.step, plan.steps)
+        lr = learning_rate(config.optimizer, batch.step, table.steps)
         loss, norm = learner.step(batch.images, batch.indices, world, lr)
-        done, last = batch.step + 1, batch.step + 1 == plan.steps
+        done, last = batch.step + 1, batch.step + 1 == table.steps
         for fault in (book.watch.look(batch, loss, norm), book.watch.last() if last else None):
             if fault and book.note(fault, fatal=book.watch.fatal(fault), lr=lr):
                 return  # on every rank; the driver raises, and Ray does not start the same fault again
@@ -62,7 +62,7 @@ def train_loop(job: Job) -> None:
         save = last or (config.checkpoint_every is not None and done % config.checkpoint_every == 0)
         if not (save or validate or done % config.log_every == 0):
             continue
-        record: dict[str, float | str] = {"step": done, "epoch": plan.epoch(done), "lr": lr, "grad_norm": float(norm)}
+        record: dict[str, float | str] = {"step": done, "epoch": table.epoch(done), "lr": lr, "grad_norm": float(norm)}
         sums, due = book.gather()
         record |= sums
         if validate:
@@ -103,7 +103,7 @@ class _Book:
     it may not have seen when it was killed.
     """
 
-    def __init__(self, job: Job, rank: int, world: int, learner: Learner) -> None:
+    def __init__(self, job: Job, rank: int, world: int, learner: PretrainingLearner) -> None:
         self._job, self._rank, self._world, self._learner = job, rank, world, learner
         self._saver = Saver(job.checkpoints, job.study.pretrain.keep_checkpoints, job.study.mirror)
         self._older: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ssl_ray.evaluate.scores import organ_keys
-from ssl_ray.report.results import FOREGROUND, Arm, Pretraining, Results
+from ssl_ray.report.results import FOREGROUND, Arm, PretrainingRun, Results
 from ssl_ray.report.statistics import interval
 
 _COLOUR = {"random": "#E69F00", "pretrained": "#0072B2"}
@@ -89,7 +89,7 @@ def draw_label_efficiency(results: Results, path: Path) -> bool:
     return _save(figure, path)
 
 
-def draw_pretraining(pretraining: Pretraining, path: Path) -> bool:
+def draw_pretraining(pretraining: PretrainingRun, path: Path) -> bool:
     """Training and validation loss over steps, and the loss of leaving the corrupted patches as they are."""
     if not pretraining.loss and not pretraining.validation_loss:
         return False

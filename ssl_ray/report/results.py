@@ -111,7 +111,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Pretraining:
+class PretrainingRun:
     """One pretraining run, as far as the report shows it."""
 
     run: MlflowRun
@@ -140,7 +140,7 @@ class Results:
     organs: tuple[str, ...]
     config: str | None
     transfer: dict[str, Any] | None
-    pretraining: tuple[Pretraining, ...]
+    pretraining: tuple[PretrainingRun, ...]
 
     @property
     def splits(self) -> tuple[int, ...]:
@@ -262,9 +262,9 @@ def _trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> tuple[Trial, 
     return trial, tuple(tree.get("organs", ()))
 
 
-def _pretraining(tracker: Tracker, run_id: str) -> Pretraining:
+def _pretraining(tracker: Tracker, run_id: str) -> PretrainingRun:
     pictures = [path for path in tracker.files(run_id, "pictures") if path.endswith(".png")]
-    return Pretraining(
+    return PretrainingRun(
         run=tracker.client.get_run(run_id),
         loss=tracker.history(run_id, "loss"),
         validation_loss=tracker.history(run_id, "validation_loss"),

@@ -188,7 +188,7 @@ def _pretraining(results: Results, figures: _Figures) -> list[Block]:
     blocks: list[Block] = []
     for number, pretraining in enumerate(results.pretraining):
         name = f"pretraining_{number + 1}" if number else "pretraining"
-        blocks.append(Heading(f"Pretraining (run `{pretraining.run.info.run_id[:8]}`)"))
+        blocks.append(Heading(f"PretrainingRun (run `{pretraining.run.info.run_id[:8]}`)"))
         if pretraining.validation_loss:
             step, loss = min(pretraining.validation_loss.items(), key=lambda point: point[1])
             text = f"The weights are those of step {step:,}, with the lowest validation loss: L1 {loss:.4f}."

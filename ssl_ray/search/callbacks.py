@@ -31,7 +31,7 @@ class _Open:
     failure: str = ""
 
 
-class Runs(tune.Callback):
+class TrialCallback(tune.Callback):
     """A child run in MLflow for each cell: taken up again after a fault, without a step twice."""
 
     def __init__(

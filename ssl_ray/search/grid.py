@@ -18,7 +18,7 @@ from ssl_ray.finetune.job import Cell, TrialData, work
 from ssl_ray.finetune.trial_folder import TrialFolder
 from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
 from ssl_ray.pretrain.driver import Pretrained
-from ssl_ray.search.callbacks import Runs
+from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.tracking.tracker import Tracker, study_params
 from ssl_ray.training.checkpoint import digest
 
@@ -115,7 +115,7 @@ def finetune(
         TrialFolder(folders[cell], keys[cell], study.mirror).clear()
     with Bar("fine-tuning", len(keys) * config.steps) as bar:
         done = finished * config.steps
-        runs = Runs(study, tracker, grid_run.id, pretrained, keys, data, folders, bar, done)
+        runs = TrialCallback(study, tracker, grid_run.id, pretrained, keys, data, folders, bar, done)
         try:
             if pretrained:
                 report = check_transfer(study, pretrained.weights)
@@ -155,7 +155,7 @@ def _tune(
     pretrained: Pretrained | None,
     folders: Mapping[Cell, Path],
     name: str,
-    runs: Runs,
+    runs: TrialCallback,
 ) -> None:
     config = study.finetune
 

@@ -33,7 +33,7 @@ class Cohorts:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedCohorts:
     """Volumes of the pretraining and of the labelled cohort, by image path."""
 
     unlabelled: dict[str, Volume]
@@ -88,7 +88,7 @@ class Runner:
         return Cohorts(training, validation, splits)
 
     @cached_property
-    def prepared(self) -> Prepared:
+    def prepared(self) -> PreparedCohorts:
         """Both cohorts in the store.
 
         Raises:
@@ -117,7 +117,7 @@ class Runner:
         self._settle(bad)
         self._check_held_out(unlabelled, labelled)
         say(f"prepared {fresh} of {len(unlabelled) + len(labelled)} volumes now; the store is {store}")
-        return Prepared(unlabelled, labelled)
+        return PreparedCohorts(unlabelled, labelled)
 
     @cached_property
     def pretrained(self) -> Pretrained:

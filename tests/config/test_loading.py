@@ -20,13 +20,13 @@ pretrain:
   sources:
     - {root: a, datalist: unlabelled.json}
     - {root: b, datalist: unlabelled.json}
-  preparation: {spacing: 2, window: [-57, 164]}
+  preparation: {spacing: 2, hu_window: [-57, 164]}
 finetune:
   cohort:
     root: a
     classes: 14
     splits: {6: six.json, 12: twelve.json}
-  preparation: {spacing: [1.5, 1.5, 2], window: [-175, 250]}
+  preparation: {spacing: [1.5, 1.5, 2], hu_window: [-175, 250]}
 """
 
 
@@ -84,7 +84,7 @@ def test_the_recipe_is_the_default(file: Path) -> None:
     assert (finetune.steps, finetune.volumes_per_step, finetune.patches_per_volume) == (30_000, 1, 4)
     assert (finetune.optimizer.name, finetune.optimizer.weight_decay) == ("adamw", 1e-5)
     assert finetune.augmentation.flip_axes == (0, 1, 2)
-    assert (finetune.window_batch, finetune.validate_every) == (4, 100)
+    assert (finetune.sliding_window_batch, finetune.validate_every) == (4, 100)
 
 
 def test_resolved_study_survives_dump_with_everything_set(file: Path, tmp_path: Path) -> None:
@@ -153,11 +153,11 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
     [
         ("pretrain.patch_size", 40, "patch_size: every side must be a multiple of 16 voxels, got [40, 40, 40]"),
         ("finetune.patch_size", [32, 32, 50], "finetune: patch_size: every side must be a multiple of 16 voxels"),
-        ("pretrain.preparation.window", [164, -57], "window: the lower HU must be below the upper, got [164.0, -57.0]"),
-        ("pretrain.preparation.window", [5, 5], "window: the lower HU must be below the upper"),
-        ("pretrain.preparation.window", [-math.inf, 5], "preparation.window.0: input should be a finite number"),
-        ("pretrain.preparation.window", [0, math.nan], "preparation.window.1: input should be a finite number"),
-        ("pretrain.preparation.window", [0], "pretrain.preparation.window.1: this key is required"),
+        ("pretrain.preparation.hu_window", [164, -57], "hu_window: the lower HU must be below the upper, got [164.0, "),
+        ("pretrain.preparation.hu_window", [5, 5], "hu_window: the lower HU must be below the upper"),
+        ("pretrain.preparation.hu_window", [-math.inf, 5], "preparation.hu_window.0: input should be a finite number"),
+        ("pretrain.preparation.hu_window", [0, math.nan], "preparation.hu_window.1: input should be a finite number"),
+        ("pretrain.preparation.hu_window", [0], "pretrain.preparation.hu_window.1: this key is required"),
         ("pretrain.preparation.spacing", [1, 0, 1], "pretrain.preparation.spacing.1: input should be greater than 0"),
         ("pretrain.preparation.spacing", math.inf, "pretrain.preparation.spacing.0: input should be a finite number"),
         ("pretrain.preparation.orientation", "RPI", "orientation: input should be 'RAS', 'LPS' or 'LAS', got 'RPI'"),
@@ -179,7 +179,7 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("finetune.grid.lr", [1e-4, 0.0001], "grid.lr: a value stands twice in [0.0001, 0.0001]"),
         ("finetune.grid.seeds", [-1], "finetune.grid.seeds.0: input should be greater than or equal to 0, got -1"),
         ("finetune.grid.init", ["scratch"], "grid.init.0: input should be 'random' or 'pretrained', got 'scratch'"),
-        ("finetune.window_overlap", 1.0, "finetune.window_overlap: input should be less than 1, got 1.0"),
+        ("finetune.sliding_window_overlap", 1.0, "finetune.sliding_window_overlap: input should be less than 1, got"),
         ("network.num_heads", 7, "network: hidden_size must be a multiple of num_heads, got 768 and 7"),
         ("name", "a/b", "name: string should match pattern"),
         ("on_bad_volume", "ignore", "on_bad_volume: input should be 'fail' or 'skip', got 'ignore'"),
@@ -258,7 +258,10 @@ def test_exponents_without_a_point_are_numbers(file: Path, text: str) -> None:
         ("name", "an experiment is a mapping of sections, got str"),
         ("", "an experiment is a mapping of sections, got NoneType"),
         (STUDY + "name: other\n", "not valid YAML: the key 'name' stands twice in"),
-        (STUDY.replace("window: [-57, 164]", "window: [-57, 164], spacing: 3"), "the key 'spacing' stands twice in"),
+        (
+            STUDY.replace("hu_window: [-57, 164]", "hu_window: [-57, 164], spacing: 3"),
+            "the key 'spacing' stands twice in",
+        ),
         (STUDY.replace("12: twelve.json", "'6': twelve.json"), "the key '6' stands twice in"),
         ("5: 6\n", "5: keys should be strings, got 5"),
     ],
@@ -372,7 +375,7 @@ def test_the_recipe_is_to_the_number() -> None:
     study = load(Path(__file__).parents[2] / "experiments" / "tcia_btcv.yaml")
     pretrain, finetune, network = study.pretrain, study.finetune, study.network
     assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
-    assert (pretrain.preparation.spacing, pretrain.preparation.window) == ((2, 2, 2), (-57, 164))
+    assert (pretrain.preparation.spacing, pretrain.preparation.hu_window) == ((2, 2, 2), (-57, 164))
     assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
     assert (pretrain.epochs, pretrain.validate_every, pretrain.contrastive.enabled) == (300, 2, False)
     assert (pretrain.optimizer.name, pretrain.optimizer.lr, pretrain.optimizer.schedule) == ("adam", 1e-4, "constant")
@@ -383,12 +386,12 @@ def test_the_recipe_is_to_the_number() -> None:
     assert task.growing
     assert finetune.cohort.classes == 14
     assert finetune.preparation.orientation == "RAS"
-    assert (finetune.preparation.spacing, finetune.preparation.window) == ((1.5, 1.5, 2), (-175, 250))
+    assert (finetune.preparation.spacing, finetune.preparation.hu_window) == ((1.5, 1.5, 2), (-175, 250))
     assert (finetune.patch_size, finetune.volumes_per_step, finetune.patches_per_volume) == ((96, 96, 96), 1, 4)
     augmentation = finetune.augmentation
     assert (augmentation.flip_prob, augmentation.flip_axes, augmentation.rotate_prob) == (0.1, (0, 1, 2), 0.1)
     assert (augmentation.shift, augmentation.shift_prob, finetune.foreground_prob) == (0.1, 0.5, 0.5)
-    assert (finetune.steps, finetune.validate_every, finetune.window_batch) == (30_000, 100, 4)
+    assert (finetune.steps, finetune.validate_every, finetune.sliding_window_batch) == (30_000, 100, 4)
     optimizer = finetune.optimizer
     assert (optimizer.name, optimizer.weight_decay, finetune.grid.lr) == ("adamw", 1e-5, (1e-4,))
     assert optimizer.schedule == "constant"

@@ -50,7 +50,7 @@ def _volume(volume: Nifti) -> dict[str, Any]:
 def _prepare(path: Path) -> dict[str, Any]:
     image = read_nifti(path)
     try:
-        prepared = prepare(image, None, Preparation(spacing=2, window=(-57, 164)))
+        prepared = prepare(image, None, Preparation(spacing=2, hu_window=(-57, 164)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error  # as the cohort's preparation names it
     assert np.isfinite(prepared.affine).all()

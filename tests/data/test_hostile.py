@@ -586,10 +586,10 @@ name: small
 pretrain:
   sources:
     - {root: a, datalist: unlabelled.json}
-  preparation: {spacing: 2, window: [-57, 164]}
+  preparation: {spacing: 2, hu_window: [-57, 164]}
 finetune:
   cohort: {root: a, classes: 14, splits: {6: six.json}}
-  preparation: {spacing: [1.5, 1.5, 2], window: [-175, 250]}
+  preparation: {spacing: [1.5, 1.5, 2], hu_window: [-175, 250]}
 """
 
 
@@ -638,7 +638,8 @@ for name, text, rule in (
     ("base 60 of 100,000 digits", STUDY + "seed: " + "1:" * 5 * 10**4 + "1", ""),
     ("float of base 60", STUDY + "seed: " + "1:" * 10**3 + "1.5", ""),
     ("float of 100,000 digits", STUDY + "seed: 1." + "9" * 10**5, "not valid YAML"),
-    ("NaN", STUDY.replace("spacing: 2", "spacing: .nan"), "spacing"), ("-inf", STUDY.replace("-57", "-.inf"), "window"),
+    ("NaN", STUDY.replace("spacing: 2", "spacing: .nan"), "spacing"),
+    ("-inf", STUDY.replace("-57", "-.inf"), "hu_window"),
     ("1e999", STUDY.replace("spacing: 2", "spacing: 1e999"), "spacing"),
     ("wrong types", STUDY.replace("name: small", "name: [small]"), "name: input should be a valid string"),
     ("section is text", "name: small\npretrain: yes\nfinetune: no\n", "pretrain: "),

@@ -24,8 +24,8 @@ from ssl_ray.data.nifti import Nifti, check_same_grid, levels, prepare, read_lab
 
 SHAPE = (22, 26, 19)
 AFFINE = oblique_affine((0.8, 1.1, 2.5), 25)
-PRETRAINING = Preparation(spacing=(2, 2, 2), window=(-57, 164), orientation=None)
-FINETUNING = Preparation(spacing=(1.5, 1.5, 2), window=(-175, 250), orientation="RAS")
+PRETRAINING = Preparation(spacing=(2, 2, 2), hu_window=(-57, 164), orientation=None)
+FINETUNING = Preparation(spacing=(1.5, 1.5, 2), hu_window=(-175, 250), orientation="RAS")
 
 
 def compressed(array: Array | None = None, kind: Any = nib.Nifti1Image) -> bytes:
@@ -64,7 +64,7 @@ def test_prepare_is_monais_own_chain(
         "image": write_nifti(tmp_path / "image.nii.gz", smooth_ct(SHAPE), affine),
         "label": write_nifti(tmp_path / "label.nii.gz", organ_labels(SHAPE), affine),
     }
-    low, high = preparation.window
+    low, high = preparation.hu_window
     chain: list[Any] = [mt.LoadImaged(list(files)), mt.EnsureChannelFirstd(list(files))]
     if preparation.orientation:
         labels = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -102,7 +102,7 @@ def test_a_blob_stays_where_it_is_in_the_world(orientation: Any, flip: bool) -> 
     centre = apply_affine(affine, [9.3, 15.2, 8.8])
     blob = 1000 * np.exp(-0.5 * ((apply_affine(affine, grid) - centre) ** 2).sum(1) / 3.0**2)
     voxels = blob.reshape(SHAPE).astype(np.float32)
-    preparation = Preparation(spacing=1.5, window=(10, 1000), orientation=orientation)
+    preparation = Preparation(spacing=1.5, hu_window=(10, 1000), orientation=orientation)
     prepared = prepare(Nifti(voxels, affine), None, preparation)
     weights = prepared.image.astype(np.float64)
     place = apply_affine(prepared.affine, np.indices(weights.shape).reshape(3, -1).T)
@@ -137,7 +137,7 @@ def test_integer_levels_of_the_window_are_kept(window: tuple[float, float], top:
     count = math.floor(window[1]) - math.ceil(window[0]) + 1
     values = np.linspace(math.ceil(window[0]), math.floor(window[1]), count)
     voxels = np.broadcast_to(values[:, None, None], (count, 2, 2)).astype(np.float32)
-    preparation = Preparation(spacing=1, window=window, orientation=None, crop_foreground=False)
+    preparation = Preparation(spacing=1, hu_window=window, orientation=None, crop_foreground=False)
     prepared = prepare(Nifti(voxels, np.eye(4)), None, preparation)
     assert prepared.levels == top
     assert prepared.image.dtype == (np.uint8 if top == 255 else np.uint16)

@@ -32,7 +32,7 @@ from ssl_ray.storage.places import Place
 
 SHAPE = (12, 14, 9)
 AFFINE = oblique_affine((0.8, 1.1, 2.5), 25)
-PREPARATION = Preparation(spacing=(1.5, 1.5, 2), window=(-175, 250))
+PREPARATION = Preparation(spacing=(1.5, 1.5, 2), hu_window=(-175, 250))
 
 
 def make_case(folder: Path, name: str = "one", seed: int = 0, labelled: bool = True) -> Case:
@@ -131,7 +131,7 @@ CHANGES: dict[str, Callable[[Case], tuple[Case, Preparation]]] = {
     "orientation": lambda case: (case, PREPARATION.model_copy(update={"orientation": "LPS"})),
     "no orientation": lambda case: (case, PREPARATION.model_copy(update={"orientation": None})),
     "spacing": lambda case: (case, PREPARATION.model_copy(update={"spacing": (1.5, 1.5, 2.5)})),
-    "window": lambda case: (case, PREPARATION.model_copy(update={"window": (-175.0, 251.0)})),
+    "hu_window": lambda case: (case, PREPARATION.model_copy(update={"hu_window": (-175.0, 251.0)})),
     "crop_foreground": lambda case: (case, PREPARATION.model_copy(update={"crop_foreground": False})),
     "image": lambda case: (replace(case, image=changed_voxel(case.image)), PREPARATION),
     "label": lambda case: (replace(case, label=changed_voxel(case.label)), PREPARATION),

@@ -42,7 +42,7 @@ def test_any_stored_axes(order: Any, signs: Any, spacing: Any, target: Any, orie
     affine[:3, 3] = (-17.0, 23.5, 101.25)
     voxels = smooth_ct((9, 12, 8)).astype(np.float32)
     voxels = np.asfortranarray(voxels) if fortran else voxels
-    preparation = Preparation(spacing=target, window=(-57, 164), orientation=orientation)
+    preparation = Preparation(spacing=target, hu_window=(-57, 164), orientation=orientation)
     expected = monai(voxels, affine, preparation)
     grid = canonical_grid(voxels.shape, affine, preparation)
     assert grid is not None
@@ -56,7 +56,7 @@ def test_any_stored_axes(order: Any, signs: Any, spacing: Any, target: Any, orie
 def test_what_is_left_out_holds_nothing_above() -> None:
     """The box stands where it says it does, and all values beyond it are at most the given one."""
     voxels = smooth_ct((30, 26, 20)).astype(np.float32)
-    preparation = Preparation(spacing=(1.3, 0.7, 2.0), window=(300, 600))
+    preparation = Preparation(spacing=(1.3, 0.7, 2.0), hu_window=(300, 600))
     grid = canonical_grid(voxels.shape, np.diag([1.0, -1.0, 1.5, 1.0]), preparation)
     assert grid is not None
     whole, _ = resample(voxels, grid, None)
@@ -72,7 +72,7 @@ def test_what_is_left_out_holds_nothing_above() -> None:
 def test_constant_stays_constant() -> None:
     """A volume at the window's lower end does not rise above it by rounding: no foreground out of nothing."""
     voxels = np.full((17, 13, 11), -57, np.float32)
-    preparation = Preparation(spacing=(1.1, 0.9, 1.7), window=(-57, 164))
+    preparation = Preparation(spacing=(1.1, 0.9, 1.7), hu_window=(-57, 164))
     grid = canonical_grid(voxels.shape, np.diag([0.7, 0.7, 3.0, 1.0]), preparation)
     assert grid is not None
     assert (resample(voxels, grid, None)[0] == -57).all()
@@ -83,7 +83,7 @@ def test_a_sheared_grid_is_left_to_monai(shear: float) -> None:
     """Obliquity alone is straight; where the source's axes are not orthogonal, there is no such grid."""
     affine = oblique_affine((0.8, 1.1, 2.5), 25)
     affine[:3, 1] += shear * affine[:3, 0]
-    grid = canonical_grid((22, 26, 19), affine, Preparation(spacing=2, window=(-57, 164)))
+    grid = canonical_grid((22, 26, 19), affine, Preparation(spacing=2, hu_window=(-57, 164)))
     assert (grid is None) == bool(shear)
     if grid is not None:
         middle = (np.array(grid.shape) - 1) / 2

@@ -31,7 +31,7 @@ TINY = {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4}
 
 
 def write_study(folder: Path, cohort: Path, **pretrain) -> Path:
-    preparation = {"spacing": 6, "window": [-175, 250]}
+    preparation = {"spacing": 6, "hu_window": [-175, 250]}
     tree = {
         "name": "planned",
         "output": str(folder / "output"),
@@ -120,7 +120,7 @@ def test_a_device_without_bfloat16_computes_in_float32():
 def test_the_prepared_grid_is_told_by_the_header_alone(orientation):
     """Oblique, flipped, stored along other axes: the shape is what the preparation makes."""
     preparation = Preparation(
-        orientation=orientation, spacing=(2.0, 3.0, 5.0), window=(-1000, 200), crop_foreground=False
+        orientation=orientation, spacing=(2.0, 3.0, 5.0), hu_window=(-1000, 200), crop_foreground=False
     )
     for order in ([0, 1, 2], [2, 0, 1]):
         affine = oblique_affine((1.5, 2.0, 3.0), 12, flip=True)[:, [*order, 3]]

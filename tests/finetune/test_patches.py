@@ -38,7 +38,7 @@ def volumes(tmp_path):
 
 def sampler(volumes, tmp_path, seed=0, **changes):
     cohort = {"root": "x", "classes": 3, "splits": {3: "x.json"}}
-    tree = {"cohort": cohort, "preparation": {"spacing": 1, "window": [0, 1]}, "patch_size": 16} | changes
+    tree = {"cohort": cohort, "preparation": {"spacing": 1, "hu_window": [0, 1]}, "patch_size": 16} | changes
     return PatchSampler(volumes, tmp_path, Finetune.model_validate(tree), seed)
 
 

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def study():
-    preparation = {"spacing": 3, "window": [-175, 250]}
+    preparation = {"spacing": 3, "hu_window": [-175, 250]}
     tree = {
         "name": "trial",
         "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},

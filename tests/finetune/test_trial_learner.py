@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ssl_ray.config.schema import Study
 from ssl_ray.finetune import learner as module
-from ssl_ray.finetune.learner import Learner
+from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.training import compile as compiled
 
 CPU = torch.device("cpu")
 
 
-def make(**finetune: Any) -> Learner:
+def make(**finetune: Any) -> SegmentationLearner:
     """A tiny one on patches of 16 x 16 x 32 voxels."""
-    preparation = {"spacing": 3, "window": [-175, 250]}
+    preparation = {"spacing": 3, "hu_window": [-175, 250]}
     tree = {
         "name": "learner",
         "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
@@ -33,10 +33,10 @@ def make(**finetune: Any) -> Learner:
         }
         | finetune,
     }
-    return Learner(Study.model_validate(tree), CPU, 1e-2, 0)
+    return SegmentationLearner(Study.model_validate(tree), CPU, 1e-2, 0)
 
 
-def steps(made: Learner, first: int, last: int) -> list[float]:
+def steps(made: SegmentationLearner, first: int, last: int) -> list[float]:
     """Losses of the steps [first, last) on patches that depend on the step alone."""
     losses = []
     for step in range(first, last):

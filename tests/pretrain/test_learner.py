@@ -13,8 +13,8 @@ import torch
 from ssl_ray.config.schema import Study
 from ssl_ray.pretrain import learner as module
 from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.learner import Learner, scale
-from ssl_ray.pretrain.samples import Plan
+from ssl_ray.pretrain.learner import PretrainingLearner, scale
+from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.restoration import corrupt, draw, pack, take, unpack
 from ssl_ray.training import compile as compiled
@@ -24,9 +24,9 @@ BATCH, SIDE, LEVELS = 4, 16, 221
 CPU = torch.device("cpu")
 
 
-def make(tmp_path: Path, device: torch.device = CPU, **pretrain: Any) -> Learner:
+def make(tmp_path: Path, device: torch.device = CPU, **pretrain: Any) -> PretrainingLearner:
     """A tiny learner outside Ray."""
-    preparation = {"spacing": 2, "window": [-57, 164]}
+    preparation = {"spacing": 2, "hu_window": [-57, 164]}
     settings = {
         "sources": [{"root": "data", "datalist": "none.json"}],
         "preparation": preparation,
@@ -48,12 +48,12 @@ def make(tmp_path: Path, device: torch.device = CPU, **pretrain: Any) -> Learner
             },
         }
     )
-    plan = Plan(0, np.array([[32] * 3] * 4), (SIDE,) * 3, 2, BATCH, 1)
+    plan = SampleTable(0, np.array([[32] * 3] * 4), (SIDE,) * 3, 2, BATCH, 1)
     feed = Feed(plan, tmp_path, ("a",) * 4, ("a",) * 4, "uint8", LEVELS)
-    return Learner(Job(study, feed, feed, tmp_path, "key", None), device)  # type: ignore[arg-type]
+    return PretrainingLearner(Job(study, feed, feed, tmp_path, "key", None), device)  # type: ignore[arg-type]
 
 
-def steps(made: Learner, first: int, last: int) -> list[float]:
+def steps(made: PretrainingLearner, first: int, last: int) -> list[float]:
     """Losses of the steps [first, last) on patches that depend on the step alone."""
     losses = []
     for step in range(first, last):
@@ -63,7 +63,7 @@ def steps(made: Learner, first: int, last: int) -> list[float]:
     return losses
 
 
-def weights(made: Learner) -> dict[str, torch.Tensor]:
+def weights(made: PretrainingLearner) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in made.network.state_dict().items()}
 
 

@@ -1,12 +1,12 @@
-"""Ray Data hands every rank exactly the batches of the plan."""
+"""Ray Data hands every rank exactly the batches of the table."""
 
 import numpy as np
 import pytest
 
 from ssl_ray.data.store import Store, read_patch
 from ssl_ray.pretrain import stream as streaming
-from ssl_ray.pretrain.samples import Plan
-from ssl_ray.pretrain.stream import Feed, Stream, open_window, windows
+from ssl_ray.pretrain.samples import SampleTable
+from ssl_ray.pretrain.stream import Feed, Stream, open_segment, segments
 
 
 @pytest.fixture
@@ -18,38 +18,38 @@ def feed(tmp_path):
     for key, shape in zip(("aa1", "bb2", "cc3"), shapes, strict=True):
         store.path(key).mkdir(parents=True)
         np.save(store.path(key, "image.npy"), random.integers(0, 256, shape, dtype=np.uint8))
-    plan = Plan(7, np.array(shapes), (16, 16, 16), 2, 4, 10)
-    return Feed(plan, Store(tmp_path), ("aa1", "bb2", "cc3"), ("a", "b", "c"), "uint8", 255)
+    table = SampleTable(7, np.array(shapes), (16, 16, 16), 2, 4, 10)
+    return Feed(table, Store(tmp_path), ("aa1", "bb2", "cc3"), ("a", "b", "c"), "uint8", 255)
 
 
 def streams(feed, world, start=0, block_bytes=3 * 4 * 16**3, held=0.0):
     import ray
 
     reference = ray.put(feed)
-    schedule = windows(feed.plan, start, world, block_bytes, 1)
+    schedule = segments(feed.table, start, world, block_bytes, 1)
 
     def stream(rank):
-        return Stream(feed.plan, rank, schedule, lambda window: open_window(reference, window, rank, held))
+        return Stream(feed.table, rank, schedule, lambda segment: open_segment(reference, segment, rank, held))
 
     return [stream(rank) for rank in range(world)], schedule
 
 
 @pytest.mark.parametrize(("world", "held"), [(1, 0), (2, 0), (3, 0), (3, 2)])
 def test_every_rank_gets_its_samples_of_the_plan(ray_cluster, feed, world, held, monkeypatch):
-    """Over several windows the batches are those of the plan, patch by patch, and end with the plan.
+    """Over several windows the batches are those of the table, patch by patch, and end with the table.
 
     Three ranks share a batch of four unevenly; where training holds all CPUs, the patches are read all the same.
     """
     monkeypatch.setattr(streaming, "WINDOW_BLOCKS", 2)
     ranks, schedule = streams(feed, world, held=held)
     assert len(schedule) > 1
-    for step in range(feed.plan.steps):
+    for step in range(feed.table.steps):
         for rank, stream in enumerate(ranks):
             batch = next(stream)
             assert batch.step == step
-            assert batch.indices.tolist() == list(feed.plan.rank_samples(step, rank, world))
+            assert batch.indices.tolist() == list(feed.table.rank_samples(step, rank, world))
             for index, image in zip(batch.indices, batch.images, strict=True):
-                sample = feed.plan.sample(int(index))
+                sample = feed.table.sample(int(index))
                 volume = np.load(feed.store.path(feed.keys[sample.volume], "image.npy"))
                 np.testing.assert_array_equal(image, read_patch(volume, sample.origin, (16, 16, 16)))
     for stream in ranks:
@@ -63,7 +63,7 @@ def test_a_stream_from_the_middle_goes_on_where_another_stopped(ray_cluster, fee
     (rest,), _ = streams(feed, 1, start=6)
     everything = {batch.step: batch for batch in whole}
     resumed = {batch.step: batch for batch in rest}
-    assert sorted(resumed) == list(range(6, feed.plan.steps))
+    assert sorted(resumed) == list(range(6, feed.table.steps))
     for step, batch in resumed.items():
         np.testing.assert_array_equal(batch.images, everything[step].images)
         np.testing.assert_array_equal(batch.indices, everything[step].indices)
@@ -75,9 +75,9 @@ def test_blocks_are_not_cut_in_two(ray_cluster, feed, monkeypatch):
 
     monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", 4 * 16**3)
     ranks, _ = streams(feed, 2)
-    for step in range(feed.plan.steps):
+    for step in range(feed.table.steps):
         for rank, stream in enumerate(ranks):
-            assert next(stream).indices.tolist() == list(feed.plan.rank_samples(step, rank, 2))
+            assert next(stream).indices.tolist() == list(feed.table.rank_samples(step, rank, 2))
 
 
 def test_a_failing_read_reaches_the_training_thread(ray_cluster, feed):
@@ -91,4 +91,4 @@ def test_a_failing_read_reaches_the_training_thread(ray_cluster, feed):
 
 def test_a_finished_plan_gives_nothing(feed):
     """A run that resumes after its last step trains no further."""
-    assert list(Stream(feed.plan, 0, [], lambda window: [])) == []
+    assert list(Stream(feed.table, 0, [], lambda segment: [])) == []

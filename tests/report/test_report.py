@@ -49,7 +49,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_study(folder: Path, **grid: Any) -> Study:
     grid = {"splits": [6, 12], "lr": [1e-4, 3e-4], "seeds": [0]} | grid
-    preparation = {"spacing": 2, "window": [-175, 250]}
+    preparation = {"spacing": 2, "hu_window": [-175, 250]}
     tree = {
         "name": "fake",
         "output": str(folder / "output"),

@@ -118,7 +118,7 @@ def experiment(cohort, cache, tmp_path):
 
 
 def write(folder, cohort, cache, plan):
-    preparation = {"spacing": 9, "window": [-175, 250]}
+    preparation = {"spacing": 9, "hu_window": [-175, 250]}
     tree = {
         "name": "grid",
         "output": str(folder / "output"),

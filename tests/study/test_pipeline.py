@@ -15,7 +15,7 @@ from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
 
 pytestmark = pytest.mark.slow
 
-PREPARATION = {"spacing": 9, "window": [-175, 250]}
+PREPARATION = {"spacing": 9, "hu_window": [-175, 250]}
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def short_pauses(monkeypatch):
 
 
 def make_study(tmp_path, uri):
-    preparation = {"spacing": 2, "window": [0, 1]}
+    preparation = {"spacing": 2, "hu_window": [0, 1]}
     tree = {
         "name": tmp_path.name,
         "output": str(tmp_path / "output"),

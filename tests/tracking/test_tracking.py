@@ -24,7 +24,7 @@ def database(tmp_path_factory):
 def study(tmp_path, database):
     (tmp_path / "output").mkdir()
     shutil.copyfile(database, tmp_path / "output" / "mlflow.db")
-    preparation = {"spacing": 2, "window": [0, 1]}
+    preparation = {"spacing": 2, "hu_window": [0, 1]}
     tree = {
         "name": "tracked",
         "output": str(tmp_path / "output"),

@@ -13,8 +13,8 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from ssl_ray.networks.transfer import load_weights
-from ssl_ray.pretrain.learner import Learner
-from ssl_ray.pretrain.samples import Plan
+from ssl_ray.pretrain.learner import PretrainingLearner
+from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.training.nonfinite import Watch
 from ssl_ray.training.parallel import gathered
@@ -42,11 +42,11 @@ def batch(seed: int, size: int) -> Any:
     return np.random.default_rng(seed).integers(0, LEVELS + 1, (size,) + (SIDE,) * 3, dtype=np.uint8)
 
 
-def train(made: Learner, first: int, last: int, rank: int = 0, world: int = 1) -> list[tuple[float, float]]:
+def train(made: PretrainingLearner, first: int, last: int, rank: int = 0, world: int = 1) -> list[tuple[float, float]]:
     """Loss of the whole batch and gradient norm of the steps [first, last)."""
     size, found = made.config.batch_size, []
     for step in range(first, last):
-        mine = Plan(0, np.array([[32] * 3]), (SIDE,) * 3, 2, size, 1).rank_samples(step, rank, world)
+        mine = SampleTable(0, np.array([[32] * 3]), (SIDE,) * 3, 2, size, 1).rank_samples(step, rank, world)
         images = batch(step, size)[mine.start - step * size : mine.stop - step * size]
         loss, norm = made.step(images, np.arange(mine.start, mine.stop), world, 1e-3 / (1 + step))
         loss = loss * len(mine) / size
@@ -56,9 +56,9 @@ def train(made: Learner, first: int, last: int, rank: int = 0, world: int = 1) -
     return found
 
 
-def validating(made: Learner) -> Learner:
+def validating(made: PretrainingLearner) -> PretrainingLearner:
     """With three validation patches: the second of two ranks has one less."""
-    plan = Plan(0, np.array([[32] * 3] * 3), (SIDE,) * 3, 1, BATCH, 1)
+    plan = SampleTable(0, np.array([[32] * 3] * 3), (SIDE,) * 3, 1, BATCH, 1)
     made.job = replace(made.job, validation=Blobs(plan, Path(), ("a",) * 3, ("a",) * 3, "uint8", LEVELS))
     return made
 
