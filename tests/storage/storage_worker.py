@@ -10,7 +10,7 @@ from ssl_ray.data.store import Store, Volume, open_array
 from ssl_ray.storage.places import Place
 
 
-def put_and_die(store: Store, volume: Volume, prepared: Prepared, survive: int) -> None:
+def put_and_die(store: Store, volume: Volume, prepared: CanonicalVolume, survive: int) -> None:
     """Put a volume, and end as after SIGKILL when `survive` of its files are uploaded."""
     write, done = Place.write_bytes, iter(range(10))
 
