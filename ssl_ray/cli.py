@@ -10,12 +10,13 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ssl_ray.config.loading import load
 from ssl_ray.console import say, track
-from ssl_ray.networks.flops import DEVICES
+from ssl_ray.training.devices import DEVICES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +64,7 @@ def _run(options: Any) -> int:
 def _plan(options: Any) -> int:
     workers = [f"pretrain.workers={options.workers}"] if options.workers else []
     study = load(options.experiment, [*options.set, *workers])
-    from ssl_ray.estimate.study import make_plan
+    from ssl_ray.estimate.study import estimate_study
     from ssl_ray.estimate.text import render
     from ssl_ray.study import identity
     from ssl_ray.study.parts import folders_of
@@ -71,8 +72,8 @@ def _plan(options: Any) -> int:
     folders = folders_of(study)
     if folders.output.origin is None:
         identity.check_unchanged(study, folders)
-    plan = make_plan(study, folders, options.gpu, with_probe=options.probe)
-    say(json.dumps(plan.tree()) if options.json else render(plan))
+    tree = asdict(estimate_study(study, folders, options.gpu, with_probe=options.probe))
+    say(json.dumps(tree) if options.json else render(tree))
     return 0
 
 
