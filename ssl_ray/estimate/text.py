@@ -24,10 +24,12 @@ def _lines(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Names and values with the units that the names tell."""
     for key, value in figures.items():
         name = key.replace("_bytes", "").replace("_seconds", "").replace("_", " ").replace("flops", "FLOPs")
-        if isinstance(value, bool | dict | list | tuple) or not value:
+        if not value or key == "bad" or isinstance(value, dict):
             continue
-        if isinstance(value, str):
-            text = value
+        if isinstance(value, bool | str):
+            text = value if isinstance(value, str) else "yes"
+        elif key == "shape":
+            text = " x ".join(f"{side:.0f}" for side in value)
         elif "bytes" in key:
             text = size(value)
         elif "seconds" in key:

@@ -62,14 +62,14 @@ class Survey:
         stored_bytes: of all groups.
         missing_bytes: of all groups; None where one is not known.
         to_make: the volumes are those of a synthetic cohort that is not written yet.
-        looked_into_store: False for a store that is not on a disk here: all volumes count as missing.
+        remote_store: the store is not on a disk here and was not looked into: all volumes count as missing.
     """
 
     groups: dict[str, Group]
     stored_bytes: int
     missing_bytes: float | None
     to_make: bool
-    looked_into_store: bool
+    remote_store: bool
 
     def volumes(self, name: str) -> int:
         """How many the group of this name has; 0 where there is none."""
@@ -103,7 +103,7 @@ def survey(study: Study, folders: Folders) -> tuple[Survey, tuple[Volume, ...]]:
     missing = [group.missing_bytes for group in groups.values()]
     known = None if None in missing else sum(size for size in missing if size)
     size = sum(group.stored_bytes for group in groups.values())
-    return Survey(groups, size, known, made is not None, manifests is not None), readable
+    return Survey(groups, size, known, made is not None, manifests is None), readable
 
 
 def _sections(study: Study) -> dict[str, tuple[Sequence[Case], Preparation]]:
