@@ -20,8 +20,8 @@ from ssl_ray.storage.places import Place, default_scratch
 from ssl_ray.training.devices import DEVICES, Device
 
 _MFU = {8: 0.16, 64: 0.31, 128: 0.34}
-"""Share of an H100's bfloat16 peak that steps of ViT-B reached, by patches of 96³ a step; the documentation has the
-whole table. Measured with `compile: true` on one worker. No other GPU, no UNETR and no float32 was measured."""
+"""Share of an H100's bfloat16 peak that steps of ViT-B reached, by patches of 96³ a step: docs/performance.md.
+Measured with `compile: true` on one worker. No other GPU, no UNETR and no float32 was measured."""
 _PATCH_FLOPS = 119e9
 """FLOPs of training ViT-B on one such patch."""
 
@@ -76,6 +76,8 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
         for title, found in (("pretraining", trained), ("fine-tuning", tuned))
         if found
     ]
+    if trained and trained.read_seconds is None:
+        basis.append("pretraining: reading was not measured, as the store has none of the volumes here")
     if study.pretrains:
         pretraining = estimate_pretraining(study, volumes, cluster, trained)
         if device:

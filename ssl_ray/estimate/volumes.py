@@ -10,13 +10,13 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from ssl_ray.config.schema import PhantomCohort, Preparation, Study
 from ssl_ray.data.datalist import Case, check_held_out, read_labelled, read_unlabelled
 from ssl_ray.data.nifti import levels
-from ssl_ray.data.resample import canonical_grid
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.phantom.cohort import synthesize, validation_share
 from ssl_ray.storage.folders import Folders
@@ -142,8 +142,7 @@ def _group(
 ) -> Group:
     """A group of so many volumes; `images` has files that are not stored, with their image or what is wrong with it."""
     bad = tuple(f"{path}: {reason}" for path, reason in images.items() if isinstance(reason, str))
-    found = [canonical_grid(i.shape[:3], i.affine, preparation) for i in images.values() if not isinstance(i, str)]
-    grids = [grid.shape for grid in found if grid]  # none for a sheared scan
+    grids = [prepared_shape(i.shape, i.affine, preparation) for i in images.values() if not isinstance(i, str)]
     shapes = [*grids, *(volume.shape for volume in stored)]
     voxel, absent = (1 if levels(preparation.hu_window) == 255 else 2) + labelled, volumes - len(stored)
     mean = voxel * sum(map(math.prod, grids)) / len(grids) if grids else None
@@ -152,10 +151,23 @@ def _group(
         stored=len(stored),
         stored_bytes=sum(size for volume in stored for size, _ in volume.files.values()),
         missing_bytes=absent * mean if mean else None if absent else 0.0,
-        headers=len(found),
+        headers=len(grids),
         shape=tuple(np.mean(shapes, axis=0).tolist()) if shapes else None,
         bad=bad,
     )
+
+
+def prepared_shape(shape: Sequence[int], affine: npt.NDArray[np.float64], preparation: Preparation) -> tuple[int, ...]:
+    """The grid (X, Y, Z) of a volume after orientation and MONAI's `Spacing`, before the crop to the foreground.
+
+    Args:
+        shape: of the file, in voxels.
+        affine: (4, 4), from voxels to mm.
+        preparation: orientation and spacing of the new grid.
+    """
+    axes = np.argsort(nib.io_orientation(affine)[:, 0]) if preparation.orientation else [0, 1, 2]
+    between_centres = (np.array(shape[:3]) - 1) * nib.affines.voxel_sizes(affine)
+    return tuple(int(side) for side in np.round(between_centres[axes] / preparation.spacing + 1))
 
 
 def _load(path: Path) -> Any:

@@ -38,7 +38,7 @@ class PretrainingEstimate:
         flops: of all steps and validations.
         optimizer_bytes: Adam's two moments of the trained weights. With `shard`, workers divide weights and moments.
         object_store_bytes: of the blocks in flight. A worker holds one, the next is fetched and one is waiting; the
-            next stream segment opens before the last has ended.
+            next stream segment opens before the last has ended. No more than the whole run.
         exchanged_bytes_per_step: that each worker sends to others.
         step_seconds: without that exchange.
         patches_per_second: over all workers, at the speed of the bottleneck.
@@ -109,7 +109,8 @@ def estimate_pretraining(study: Study, volumes: Survey, cluster: Cluster, timing
         weights, moments = _bytes(build_autoencoder(study.network, config.patch_size))
     itemsize = 1 if levels(config.preparation.hu_window) == 255 else 2
     segment = segments(table, 0, world, config.block_megabytes * 2**20, itemsize)[0]
-    block = segment.block_steps * share * math.prod(config.patch_size) * itemsize
+    patch_bytes = math.prod(config.patch_size) * itemsize
+    in_flight = 2 * 3 * world * segment.block_steps * share * patch_bytes
 
     step = timing.step_seconds if timing else None
     rate, reading = config.batch_size / step if step else None, None
@@ -126,7 +127,7 @@ def estimate_pretraining(study: Study, volumes: Survey, cluster: Cluster, timing
         flops=trained + checked,
         weights_bytes=weights,
         optimizer_bytes=moments,
-        object_store_bytes=2 * 3 * world * block,
+        object_store_bytes=min(in_flight, table.steps * config.batch_size * patch_bytes),
         exchanged_bytes_per_step=_exchanged(config, share, moments // 2),
         step_seconds=step,
         patches_per_second=slowest,

@@ -1,7 +1,8 @@
 """Floating-point operations of the networks, counted by torch on tensors without content.
 
-The count is of the plain network's own matrix products and convolutions, a multiply-add as two operations. Fused
-attention and compiled graphs may recompute some; a utilisation (MFU) must not count that as useful.
+The count is of the plain network's own matrix products and convolutions, a multiply-add as two operations. A faster way
+to compute them would be counted wrongly: on a GPU, fused attention computes some of them twice, which is no work that a
+utilisation (MFU) may claim, and on a CPU torch does not see it at all.
 """
 
 from collections.abc import Callable

@@ -35,7 +35,7 @@ def store(monkeypatch, *answers):
             raise answer
         return dict(zip(("used", "capacity", "spilled"), answer, strict=True))
 
-    monkeypatch.setattr(system, "_stats", stats)
+    monkeypatch.setattr(system, "object_store_statistics", stats)
     return ObjectStore()
 
 
