@@ -82,7 +82,8 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
         pretraining = estimate_pretraining(study, volumes, cluster, trained)
         if device:
             pretraining, said = _on_device(pretraining, device, config.precision)
-            basis += [said, "fine-tuning: no hours, as UNETR was not measured on any GPU"]
+            basis.append(said)
+    basis += ["fine-tuning: no hours, as UNETR was not measured on any GPU"] if device else []
     grid = estimate_grid(study, volumes, cluster, tuned)
     parts = [part.total_seconds for part in (pretraining, grid) if part]
     total = None if None in parts else sum(seconds for seconds in parts if seconds)
@@ -124,12 +125,13 @@ def _on_device(work: PretrainingEstimate, device: Device, precision: str) -> tup
 
 
 def _warnings(study: Study, found: StudyEstimate) -> Iterator[str]:
-    """Headers that cannot be read, and what is too small for the study."""
+    """Headers that cannot be read, and what of the machine is too small or too slow."""
     config, trial, work, cluster = study.pretrain, study.finetune, found.pretraining, found.cluster
     cpus = math.inf if cluster.cpus is None else cluster.cpus
     for name, group in found.volumes.groups.items():
         if group.bad:
-            yield f"{name}: {len(group.bad)} of {group.headers} headers cannot be read, e.g. {group.bad[0]}"
+            read = group.headers + len(group.bad)
+            yield f"{name}: {len(group.bad)} of {read} headers cannot be read, e.g. {group.bad[0]}"
     if work:
         least = config.worker_range[0]
         if cpus < (needed := least * config.cpus_per_worker):

@@ -39,7 +39,7 @@ class Group:
         stored_bytes: that those take there, exactly.
         missing_bytes: that the others will take at most: image and label before the crop to the body, by the mean of
             the headers read. Not in it: 8 bytes for each labelled voxel. None where no header could be read.
-        headers: that were read, of volumes that are not stored.
+        headers: that could be read, of volumes that are not stored.
         shape: mean grid (X, Y, Z) in voxels of what is stored and of what the headers will become; None without any.
         bad: of the headers that could not be read, file and reason.
     """
