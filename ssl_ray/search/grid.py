@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import tune
 
-from ssl_ray.cluster.connect import check_finetuning
+from ssl_ray.cluster.resources import check_finetuning
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.console import Bar
 from ssl_ray.data.datalist import Splits
