@@ -50,8 +50,8 @@ def connect(settings: LocalCluster) -> None:
             }
         ray.init(runtime_env=runtime_env(), **options)
     if threading.current_thread() is threading.main_thread():
-        # `ray job stop` sends SIGTERM, which is to end the study as Ctrl-C does. Set after `ray.init`, because Ray's own
-        # handler aborts the process.
+        # `ray job stop` sends SIGTERM, which is to end the study as Ctrl-C does. This comes after `ray.init`, because
+        # Ray's own handler aborts the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

@@ -7,7 +7,7 @@ from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from ssl_ray.config.schema import VIT_PATCH, Finetune, Network, SegmentationLoss
-from ssl_ray.evaluate.metrics import predict
+from ssl_ray.evaluate.sliding_window import predict
 from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
 from ssl_ray.networks.unetr import build_unetr, use_fast_attention
 from ssl_ray.training.compile import compile_or_not
