@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from ssl_ray.config.schema import VIT_PATCH, Finetune, Network, SegmentationLoss
 from ssl_ray.evaluate.sliding_window import predict
-from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
-from ssl_ray.networks.unetr import build_unetr, use_fast_attention
+from ssl_ray.networks.faster import use_fast_attention
+from ssl_ray.networks.transfer import transfer
+from ssl_ray.networks.unetr import build_unetr
+from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.precision import autocast, resolve

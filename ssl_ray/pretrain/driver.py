@@ -21,7 +21,7 @@ from ssl_ray.cluster.resources import check_pretraining
 from ssl_ray.config.schema import Pretrain
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.networks.transfer import load_metadata
+from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.pretrain.job import Job, Recipe, work
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed

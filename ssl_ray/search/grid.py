@@ -15,7 +15,7 @@ from ssl_ray.data.datalist import Splits
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.finetune.job import TrialData, work
 from ssl_ray.finetune.trial_folder import TrialFolder
-from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
+from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.pretrain.driver import Pretrained
 from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
@@ -43,6 +43,7 @@ def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[st
     Raises:
         ValueError: when anything of the encoder does not match.
     """
+    from ssl_ray.networks.transfer import transfer
     from ssl_ray.networks.unetr import build_unetr
 
     unetr = build_unetr(network, config.patch_size, config.cohort.classes)

@@ -25,8 +25,8 @@ from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.trial import _Totals, _Trial, run_trial
 from ssl_ray.finetune.trial_folder import TrialFolder
 from ssl_ray.networks.flops import unetr_flops
-from ssl_ray.networks.transfer import describe, export
 from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.search.cells import Cell
 
 CPU = torch.device("cpu")
