@@ -1,4 +1,11 @@
-"""What one trial keeps on disk: checkpoints, its best weights so far, steps that were not finite, its result."""
+"""What one trial keeps on disk: checkpoints, its best weights so far, steps that were not finite, its result.
+
+checkpoint/<step>/             training states, the newest two
+best/<step>/                   weights that did best on validation so far, which the checkpoints refer to
+faults/step_<n>.safetensors    what reproduces a step that was not finite, and .json beside it
+unetr.safetensors              the result: the weights that did best on validation
+evaluation.json                and their scores, volume by volume
+"""
 
 import json
 import logging
@@ -30,24 +37,25 @@ class TrialFolder:
 
     @property
     def best(self) -> Path:
-        """Best weights on validation, by the step they are of, as the checkpoints refer to them."""
+        """The best weights on validation, by the step that they are of; a checkpoint refers to that step."""
         return self.path / "best"
 
     def save(self, state: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
-        """Write a checkpoint; the best weights only where they changed since the one before.
+        """Write a checkpoint, and the best weights if they changed since the last one.
 
         Args:
             state: with `step` and `best_step`.
             best: weights of `best_step`.
         """
         if self._best_saved != state["best_step"]:
-            # One more than checkpoints are kept: a fault between these two lines must not cost the oldest its weights.
+            # Three, one more than there are checkpoints: a fault after this line must not leave the older checkpoint
+            # without its weights.
             save_latest(self.best, {"step": state["best_step"], "key": self.key, "weights": dict(best)}, 3, self.mirror)
             self._best_saved = state["best_step"]
         save_latest(self.checkpoints, {**state, "key": self.key}, mirror=self.mirror)
 
     def load(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """The newest checkpoint of this key that is whole and whose best weights are, with these; or None."""
+        """The newest checkpoint of this key that is whole together with its best weights; None if there is none."""
         log, known = logging.getLogger(__name__), self.mirror.names(self.checkpoints)
         while (state := load_latest(self.checkpoints, self.key, self.mirror)) is not None:
             try:
@@ -66,7 +74,7 @@ class TrialFolder:
         return None
 
     def keep_fault(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path | None:
-        """Write what reproduces a step: `faults/step_<n>.safetensors` and `.json`; None for all but the first three."""
+        """Write what reproduces a step, and return the file; None if three steps were written already."""
         path = self.path / "faults" / f"step_{step:07d}.safetensors"
         return path if nonfinite.keep(path, "step_*.json", tensors, facts) else None
 
@@ -77,8 +85,13 @@ class TrialFolder:
         for name in ("unetr.safetensors", "evaluation.json"):
             self.mirror.push(self.path / name)
 
+    def pull_evaluation(self) -> Path:
+        """The scores that the trial wrote, made on whatever machine, as a file on this one."""
+        self.mirror.pull(self.path / "evaluation.json")
+        return self.path / "evaluation.json"
+
     def clear(self) -> None:
-        """Delete what a trial that is done no longer needs."""
+        """Delete what a finished trial no longer needs."""
         for folder in (self.checkpoints, self.best):
             with suppress(OSError):
                 self.mirror.drop(folder)

@@ -20,6 +20,7 @@ from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import Report, write_report
 from ssl_ray.search.cells import BAD_VOLUMES
 from ssl_ray.search.grid import GridResult, check_transfer, finetune
+from ssl_ray.search.job import grid_job
 from ssl_ray.storage.places import Place
 from ssl_ray.study import identity
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
@@ -160,17 +161,9 @@ class Runner:
         pretrained = self.pretrained if "pretrained" in self.study.finetune.grid.init else None
         splits = self.cohorts.splits
         identity.record(self.study, self.folders, "finetune")
-        done = finetune(
-            self.study.finetune,
-            self.study.network,
-            splits,
-            prepared.labelled,
-            pretrained,
-            self.folders,
-            self.tracker,
-            run_params(self.study, "finetune"),
-            self.config_yaml,
-        )
+        study = self.study
+        job = grid_job(study.finetune, study.network, splits, prepared.labelled, pretrained, self.folders)
+        done = finetune(job, self.tracker, run_params(study, "finetune"), self.config_yaml)
         say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
         for name in done.failed:
             say(f"fine-tuning: cell {name} FAILED; its log is under {self.folders.study / 'ray'}")
