@@ -71,7 +71,7 @@ def in_network(kind: type[nn.Module], fault: Callable[[nn.Module, Tensor], Tenso
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor | None:
         return fault(module, arguments[0]) if isinstance(module, kind) else None
 
-    handle = register_module_forward_pre_hook(hook)
+    handle = register_module_forward_pre_hook(hook)  # type: ignore[arg-type]  # it may return an input
     try:
         yield
     finally:

@@ -107,7 +107,7 @@ def changed(study: Study, **settings: Any) -> Study:
 
 def history(*runs: Iterable[Record]) -> dict[tuple[int, bool], dict[str, float]]:
     """What a driver keeps of a trial that was started several times: of every step, what came first."""
-    kept = {}
+    kept: dict[tuple[int, bool], dict[str, float]] = {}
     for step, metrics in (record for run in runs for record in run):
         if "started_at" not in metrics:
             kept.setdefault((step, "selected/step" in metrics), metrics)
@@ -334,7 +334,7 @@ def poisoned(study: Study, data: TrialData, folder: Path, steps: list[int], **se
     trial = make(changed(study, **settings), data, folder)
     batch = trial.sampler.batch
 
-    def damaged(step):
+    def damaged(step: int) -> tuple[Tensor, Tensor]:
         images, labels = batch(step)
         if step in steps:
             images[0, 0, 3, 3, 3] = math.nan
@@ -426,9 +426,9 @@ def test_the_policy_says_when_a_trial_ends(
 def test_skipped_steps_in_a_row_are_counted_across_a_restart(study: Study, data: TrialData, tmp_path: Path) -> None:
     """Two before the checkpoint and one after it are three."""
     trial = poisoned(study, data, tmp_path, [2, 3, 4], max_skipped=2)
-    records = trial.train()
-    assert [next(records)[0] for _ in range(5)][-1] == 4
-    records.close()
+    for step, _ in trial.train():
+        if step == 4:
+            break
     with pytest.raises(FloatingPointError, match=r"^3 step"):
         list(poisoned(study, data, tmp_path, [2, 3, 4], max_skipped=2).train())
 
@@ -480,7 +480,7 @@ def test_the_best_checkpoint_on_validation_is_scored(
     assert tree["step"] == 8
     scored = [CaseScores.from_json(case) for case in tree["test"]]
     assert [case.case for case in scored] == ["case3"]
-    expected = np.mean([score for score in scored[0].original_dice if score is not None])
+    expected = np.mean([score for score in scored[0].original_dice or () if score is not None])
     assert metrics["selected/test/original_dice_foreground"] == pytest.approx(expected)
 
 
@@ -514,7 +514,7 @@ def test_a_volume_that_cannot_be_scored_ends_the_trial(
     trial.best_weights = trial.learner.network.state_dict()
     threads = threading.active_count()
 
-    def vanished(path):
+    def vanished(path: Path) -> None:
         raise ValueError(f"{path}: cannot read: gone")
 
     monkeypatch.setattr("ssl_ray.finetune.trial.read_label", vanished)
@@ -526,7 +526,8 @@ def test_a_volume_that_cannot_be_scored_ends_the_trial(
 
 def test_records_tell_what_a_trial_uses(study: Study, data: TrialData, tmp_path: Path) -> None:
     """Rate, wait, memory and arithmetic of its steps, under the names that a pretraining has too."""
-    clock = {name: [] for name in ("seconds_per_step", "system/patches_per_second", "system/data_wait_percentage")}
+    names = ("seconds_per_step", "system/patches_per_second", "system/data_wait_percentage")
+    clock: dict[str, list[float]] = {name: [] for name in names}
     for step, metrics in make(study, data, tmp_path).train():
         system = {name for name in metrics if name.startswith("system/")}
         assert len(system) == (4 if step else 0)
