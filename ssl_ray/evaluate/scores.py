@@ -41,8 +41,8 @@ class CaseScores:
     original_surface_dice: Scores | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and None, one entry of `evaluation.json`."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """One entry of `evaluation.json`."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "CaseScores":

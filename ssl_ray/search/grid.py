@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import tune
 
-from ssl_ray.cluster.resources import check_finetuning
+from ssl_ray.cluster.resources import check_resources
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.console import Bar
 from ssl_ray.networks.weight_files import load_metadata, load_weights
@@ -66,7 +66,8 @@ def finetune(job: GridJob, tracker: Tracker, params: Mapping[str, str], config_y
                 grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
                 grid_run.metrics({"transferred_share": report["share"]}, 0)
             if pending:
-                check_finetuning(job.config)
+                needed = job.config.cpus_per_trial, job.config.gpus_per_trial
+                check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
                 _tune(job, pending, runs)
         except BaseException as error:
             runs.abandon()
