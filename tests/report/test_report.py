@@ -22,9 +22,11 @@ from ssl_ray.config.schema import Study
 from ssl_ray.evaluate.scores import CaseScores, aggregate
 from ssl_ray.finetune.job import Cell
 from ssl_ray.pretrain.picture import draw_restoration
-from ssl_ray.report.results import FOREGROUND, HD95, Results, read_results
+from ssl_ray.report.answers import answer, notes
+from ssl_ray.report.measures import FOREGROUND, HD95
+from ssl_ray.report.results import Results, read_results
 from ssl_ray.report.statistics import difference, interval
-from ssl_ray.report.tables import answer, honest_table, notes, organ_table, published_table
+from ssl_ray.report.tables import honest_table, organ_table, published_table
 from ssl_ray.report.write import write_report
 from ssl_ray.search.callbacks import FAILURE
 from ssl_ray.search.grid import cells
@@ -245,7 +247,7 @@ def test_holes_are_named_where_the_number_would_stand(tmp_path: Path, going_on: 
     page = report.markdown.read_text()
     assert "**3 of 6 cells have no result**" in page
     assert "**failed**" in page
-    assert f"`{failed.name}` failed: OSError: http://server is <gone>" in page
+    assert f"`{failed.name}` failed: OSError: http://server is \\<gone>" in page
     assert "failed: OSError: http://server is &lt;gone&gt;" in report.html.read_text()
 
 
@@ -347,7 +349,7 @@ def test_organs_have_the_volumes_that_hold_them(tmp_path: Path) -> None:
     table = organ_table(read(study, record(study, outcomes, tmp_path)), 6)
     assert table.rows[0] == ["liver (right|left)", "2", "0.500", "0.500", "+0.000", "6.0", "6.0", "+0.0"]
     assert table.rows[1][:3] == ["spleen", "1", "0.800"]
-    cells_of_row = re.split(r"(?<!\\)\|", table.markdown().splitlines()[2])
+    cells_of_row = re.split(r"(?<!\\)\|", str(table).splitlines()[2])
     assert len(cells_of_row) == len(table.header) + 2
 
 
@@ -433,7 +435,7 @@ def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> N
         assert "conv3d_transpose.bias" in text
         assert f"mlflow ui --backend-store-uri {study.tracking_uri}" in text
         assert "secret" not in text
-    config = re.search(r"Experiment \(resolved\)</summary>\n\n```\n(.*?)```", report.markdown.read_text(), re.DOTALL)
+    config = re.search(r"### Experiment \(resolved\)\n\n```\n(.*?)```", report.markdown.read_text(), re.DOTALL)
     assert config is not None
     assert yaml.safe_load(config[1])["name"] == "fake"
 
