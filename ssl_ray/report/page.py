@@ -27,7 +27,8 @@ _MARKDOWN = MarkdownIt("zero", {"html": False}).enable(
 
 def literal(text: str) -> str:
     """Markdown that shows a text from outside, such as an organ's name or an error, as it is, on one line."""
-    return re.sub(r"([\\`*\[<]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+    # An underscore between letters, as in kidney_left, means nothing to Markdown and stays readable.
+    return re.sub(r"([\\`*\[<]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
 
 
 def to_html(text: str, folder: Path, title: str) -> str:

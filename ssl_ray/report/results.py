@@ -13,11 +13,9 @@ from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
-from ssl_ray.finetune.job import Cell
 from ssl_ray.report.measures import Measure
 from ssl_ray.report.statistics import Difference, difference
-from ssl_ray.search.callbacks import FAILURE
-from ssl_ray.search.grid import CELLS, cells
+from ssl_ray.search.cells import CELLS, FAILURE, Cell, cells
 from ssl_ray.tracking.tracker import KEY, PRETRAINING_RUN, Tracker
 
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"
@@ -198,7 +196,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     grids = tracker.runs(kind="grid")
     if not grids:
         raise UserError(
-            f"{tracker.uri}: experiment {study.experiment!r} has no fine-tuning grid yet; run the study first"
+            f"{tracker.uri}: experiment {tracker.experiment!r} has no fine-tuning grid yet; run the study first"
         )
     # A grid that is taken up again keeps its start, so that the newest is the one that was touched last.
     grids.sort(key=lambda run: max(run.info.start_time, run.info.end_time or 0), reverse=True)
@@ -210,7 +208,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     newest: dict[str, MlflowRun] = {}
     for run in tracker.runs(kind="trial"):
         newest.setdefault(run.data.tags[KEY], run)
-    named = {cell: keys.get(cell.name, "") for cell in cells(study)}
+    named = {cell: keys.get(cell.name, "") for cell in cells(study.finetune)}
     read = [_trial(tracker, cell, newest.get(key)) for cell, key in named.items()]
     trials = tuple(trial for trial, _ in read)
     lineage = dict.fromkeys(trial.pretraining_run for trial in trials if trial.pretraining_run)

@@ -26,18 +26,22 @@ class Report:
     figures: tuple[Path, ...]
 
 
-def write_report(study: Study, folder: Path) -> Report:
+def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     """Write `report.md`, `report.html` and `figures/*.png`, and log them as artifacts of the grid's MLflow run.
 
     A cell that is missing or failed is named where its number would stand. Nothing is read but MLflow.
 
+    Args:
+        study: the experiment, whose grid gives the cells to look for.
+        tracker: the MLflow experiment to read and to attach the report to.
+        folder: to write into; made where it is not there yet.
+
     Raises:
         UserError: when MLflow has no experiment or no grid of this study.
     """
-    tracker = Tracker(study, create=False)
     results = read_results(study, tracker)
     figures = draw_figures(results, folder / "figures")
-    text = _compose(results, tracker.uri, figures)
+    text = _compose(results, tracker, figures)
     markdown, html = folder / "report.md", folder / "report.html"
     markdown.write_text(text, encoding="utf-8")
     html.write_text(to_html(text, folder, f"{study.name}: does pretraining help?"), encoding="utf-8")
@@ -46,7 +50,7 @@ def write_report(study: Study, folder: Path) -> Report:
     return Report(_terminal(results), markdown, html, figures)
 
 
-def _compose(results: Results, uri: str, figures: tuple[Path, ...]) -> str:
+def _compose(results: Results, tracker: Tracker, figures: tuple[Path, ...]) -> str:
     """The whole report as Markdown."""
     return TEMPLATES.get_template("report.md.j2").render(
         study=results.study,
@@ -60,7 +64,7 @@ def _compose(results: Results, uri: str, figures: tuple[Path, ...]) -> str:
         cells=cell_table(results),
         figures={path.stem for path in figures},
         transfer_json=json.dumps(results.transfer, indent=1),
-        tracking_uri=uri,
+        tracker=tracker,
         **{function.__name__: function for function in (count_of, day, literal, no_password, restoration)},
     )
 
