@@ -268,7 +268,7 @@ def breakdown(bench: Bench) -> None:
             there = corruption.upload(drawn, bench.device)
             view = corruption.corrupt(clean, drawn)
             painted = view.squeeze(1).clone()
-            tokens = torch.randn(batch, (side[0] // 16) ** 3, made.job.study.network.hidden_size, device=bench.device)
+            tokens = torch.randn(batch, (side[0] // 16) ** 3, made.job.recipe.network.hidden_size, device=bench.device)
 
             def forward(x: Tensor = view) -> Tensor:
                 with autocast(bench.device, made.dtype):
