@@ -65,7 +65,7 @@ def _label_efficiency(results: Results) -> Figure | None:
 
 
 def _draw_dice(axis: Any, results: Results, width: int) -> None:
-    """Means with intervals over volumes; where there are several seeds, each of them beside as a dot."""
+    """Means with intervals over volumes; beside a mean over several seeds, a dot for each seed."""
     metric = results.metric(FOREGROUND.name)
     for shift, init in zip((-0.012, 0.012), results.inits, strict=False):
         drawn = [arm for split in results.splits if (arm := results.arm(split, init)).seeds(metric)]

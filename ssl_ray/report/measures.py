@@ -16,16 +16,16 @@ class Measure:
     """A mean over volumes of the mean over the classes that a volume has; `ssl_ray.evaluate.scores` defines each."""
 
     name: str
-    """Of the mean over volumes, as MLflow has it."""
+    """MLflow's name of the mean over volumes."""
     field: str
-    """Of `CaseScores`: the scores of one volume, a class each. The metrics of single organs begin with it."""
+    """The field of `CaseScores` with one volume's scores, one a class; names of metrics of one organ begin with it."""
     factor: float = 1.0
-    """From the number in MLflow to the printed one."""
+    """What the number in MLflow is multiplied by for print."""
     digits: int = 3
-    """Behind the printed number's point."""
+    """Digits after the printed number's decimal point."""
 
     def of(self, case: CaseScores) -> float:
-        """Score of one volume; nan where it has no such class."""
+        """Score of one volume; nan where it has none of the classes, or was not scored on this grid."""
         known = [score for score in getattr(case, self.field) or () if score is not None]
         return sum(known) / len(known) if known else float("nan")
 

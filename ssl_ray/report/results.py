@@ -4,10 +4,9 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from mlflow.entities import Run as MlflowRun
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
@@ -18,8 +17,11 @@ from ssl_ray.report.statistics import Difference, difference
 from ssl_ray.search.cells import CELLS, FAILURE, Cell, cells
 from ssl_ray.tracking.tracker import KEY, PRETRAINING_RUN, Tracker
 
+if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
+
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"
-"""The metric that selects a trial's checkpoint (`ssl_ray.finetune.trial`) and here its learning rate."""
+"""The metric by which a trial selects its checkpoint (`ssl_ray.finetune.trial`), and the report a learning rate."""
 
 Part = Literal["validation", "test"]
 Status = Literal["finished", "failed", "unfinished", "missing"]
@@ -88,7 +90,7 @@ class Arm:
 class PretrainingRun:
     """One pretraining run, as far as the report shows it."""
 
-    run: MlflowRun
+    run: "MlflowRun"
     loss: Mapping[int, float]
     validation_loss: Mapping[int, float]
     identity_loss: Mapping[int, float]
@@ -96,7 +98,7 @@ class PretrainingRun:
     picture: bytes | None
     """PNG of the last restoration."""
     suffix: str
-    """With which the names of this run's figures end: none, `_2`, `_3`, ... for the first, second, third run."""
+    """End of the names of this run's figures: empty for the first run, then `_2`, `_3`, ..."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Results:
     """Everything that the report is made of."""
 
     study: Study
-    grid: MlflowRun
+    grid: "MlflowRun"
     trials: tuple[Trial, ...]
     """One for every cell of the study's grid, in the grid's order."""
     as_given: bool
@@ -227,7 +229,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     )
 
 
-def _trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> tuple[Trial, tuple[str, ...]]:
+def _trial(tracker: Tracker, cell: Cell, run: "MlflowRun | None") -> tuple[Trial, tuple[str, ...]]:
     """The trial, and the organs that it names."""
     if run is None:
         return Trial(cell, "missing"), ()

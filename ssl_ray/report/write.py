@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from ssl_ray.config.schema import Study
 from ssl_ray.report.answers import answer, count_of, notes, restoration
@@ -41,44 +42,33 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     """
     results = read_results(study, tracker)
     figures = draw_figures(results, folder / "figures")
-    text = _compose(results, tracker, figures)
+    values = _values(results, tracker, figures)
+    text = TEMPLATES.get_template("report.md.j2").render(values)
     markdown, html = folder / "report.md", folder / "report.html"
     markdown.write_text(text, encoding="utf-8")
     html.write_text(to_html(text, folder, f"{study.name}: does pretraining help?"), encoding="utf-8")
     for path in (markdown, html, *figures):
         tracker.attach(results.grid.info.run_id, path, "report/figures" if path in figures else "report")
-    return Report(_terminal(results), markdown, html, figures)
+    table = TEMPLATES.get_template("terminal.md.j2").render(values)
+    return Report(table.rstrip(), markdown, html, figures)
 
 
-def _compose(results: Results, tracker: Tracker, figures: tuple[Path, ...]) -> str:
-    """The whole report as Markdown."""
-    return TEMPLATES.get_template("report.md.j2").render(
-        study=results.study,
-        results=results,
-        answers=[answer(results, split) for split in results.splits],
-        notes=notes(results),
-        honest=honest_table(results),
-        published=published_table(results),
-        running=running_table(results),
-        organs={split: organ_table(results, split) for split in results.splits},
-        cells=cell_table(results),
-        figures={path.stem for path in figures},
-        transfer_json=json.dumps(results.transfer, indent=1),
-        tracker=tracker,
-        **{function.__name__: function for function in (count_of, day, literal, no_password, restoration)},
-    )
-
-
-def _terminal(results: Results) -> str:
-    """The part of the report that is printed."""
-    blocks = (
-        "\n".join(f"- {answer(results, split).replace('**', '')}" for split in results.splits),
-        f"Organs only, original grid, {results.count(results.part)} {results.part} volumes:",
-        honest_table(results),
-        "Published definition (with background, resampled grid), in percent:",
-        published_table(results),
-    )
-    return "\n\n".join(map(str, blocks))
+def _values(results: Results, tracker: Tracker, figures: tuple[Path, ...]) -> dict[str, Any]:
+    """What the templates are filled with."""
+    return {
+        "study": results.study,
+        "tracker": tracker,
+        "results": results,
+        "answers": [answer(results, split) for split in results.splits],
+        "notes": list(notes(results)),
+        "honest": honest_table(results),
+        "published": published_table(results),
+        "running": running_table(results),
+        "organs": {split: organ_table(results, split) for split in results.splits},
+        "cells": cell_table(results),
+        "figures": {path.stem for path in figures},
+        "transfer_json": json.dumps(results.transfer, indent=1),
+    } | {function.__name__: function for function in (count_of, day, literal, no_password, restoration)}
 
 
 def day(milliseconds: int | None) -> str:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 from scipy import stats
+from studies import small_study
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
@@ -40,8 +41,7 @@ ORGANS = ("liver", "spleen")
 @pytest.fixture(autouse=True)
 def _database(tmp_path: Path, empty_database: Path) -> None:
     """MLflow takes seconds to create its tables: once is enough."""
-    (tmp_path / "output").mkdir()
-    shutil.copy(empty_database, tmp_path / "output" / "mlflow.db")
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +53,8 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_study(folder: Path, **grid: Any) -> Study:
     grid = {"splits": [6, 12], "lr": [1e-4, 3e-4], "seeds": [0]} | grid
-    preparation = {"spacing": 2, "hu_window": [-175, 250]}
-    tree = {
-        "name": "fake",
-        "output": str(folder / "output"),
-        "pretrain": {"sources": [{"root": "ct", "datalist": "unlabelled.json"}], "preparation": preparation},
-        "finetune": {
-            "cohort": {"root": "ct", "classes": 3, "splits": {6: "6.json", 12: "12.json", 24: "24.json"}},
-            "preparation": preparation,
-            "steps": 400,
-            "grid": grid,
-        },
-    }
-    return Study.model_validate(tree)
+    cohort = {"classes": 3, "splits": {size: f"{size}.json" for size in (6, 12, 24)}}
+    return small_study(folder, name="fake", finetune={"cohort": cohort, "steps": 400, "grid": grid})
 
 
 def case(name: str, dice: Sequence[float | None], background: float = 0.99, hd95: float = 5.0) -> CaseScores:
@@ -363,11 +352,28 @@ def test_organs_have_the_volumes_that_hold_them(tmp_path: Path) -> None:
     assert len(cells_of_row) == len(table.header) + 2
 
 
-def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
+@dataclass
+class Written:
+    """A study of two splits and two learning rates, its MLflow experiment and its report."""
+
+    study: Study
+    tracker: Tracker
+    report: Report
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Written:
+    """Shared by the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("written")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    study = make_study(folder)
+    tracker = record(study, constant(study, 0.5, 0.6), folder)
+    return Written(study, tracker, report_on(study, folder / "report"))
+
+
+def test_the_page_needs_nothing_beside_it(written: Written) -> None:
     """HTML: well-formed, pictures inside, no script, no reference to anything outside. Markdown: relative links."""
-    study = make_study(tmp_path)
-    record(study, constant(study, 0.5, 0.6), tmp_path)
-    report = report_on(study, tmp_path / "report")
+    report = written.report
     page = Page(report.html.read_text())
     assert not page.open
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -375,17 +381,15 @@ def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     names = [path.stem for path in report.figures]
     assert names == ["label_efficiency", "organs", "finetuning", "pretraining", "restored"]
-    assert len(page.references) == len(names)
+    assert len(page.references) == page.tags.count("figcaption") == len(names)
     links = re.findall(r"!\[.*?\]\((.*?)\)", report.markdown.read_text())
     assert {report.markdown.parent / link for link in links} == set(report.figures)
     assert all(path.is_file() for path in report.figures)
 
 
-def test_listings_are_folded_away_and_groups_of_rows_set_apart(tmp_path: Path) -> None:
+def test_listings_are_folded_away_and_groups_of_rows_set_apart(written: Written) -> None:
     """Each listing lies in a `details` under its heading; a line begins each measure of the honest table."""
-    study = make_study(tmp_path, lr=[1e-4])
-    record(study, constant(study, 0.5, 0.6), tmp_path)
-    html = report_on(study, tmp_path / "report").html.read_text()
+    html = written.report.html.read_text()
     folded = re.findall(r"<details>\s*<summary>(.*?)</summary>\s*<pre>", html)
     assert folded == ["Weight transfer", "Experiment (resolved)", "Run ids of the cells"]
     assert html.count("<pre>") == len(folded)
@@ -410,21 +414,17 @@ def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
         assert text in page.text
 
 
-def test_writing_it_again_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_writing_it_again_gives_the_same_bytes(written: Written, tmp_path: Path) -> None:
     """Bootstrap, figures and text depend on MLflow's content alone."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
-    record(study, constant(study, 0.5, 0.6), tmp_path)
-    first, second = (report_on(study, tmp_path / name) for name in ("one", "two"))
+    first, second = written.report, report_on(written.study, tmp_path / "report")
     assert first.table == second.table
     assert first.markdown.read_bytes() == second.markdown.read_bytes()
     assert first.html.read_bytes() == second.html.read_bytes()
 
 
-def test_the_grid_run_keeps_the_report(tmp_path: Path) -> None:
+def test_the_grid_run_keeps_the_report(written: Written) -> None:
     """Page, Markdown and the figures it refers to are its artifacts; the run stays as it ended."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
-    tracker = record(study, constant(study, 0.5, 0.6), tmp_path)
-    report = report_on(study, tmp_path / "report")
+    tracker, report = written.tracker, written.report
     (grid,) = tracker.runs(kind="grid")
     assert tracker.files(grid.info.run_id, "report") == ["report/report.html", "report/report.md"]
     assert tracker.read(grid.info.run_id, "report/report.html") == report.html.read_bytes()
