@@ -74,7 +74,7 @@ class TrialFolder:
         return None
 
     def keep_fault(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path | None:
-        """Write what reproduces a step, and return the file; None if three steps were written already."""
+        """Write what reproduces a step: `faults/step_<n>.safetensors` and `.json`; None for all but the first three."""
         path = self.path / "faults" / f"step_{step:07d}.safetensors"
         return path if nonfinite.keep(path, "step_*.json", tensors, facts) else None
 
