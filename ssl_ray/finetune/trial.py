@@ -50,24 +50,17 @@ class Trial:
         self.records: tuple[list[Record], list[Record]] = [], []  # before and since the newest checkpoint
         self.saved = time.monotonic()
 
-    def run(self) -> Iterator[Record]:
-        """Train, then evaluate, and yield `(step, metrics)` on the way.
+    def train(self) -> Iterator[Record]:
+        """Take every optimizer step that is left, and yield `(step, metrics)` on the way.
 
         First comes `started_at`, the step that the trial goes on from, and then once more the records that a driver
-        which was cut off with the trial may not have got. While training: `loss`, `lr`, `seconds_per_step`,
+        which was cut off with the trial may not have got. After that `loss`, `lr`, `seconds_per_step`,
         `validation/<metric>`, `system/<metric>`, and `skipped_steps`, the number of steps whose loss or gradient was
-        not finite, where there are any. At the end, for the checkpoint with the best foreground Dice on validation,
-        `selected/validation/<metric>` and, where the cohort has a test split, `selected/test/<metric>`; the folder
-        then holds `unetr.safetensors` and `evaluation.json`.
+        not finite, where there are any.
 
         Raises:
             FloatingPointError: when more steps in a row are not finite than `on_nonfinite` and `max_skipped` allow.
         """
-        yield from self.train()
-        yield self.config.steps, self.evaluate()
-
-    def train(self) -> Iterator[Record]:
-        """Every optimizer step that is left, with its validations and checkpoints."""
         config, start = self.config, self._restore()
         yield start, {"started_at": float(start)}
         yield from self.records[0]
@@ -101,7 +94,12 @@ class Trial:
             yield record
 
     def evaluate(self) -> dict[str, float]:
-        """Score the best weights on validation and test, on both grids, and write them and all scores to the folder."""
+        """Score the weights that had the best foreground Dice on validation, after `train` is through.
+
+        Returns:
+            `selected/step`, `selected/validation/<metric>` and, where the cohort has a test split,
+            `selected/test/<metric>`. The folder then holds `unetr.safetensors` and `evaluation.json`.
+        """
         data = self.job.data
         self.learner.network.load_state_dict(self.best_weights)
         threads = max(0, int(self.config.cpus_per_trial) - 1)

@@ -100,8 +100,10 @@ def _tune(job: GridJob, pending: Sequence[Cell], runs: TrialCallback) -> None:
         torch.set_num_threads(max(1, int(config.cpus_per_trial)))
         device = torch.device("cuda" if config.gpus_per_trial else "cpu")
         try:
-            for step, metrics in Trial(job.trial(space["cell"]), device).run():
+            trial = Trial(job.trial(space["cell"]), device)
+            for step, metrics in trial.train():
                 tune.report({"step": step, "metrics": metrics})
+            tune.report({"step": config.steps, "metrics": trial.evaluate()})
         except FloatingPointError as error:  # reported, not raised: Tune would try the trial again, with the same end
             tune.report({"failure": str(error)})
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,8 +93,10 @@ def make(study: Study, data: TrialData, folder: Path, **options: Any) -> Trial:
 
 
 def start(study: Study, data: TrialData, folder: Path, **options: Any) -> Generator[Record, None, None]:
-    """The records of a trial, which can be closed like a process that is killed."""
-    return cast(Generator[Record, None, None], make(study, data, folder, **options).run())
+    """The records of a trial, which can be closed like a process that is killed; the last one is its evaluation."""
+    trial = make(study, data, folder, **options)
+    yield from trial.train()
+    yield study.finetune.steps, trial.evaluate()
 
 
 def reports(study: Study, data: TrialData, folder: Path, **options: Any) -> list[Record]:
