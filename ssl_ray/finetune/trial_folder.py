@@ -1,7 +1,7 @@
 """What one trial keeps on disk: checkpoints, its best weights so far, steps that were not finite, its result.
 
 checkpoint/<step>/             training states, the newest two
-best/<step>/                   weights that did best on validation so far, which the checkpoints refer to
+best/<step>/                   weights that did best on validation so far; a checkpoint names their step
 faults/step_<n>.safetensors    what reproduces a step that was not finite, and .json beside it
 unetr.safetensors              the result: the weights that did best on validation
 evaluation.json                and their scores, volume by volume
@@ -28,17 +28,8 @@ class TrialFolder:
 
     def __init__(self, path: Path, key: str, mirror: Mirror | None = None) -> None:
         self.path, self.key, self.mirror = path, key, mirror or Mirror(path)
+        self.checkpoints, self.best = path / "checkpoint", path / "best"
         self._best_saved: int | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """The newest two training states, by step."""
-        return self.path / "checkpoint"
-
-    @property
-    def best(self) -> Path:
-        """The best weights on validation, by the step that they are of; a checkpoint refers to that step."""
-        return self.path / "best"
 
     def save(self, state: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
         """Write a checkpoint, and the best weights if they changed since the last one.

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from monai.networks.nets import UNETR
@@ -29,8 +28,8 @@ _POSITIONS = "patch_embedding.position_embeddings"
 class Transfer:
     """What a transfer did to the ViT of a UNETR; keys as in `unetr.vit.state_dict()`."""
 
-    loaded: tuple[str, ...]
-    """Copied unchanged."""
+    loaded: int
+    """Number of parameters that were copied unchanged."""
     interpolated: tuple[str, ...]
     """Resampled to another grid of tokens: the position embeddings, or nothing."""
     missing: tuple[str, ...]
@@ -39,16 +38,6 @@ class Transfer:
     """Idle parameters that only the checkpoint has. The autoencoder's decoder is not counted."""
     share: float
     """Share of the ViT's numbers that came from the checkpoint; only missing idle parameters keep it below 1."""
-
-    def summary(self) -> dict[str, Any]:
-        """The report for a JSON artifact, which has the number of loaded keys instead of their names."""
-        return {
-            "share": self.share,
-            "loaded": len(self.loaded),
-            "interpolated": list(self.interpolated),
-            "missing": list(self.missing),
-            "unexpected": list(self.unexpected),
-        }
 
 
 def transfer(
@@ -104,7 +93,7 @@ def transfer(
         interpolated = (_POSITIONS,)
     unetr.vit.load_state_dict(values, strict=False)
     return Transfer(
-        loaded=tuple(key for key in values if key not in interpolated),
+        loaded=len(values) - len(interpolated),
         interpolated=interpolated,
         missing=tuple(missing),
         unexpected=tuple(unexpected),

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[st
     from ssl_ray.networks.unetr import build_unetr
 
     unetr = build_unetr(network, config.patch_size, config.cohort.classes)
-    return transfer(load_weights(weights), unetr, str(weights), load_metadata(weights)).summary()
+    return asdict(transfer(load_weights(weights), unetr, str(weights), load_metadata(weights)))
 
 
 def finetune(job: GridJob, tracker: Tracker, params: Mapping[str, str], config_yaml: str) -> GridResult:

@@ -132,9 +132,8 @@ def test_transferred_vit_gives_the_autoencoders_tokens(patch_size: tuple[int, in
     after = unetr.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items() if not key.startswith("vit."))
     assert report.share == 1
-    assert set(report.loaded) == set(unetr.vit.state_dict())
+    assert report.loaded == len(unetr.vit.state_dict())
     assert report.interpolated == report.missing == report.unexpected == ()
-    assert report.summary()["loaded"] == len(report.loaded)
 
 
 def as_written_by(version: str, state: State) -> State:
