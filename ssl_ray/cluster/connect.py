@@ -13,7 +13,7 @@ import ray
 
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
-from ssl_ray.storage.places import Place
+from ssl_ray.storage.places import is_uri
 from ssl_ray.training import malloc as memory
 
 _LEVELS = {
@@ -50,7 +50,7 @@ def connect(study: Study) -> None:
     if threading.current_thread() is threading.main_thread():
         # `ray job stop`, as Ctrl-C. After `ray.init`, whose own handler aborts the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and Place.parse(study.output).uri != study.output:
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (is_uri(study.output) or Path(study.output).is_absolute()):
         say(
             f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "
             "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"

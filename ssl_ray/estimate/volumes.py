@@ -206,7 +206,7 @@ def _stored(study: Study) -> dict[Any, Any] | None:
     anew, to the same size within what a plan is good for.
     """
     store = Store(study.cache_folder, study.scratch)
-    if store.origin is not None:
+    if store.mirror.origin is not None:
         return None
     found: dict[Any, Any] = {}
     until = time.monotonic() + _SECONDS

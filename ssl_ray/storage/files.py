@@ -2,7 +2,9 @@
 
 import errno
 import os
+import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -49,3 +51,20 @@ def read_file(path: Path, most: int | None = None) -> bytes:
     """The content of a regular file; arguments and errors as for `open_file`."""
     with open_file(path, most) as file:
         return file.read()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, in place of the one before, and wait until it is on the disk; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path) as part, part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_stale(folder: Path, pattern: str, seconds: float) -> None:
+    """Remove what killed processes left half written: folders that match and have not changed for so many seconds."""
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # the process is alive, and has just finished
+            if time.time() - path.stat().st_mtime > seconds:
+                shutil.rmtree(path, ignore_errors=True)
