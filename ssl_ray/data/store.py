@@ -12,7 +12,6 @@ no half volume. What was damaged since counts as absent and is prepared again. O
 fills a local mirror with the files that it opens, as patches are read from memory-mapped files.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -31,9 +30,9 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from ssl_ray.data.nifti import CanonicalVolume
-from ssl_ray.storage.files import remove_stale, write_file
+from ssl_ray.storage.files import MANIFEST, remove_stale, settle, write_file
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.storage.places import MANIFEST, Place
+from ssl_ray.storage.places import Place
 
 _STALE_SECONDS = 24 * 3600
 
@@ -164,10 +163,9 @@ class Store:
             files = {f"{name}.npy": _write_array(scratch / f"{name}.npy", array) for name, array in arrays.items()}
             volume = replace(volume, files=files)
             write_file(scratch / MANIFEST, volume.to_json().encode())
-            if self.mirror.origin is None:
-                self._settle(volume.key, scratch, [*files, MANIFEST])
-            elif self.get(volume.key, verify=True) is None:
-                self.mirror.kept(self.path(volume.key)).upload(scratch)
+            if self.get(volume.key, verify=True) is None:
+                home = self.mirror.kept(self.path(volume.key))
+                settle(scratch, home.local) if home.local else home.upload(scratch)
         except OSError as error:
             reason = f"{self.folder}: cannot write a volume: {error.strerror}" if error.strerror else str(error)
             raise OSError(reason) from error
@@ -191,18 +189,6 @@ class Store:
     def remove_stale(self) -> None:
         """Remove what runs that were killed a day or more ago had begun to write."""
         remove_stale(self.folder, "tmp-*", _STALE_SECONDS)
-
-    def _settle(self, key: str, scratch: Path, names: Sequence[str]) -> None:
-        target = self.path(key)
-        target.parent.mkdir(exist_ok=True)
-        try:
-            scratch.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            if self.get(key, verify=True) is None:
-                for name in names:  # one by one, so that no file is ever missing for those who read it now
-                    os.replace(scratch / name, target / name)
 
     def _touched(self, volume: Volume) -> bool:
         """Whether a file of a local store is younger than the manifest, which is written last."""
@@ -285,11 +271,7 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> tuple[int, str]:
     body = array.reshape(-1).view(np.uint8).data
     digest = hashlib.sha256(header.getvalue())
     digest.update(body)
-    with path.open("wb") as file:
-        file.write(header.getvalue())
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(path, header.getvalue(), body)
     return len(header.getvalue()) + len(body), digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from ssl_ray.data.datalist import Case, check_held_out, read_datalist, read_labe
 from ssl_ray.data.nifti import levels
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.phantom.cohort import validation_share
-from ssl_ray.storage.places import MANIFEST
+from ssl_ray.storage.files import MANIFEST
 
 _SAMPLE = 200
 """Headers read a group: the mean of CT grids is within a few percent, and a slow share is not asked 100,000 times."""

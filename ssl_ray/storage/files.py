@@ -11,6 +11,9 @@ from io import BufferedReader
 from pathlib import Path
 from uuid import uuid4
 
+MANIFEST = "manifest.json"
+"""Name of the file that is written last into a folder: a folder that should have one, and has not, is not complete."""
+
 
 def open_file(path: Path, most: int | None = None) -> BufferedReader:
     """Open a regular file for reading.
@@ -53,13 +56,34 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         return file.read()
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file, in place of the one before, and wait until it is on the disk; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing(path) as part, part.open("wb") as file:
-        file.write(content)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
+
+
+def settle(part: Path, folder: Path) -> None:
+    """Give a folder of files its name, by which it appears whole.
+
+    Where a folder of that name is there already, which must be damaged or equal, its files are replaced one by one, so
+    that none is ever missing for those who read it; a manifest comes last.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        for path in sorted(part.iterdir(), key=manifest_last):
+            os.replace(path, folder / path.name)
+
+
+def manifest_last(path: Path) -> tuple[bool, Path]:
+    """Key that sorts paths so that what others read first is written last."""
+    return path.name == MANIFEST, path
 
 
 def remove_stale(folder: Path, pattern: str, seconds: float) -> None:

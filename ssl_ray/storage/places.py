@@ -23,10 +23,7 @@ import pyarrow
 from pyarrow import fs
 
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import appearing, write_file
-
-MANIFEST = "manifest.json"
-"""File that is written last into a folder of several files: a folder without it is not complete."""
+from ssl_ray.storage.files import appearing, manifest_last, write_file
 
 QUICK, PATIENT = 3, 8
 """Attempts at a request: where nobody listens, 3 fail after about 2 s, 8 after half a minute to a minute."""
@@ -146,7 +143,7 @@ class Place:
         What has no manifest does not exist, so that a checkpoint or a volume appears whole here as well.
         """
         files = [path for path in (source, *source.rglob("*")) if path.is_file()]
-        for path in sorted(files, key=lambda path: (path.name == MANIFEST, path)):
+        for path in sorted(files, key=manifest_last):
             with pyarrow.memory_map(str(path)) as file:
                 (self / path.relative_to(source).as_posix()).write_bytes(file.read_buffer())
 
@@ -224,8 +221,9 @@ def _s3(store: str, attempts: int) -> Any:
     """The filesystem of a URI without path; `FileSystem.from_uri` would leave timeouts and retries to Arrow."""
     parts = urlsplit(store)
     query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    endpoint = query.get("endpoint_override") or _environment("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    region = query.get("region") or _environment("AWS_REGION", "AWS_DEFAULT_REGION")
+    known = os.environ.get
+    endpoint = query.get("endpoint_override") or known("AWS_ENDPOINT_URL_S3") or known("AWS_ENDPOINT_URL")
+    region = query.get("region") or known("AWS_REGION") or known("AWS_DEFAULT_REGION")
     if not region:
         with _naming(Place(parts.hostname or "", store)):
             region = "us-east-1" if endpoint else fs.resolve_s3_region(parts.hostname)
@@ -240,10 +238,6 @@ def _s3(store: str, attempts: int) -> Any:
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         allow_delayed_open=True,  # one request for a small file instead of three
     )
-
-
-def _environment(*names: str) -> str | None:
-    return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
 @contextmanager
