@@ -8,17 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from gpu_bench import Bench
 from gpu_pretrain import learner, rate, stepper, study
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.nifti import Prepared
+from ssl_ray.data.nifti import CanonicalVolume
 from ssl_ray.data.store import Store, Volume
-
-if TYPE_CHECKING:
-    from gpu import Bench
+from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
 
 
 def fill(store: Store, count: int, shape: tuple[int, int, int], first: int = 0) -> list[Volume]:
@@ -46,7 +45,7 @@ def fill(store: Store, count: int, shape: tuple[int, int, int], first: int = 0) 
             largest_label=0,
             files={},
         )
-        return store.put(volume, Prepared(image, None, 255, np.eye(4), volume.box, shape, np.eye(4)))
+        return store.put(volume, CanonicalVolume(image, None, 255, np.eye(4), volume.box, shape, np.eye(4)))
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(write, range(first, first + count)))
@@ -68,7 +67,7 @@ def limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def made(bench: "Bench", folder: Path, name: str, batch: int, epochs: int, **options: Any) -> Study:
+def made(bench: Bench, folder: Path, name: str, batch: int, epochs: int, **options: Any) -> Study:
     """A study of one case, on a cluster of this machine."""
     settings: dict[str, Any] = {
         "epochs": epochs,
@@ -118,13 +117,13 @@ class Memory:
     artifact = close = text
 
 
-def start_ray(bench: "Bench", config: Study) -> None:
+def start_ray(bench: Bench, config: Study) -> None:
     """As a study does; where Ray does not see the GPU that torch sees, it is told."""
     import ray
 
     from ssl_ray.cluster.connect import connect, runtime_env
 
-    connect(config)
+    connect(config.cluster)
     if bench.device.type == "cuda" and not ray.cluster_resources().get("GPU"):
         bench.put("feed", "ray_sees_the_gpu", value=False)
         ray.shutdown()
@@ -137,7 +136,7 @@ def start_ray(bench: "Bench", config: Study) -> None:
         )
 
 
-def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
+def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
     """What carries the patches, piece by piece: reading on one core, Ray Data, and pinned memory behind it."""
     import ray
 
@@ -208,14 +207,13 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
             bench.attempt("feed", name, call=call)
 
 
-def end_to_end(bench: "Bench") -> None:
+def end_to_end(bench: Bench) -> None:
     """Patches/s and the share of the time that waits for data, by batch, with Ray and MLflow as a study has them."""
     import ray
 
     from ssl_ray.cluster.connect import connect
     from ssl_ray.config.loading import dump
     from ssl_ray.pretrain.driver import pretrain
-    from ssl_ray.tracking.tracker import Tracker
 
     # Patches of a case: some 12 s of them.
     cases = {2: 160} if bench.quick else {64: 27_000, 8: 12_000, 128: 30_000, 256: 30_000}
@@ -232,11 +230,11 @@ def end_to_end(bench: "Bench") -> None:
             def run(batch: int = batch, patches: int = patches) -> None:
                 compiled = not bench.quick
                 it = made(bench, Path(folder), f"b{batch}", batch, patches // (2 * count), compile=compiled)
-                connect(it)  # is there already
+                connect(it.cluster)  # is there already
                 start = time.monotonic()
-                tracker: Any = bench.attempt("ray", "mlflow", call=lambda: Tracker(it)) or Memory()
+                tracker: Any = bench.attempt("ray", "mlflow", call=lambda: tracker_of(it)) or Memory()
                 with limit(min(110.0, max(20.0, bench.left))):
-                    done = pretrain(it, training, validation, tracker, dump(it))
+                    done = pretrain(recipe_of(it), training, validation, folders_of(it), tracker, {}, dump(it))
                 row: dict[str, Any] = {"seconds_all_told": time.monotonic() - start}
                 history = {
                     metric: list(tracker.history(str(done.run_id), metric).items())

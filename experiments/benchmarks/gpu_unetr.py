@@ -3,22 +3,20 @@
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from gpu_bench import Bench
 from gpu_pretrain import study
 from monai.networks.blocks.selfattention import SABlock
 
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.networks.unetr import use_patch_products
 
-if TYPE_CHECKING:
-    from gpu import Bench
-
 Build = Callable[[], Callable[[], Any]]
 
 
-def unetr(bench: "Bench") -> None:
+def unetr(bench: Bench) -> None:
     """Step and inference, each choice in turns against the step that a trial takes."""
     cuda = bench.device.type == "cuda"
     base = study(bench, Path(tempfile.gettempdir()), 8)
@@ -28,7 +26,7 @@ def unetr(bench: "Bench") -> None:
 
     def learner(**finetune: Any) -> SegmentationLearner:
         changed = base.model_copy(update={"finetune": recipe.model_copy(update=finetune)})
-        return SegmentationLearner(changed, bench.device, 1e-4, seed=0)
+        return SegmentationLearner(changed.finetune, changed.network, bench.device, 1e-4, seed=0)
 
     def step(change: Callable[[SegmentationLearner], Any] = lambda made: None, **finetune: Any) -> Build:
         def build() -> Callable[[], Any]:
