@@ -30,6 +30,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from ssl_ray.data.nifti import CanonicalVolume
+from ssl_ray.errors import UserError
 from ssl_ray.storage.files import MANIFEST, remove_stale, settle, write_file
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.places import Place
@@ -99,12 +100,12 @@ class Store:
 
     @cached_property
     def mirror(self) -> Mirror:
-        """The store in a folder, or its mirror on this machine."""
+        """Of the store in a folder, that folder; of a store in an object store, its copy on this machine."""
         return Mirror.of(self.place, self.scratch, "cache")
 
     @property
     def folder(self) -> Path:
-        """Where the arrays are read: the store itself, or its mirror on this machine."""
+        """Where this machine reads the arrays."""
         return self.mirror.folder
 
     def __str__(self) -> str:
@@ -134,7 +135,7 @@ class Store:
         if touched and any((home / name).sha256() != sha256 for name, (_, sha256) in volume.files.items()):
             return None
         if touched and home.local:
-            with suppress(OSError):  # of others, or read-only: then it is read each time
+            with suppress(OSError):  # a store that we may only read: its files are read each time
                 os.utime(self.path(key, MANIFEST))
         elif touched:
             self._verify_mirror(volume)
@@ -165,7 +166,10 @@ class Store:
             write_file(scratch / MANIFEST, volume.to_json().encode())
             if self.get(volume.key, verify=True) is None:
                 home = self.mirror.kept(self.path(volume.key))
-                settle(scratch, home.local) if home.local else home.upload(scratch)
+                if home.local:
+                    settle(scratch, home.local)
+                else:
+                    home.upload(scratch)
         except OSError as error:
             reason = f"{self.folder}: cannot write a volume: {error.strerror}" if error.strerror else str(error)
             raise OSError(reason) from error
@@ -194,15 +198,16 @@ class Store:
         """Whether a file of a local store is younger than the manifest, which is written last."""
         try:
             sealed, *others = (self.path(volume.key, name).stat().st_mtime_ns for name in (MANIFEST, *volume.files))
-        except FileNotFoundError:  # gone in this moment
+        except FileNotFoundError:  # another process has just removed it
             return True
         return max(others) > sealed
 
     def _verify_mirror(self, volume: Volume) -> None:
+        """Remove what the mirror has of a volume and should not have, so that it is downloaded again."""
         facts = {name: sha256 for name, (_, sha256) in volume.files.items()}
         for path in self.path(volume.key).glob("*"):
             if path.name not in facts or Place(str(path)).sha256() != facts[path.name]:
-                path.unlink()  # among them the manifest, whose digests may be those of a volume that was replaced
+                path.unlink()  # always the manifest: it may be that of a volume which was replaced
 
     def _mirrored(self, key: str) -> Volume:
         """The manifest of the mirror, downloaded where it is not there yet."""
@@ -228,13 +233,13 @@ def open_array(
 
     Raises:
         OSError: where the file cannot be had.
-        ValueError: where it is not a whole array.
+        UserError: where it is not a whole array.
     """
     path = (store if isinstance(store, Store) else Store(store)).fetch(key, f"{name}.npy")
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: damaged ({error}); preparing the cohort again mends it") from error
+        raise UserError(f"{path}: damaged ({error}); preparing the cohort again mends it") from error
     return array
 
 

@@ -1,4 +1,4 @@
-"""Files that others wrote, read with a bound and named on one line; and our own, which appear whole."""
+"""Reading files that others wrote, with a bound on their size; writing our own, so that each appears whole."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ def open_file(path: Path, most: int | None = None) -> BufferedReader:
 
     Args:
         path: a file, or a link to one.
-        most: bytes that it may have.
+        most: bytes that the file may have.
 
     Raises:
         OSError: also for a FIFO, on which reading would wait for ever, and for a device, which may have no end.
@@ -40,7 +40,7 @@ def open_file(path: Path, most: int | None = None) -> BufferedReader:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A name to write to that becomes `path` when all has been written, and vanishes on an error."""
+    """A path beside `path` to write a file to: it is renamed to `path` at the end, and removed on an error."""
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         yield part
@@ -66,10 +66,10 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def settle(part: Path, folder: Path) -> None:
-    """Give a folder of files its name, by which it appears whole.
+    """Rename the folder `part` to `folder`, so that all its files appear at once.
 
-    Where a folder of that name is there already, which must be damaged or equal, its files are replaced one by one, so
-    that none is ever missing for those who read it; a manifest comes last.
+    Where `folder` exists already, its files are replaced one by one, the manifest last: a process that reads them never
+    misses one. What was there must have been damaged, or equal to what comes.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -82,13 +82,13 @@ def settle(part: Path, folder: Path) -> None:
 
 
 def manifest_last(path: Path) -> tuple[bool, Path]:
-    """Key that sorts paths so that what others read first is written last."""
+    """Key for sorting the files of a folder in the order in which they are written."""
     return path.name == MANIFEST, path
 
 
 def remove_stale(folder: Path, pattern: str, seconds: float) -> None:
-    """Remove what killed processes left half written: folders that match and have not changed for so many seconds."""
+    """Remove folders that killed processes left half written: those that match, and are this many seconds old."""
     for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):  # the process is alive, and has just finished
+        with suppress(FileNotFoundError):  # its process lives, and has just renamed it
             if time.time() - path.stat().st_mtime > seconds:
                 shutil.rmtree(path, ignore_errors=True)

@@ -8,10 +8,10 @@ from ssl_ray.storage.places import Place, default_scratch
 
 @dataclass(frozen=True)
 class Mirror:
-    """Programs write to and read from `folder`, and say what is to be kept (`push`) or needed (`pull`).
+    """Programs write to and read from `folder`; they push what is to be kept, and pull what they need.
 
-    Without an origin the folder itself is what is kept, and nothing has to be done. All paths lie below `folder`; every
-    method raises `OSError`, in one line, when the object store cannot be reached.
+    Without an origin, the folder is itself where things are kept, and there is nothing to push or pull. All paths lie
+    below `folder`. Every method raises `OSError`, in one line, when the object store cannot be reached.
     """
 
     folder: Path
@@ -19,14 +19,14 @@ class Mirror:
 
     @classmethod
     def of(cls, text: str | Path, scratch: str | Path | None = None, kind: str = "output") -> "Mirror":
-        """The mirror of a path or URI; that of a URI lies in `<scratch>/<kind>`, on this machine's disk."""
+        """The mirror of a path or URI; the folder of a URI lies in `<scratch>/<kind>`, on this machine's disk."""
         place = Place.parse(text)
         if place.local:
             return cls(place.local)
         return cls(Path(scratch or default_scratch()) / kind / place.digest, place)
 
     def kept(self, path: Path) -> Place:
-        """Where a file or folder is kept: its place in the object store, or where it is."""
+        """Where a file or folder is kept: its place in the object store, or else its own path."""
         if self.origin is None:
             return Place(str(path))
         return self.origin / path.relative_to(self.folder).as_posix()
@@ -39,7 +39,7 @@ class Mirror:
     def pull(self, path: Path) -> bool:
         """Replace a local file or folder by its copy in the object store, one file at a time.
 
-        Several processes may do this at once. What the object store does not have is removed here too.
+        Several processes may do this at once. Files that the object store does not have are removed.
 
         Returns:
             Whether there is anything.
@@ -69,7 +69,7 @@ class Mirror:
         return found
 
     def names(self, path: Path) -> set[str]:
-        """What a folder holds, as far as it is kept."""
+        """Names of the files and folders that are kept in a folder."""
         return {name.partition("/")[0] for name in self.kept(path).list()}
 
     def has(self, path: Path) -> bool:

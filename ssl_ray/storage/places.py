@@ -172,7 +172,7 @@ class Place:
             try:
                 selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
                 found = self.filesystem.get_file_info(selector)
-            except NotADirectoryError:
+            except NotADirectoryError:  # a local file; an object store lists nothing below one
                 found = []
             found = found or [self.filesystem.get_file_info(self.path)]
         files = [info for info in found if info.type == fs.FileType.File]
@@ -193,7 +193,7 @@ class Place:
                 self.filesystem.delete_file(self.path)
 
     def move(self, target: "Place") -> None:
-        """Move to another place of the same kind; an object store copies every file, then removes the old ones."""
+        """Move to a place in the same filesystem; an object store copies every file, then removes the old ones."""
         with _naming(self, target):
             if self.local:
                 self.filesystem.move(self.path, target.path)
@@ -242,7 +242,7 @@ def _s3(store: str, attempts: int) -> Any:
 
 @contextmanager
 def _naming(*places: "Place | Path") -> Iterator[None]:
-    """Turn what a filesystem raises into one line that names the place."""
+    """Give what a filesystem raises a message of one line that names the places."""
     try:
         yield
     except OSError as error:

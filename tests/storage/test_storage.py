@@ -20,6 +20,7 @@ from ssl_ray.data.nifti import prepare, read_label, read_nifti
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume, open_array, read_patch
 from ssl_ray.storage import places as storage
+from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.places import Place
 
 NAMES = ("image", "label", "foreground")
@@ -160,6 +161,25 @@ def test_a_place_is_cheap_to_send_and_keeps_its_secrets(uri: str) -> None:
     assert len(pickle.dumps(place)) < 300
     assert str(place).startswith("s3://bucket-")
     assert str(place).endswith("/some/prefix")
+
+
+def test_a_uri_names_its_place(uri: str) -> None:
+    """A place goes through its URI and back, whatever characters are in a name; a file is listed as itself."""
+    place = Place.parse(uri) / "a folder/ä+b%20c #1?.bin"
+    assert Place.parse(place.uri) == place
+    assert Place.parse(f"{uri.partition('?')[0]}/?{uri.partition('?')[2]}") == Place.parse(uri)
+    place.write_bytes(b"content")
+    assert Place.parse(place.uri).list() == {".": 7}
+
+
+def test_local_copies_of_two_stores_lie_apart(tmp_path: Path) -> None:
+    """Another bucket, prefix or server has another folder; other credentials for the same have the same."""
+    uri = "s3://key:secret@bucket/prefix?endpoint_override=http://one"
+    others = [uri.replace(*change) for change in (("bucket", "basket"), ("prefix", "prefixes"), ("one", "two"))]
+    folders = {Mirror.of(text, tmp_path).folder for text in (uri, *others)}
+    assert len(folders) == 4
+    assert Mirror.of(uri.replace("key:secret@", ""), tmp_path).folder == Mirror.of(uri, tmp_path).folder
+    assert Store(uri, tmp_path).folder not in folders, "prepared volumes and output lie apart as well"
 
 
 @pytest.mark.parametrize(
