@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ssl_ray.config.schema import VIT_PATCH
 from ssl_ray.errors import UserError
 from ssl_ray.networks.unetr import IDLE
-from ssl_ray.storage.files import shown
+from ssl_ray.text import shown
 
 _DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
 """Prefixes of the autoencoder's own parameters, which a UNETR has no use for."""

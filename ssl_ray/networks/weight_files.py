@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ssl_ray.config.schema import Network
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import appearing, open_file, shown
+from ssl_ray.storage.files import appearing, open_file, write_file
+from ssl_ray.text import shown
 
 
 def describe(network: Network, patch_size: Sequence[int]) -> dict[str, str]:
@@ -46,8 +47,7 @@ def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mappin
     }
     with appearing(path.with_suffix(".pt")) as part, part.open("wb") as file:
         torch.save({"state_dict": state}, file)
-    with appearing(path) as part:
-        part.write_bytes(save(state, dict(metadata)))  # `save_file` would let only the owner read it
+    write_file(path, save(state, dict(metadata)))  # safetensors' `save_file` would let only the owner read it
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

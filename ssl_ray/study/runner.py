@@ -21,7 +21,7 @@ from ssl_ray.report.write import Report, write_report
 from ssl_ray.search.cells import BAD_VOLUMES
 from ssl_ray.search.grid import GridResult, check_transfer, finetune
 from ssl_ray.search.job import grid_job
-from ssl_ray.storage.places import Place
+from ssl_ray.storage.places import is_uri
 from ssl_ray.study import identity
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.tracking.tracker import Tracker
@@ -102,7 +102,9 @@ class Runner:
         store = Store(self.folders.cache, self.folders.scratch)
         cohorts = self.cohorts
         connect(study.cluster)
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and Place.parse(study.output).uri != study.output:
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (
+            is_uri(study.output) or Path(study.output).is_absolute()
+        ):
             say(
                 f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "
                 "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"
