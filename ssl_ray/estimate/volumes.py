@@ -19,8 +19,8 @@ from ssl_ray.data.datalist import Case, check_held_out, read_labelled, read_unla
 from ssl_ray.data.nifti import levels
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.phantom.cohort import synthesize, validation_share
+from ssl_ray.storage.files import MANIFEST
 from ssl_ray.storage.folders import Folders
-from ssl_ray.storage.places import MANIFEST
 
 _HEADERS = 200
 """Headers read a group: enough for the mean grid of CT to a few percent, and few for a slow share."""
@@ -187,7 +187,7 @@ def _manifests(folders: Folders) -> dict[tuple[Any, ...], Volume] | None:
     since is prepared again, and its size may then differ.
     """
     store = Store(folders.cache, folders.scratch)
-    if store.origin is not None:
+    if store.mirror.origin is not None:
         return None
     found = {}
     for path in store.folder.glob(f"??/*/{MANIFEST}"):
