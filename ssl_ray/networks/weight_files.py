@@ -56,7 +56,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Accepts a plain state dict or `{"state_dict": ...}`, with or without the prefix of DDP.
 
     Raises:
-        UserError: for a file that cannot be read, or holds anything but named dense tensors.
+        UserError: for a file that cannot be read, or holds anything but named dense tensors of real numbers.
     """
     try:
         with open_file(path) as file:
@@ -113,9 +113,10 @@ def _plain(state: object, source: str) -> dict[str, Tensor]:
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             name = shown(repr(key), 80)
             raise UserError(f"{source}: expected a state dict of named tensors, but {name} is not one")
+        # A copy into our weights would drop an imaginary part without a word.
+        plain = value.layout == torch.strided and value.is_floating_point() and not (value.is_meta or value.is_nested)
         # With stride 0 a tensor of one stored number has as many elements as it likes.
-        elements = value.numel() * value.element_size()
-        if value.layout != torch.strided or value.is_meta or elements > value.untyped_storage().nbytes():
-            raise UserError(f"{source}: {shown(key, 80)}: not a dense tensor")
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{source}: {shown(key, 80)}: not a dense tensor of real numbers")
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}
