@@ -291,3 +291,16 @@ def test_a_device_too_small_is_a_warning(
     assert found["warnings"] == ["pretraining: a step does not fit into the device's memory: CUDA out of memory"]
     assert found["pretraining"]["total_seconds"] is None
     assert found["grid"]["total_seconds"] > 0
+
+
+def test_a_probe_runs_where_the_cluster_has_room(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of a worker; without room it ends in a warning, not in waiting."""
+    monkeypatch.setenv("RAY_ADDRESS", "the cluster that this process is connected to")
+    monkeypatch.setattr(probe, "_WAIT_SECONDS", 20.0)
+    warnings: list[str] = []
+    found = probe.attempt("fine-tuning", lambda: Timing(1.0, 1, str(os.getpid()), "float32"), 1, 0, 0, warnings)
+    assert found is not None
+    assert found.device != str(os.getpid())
+    monkeypatch.setattr(probe, "_WAIT_SECONDS", 1.0)
+    assert probe.attempt("fine-tuning", lambda: found, 99, 0, 0, warnings) is None
+    assert warnings == ["fine-tuning: no room on the cluster for a probe of 99 CPUs and 0 GPUs"]

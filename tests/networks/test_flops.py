@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.config.schema import VIT_LAYERS, VIT_PATCH, Network
+from ssl_ray.networks.faster import use_fast_attention, use_patch_products
 from ssl_ray.networks.flops import Flops, autoencoder_flops, unetr_flops
-from ssl_ray.networks.unetr import build_autoencoder, build_unetr, use_fast_attention, use_patch_products
+from ssl_ray.networks.unetr import build_autoencoder, build_unetr
 
 TINY = Network(hidden_size=48, mlp_dim=64, num_heads=3, feature_size=4)
 WIDE = Network(hidden_size=192, mlp_dim=384, num_heads=3)
