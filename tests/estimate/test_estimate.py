@@ -1,6 +1,7 @@
 """What a study will take, told before it starts: exact where it can be, measured or unknown where it cannot."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
