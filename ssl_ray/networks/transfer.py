@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ssl_ray.config.schema import VIT_PATCH, Network
-from ssl_ray.storage.files import BREAKS, appearing, open_file, shown
+from ssl_ray.storage.files import appearing, open_file
+from ssl_ray.text import BREAKS, shown
 
 if TYPE_CHECKING:
     from monai.networks.nets import UNETR

@@ -23,7 +23,7 @@ from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.pretrain.samples import Sample
 from ssl_ray.pretrain.tasks.restoration import DeviceDraws, Draws, contrastive_loss, corrupt, draw, take
-from ssl_ray.storage.files import reason
+from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.parallel import gathered, load, parallel

@@ -2,17 +2,12 @@
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
-
-BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Characters that break a line, steer a terminal, or cannot be written down: control characters and half surrogates."""
 
 
 def open_file(path: Path, most: int | None = None) -> BufferedReader:
@@ -54,16 +49,3 @@ def read_file(path: Path, most: int | None = None) -> bytes:
     """The content of a regular file; arguments and errors as for `open_file`."""
     with open_file(path, most) as file:
         return file.read()
-
-
-def shown(value: Any, length: int = 300) -> str:
-    """A value as part of a message: one line, at most `length` characters."""
-    text = str(value)
-    if len(text) > length:
-        text = f"{text[: length - 3]}..."
-    return BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def reason(error: BaseException) -> str:
-    """An error as part of a message: its type and the beginning of its text, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -14,9 +14,10 @@ from uuid import uuid4
 
 import torch
 
-from ssl_ray.storage.files import open_file, read_file, shown
+from ssl_ray.storage.files import open_file, read_file
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.places import MANIFEST
+from ssl_ray.text import shown
 
 _MOST_MANIFEST = 2**16
 _STALE_SECONDS = 3600
