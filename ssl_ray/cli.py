@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ssl_ray.config.loading import load
 from ssl_ray.console import say, track
 from ssl_ray.networks.flops import DEVICES
+from ssl_ray.study.experiment import load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
