@@ -78,7 +78,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _read_yaml(text: str, place: str) -> Any:
     try:
         return yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+    except Exception as error:  # PyYAML's own, and what Python says of 2024-13-45, !!int '' or !!bool perhaps
         raise UserError(f"{place}: {shown(' '.join(str(error).split()))}") from error
 
 

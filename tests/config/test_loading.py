@@ -233,6 +233,7 @@ def test_overrides_replace_and_add(file: Path) -> None:
         ("pretrain.optimizer={lr: 1, lr: 2}", "the key 'lr' appears twice"),
         ("pretrain.epoch=5", "pretrain.epoch: unknown key; did you mean 'epochs'?"),
         ("pretrain.epochs=many", "pretrain.epochs: input should be a valid integer"),
+        ("pretrain.workers=many", "pretrain.workers: input should be a valid integer"),
     ],
 )
 def test_a_wrong_override_is_named(file: Path, override: str, rule: str) -> None:
@@ -254,6 +255,12 @@ def test_exponents_without_a_point_are_numbers(file: Path, text: str) -> None:
     [
         ("name: [", "not valid YAML"),
         ("name: 2024-13-45", "not valid YAML"),
+        ("name: !!int ''", "not valid YAML"),
+        ("name:\n\tx: 1\n", "not valid YAML"),
+        ("name: *unknown", "not valid YAML"),
+        ("name: !own 1", "not valid YAML"),
+        ("name: !!bool perhaps", "not valid YAML"),
+        (STUDY + "---\n" + STUDY, "not valid YAML"),
         ("? {a: b}\n: c", "not valid YAML"),
         ("name: \0", "not valid YAML"),
         ("!!python/object:os.system {}", "not valid YAML"),
@@ -267,6 +274,8 @@ def test_exponents_without_a_point_are_numbers(file: Path, text: str) -> None:
         ),
         (STUDY.replace("12: twelve.json", "'6': twelve.json"), "the key '6' appears twice in"),
         ("5: 6\n", "5: keys should be strings, got 5"),
+        ("name: small\npretrain: yes\nfinetune: no\n", "pretrain: input should be a valid dictionary"),
+        ("name:\npretrain:\nfinetune:\n", "name: input should be a valid string, got None"),
     ],
 )
 def test_a_file_that_is_no_experiment_is_refused(file: Path, text: str, rule: str) -> None:
@@ -293,6 +302,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "Is a directory" in refusal(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     assert f"{tmp_path / 'binary.yaml'}: cannot read the experiment" in refusal(tmp_path / "binary.yaml")
+    (tmp_path / "volume.nii").write_bytes(bytes(2 * 2**20))
+    assert "2097152 bytes are more than" in refusal(tmp_path / "volume.nii")
 
 
 def test_flatten_gives_dotted_keys_of_every_leaf(file: Path) -> None:

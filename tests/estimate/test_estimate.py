@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from volumes import oblique_affine, smooth_ct, write_nifti
 
 from ssl_ray.cli import main
-from ssl_ray.config.loading import load
 from ssl_ray.config.schema import Network, Preparation
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import Nifti, prepare
@@ -26,6 +25,7 @@ from ssl_ray.estimate.volumes import prepared_shape, survey
 from ssl_ray.estimate.work import Cluster, count_windows, plan_grid, plan_pretraining
 from ssl_ray.networks.flops import DEVICES, autoencoder_flops, known_device, unetr_flops
 from ssl_ray.networks.unetr import build_autoencoder, build_unetr
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of
 
 TINY = {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4}

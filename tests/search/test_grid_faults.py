@@ -22,11 +22,11 @@ import yaml
 from safetensors.torch import load_file
 
 from ssl_ray.cli import main
-from ssl_ray.config.loading import load
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.finetune.trial import run_trial
 from ssl_ray.search import grid
 from ssl_ray.search.callbacks import FAILURE
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
 pytestmark = pytest.mark.slow

@@ -4,8 +4,8 @@ import pytest
 from runs import write
 
 from ssl_ray.cli import main
-from ssl_ray.config.loading import load
 from ssl_ray.study import identity as reuse
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
 
