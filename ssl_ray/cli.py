@@ -107,14 +107,6 @@ def _device(name: str) -> str:
     return name.lower()
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    """Numbers of volumes out of `6,12,24`."""
-    sizes = text.replace(",", " ").split()
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise typer.BadParameter(f"{text!r} is not a list of numbers above 0, such as 6,12,24", param_hint="--splits")
-    return tuple(map(int, sizes))
-
-
 Experiment = Annotated[
     Path, typer.Argument(help="The study's YAML, e.g. experiments/demo.yaml.", autocompletion=_experiments)
 ]
@@ -205,18 +197,23 @@ def report_again(experiment: Experiment, overrides: Overrides) -> None:
     report(study, check_places(study))
 
 
-@app.command(epilog="Example: ssl-ray phantom data/phantom --volumes 80 --splits 6,12,24")
+@app.command(epilog="Example: ssl-ray phantom data/phantom --volumes 80 --splits 6 --splits 12")
 def phantom(
     folder: Folder,
     volumes: Annotated[int, typer.Option(min=1, metavar="N", help="Unlabelled volumes.")] = 40,
     labelled: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled training volumes.")] = 24,
     validation: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled validation volumes.")] = 6,
     test: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled test volumes.")] = 8,
-    splits: Annotated[str, typer.Option(metavar="N,N", help="Sizes of the nested training splits.")] = "6,12,24",
+    splits: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, metavar="N", help="Size of a nested training split; may be repeated. 6, 12, 24 if left out."
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Write a synthetic labelled CT cohort with its datalists."""
-    sizes = _sizes(splits)
+    sizes = splits or [6, 12, 24]
     from ssl_ray.phantom.cohort import write_cohort
 
     write_cohort(
@@ -232,10 +229,13 @@ def phantom(
     say(f"{folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in sizes)}")
 
 
-@app.command(epilog=r"Example: ssl-ray datalist my_ct --splits 6,12,24 --subject '(patient\d+)'")
+@app.command(epilog=r"Example: ssl-ray datalist my_ct --splits 6 --splits 12 --subject '(patient\d+)'")
 def datalist(
     folder: Folder,
-    splits: Annotated[str, typer.Option(metavar="N,N", help="Labelled training volumes of each nested split.")] = "",
+    splits: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Labelled training volumes of a nested split; may be repeated."),
+    ] = None,
     validation: Annotated[float, typer.Option(metavar="SHARE", help="Share of the subjects to hold out.")] = 0.2,
     subject: Annotated[
         str,
@@ -249,10 +249,9 @@ def datalist(
     """Write datalists for a folder of NIfTI files."""
     if not 0 < validation < 1:
         raise typer.BadParameter(f"must be between 0 and 1, got {validation}", param_hint="--validation")
-    sizes = _sizes(splits)
     from ssl_ray.data.listing import write_datalists
 
-    written = write_datalists(folder, sizes, validation, subject, seed)
+    written = write_datalists(folder, splits or [], validation, subject, seed)
     for name, (in_training, in_validation) in written.items():
         say(f"{folder / name}: {in_training} training, {in_validation} validation volumes")
 

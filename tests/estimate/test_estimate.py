@@ -245,10 +245,8 @@ def test_bad_input_is_one_line(cohort, tmp_path, capsys, options, message):
 
 
 def test_an_unknown_gpu_ends_in_code_2(tmp_path, capsys):
-    """argparse's message, with the names that it knows."""
-    with pytest.raises(SystemExit) as ended:
-        main(["plan", str(tmp_path / "x.yaml"), "--gpu", "abacus"])
-    assert ended.value.code == 2
+    """The message has the names that it knows."""
+    assert main(["plan", str(tmp_path / "x.yaml"), "--gpu", "abacus"]) == 2
     assert "h100" in capsys.readouterr().err
 
 
