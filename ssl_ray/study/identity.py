@@ -31,10 +31,10 @@ def check_unchanged(study: Study, folders: Folders) -> None:
     """
     differences = []
     for stage in _MAY_CHANGE:
-        record = _record(folders, stage)
-        if not folders.output.pull(record):
+        path = _record(folders, stage)
+        if not folders.output.pull(path):
             continue
-        before, now = yaml.safe_load(record.read_text()), _settings(study, stage)
+        before, now = yaml.safe_load(path.read_text()), _settings(study, stage)
         differences += [
             f"  {key}: {before.get(key, '(not set)')} -> {now.get(key, '(not set)')}"
             for key in sorted(before.keys() | now.keys())

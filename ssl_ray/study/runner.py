@@ -42,8 +42,8 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
             datalists, volumes or weights.
     """
     folders = check_places(study)
-    starts_pretrained = "pretrained" in study.finetune.grid.init
-    if last == "pretrain" and not (starts_pretrained or study.finetune.weights):
+    needs_weights = "pretrained" in study.finetune.grid.init
+    if last == "pretrain" and not needs_weights:
         raise UserError("finetune.grid.init: this study trains only from random weights")
     cohorts = read_cohorts(study)
     if study.finetune.weights:
@@ -53,9 +53,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     if last == "prepare":
         return ()
     with _tracking(study) as tracker:
-        pretrained = (
-            _make_weights(study, folders, tracker, prepared) if last == "pretrain" or starts_pretrained else None
-        )
+        pretrained = _make_weights(study, folders, tracker, prepared) if needs_weights else None
         if last == "pretrain":
             return ()
         grid = _run_grid(study, folders, tracker, cohorts.splits, prepared, pretrained)
