@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from ssl_ray.storage.files import appearing
+from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.training import nonfinite
 from ssl_ray.training.checkpoint import load_latest, load_state, save_latest
@@ -72,8 +72,9 @@ class TrialFolder:
 
     def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any]) -> None:
         """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""
-        _write(self.path / "unetr.safetensors", save({name: value.contiguous() for name, value in weights.items()}))
-        _write(self.path / "evaluation.json", json.dumps(evaluation, indent=1).encode())
+        contiguous = {name: value.contiguous() for name, value in weights.items()}
+        write_file(self.path / "unetr.safetensors", save(contiguous))
+        write_file(self.path / "evaluation.json", json.dumps(evaluation, indent=1).encode())
         for name in ("unetr.safetensors", "evaluation.json"):
             self.mirror.push(self.path / name)
 
@@ -82,9 +83,3 @@ class TrialFolder:
         for folder in (self.checkpoints, self.best):
             with suppress(OSError):
                 self.mirror.drop(folder)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as part:
-        part.write_bytes(content)
