@@ -171,7 +171,7 @@ def pretrain(experiment: Experiment, overrides: Overrides, fresh: Fresh = False)
     _carry_out(load(experiment, overrides), "pretrain", fresh)
 
 
-@app.command(epilog="Example: ssl-ray finetune experiments/demo.yaml --set finetune.grid.seeds=0,1,2")
+@app.command(epilog="Example: ssl-ray finetune experiments/demo.yaml --set 'finetune.grid.seeds=[0,1,2]'")
 def finetune(experiment: Experiment, overrides: Overrides, fresh: Fresh = False) -> None:
     """Prepare, pretrain, then fine-tune the grid."""
     _carry_out(load(experiment, overrides), "finetune", fresh)
@@ -186,23 +186,18 @@ def report_again(experiment: Experiment, overrides: Overrides) -> None:
     report(study, check_places(study))
 
 
-@app.command(epilog="Example: ssl-ray phantom data/phantom --volumes 80 --splits 6 --splits 12")
+@app.command(epilog="Example: ssl-ray phantom data/phantom --volumes 80 --splits 6,12")
 def phantom(
     folder: Folder,
     volumes: Annotated[int, typer.Option(min=1, metavar="N", help="Unlabelled volumes.")] = 40,
     labelled: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled training volumes.")] = 24,
     validation: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled validation volumes.")] = 6,
     test: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled test volumes.")] = 8,
-    splits: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1, metavar="N", help="Size of a nested training split; may be repeated. 6, 12, 24 if left out."
-        ),
-    ] = None,
+    splits: Annotated[str, typer.Option(metavar="N,N", help="Sizes of nested training splits.")] = "6,12,24",
     seed: Seed = 0,
 ) -> None:
     """Write a synthetic labelled CT cohort with its datalists."""
-    sizes = splits or [6, 12, 24]
+    sizes = _sizes(splits)
     from ssl_ray.phantom.cohort import write_cohort
 
     write_cohort(
@@ -218,13 +213,12 @@ def phantom(
     say(f"{folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in sizes)}")
 
 
-@app.command(epilog=r"Example: ssl-ray datalist my_ct --splits 6 --splits 12 --subject '(patient\d+)'")
+@app.command(epilog=r"Example: ssl-ray datalist my_ct --splits 6,12,24 --subject '(patient\d+)'")
 def datalist(
     folder: Folder,
     splits: Annotated[
-        list[int] | None,
-        typer.Option(min=1, metavar="N", help="Labelled training volumes of a nested split; may be repeated."),
-    ] = None,
+        str, typer.Option(metavar="N,N", help="Labelled training volumes of nested splits.", show_default=False)
+    ] = "",
     validation: Annotated[float, typer.Option(metavar="SHARE", help="Share of the subjects to hold out.")] = 0.2,
     subject: Annotated[
         str,
@@ -240,9 +234,17 @@ def datalist(
         raise typer.BadParameter(f"must be between 0 and 1, got {validation}", param_hint="--validation")
     from ssl_ray.data.listing import write_datalists
 
-    written = write_datalists(folder, splits or [], validation, subject, seed)
+    written = write_datalists(folder, _sizes(splits), validation, subject, seed)
     for name, (in_training, in_validation) in written.items():
         say(f"{folder / name}: {in_training} training, {in_validation} validation volumes")
+
+
+def _sizes(text: str) -> list[int]:
+    """`6,12,24` as numbers."""
+    sizes = text.split(",") if text else []
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise typer.BadParameter(f"must be numbers from 1 on, like 6,12,24, got {text}", param_hint="--splits")
+    return [int(size) for size in sizes]
 
 
 def _carry_out(

@@ -123,9 +123,9 @@ def test_the_driver_trains_nothing_and_loads_no_monai() -> None:
 def test_phantom_then_datalist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A cohort is written with its lists; lists for the same folder can be written again."""
     arguments = ["phantom", str(tmp_path), "--volumes", "3", "--labelled", "2", "--validation", "1", "--test", "1"]
-    assert main([*arguments, "--splits", "1", "--splits", "2"]) == 0
+    assert main([*arguments, "--splits", "1,2"]) == 0
     assert json.loads((tmp_path / "labelled_1.json").read_text())["labels"]["6"] == "liver"
-    assert main([*arguments, "--splits", "1", "--splits", "2"]) == 0
+    assert main([*arguments, "--splits", "1,2"]) == 0
     assert main([*arguments, "--splits", "2"]) == 2
     assert "holds the cohort" in capsys.readouterr().err
     assert main(["datalist", str(tmp_path), "--splits", "1", "--validation", "0.3"]) == 2
