@@ -12,13 +12,13 @@ import pytest
 from planned import write
 from volumes import oblique_affine, smooth_ct, write_nifti
 
-from ssl_ray.config.loading import load
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import Nifti, prepare
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
 from ssl_ray.estimate.volumes import Survey, prepared_shape, survey
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of
 
 _HEADER = 128
