@@ -140,7 +140,12 @@ def test_few_headers_are_read_of_many_volumes(cohort: Path, tmp_path: Path, monk
     path = write(tmp_path, cohort, pretrain={"sources": [{"root": str(root), "datalist": "unlabelled.json"}]})
     read: list[Any] = []
     load_header = nib.load
-    monkeypatch.setattr(nib, "load", lambda path: (read.append(path), load_header(path))[1])
+
+    def load_and_note(path: Path) -> Any:
+        read.append(path)
+        return load_header(path)
+
+    monkeypatch.setattr(nib, "load", load_and_note)
     training = found(load(path, [])).groups["unlabelled training"]
     assert (training.volumes, training.headers, training.bad) == (400, 200, ())
     assert len([path for path in read if "many" in str(path)]) == 300
