@@ -53,7 +53,7 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
         with_probe: time steps, if no GPU is named.
 
     Raises:
-        ValueError: for all that a run would refuse before it prepares volumes.
+        UserError: for all that a run would refuse before it prepares volumes.
     """
     volumes, readable = survey(study, folders)
     if study.finetune.weights:

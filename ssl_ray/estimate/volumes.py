@@ -83,7 +83,7 @@ def survey(study: Study, folders: Folders) -> tuple[Survey, tuple[Volume, ...]]:
         What was found, and the pretraining's training volumes that the store has.
 
     Raises:
-        ValueError: for anything that is wrong with the lists.
+        UserError: for anything that is wrong with the lists.
     """
     manifests = _manifests(folders)
     readable: tuple[Volume, ...] = ()
