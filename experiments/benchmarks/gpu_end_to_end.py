@@ -14,7 +14,7 @@ import numpy as np
 from gpu_pretrain import learner, rate, stepper, study
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.nifti import Prepared
+from ssl_ray.data.canonical import CanonicalVolume
 from ssl_ray.data.store import Store, Volume
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def fill(store: Store, count: int, shape: tuple[int, int, int], first: int = 0) 
             largest_label=0,
             files={},
         )
-        return store.put(volume, Prepared(image, None, 255, np.eye(4), volume.box, shape, np.eye(4)))
+        return store.put(volume, CanonicalVolume(image, None, 255, np.eye(4), volume.box, shape, np.eye(4)))
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(write, range(first, first + count)))

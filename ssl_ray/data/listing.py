@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_ray.data.datalist import SUFFIXES, stem
+from ssl_ray.errors import UserError
 
 
 def write_datalists(
@@ -31,22 +32,22 @@ def write_datalists(
         Per file written, its numbers of training and validation volumes.
 
     Raises:
-        ValueError: where there are too few volumes for what is asked; nothing is written then.
+        UserError: where there are too few volumes for what is asked; nothing is written then.
     """
     images, labels = _find_volumes(folder)
     if not images:
-        raise ValueError(f"{folder}: no .nii or .nii.gz file in it")
+        raise UserError(f"{folder}: no .nii or .nii.gz file in it")
     try:
         pattern = re.compile(subject)
     except re.error as error:
-        raise ValueError(f"--subject {subject}: not a regular expression: {error}") from error
+        raise UserError(f"--subject {subject}: not a regular expression: {error}") from error
     people: dict[str, list[Path]] = defaultdict(list)
     for image in images:
         match = pattern.search(stem(image))
         person = next((group for group in match.groups() if group), match[0]) if match else stem(image)
         people[person].append(image)
     if sizes and not labels:
-        raise ValueError(f"{folder}: {max(sizes)} labelled training volumes asked for, but no image has a label")
+        raise UserError(f"{folder}: {max(sizes)} labelled training volumes asked for, but no image has a label")
     order = sorted(people)
     random.Random(str(seed)).shuffle(order)
     held_out: set[str] = set()
@@ -62,7 +63,7 @@ def write_datalists(
         training = [_entry(folder, image, labels) for one in persons[held:] for image in groups[one]]
         for size in (name == "labelled" and sorted(sizes)) or [len(training)]:
             if not 0 < size <= len(training):
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {size} {name} training volumes asked for, but {len(training)} are left after holding "
                     f"out {len(validation)} of {held} subjects for validation"
                 )
@@ -72,7 +73,7 @@ def write_datalists(
     texts = {folder / file: json.dumps(tree, indent=1) + "\n" for file, tree in lists.items()}
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{path}: a list with other content is there already; move it away first")
+            raise UserError(f"{path}: a list with other content is there already; move it away first")
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return {file: (len(tree["training"]), len(tree["validation"])) for file, tree in lists.items()}
@@ -80,7 +81,7 @@ def write_datalists(
 
 def _find_volumes(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder")
+        raise UserError(f"{folder}: not a folder")
     found = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
     files = [path for path in found if not path.name.startswith("._")]  # macOS puts these into archives
     is_label = {path: any(part.startswith("labels") for part in path.relative_to(folder).parts[:-1]) for path in files}

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.config.schema import Preparation
+from ssl_ray.data.canonical import VERSION, prepare
 from ssl_ray.data.datalist import Case
-from ssl_ray.data.nifti import VERSION, check_same_grid, prepare, read_label, read_nifti
+from ssl_ray.data.nifti import check_same_grid, read_label, read_nifti
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.storage.files import appearing, read_file
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ssl_ray.data.nifti import CanonicalVolume
+from ssl_ray.data.canonical import CanonicalVolume
 from ssl_ray.storage.places import MANIFEST, Place, default_scratch
 
 _STALE_SECONDS = 24 * 3600

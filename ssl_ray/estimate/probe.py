@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.nifti import levels
+from ssl_ray.data.canonical import levels
 from ssl_ray.data.store import Store
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.pretrain import learner as pretraining

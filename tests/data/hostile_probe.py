@@ -22,8 +22,9 @@ import numpy as np
 from ssl_ray.cli import main as cli
 from ssl_ray.config.loading import dump, load
 from ssl_ray.config.schema import Network, Preparation
+from ssl_ray.data.canonical import prepare
 from ssl_ray.data.datalist import read_datalist
-from ssl_ray.data.nifti import Nifti, prepare, read_label, read_nifti
+from ssl_ray.data.nifti import Nifti, read_label, read_nifti
 from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
 from ssl_ray.networks.unetr import build_unetr
 from ssl_ray.training.checkpoint import load_state

@@ -24,8 +24,9 @@ from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data import prepare as cache
 from ssl_ray.data import store as store_module
+from ssl_ray.data.canonical import VERSION, prepare
 from ssl_ray.data.datalist import Case
-from ssl_ray.data.nifti import VERSION, prepare, read_label, read_nifti
+from ssl_ray.data.nifti import read_label, read_nifti
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume, foreground_index, open_array, read_patch
 from ssl_ray.storage.places import Place
