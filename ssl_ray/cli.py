@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ssl_ray.config.loading import load
-from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
 from ssl_ray.networks.flops import DEVICES
 
@@ -66,8 +65,13 @@ def _plan(options: Any) -> int:
     study = load(options.experiment, [*options.set, *workers])
     from ssl_ray.estimate.study import make_plan
     from ssl_ray.estimate.text import render
+    from ssl_ray.study import identity
+    from ssl_ray.study.parts import folders_of
 
-    plan = make_plan(study, options.gpu, with_probe=options.probe)
+    folders = folders_of(study)
+    if folders.output.origin is None:
+        identity.check_unchanged(study, folders)
+    plan = make_plan(study, folders, options.gpu, with_probe=options.probe)
     say(json.dumps(plan.tree()) if options.json else render(plan))
     return 0
 
@@ -97,12 +101,12 @@ def _report(options: Any) -> int:
 
 def _show(runner: Any) -> int:
     report = runner.report()
-    study: Study = runner.study
     say(f"\n{report.table}\n")
     say(f"report:  {report.html}")
-    uri = study.tracking_uri
+    tracker = runner.tracker
+    uri = tracker.uri
     place = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"
-    say(f"MLflow:  {place}   (experiment {study.experiment!r})")
+    say(f"MLflow:  {place}   (experiment {tracker.experiment!r})")
     return 0
 
 
@@ -135,11 +139,13 @@ def _datalist(options: Any) -> int:
 @contextmanager
 def _runner(options: Any) -> Iterator[Any]:
     study = load(options.experiment, options.set)
-    from ssl_ray.study import identity as reuse  # a typo in the YAML must not wait for torch and Ray to load
+    from ssl_ray.study import identity  # a typo in the YAML must not wait for torch and Ray to load
+    from ssl_ray.study.parts import folders_of
     from ssl_ray.study.runner import Runner
 
-    with reuse.only_one(study):
-        if getattr(options, "fresh", False) and (kept := reuse.set_aside(study)):
+    folders = folders_of(study)
+    with identity.only_one(folders):
+        if getattr(options, "fresh", False) and (kept := identity.set_aside(study, folders)):
             say(f"the old study is kept: {kept}")
         with Runner(study, verify=getattr(options, "verify", False)) as runner:
             yield runner

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssl_ray.config.loading import load
 from ssl_ray.networks.transfer import load_weights
-from ssl_ray.tracking.tracker import Tracker
+from ssl_ray.study.parts import folders_of, tracker_of
 
 STEPS, SAVED = 240, 40
 """Optimizer steps of the run, and after how many it writes a checkpoint."""
@@ -103,14 +103,14 @@ def kill(driver: subprocess.Popen[bytes]) -> None:
 def outcome(path: Path) -> Outcome:
     """Read the result of a finished run; fails where MLflow has a step twice or more than one run."""
     study = load(path, [])
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     (run,) = tracker.runs(kind="pretraining")
     assert run.info.status == "FINISHED"
     points = tracker.client.get_metric_history(run.info.run_id, "loss")
     # Ray's queue may hand over two records that were sent at about the same time in either order.
     losses = {point.step: point.value for point in sorted(points, key=lambda point: point.step)}
     assert len(losses) == len(points), "a step is logged twice"
-    (weights,) = study.folder.glob("pretrain-*/best.safetensors")
+    (weights,) = folders_of(study).study.glob("pretrain-*/best.safetensors")
 
     def numbers(metric: str) -> list[int]:
         return [int(value) for _, value in sorted(tracker.history(run.info.run_id, metric).items())]

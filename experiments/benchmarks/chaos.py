@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 
 from ssl_ray.config.loading import load
 from ssl_ray.phantom.cohort import write_cohort
-from ssl_ray.tracking.tracker import Tracker
+from ssl_ray.study.parts import folders_of, tracker_of
 
 KINDS = {
     "worker": "SIGKILL to a training worker or a trial",
@@ -257,7 +257,7 @@ def chaos(site: Site, faults: int, dice: random.Random) -> list[Row]:
 def results(site: Site) -> dict[str, Any]:
     """Everything that two runs of the study must agree on, by name, and how each start went."""
     config = load(site.experiment, [])
-    tracker = Tracker(config)
+    tracker = tracker_of(config)
     out: dict[str, Any] = {"runs": Counter(), "replayed": []}
     for run in tracker.runs():
         kind = run.data.tags["ssl_ray.kind"]
@@ -270,7 +270,7 @@ def results(site: Site) -> dict[str, Any]:
                 points = tracker.client.get_metric_history(run.info.run_id, metric)
                 out[name, metric] = sorted((point.step, point.value) for point in points)
     for pattern in ("pretrain-*/best.safetensors", "**/unetr.safetensors"):
-        for path in sorted(config.folder.glob(pattern)):
+        for path in sorted(folders_of(config).study.glob(pattern)):
             cell = "pretrain" if path.name.startswith("best") else path.parent.name
             out[cell, "weights"] = load_file(path)
     return out

@@ -16,6 +16,7 @@ from gpu_pretrain import learner, rate, stepper, study
 from ssl_ray.config.schema import Study
 from ssl_ray.data.canonical import CanonicalVolume
 from ssl_ray.data.store import Store, Volume
+from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
 
 if TYPE_CHECKING:
     from gpu import Bench
@@ -124,7 +125,7 @@ def start_ray(bench: "Bench", config: Study) -> None:
 
     from ssl_ray.cluster.connect import connect, runtime_env
 
-    connect(config)
+    connect(config.cluster)
     if bench.device.type == "cuda" and not ray.cluster_resources().get("GPU"):
         bench.put("feed", "ray_sees_the_gpu", value=False)
         ray.shutdown()
@@ -215,7 +216,6 @@ def end_to_end(bench: "Bench") -> None:
     from ssl_ray.cluster.connect import connect
     from ssl_ray.config.loading import dump
     from ssl_ray.pretrain.driver import pretrain
-    from ssl_ray.tracking.tracker import Tracker
 
     # Patches of a case: some 12 s of them.
     cases = {2: 160} if bench.quick else {64: 27_000, 8: 12_000, 128: 30_000, 256: 30_000}
@@ -232,11 +232,11 @@ def end_to_end(bench: "Bench") -> None:
             def run(batch: int = batch, patches: int = patches) -> None:
                 compiled = not bench.quick
                 it = made(bench, Path(folder), f"b{batch}", batch, patches // (2 * count), compile=compiled)
-                connect(it)  # is there already
+                connect(it.cluster)  # is there already
                 start = time.monotonic()
-                tracker: Any = bench.attempt("ray", "mlflow", call=lambda: Tracker(it)) or Memory()
+                tracker: Any = bench.attempt("ray", "mlflow", call=lambda: tracker_of(it)) or Memory()
                 with limit(min(110.0, max(20.0, bench.left))):
-                    done = pretrain(it, training, validation, tracker, dump(it))
+                    done = pretrain(recipe_of(it), training, validation, folders_of(it), tracker, {}, dump(it))
                 row: dict[str, Any] = {"seconds_all_told": time.monotonic() - start}
                 history = {
                     metric: list(tracker.history(str(done.run_id), metric).items())

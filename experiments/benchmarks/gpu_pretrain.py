@@ -20,6 +20,8 @@ from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks import restoration as corruption
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.study.parts import folders_of, recipe_of
 from ssl_ray.training.optimizer import take_step
 from ssl_ray.training.precision import autocast
 
@@ -66,8 +68,10 @@ def learner(bench: "Bench", batch: int, **pretrain: Any) -> PretrainingLearner:
     made = study(bench, Path(tempfile.gettempdir()), batch, **pretrain)
     patch = made.pretrain.patch_size
     plan = SampleTable(0, np.array([[side * 2 for side in patch]] * 4), patch, 2, batch, 1)
-    feed = Feed(plan, made.cache_folder, ("a",) * 4, ("a",) * 4, "uint8", 221)
-    return PretrainingLearner(Job(made, feed, feed, made.folder, "key", None), bench.device)  # type: ignore[arg-type]
+    feed = Feed(plan, folders_of(made).cache, ("a",) * 4, ("a",) * 4, "uint8", 221)
+    folder = folders_of(made).study
+    job = Job(recipe_of(made), feed, feed, folder, Mirror(folder), "key", None)  # type: ignore[arg-type]
+    return PretrainingLearner(job, bench.device)
 
 
 def patches(bench: "Bench", batch: int, seed: int = 0, pin: bool = True) -> np.ndarray[Any, Any]:

@@ -29,7 +29,8 @@ from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
-from ssl_ray.tracking.tracker import Tracker
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.study.parts import recipe_of, tracker_of
 
 TINY = {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3}
 VIT_B = {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12}
@@ -124,7 +125,7 @@ def ours(bench: Bench, case: Case, root: Path, name: str) -> Outcome:
         watched.wait()
     finally:
         watched.stop()
-    tracker = Tracker(load(path, []))
+    tracker = tracker_of(load(path, []))
     (run,) = tracker.runs(kind="pretraining")
 
     def history(metric: str) -> list[Any]:
@@ -181,7 +182,9 @@ def ceiling(bench: Bench, case: Case, root: Path, name: str) -> Any:
     size = study.pretrain.patch_size
     plan = SampleTable(0, np.array([[side * 2 for side in size]] * case.training), size, 2, case.batch, case.epochs)
     feed = Feed(plan, "", ("",) * case.training, ("",) * case.training, "uint8", 255)  # type: ignore[arg-type]
-    learner = PretrainingLearner(Job(study, feed, feed, bench.folder, "key", None), torch.device("cpu"))  # type: ignore[arg-type]
+    learner = PretrainingLearner(
+        Job(recipe_of(study), feed, feed, bench.folder, Mirror(bench.folder), "key", None), torch.device("cpu")
+    )  # type: ignore[arg-type]
     soft = np.clip((ct(size, 0).astype(np.float32) + 57) / 221 * 255, 0, 255).astype(np.uint8)
     images = np.stack([soft] * case.batch)
     state = iter(range(10**6))

@@ -30,6 +30,8 @@ from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, open_segment, segments
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
 from ssl_ray.training.malloc import keep_freed
 
 H100 = 1500.0
@@ -119,7 +121,9 @@ def step_rank(rank: int, world: int, folder: str, count: int) -> None:
     size = made.pretrain.patch_size
     plan = SampleTable(0, np.array([size]), size, 1, 8 * world, 1)
     source = Feed(plan, Store(Path(folder)), ("",), ("",), "uint8", 221)
-    learner = PretrainingLearner(Job(made, source, source, Path(folder), "", None), torch.device("cpu"))  # type: ignore[arg-type]
+    learner = PretrainingLearner(
+        Job(recipe_of(made), source, source, Path(folder), Mirror(Path(folder)), "", None), torch.device("cpu")
+    )  # type: ignore[arg-type]
     images = np.random.default_rng(rank).integers(0, 222, (8, *size)).astype(np.uint8)
     indices = np.arange(rank, 8 * world, world)
     for _ in range(3):
@@ -211,10 +215,9 @@ def cohort(count: int, folder: Path) -> None:
     from ssl_ray.cluster.connect import connect
     from ssl_ray.config.loading import dump
     from ssl_ray.pretrain import driver as train
-    from ssl_ray.tracking.tracker import Tracker
 
     made = study(folder, count)
-    store = Store(made.cache_folder)
+    store = Store(folders_of(made).cache)
     training = spread(store, fill(store, 4, (60, 60, 60)), count)
     lines = (folder / f"volumes{count}.jsonl").open("w", buffering=1)
 
@@ -227,10 +230,10 @@ def cohort(count: int, folder: Path) -> None:
             super()._log(step, record)
 
     train._Collector = Collector  # type: ignore[misc]
-    connect(made)
-    tracker = Tracker(made)
+    connect(made.cluster)
+    tracker = tracker_of(made)
     line("pretrain")
-    train.pretrain(made, training, training[:2], tracker, dump(made))
+    train.pretrain(recipe_of(made), training, training[:2], folders_of(made), tracker, {}, dump(made))
 
 
 def study(folder: Path, count: int, batch: int = 8, network: Any = None) -> Any:

@@ -11,9 +11,7 @@ from typing import Any
 
 import ray
 
-from ssl_ray.config.schema import Study
-from ssl_ray.console import say
-from ssl_ray.storage.places import Place
+from ssl_ray.config.schema import Finetune, LocalCluster, Pretrain
 from ssl_ray.training import malloc as memory
 
 _LEVELS = {
@@ -30,7 +28,7 @@ _LEVELS = {
 }
 
 
-def connect(study: Study) -> None:
+def connect(settings: LocalCluster) -> None:
     """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table even when told to be quiet
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -42,19 +40,14 @@ def connect(study: Study) -> None:
         if not os.environ.get("RAY_ADDRESS"):
             options |= {
                 "address": "local",
-                "num_cpus": study.cluster.cpus,  # None: Ray counts them, and knows of containers
-                "object_store_memory": int(study.cluster.object_store_gigabytes * 2**30),
+                "num_cpus": settings.cpus,  # None: Ray counts them, and knows of containers
+                "object_store_memory": int(settings.object_store_gigabytes * 2**30),
                 "include_dashboard": False,
             }
         ray.init(runtime_env=runtime_env(), **options)
     if threading.current_thread() is threading.main_thread():
         # `ray job stop`, as Ctrl-C. After `ray.init`, whose own handler aborts the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and Place.parse(study.output).uri != study.output:
-        say(
-            f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "
-            "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"
-        )
 
 
 def first_error(text: str) -> str | None:
@@ -81,13 +74,13 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
-def check_pretraining(study: Study) -> None:
+def check_pretraining(config: Pretrain) -> None:
     """Refuse a cluster that cannot hold the training workers.
 
     Raises:
         ValueError: with what is needed and what there is.
     """
-    config, (cpus, gpus) = study.pretrain, _resources()
+    cpus, gpus = _resources()
     workers = config.worker_range[0]
     needed = workers * config.cpus_per_worker
     if cpus < needed:
@@ -99,13 +92,13 @@ def check_pretraining(study: Study) -> None:
         raise ValueError(f"pretrain.gpu: {workers} workers need a GPU each, the cluster has {gpus:g}")
 
 
-def check_finetuning(study: Study) -> None:
+def check_finetuning(config: Finetune) -> None:
     """Refuse a cluster that cannot hold a single trial.
 
     Raises:
         ValueError: with what is needed and what there is.
     """
-    config, (cpus, gpus) = study.finetune, _resources()
+    cpus, gpus = _resources()
     if cpus < config.cpus_per_trial:
         raise ValueError(f"finetune.cpus_per_trial: {config.cpus_per_trial:g} asked for, the cluster has {cpus:g}")
     if gpus < config.gpus_per_trial:

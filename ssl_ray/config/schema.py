@@ -1,16 +1,12 @@
 """One experiment, typed and validated; `experiment.py` reads it from YAML.
 
 A study is described by one YAML file. Everything in it is checked here, before anything expensive starts; the checks
-that need the data (datalists, volumes) follow in `ssl_ray.cohort`.
+that need the data (datalists, volumes) follow in `ssl_ray.data`.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-
-from ssl_ray.storage.mirror import Mirror
-from ssl_ray.storage.places import Place, is_uri
 
 VIT_PATCH = 16
 """Side of a ViT token in voxels: MONAI's UNETR fixes it, and ViTAutoEnc wants a square number."""
@@ -342,52 +338,16 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _places(self) -> "Study":
-        Place.parse(self.output), Place.parse(self.cache or "cache")
-        if is_uri(self.output) and not self.tracking.uri:
+        if "://" in self.output and not self.tracking.uri:
             raise ValueError(
                 "output: in an object store there is no place for MLflow's database, so tracking.uri must name a server"
             )
         return self
 
     @property
-    def mirror(self) -> Mirror:
-        """The output folder on this machine, and where it is kept if `output` is in an object store."""
-        return Mirror.of(self.output, self.scratch)
-
-    @property
-    def folder(self) -> Path:
-        """`<output>/<name>`, absolute: everything that this study writes except the cache and MLflow's own files.
-
-        Of an output in an object store, the local folder that `mirror` keeps there.
-        """
-        return self.mirror.folder / self.name
-
-    @property
-    def ray_storage(self) -> dict[str, Any]:
-        """Where Ray keeps the state of a run: arguments of its `RunConfig`."""
-        place = Place.parse(self.output) / f"{self.name}/ray"
-        return {"storage_path": place.path} | ({} if place.local else {"storage_filesystem": place.filesystem})
-
-    @property
-    def cache_folder(self) -> Path | str:
-        """The store of prepared volumes: an absolute path, or a URI."""
-        place = Place.parse(self.cache) if self.cache else Place.parse(self.output) / "cache"
-        return place.local or place.uri
-
-    @property
-    def tracking_uri(self) -> str:
-        """MLflow's tracking URI."""
-        return self.tracking.uri or f"sqlite:///{Path(self.output).absolute() / 'mlflow.db'}"
-
-    @property
     def pretrains(self) -> bool:
         """Whether the grid needs weights that this study has to make; if not, its unlabelled volumes are not read."""
         return "pretrained" in self.finetune.grid.init and not self.finetune.weights
-
-    @property
-    def experiment(self) -> str:
-        """Name of the MLflow experiment."""
-        return self.tracking.experiment or self.name
 
 
 def _check_patch(patch_size: tuple[int, int, int]) -> None:

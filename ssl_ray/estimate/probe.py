@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from ssl_ray.data.canonical import levels
 from ssl_ray.data.store import Store
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.pretrain import learner as pretraining
-from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.job import Job, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.storage.mirror import Mirror
 from ssl_ray.training.malloc import keep_freed
 from ssl_ray.training.precision import autocast
 
@@ -43,7 +45,9 @@ def probe_pretraining(study: Study) -> Timing:
     top = levels(config.preparation.hu_window)
     feed = Feed(plan, Store("."), ("",), ("",), "uint8" if top == 255 else "uint16", top)
     device = _device(config.gpu, config.cpus_per_worker)
-    learner = pretraining.PretrainingLearner(Job(study, feed, feed, study.folder, "", None), device)  # type: ignore[arg-type]
+    recipe, here = Recipe(config, study.network, study.seed), Path()
+    job = Job(recipe, feed, feed, here, Mirror(here), "", None)  # type: ignore[arg-type]
+    learner = pretraining.PretrainingLearner(job, device)
     share = len(plan.rank_samples(0, 0, world))
     patches = np.random.default_rng(0).integers(0, top + 1, (share, *config.patch_size)).astype(feed.dtype)
     if device.type == "cuda":  # as `stream` has them
@@ -57,7 +61,7 @@ def probe_finetuning(study: Study) -> tuple[Timing, Timing]:
     """Optimizer steps of a trial without reading its patches, and forward passes of `sliding_window_batch` windows."""
     config = study.finetune
     device = _device(config.gpus_per_trial > 0, config.cpus_per_trial)
-    learner, rate = SegmentationLearner(study, device, config.optimizer.lr, seed=0), config.optimizer.lr
+    learner, rate = SegmentationLearner(config, study.network, device, config.optimizer.lr, seed=0), config.optimizer.lr
     images = torch.rand(config.volumes_per_step * config.patches_per_volume, 1, *config.patch_size, device=device)
     labels = torch.randint(config.cohort.classes, images.shape, device=device, dtype=torch.uint8)
     windows = torch.rand(config.sliding_window_batch, 1, *config.patch_size, device=device)

@@ -17,8 +17,8 @@ from ssl_ray.estimate.text import duration, size
 from ssl_ray.estimate.volumes import Survey, preparation_seconds, survey
 from ssl_ray.estimate.work import Cluster, GridEstimate, PretrainingEstimate
 from ssl_ray.networks.flops import DEVICES, Device
+from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.places import Place, default_scratch
-from ssl_ray.study import identity as reuse
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,24 @@ class StudyEstimate:
         return tree
 
 
-def make_plan(study: Study, gpu: str | None = None, with_probe: bool = True) -> StudyEstimate:
+def make_plan(study: Study, folders: Folders, gpu: str | None = None, with_probe: bool = True) -> StudyEstimate:
     """Read what is needed and time a few steps; nothing is written or started.
 
     Args:
         study: the experiment.
+        folders: of the study.
         gpu: a key of `DEVICES`: estimate for this kind, one a worker, instead of what is here.
         with_probe: time steps, if no GPU is named.
 
     Raises:
         ValueError: for all that a run would refuse before it prepares volumes.
     """
-    if study.mirror.origin is None:
-        reuse.check_unchanged(study)
     pretrains = study.pretrains
-    volumes = survey(study, pretrains)
+    volumes = survey(study, folders, pretrains)
     if study.finetune.weights:
         from ssl_ray.search.grid import check_transfer
 
-        check_transfer(study, Path(study.finetune.weights))
+        check_transfer(study.finetune, study.network, Path(study.finetune.weights))
     device = DEVICES[gpu] if gpu else None
     cluster = _cluster(study, device)
     basis: list[str] = []
@@ -78,7 +77,7 @@ def make_plan(study: Study, gpu: str | None = None, with_probe: bool = True) -> 
     if total is not None and core is not None and math.isfinite(cluster.cpus):
         total += core / cluster.cpus
     plan = StudyEstimate(study.name, volumes, volumes.bytes, core, cluster, pretraining, grid, total, tuple(basis), ())
-    warnings += _warnings(study, plan, device)
+    warnings += _warnings(study, folders, plan, device)
     return replace(plan, warnings=tuple(warnings))
 
 
@@ -89,7 +88,7 @@ def _cluster(study: Study, device: Device | None) -> Cluster:
 
         from ssl_ray.cluster.connect import connect
 
-        connect(study)
+        connect(study.cluster)
         found = ray.cluster_resources()
         nodes = sum(bool(node["Alive"]) for node in ray.nodes())
         return Cluster(
@@ -158,7 +157,7 @@ def _probe(study: Study, pretrains: bool, cluster: Cluster, basis: list[str], wa
     return found["pretraining"], found["fine-tuning"]
 
 
-def _warnings(study: Study, plan: StudyEstimate, device: Device | None) -> Iterator[str]:
+def _warnings(study: Study, folders: Folders, plan: StudyEstimate, device: Device | None) -> Iterator[str]:
     config, work, cluster = study.pretrain, plan.pretraining, plan.cluster
     for group in plan.volumes.groups:
         if group.bad:
@@ -199,23 +198,23 @@ def _warnings(study: Study, plan: StudyEstimate, device: Device | None) -> Itera
             f"a trial needs {trial.cpus_per_trial:g} CPUs and {trial.gpus_per_trial:g} GPUs, there are "
             f"{cluster.cpus:g} and {cluster.gpus:g}: the grid will not start"
         )
-    yield from _room(study, plan)
+    yield from _room(study, folders, plan)
 
 
-def _room(study: Study, plan: StudyEstimate) -> Iterator[str]:
+def _room(study: Study, folders: Folders, plan: StudyEstimate) -> Iterator[str]:
     """Warnings about disks, as far as they can be seen from here."""
     stored = sum(group.stored for group in plan.volumes.groups) / max(1, plan.volumes.volumes)
     needed = (plan.cache_bytes or 0.0) * (1 - stored)
-    place = Place.parse(study.cache_folder)
+    place = Place.parse(folders.cache)
     folder, key = (place.local, "cache") if place.local else (Path(study.scratch or default_scratch()), "scratch")
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
         yield f"{key}: {there} has {size(free)} free, the prepared volumes need up to {size(needed)} more"
-    if plan.pretraining and study.mirror.origin is None:
+    if plan.pretraining and folders.output.origin is None:
         kept = (plan.pretraining.checkpoints_kept + 1) * plan.pretraining.checkpoint_bytes
         kept += plan.grid.cells * plan.grid.checkpoint_bytes
-        there = next(parent for parent in (study.folder, *study.folder.absolute().parents) if parent.exists())
+        there = next(parent for parent in (folders.study, *folders.study.absolute().parents) if parent.exists())
         free = shutil.disk_usage(there).free
         if kept > free:
             yield f"output: {there} has {size(free)} free, checkpoints need up to {size(kept)}"

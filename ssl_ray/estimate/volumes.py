@@ -19,6 +19,7 @@ from ssl_ray.data.canonical import levels
 from ssl_ray.data.datalist import Case, check_held_out, read_datalist, read_labelled, read_unlabelled
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.phantom.cohort import validation_share
+from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.places import MANIFEST
 
 _SAMPLE = 200
@@ -87,7 +88,7 @@ class Survey:
         return next((group for group in self.groups if group.name == name), None)
 
 
-def survey(study: Study, pretrains: bool) -> Survey:
+def survey(study: Study, folders: Folders, pretrains: bool) -> Survey:
     """Read the datalists with all the checks of a run, then as little of the volumes as will do.
 
     Raises:
@@ -99,7 +100,7 @@ def survey(study: Study, pretrains: bool) -> Survey:
     training, validation = read_unlabelled(study.pretrain.sources) if pretrains else ((), ())
     labelled = read_labelled(study.finetune.cohort, study.finetune.split_sizes)
     check_held_out((*training, *validation), labelled)
-    stored = _stored(study)
+    stored = _stored(folders)
     groups = []
     if pretrains:
         for source in study.pretrain.sources:
@@ -199,13 +200,13 @@ def _mean(shapes: Sequence[Shape]) -> Shape | None:
     return float(x), float(y), float(z)
 
 
-def _stored(study: Study) -> dict[Any, Any] | None:
+def _stored(folders: Folders) -> dict[Any, Any] | None:
     """Bytes, shape and source voxels by source, spacing, window and kind; None for a store that is not on a disk here.
 
     By the path of the source: the key of a volume would need its content. A file that has changed since is prepared
     anew, to the same size within what a plan is good for.
     """
-    store = Store(study.cache_folder, study.scratch)
+    store = Store(folders.cache, folders.scratch)
     if store.origin is not None:
         return None
     found: dict[Any, Any] = {}

@@ -6,24 +6,9 @@ The driver and the report read it, too: torch and MONAI take seconds to import a
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ssl_ray.data.store import Store, Volume
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of the grid."""
-
-    split: int
-    init: Literal["random", "pretrained"]
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """For run names and folders, e.g. `n06-pretrained-lr0.0001-seed0`."""
-        return f"n{self.split:02d}-{self.init}-lr{self.lr:g}-seed{self.seed}"
 
 
 @dataclass(frozen=True)

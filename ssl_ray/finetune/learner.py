@@ -6,7 +6,7 @@ import torch
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-from ssl_ray.config.schema import VIT_PATCH, SegmentationLoss, Study
+from ssl_ray.config.schema import VIT_PATCH, Finetune, Network, SegmentationLoss
 from ssl_ray.evaluate.metrics import predict
 from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
 from ssl_ray.networks.unetr import build_unetr, use_fast_attention
@@ -18,9 +18,18 @@ from ssl_ray.training.precision import autocast, resolve
 class SegmentationLearner:
     """Network, optimizer and one step of them."""
 
-    def __init__(self, study: Study, device: torch.device, lr: float, seed: int, weights: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Finetune,
+        network: Network,
+        device: torch.device,
+        lr: float,
+        seed: int,
+        weights: Path | None = None,
+    ) -> None:
         """Args:
-        study: the experiment.
+        config: the fine-tuning.
+        network: the widths of the UNETR.
         device: to train on.
         lr: instead of the one in `finetune.optimizer`.
         seed: of the initial weights; what pretrained weights replace does not change the others.
@@ -29,9 +38,9 @@ class SegmentationLearner:
         Raises:
             ValueError: when the pretrained weights do not match the network.
         """
-        self.config, self.device = study.finetune, device
+        self.config, self.device = config, device
         torch.manual_seed(seed)
-        self.network = build_unetr(study.network, self.config.patch_size, self.config.cohort.classes)
+        self.network = build_unetr(network, self.config.patch_size, self.config.cohort.classes)
         if weights:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
         # Most of a step is the convolutional decoder, which is 1.1 to 1.25 times as fast in this layout.

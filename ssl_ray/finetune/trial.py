@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_ray.config.schema import Study
+from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.nifti import read_label
 from ssl_ray.data.store import Volume, open_array
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
-from ssl_ray.finetune.job import Cell, Record, TrialData
+from ssl_ray.finetune.job import Record, TrialData
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.finetune.trial_folder import TrialFolder
@@ -26,13 +26,14 @@ from ssl_ray.training.prefetch import ahead
 
 
 def run_trial(
-    study: Study,
-    cell: Cell,
+    config: Finetune,
+    network: Network,
+    lr: float,
+    seed: int,
     data: TrialData,
     weights: Path | None,
-    folder: Path,
+    folder: TrialFolder,
     device: torch.device,
-    key: str,
 ) -> Iterator[Record]:
     """Train one cell and yield `(step, metrics)`; a trial that was cut off goes on from its own checkpoint.
 
@@ -43,19 +44,21 @@ def run_trial(
     test split, `selected/test/<metric>`; the folder then holds `unetr.safetensors` and `evaluation.json`.
 
     Args:
-        study: the experiment.
-        cell: which part of the grid.
+        config: the fine-tuning.
+        network: the widths of the UNETR.
+        lr: instead of the one in `config.optimizer`.
+        seed: of the initial weights and of the order of the patches.
         data: prepared volumes.
         weights: pretrained weights to start from; None for random ones.
-        folder: everything that the trial writes.
+        folder: everything that the trial writes; a checkpoint of another key is not used.
         device: to train on.
-        key: digest of everything that the result depends on; a checkpoint of another key is not used.
 
     Raises:
         ValueError: when the pretrained weights do not match the network.
         FloatingPointError: when more steps in a row are not finite than `on_nonfinite` and `max_skipped` allow.
     """
-    trial = _Trial(study, cell, data, weights, TrialFolder(folder, key, study.mirror), device)
+    learner = SegmentationLearner(config, network, device, lr, seed, weights)
+    trial = _Trial(config, network, learner, seed, data, folder)
     yield from trial.train()
     yield trial.config.steps, trial.evaluate()
 
@@ -63,19 +66,18 @@ def run_trial(
 class _Trial:
     def __init__(
         self,
-        study: Study,
-        cell: Cell,
+        config: Finetune,
+        network: Network,
+        learner: SegmentationLearner,
+        seed: int,
         data: TrialData,
-        weights: Path | None,
         folder: TrialFolder,
-        device: torch.device,
     ) -> None:
-        self.config, self.data, self.folder = study.finetune, data, folder
-        self.learner = SegmentationLearner(study, device, cell.lr, cell.seed, weights)
+        self.config, self.learner, self.data, self.folder = config, learner, data, folder
         patches = self.config.volumes_per_step * self.config.patches_per_volume
-        flops = unetr_flops(study.network, self.config.patch_size, self.config.cohort.classes).training
+        flops = unetr_flops(network, self.config.patch_size, self.config.cohort.classes).training
         self.totals = _Totals(self.learner, patches, flops)
-        self.sampler = PatchSampler(data.training, data.store, self.config, cell.seed)
+        self.sampler = PatchSampler(data.training, data.store, self.config, seed)
         self.best, self.best_step = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}
         self.watch = Watch[int](self.config.on_nonfinite, self.config.max_skipped)

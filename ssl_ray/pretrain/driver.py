@@ -3,7 +3,7 @@
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,16 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssl_ray.cluster.connect import check_pretraining, first_error
-from ssl_ray.config.schema import Pretrain, Study
+from ssl_ray.config.schema import Pretrain
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.transfer import load_metadata
-from ssl_ray.pretrain.job import Job, work
+from ssl_ray.pretrain.job import Job, Recipe, work
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.tracking.tracker import Run, Tracker, study_params
+from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest
 from ssl_ray.training.meters import ObjectStore, as_system
 
@@ -46,9 +47,9 @@ class Pretrained:
     fresh: bool = False
 
 
-def pretraining_key(study: Study, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
+def pretraining_key(recipe: Recipe, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
     """Digest of everything that the pretrained weights depend on."""
-    config = study.pretrain
+    config = recipe.settings
     settings = config.model_dump(mode="json", exclude=Pretrain.HOW | {"sources"})
     return digest(
         settings,
@@ -56,35 +57,42 @@ def pretraining_key(study: Study, training: Sequence[Volume], validation: Sequen
         config.workers if config.contrastive.enabled else None,
         # What `auto` precision means depends on the kind of device.
         config.gpu if config.precision == "auto" else None,
-        study.network.model_dump(mode="json", exclude={"feature_size"}),
-        study.seed,
+        recipe.network.model_dump(mode="json", exclude={"feature_size"}),
+        recipe.seed,
         [volume.key for volume in training],
         [volume.key for volume in validation],
     )
 
 
 def pretrain(
-    study: Study, training: Sequence[Volume], validation: Sequence[Volume], tracker: Tracker, config_yaml: str
+    recipe: Recipe,
+    training: Sequence[Volume],
+    validation: Sequence[Volume],
+    folders: Folders,
+    tracker: Tracker,
+    params: Mapping[str, str],
+    config_yaml: str,
 ) -> Pretrained:
     """Pretrain, or find that it is done already; a run that was cut off goes on from its last checkpoint.
 
     Raises:
         RuntimeError: when it failed more often than `max_failures` allows.
     """
-    key = pretraining_key(study, training, validation)
-    folder = study.folder / f"pretrain-{key}"
+    key = pretraining_key(recipe, training, validation)
+    folder = folders.study / f"pretrain-{key}"
     weights = folder / "best.safetensors"
-    if (done := tracker.finished("pretraining", key)) and study.mirror.pull(weights):
+    if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
         return Pretrained(weights, key, done.info.run_id)
-    config = study.pretrain
-    check_pretraining(study)
+    config = recipe.settings
+    check_pretraining(config)
     # On the driver's node: should another one die, the records do not die with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    job = Job(study, _feed(study, training), _feed(study, validation), folder, key, reports)
+    feeds = _feed(recipe, folders, training), _feed(recipe, folders, validation)
+    job = Job(recipe, *feeds, folder, folders.output, key, reports)
     table = job.training.table
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": table.steps}
-    run = tracker.open("pretraining", key, "pretrain", study_params(study, "pretrain") | counts)
+    run = tracker.open("pretraining", key, "pretrain", {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
     trainer = TorchTrainer(
         work,
@@ -97,20 +105,20 @@ def pretrain(
         ),
         run_config=train.RunConfig(
             name=folder.name,
-            **study.ray_storage,
+            **folders.ray_storage,
             failure_config=train.FailureConfig(max_failures=config.max_failures),
             logging_config=train.LoggingConfig("WARNING"),
         ),
     )
     try:
-        with Bar("pretraining", table.steps) as bar, _Collector(reports, run, bar, study.mirror) as collector:
+        with Bar("pretraining", table.steps) as bar, _Collector(reports, run, bar, folders.output) as collector:
             _fit(trainer)
         if collector.fatal:
             raise FloatingPointError(
                 f"pretraining stopped after {config.max_skipped if config.on_nonfinite == 'skip' else 0} skipped steps "
                 f"in a row, the weights before them are kept: {'; '.join(collector.fatal)}"
             )
-        study.mirror.pull(job.weights)
+        folders.output.pull(job.weights)
         facts = load_metadata(job.weights)
         run.artifact(job.weights)
         best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
@@ -137,10 +145,10 @@ def _fit(trainer: TorchTrainer) -> None:
             signal.signal(signal.SIGINT, interrupt)
 
 
-def _feed(study: Study, volumes: Sequence[Volume]) -> Feed:
-    config = study.pretrain
+def _feed(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed:
+    config = recipe.settings
     table = SampleTable(
-        seed=study.seed,
+        seed=recipe.seed,
         shapes=np.array([volume.shape for volume in volumes], dtype=np.int64),
         patch_size=config.patch_size,
         patches_per_volume=config.patches_per_volume,
@@ -149,7 +157,7 @@ def _feed(study: Study, volumes: Sequence[Volume]) -> Feed:
     )
     first = volumes[0]
     keys, ids = (tuple(getattr(volume, name) for volume in volumes) for name in ("key", "id"))
-    return Feed(table, Store(study.cache_folder, study.scratch), keys, ids, first.dtype, first.levels)
+    return Feed(table, Store(folders.cache, folders.scratch), keys, ids, first.dtype, first.levels)
 
 
 class _Collector:

@@ -8,8 +8,18 @@ from pathlib import Path
 
 from ray.util.queue import Queue
 
-from ssl_ray.config.schema import Study
+from ssl_ray.config.schema import Network, Pretrain
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.storage.mirror import Mirror
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the pretrained weights depend on, beside the volumes."""
+
+    settings: Pretrain
+    network: Network
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -20,10 +30,11 @@ class Job:
     a barrier that the controller serves every two seconds, that costs a step nothing.
     """
 
-    study: Study
+    recipe: Recipe
     training: Feed
     validation: Feed
     folder: Path
+    mirror: Mirror
     key: str
     reports: Queue
 

@@ -34,9 +34,9 @@ class PretrainingLearner:
     """Model, optimizer and one step of them."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        self.job, self.config, self.device = job, job.study.pretrain, device
-        torch.manual_seed(job.study.seed)
-        self.network = build_autoencoder(job.study.network, self.config.patch_size).to(device)
+        self.job, self.config, self.device = job, job.recipe.settings, device
+        torch.manual_seed(job.recipe.seed)
+        self.network = build_autoencoder(job.recipe.network, self.config.patch_size).to(device)
         self.dtype = resolve(self.config.precision, device)
         self.compiled = False
         if device.type == "cuda":
@@ -81,7 +81,7 @@ class PretrainingLearner:
             finite on any rank, the norm is not on all of them, and no rank has changed its weights.
         """
         views = 2 if self.config.contrastive.enabled else 1
-        seed, side = self.job.study.seed, self.config.patch_size
+        seed, side = self.job.recipe.seed, self.config.patch_size
         draws = [draw(self.config.corruption, side, seed, indices, view) for view in range(views)]
         stored = self._upload(images)
         if self.graphs and self._graph is None:
@@ -170,9 +170,9 @@ class PretrainingLearner:
             weights = gathered(self.network.state_dict(), here=rank == 0)
             if rank == 0:
                 facts = {"step": str(step), "validation_loss": f"{loss:.6f}", "key": self.job.key}
-                described = describe(self.job.study.network, self.config.patch_size)
+                described = describe(self.job.recipe.network, self.config.patch_size)
                 export(self.job.weights, weights, described | facts)
-                self.job.study.mirror.push(self.job.weights)
+                self.job.mirror.push(self.job.weights)
         report: dict[str, float | str] = {"validation_loss": loss, "validation_identity_loss": identity}
         return report | ({"picture": shown} if shown else {})
 
@@ -183,7 +183,7 @@ class PretrainingLearner:
         path = self.job.folder / "pictures" / f"restored_{step:07d}.png"
         error = float((restored[chosen] - clean[chosen]).abs().mean())
         draw_restoration(path, truth, broken, mended, f"step {step}, L1 {error:.4f}")
-        self.job.study.mirror.push(path)
+        self.job.mirror.push(path)
         return str(path)
 
     def _try(self) -> None:

@@ -32,12 +32,12 @@ def train_loop(job: Job) -> None:
 
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    config, table = job.study.pretrain, job.training.table
+    config, table = job.recipe.settings, job.training.table
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     learner = PretrainingLearner(job, get_device())
     book = _Book(job, rank, world, learner)
     start = book.restore()
-    if start == table.steps and not job.study.mirror.has(job.weights):  # done, but its result was deleted
+    if start == table.steps and not job.mirror.has(job.weights):  # done, but its result was deleted
         learner.best = math.inf
         learner.validate(rank, world, start, picture=False)
 
@@ -105,19 +105,19 @@ class _Book:
 
     def __init__(self, job: Job, rank: int, world: int, learner: PretrainingLearner) -> None:
         self._job, self._rank, self._world, self._learner = job, rank, world, learner
-        self._saver = Saver(job.checkpoints, job.study.pretrain.keep_checkpoints, job.study.mirror)
+        self._saver = Saver(job.checkpoints, job.recipe.settings.keep_checkpoints, job.mirror)
         self._older: list[dict[str, Any]] = []
         self._newer: list[dict[str, Any]] = []
         self._warned: set[str] = set()
         self._saved = self._asked = time.monotonic()
         self.totals = Totals()
-        views = 2 if job.study.pretrain.contrastive.enabled else 1
-        self._flops = views * autoencoder_flops(job.study.network, job.study.pretrain.patch_size).training
-        self.watch: Watch[Batch] = Watch(job.study.pretrain.on_nonfinite, job.study.pretrain.max_skipped)
+        views = 2 if job.recipe.settings.contrastive.enabled else 1
+        self._flops = views * autoencoder_flops(job.recipe.network, job.recipe.settings.patch_size).training
+        self.watch: Watch[Batch] = Watch(job.recipe.settings.on_nonfinite, job.recipe.settings.max_skipped)
 
     def restore(self) -> int:
         """Load the newest checkpoint that is whole, the same on every rank; returns the step to go on from."""
-        mirror = self._job.study.mirror
+        mirror = self._job.mirror
         state = load_latest(self._job.checkpoints, self._job.key, mirror) if self._rank == 0 else None
         step = int(broadcast_from_rank_zero(state["step"] if state else 0))
         if step and state is None:
@@ -132,7 +132,7 @@ class _Book:
 
     def gather(self) -> tuple[dict[str, float], dict[str, bool]]:
         """The sums since the last call over all ranks, and what rank 0's clock says is due."""
-        now, config = time.monotonic(), self._job.study.pretrain
+        now, config = time.monotonic(), self._job.recipe.settings
         due = [now - self._saved >= 60 * config.checkpoint_minutes, now - self._asked >= _PREEMPTION_SECONDS]
         device = self._learner.device
         sums = [*self.totals.take(), peak_memory(device), *due]
@@ -162,8 +162,8 @@ class _Book:
         mine = self._rank == 0 or not math.isfinite(fault.loss)
         model = gathered(self._learner.network.state_dict(), here=mine)
         if mine:
-            study = self._job.study
-            facts = {"lr": lr, "seed": study.seed, "world": self._world, "precision": str(self._learner.dtype)}
+            facts: dict[str, Any] = {"lr": lr, "seed": self._job.recipe.seed, "world": self._world}
+            facts |= {"precision": str(self._learner.dtype)}
             text = keep(fault, self._job.training, self._rank, self._job.folder / "faults", model, facts)
             self._job.reports.actor.put_nowait.remote(("fatal" if fatal else "skipped", text))
         return fatal

@@ -19,10 +19,8 @@ from ssl_ray.evaluate.scores import (
     CaseScores,
     Scores,
 )
-from ssl_ray.finetune.job import Cell
 from ssl_ray.report.statistics import Difference, difference
-from ssl_ray.search.callbacks import FAILURE
-from ssl_ray.search.grid import CELLS, cells
+from ssl_ray.search.cells import CELLS, FAILURE, Cell, cells
 from ssl_ray.tracking.tracker import KEY, PRETRAINING_RUN, Tracker
 
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"
@@ -209,7 +207,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     grids = tracker.runs(kind="grid")
     if not grids:
         raise ValueError(
-            f"{tracker.uri}: experiment {study.experiment!r} has no fine-tuning grid yet; run the study first"
+            f"{tracker.uri}: experiment {tracker.experiment!r} has no fine-tuning grid yet; run the study first"
         )
     # A grid that is taken up again keeps its start, so that the newest is the one that was touched last.
     grids.sort(key=lambda run: max(run.info.start_time, run.info.end_time or 0), reverse=True)
@@ -222,7 +220,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
         newest.setdefault(run.data.tags[KEY], run)
     organs: tuple[str, ...] = ()
     trials = []
-    for cell in cells(study):
+    for cell in cells(study.finetune):
         trial, named = _trial(tracker, cell, newest.get(keys.get(cell.name, "")))
         trials.append(trial)
         organs = organs or named
@@ -235,7 +233,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
         grid=grid,
         trials=tuple(trials),
         as_given=bool(same),
-        others=len(children - {keys.get(cell.name) for cell in cells(study)}),
+        others=len(children - {keys.get(cell.name) for cell in cells(study.finetune)}),
         part="test" if any(trial.cases.get("test") for trial in trials) else "validation",
         organs=organs,
         config=config.decode() if config else None,

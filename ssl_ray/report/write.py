@@ -35,15 +35,19 @@ class Report:
     figures: tuple[Path, ...]
 
 
-def write_report(study: Study, folder: Path) -> Report:
+def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     """Write `report.md`, `report.html` and `figures/*.png`, and log them as artifacts of the grid's MLflow run.
 
     A cell that is missing or failed is named where its number would stand. Nothing is read but MLflow.
 
+    Args:
+        study: the experiment.
+        tracker: its MLflow experiment.
+        folder: to write into.
+
     Raises:
         ValueError: when MLflow has no experiment or no grid of this study.
     """
-    tracker = Tracker(study, create=False)
     results = read_results(study, tracker)
     answers = Bullets([answer(results, split) for split in results.splits], answer=True)
     published, honest = published_table(results), honest_table(results)
@@ -61,7 +65,7 @@ def write_report(study: Study, folder: Path) -> Report:
         *_finetuning(results, figures),
         *_pretraining(results, figures),
         *_cells(results),
-        *_provenance(results),
+        *_provenance(results, tracker),
     ]
     folder.mkdir(parents=True, exist_ok=True)
     markdown, html = folder / "report.md", folder / "report.html"
@@ -209,14 +213,14 @@ def _pretraining(results: Results, figures: _Figures) -> list[Block]:
     return blocks
 
 
-def _provenance(results: Results) -> list[Block]:
+def _provenance(results: Results, tracker: Tracker) -> list[Block]:
     study, grid = results.study, results.grid
     cohort = count_of(results.volumes, f"{results.part} volume")
     other = "validation" if results.part == "test" else "test"
     others = max((len(trial.cases.get(other, ())) for trial in results.trials), default=0)
     finished = sum(trial.status == "finished" for trial in results.trials)
     facts = [
-        f"Study `{study.name}`, MLflow experiment `{study.experiment}`.",
+        f"Study `{study.name}`, MLflow experiment `{tracker.experiment}`.",
         f"Grid run `{grid.info.run_id}`, from {_day(grid.info.start_time)} to {_day(grid.info.end_time)}; "
         f"{finished} of {count_of(len(results.trials), 'cell')} finished.",
     ]
@@ -244,7 +248,7 @@ def _provenance(results: Results) -> list[Block]:
             f"Weight transfer into UNETR: {transfer['share']:.1%} of the encoder's parameters from "
             f"{transfer['loaded']} tensors; {lists}."
         )
-    uri = study.tracking_uri
+    uri = tracker.uri
     remote = uri.startswith(("http:", "https:", "databricks"))
     facts.append(
         f"MLflow: the server at `{_no_password(uri)}`."

@@ -10,15 +10,13 @@ from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
 
 from ssl_ray.cluster.connect import first_error
-from ssl_ray.config.schema import Study
 from ssl_ray.console import Bar, say
-from ssl_ray.finetune.job import Cell, TrialData
+from ssl_ray.finetune.job import TrialData
 from ssl_ray.finetune.trial_folder import TrialFolder
 from ssl_ray.pretrain.driver import Pretrained
-from ssl_ray.tracking.tracker import KEY, PRETRAINING_RUN, Run, Tracker, study_params
-
-FAILURE = "ssl_ray.failure"
-"""Tag of a failed trial: the cause in one line. The whole error is its artifact `failure.txt`."""
+from ssl_ray.search.cells import FAILURE, Cell
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.tracking.tracker import KEY, PRETRAINING_RUN, Run, Tracker
 
 
 @dataclass
@@ -36,7 +34,8 @@ class TrialCallback(tune.Callback):
 
     def __init__(
         self,
-        study: Study,
+        params: Mapping[str, str],
+        mirror: Mirror,
         tracker: Tracker,
         parent: str,
         pretrained: Pretrained | None,
@@ -47,8 +46,9 @@ class TrialCallback(tune.Callback):
         done: int,
     ) -> None:
         """Args:
-        study: the experiment.
-        tracker: its MLflow experiment.
+        params: of every run.
+        mirror: of the output.
+        tracker: the study's MLflow experiment.
         parent: id of the grid's run.
         pretrained: where pretrained cells start from.
         keys: of every cell.
@@ -57,7 +57,8 @@ class TrialCallback(tune.Callback):
         bar: shows the steps of all cells.
         done: steps of cells that were finished before.
         """
-        self._study, self._tracker, self._parent, self._pretrained = study, tracker, parent, pretrained
+        self._params, self._mirror, self._tracker = params, mirror, tracker
+        self._parent, self._pretrained = parent, pretrained
         self._keys, self._data, self._folders, self._bar, self._done = keys, data, folders, bar, done
         self._open: dict[str, _Open] = {}
         self._steps: dict[str, int] = {}
@@ -76,9 +77,7 @@ class TrialCallback(tune.Callback):
         if trial.trial_id in self._open:
             return
         cell: Cell = trial.config["cell"]
-        params: dict[str, Any] = {
-            name: value for name, value in study_params(self._study, "finetune").items() if "grid" not in name
-        }
+        params: dict[str, Any] = {name: value for name, value in self._params.items() if "grid" not in name}
         params |= {"split": cell.split, "init": cell.init, "lr": cell.lr, "seed": cell.seed}
         data = self._data[cell.split]  # a bad volume that was skipped makes it fewer than the split says
         params |= {f"{part}_volumes": len(getattr(data, part)) for part in ("training", "validation", "test")}
@@ -108,7 +107,7 @@ class TrialCallback(tune.Callback):
         elif "selected/step" in metrics:
             if step not in entry.run.logged("selected/step"):
                 entry.run.metrics(metrics, step)
-            self._study.mirror.pull(self._folders[cell] / "evaluation.json")
+            self._mirror.pull(self._folders[cell] / "evaluation.json")
             entry.run.artifact(self._folders[cell] / "evaluation.json")
         elif step not in entry.known:
             entry.run.metrics(metrics, step)
@@ -130,7 +129,7 @@ class TrialCallback(tune.Callback):
         entry.run.close()
         self.completed += 1
         # Only now that MLflow has the result is there nothing left to go on from.
-        TrialFolder(self._folders[cell], self._keys[cell], self._study.mirror).clear()
+        TrialFolder(self._folders[cell], self._keys[cell], self._mirror).clear()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """End the run as failed: this trial is not tried again. One that never started has no run yet."""

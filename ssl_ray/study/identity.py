@@ -14,6 +14,7 @@ import yaml
 from ssl_ray.config.loading import flatten
 from ssl_ray.config.schema import Finetune, Pretrain, Study
 from ssl_ray.storage.files import appearing
+from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import rename_experiment
 
 Stage = Literal["pretrain", "finetune"]
@@ -22,7 +23,7 @@ _HOW = {"pretrain": Pretrain.HOW, "finetune": Finetune.HOW | {"grid"}}
 """A cell of the grid is a run of its own, so that a grid may grow."""
 
 
-def check_unchanged(study: Study) -> None:
+def check_unchanged(study: Study, folders: Folders) -> None:
     """Compare a study with the configuration under which each of its stages was begun.
 
     Raises:
@@ -30,8 +31,8 @@ def check_unchanged(study: Study) -> None:
     """
     differences = []
     for stage in _HOW:
-        record = _record(study, stage)
-        if not study.mirror.pull(record):
+        record = _record(folders, stage)
+        if not folders.output.pull(record):
             continue
         before, now = yaml.safe_load(record.read_text()), _settings(study, stage)
         differences += [
@@ -42,21 +43,21 @@ def check_unchanged(study: Study) -> None:
     if differences:
         changes = "\n".join(dict.fromkeys(differences))
         raise ValueError(
-            f"{study.folder}: {study.name!r} was begun with another configuration; give the study another name, or "
+            f"{folders.study}: {study.name!r} was begun with another configuration; give the study another name, or "
             f"--fresh to start anew and keep the old one:\n{changes}"
         )
 
 
-def record(study: Study, stage: Stage) -> None:
+def record(study: Study, folders: Folders, stage: Stage) -> None:
     """Write down what a stage is begun with."""
-    path = _record(study, stage)
+    path = _record(folders, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing(path) as part:
         part.write_text(yaml.safe_dump(_settings(study, stage)))
-    study.mirror.push(path)
+    folders.output.push(path)
 
 
-def set_aside(study: Study) -> str | None:
+def set_aside(study: Study, folders: Folders) -> str | None:
     """Give another name to everything that the study has written, its MLflow experiment and its folder.
 
     Returns:
@@ -67,39 +68,39 @@ def set_aside(study: Study) -> str | None:
     """
     if study.tracking.experiment not in (None, study.name):
         raise ValueError(
-            f"--fresh: tracking.experiment is {study.experiment!r}, which may hold other studies, and would have to be "
-            "renamed: give the study another name instead"
+            f"--fresh: tracking.experiment is {study.tracking.experiment!r}, which may hold other studies, and "
+            "would have to be renamed: give the study another name instead"
         )
     kept = f"{study.name}-until-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-    found = rename_experiment(study, kept)
-    if study.mirror.move(study.folder, study.folder.with_name(kept)):
+    found = rename_experiment(study.tracking, folders, kept)
+    if folders.output.move(folders.study, folders.study.with_name(kept)):
         found = True
     return kept if found else None
 
 
 @contextmanager
-def only_one(study: Study) -> Iterator[None]:
+def only_one(folders: Folders) -> Iterator[None]:
     """Keep a second process on this machine or this shared disk off the study.
 
     Raises:
         ValueError: when another process is working on it.
     """
-    path = study.folder.parent / f".{study.name}.lock"
+    path = folders.study.parent / f".{folders.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
         except BlockingIOError as error:
             file.seek(0)
-            raise ValueError(f"{study.folder}: another process works on this study: {file.read().strip()}") from error
+            raise ValueError(f"{folders.study}: another process works on this study: {file.read().strip()}") from error
         file.truncate(0)
         file.write(f"{socket.gethostname()}, process {os.getpid()}")
         file.flush()
         yield
 
 
-def _record(study: Study, stage: str) -> Path:
-    return study.folder / f"{stage}.yaml"
+def _record(folders: Folders, stage: str) -> Path:
+    return folders.study / f"{stage}.yaml"
 
 
 def _settings(study: Study, stage: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,11 @@ from ssl_ray.data.store import Store, Volume
 from ssl_ray.phantom.cohort import write_cohort
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import Report, write_report
-from ssl_ray.search.grid import BAD_VOLUMES, GridResult, check_transfer, finetune
+from ssl_ray.search.cells import BAD_VOLUMES
+from ssl_ray.search.grid import GridResult, check_transfer, finetune
 from ssl_ray.storage.places import Place
-from ssl_ray.study import identity as reuse
+from ssl_ray.study import identity
+from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.tracking.tracker import Tracker
 
 
@@ -52,10 +55,10 @@ class Runner:
             ValueError: when something else was begun under the study's name, or a place cannot be written to.
         """
         self.study, self.verify = study, verify
-        for place in dict.fromkeys((study.output, str(study.cache_folder), str(study.folder))):
-            Place.parse(place).check_writable()
+        self.folders = folders_of(study)
+        self.folders.check_writable()
         self.config_yaml = dump(study)
-        reuse.check_unchanged(study)
+        identity.check_unchanged(study, self.folders)
 
     def __enter__(self) -> "Runner":
         return self
@@ -67,7 +70,7 @@ class Runner:
     @cached_property
     def tracker(self) -> Tracker:
         """The study's MLflow experiment."""
-        return Tracker(self.study)
+        return tracker_of(self.study)
 
     @cached_property
     def cohorts(self) -> Cohorts:
@@ -84,7 +87,7 @@ class Runner:
         splits = read_labelled(self.study.finetune.cohort, self.study.finetune.split_sizes)
         check_held_out((*training, *validation), splits)
         if self.study.finetune.weights:
-            check_transfer(self.study, Path(self.study.finetune.weights))
+            check_transfer(self.study.finetune, self.study.network, Path(self.study.finetune.weights))
         return Cohorts(training, validation, splits)
 
     @cached_property
@@ -95,9 +98,14 @@ class Runner:
             ValueError: with a table of all bad volumes, unless the study skips them.
         """
         study = self.study
-        store = Store(study.cache_folder, study.scratch)
+        store = Store(self.folders.cache, self.folders.scratch)
         cohorts = self.cohorts
-        connect(study)
+        connect(study.cluster)
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and Place.parse(study.output).uri != study.output:
+            say(
+                f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "
+                "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"
+            )
         bad: list[BadVolume] = []
         fresh = 0
 
@@ -138,8 +146,10 @@ class Runner:
         validation = [volumes[str(case.image)] for case in self.cohorts.validation if str(case.image) in volumes]
         if not training or not validation:
             raise ValueError("pretrain.sources: no usable volume is left for training or validation")
-        reuse.record(self.study, "pretrain")
-        done = pretrain(self.study, training, validation, self.tracker, self.config_yaml)
+        identity.record(self.study, self.folders, "pretrain")
+        params = run_params(self.study, "pretrain")
+        recipe = recipe_of(self.study)
+        done = pretrain(recipe, training, validation, self.folders, self.tracker, params, self.config_yaml)
         say(f"pretraining {'is done' if done.fresh else 'was done already'}: {done.weights}")
         return done
 
@@ -149,22 +159,32 @@ class Runner:
         prepared = self.prepared
         pretrained = self.pretrained if "pretrained" in self.study.finetune.grid.init else None
         splits = self.cohorts.splits
-        reuse.record(self.study, "finetune")
-        done = finetune(self.study, splits, prepared.labelled, pretrained, self.tracker, self.config_yaml)
+        identity.record(self.study, self.folders, "finetune")
+        done = finetune(
+            self.study.finetune,
+            self.study.network,
+            splits,
+            prepared.labelled,
+            pretrained,
+            self.folders,
+            self.tracker,
+            run_params(self.study, "finetune"),
+            self.config_yaml,
+        )
         say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
         for name in done.failed:
-            say(f"fine-tuning: cell {name} FAILED; its log is under {self.study.folder / 'ray'}")
+            say(f"fine-tuning: cell {name} FAILED; its log is under {self.folders.study / 'ray'}")
         return done
 
     def report(self) -> Report:
         """Table, figures and page, from MLflow alone."""
-        report = write_report(self.study, self.study.folder)
-        for path in (report.markdown, report.html, self.study.folder / "figures"):
-            self.study.mirror.push(path)
+        report = write_report(self.study, tracker_of(self.study, create=False), self.folders.study)
+        for path in (report.markdown, report.html, self.folders.study / "figures"):
+            self.folders.output.push(path)
         return report
 
     def _settle(self, bad: Sequence[BadVolume]) -> None:
-        record = self.study.folder / BAD_VOLUMES
+        record = self.folders.study / BAD_VOLUMES
         if not bad:
             record.unlink(missing_ok=True)
             return
@@ -175,7 +195,7 @@ class Runner:
                 f"{len(bad)} volumes cannot be used (on_bad_volume: skip goes on without them; the others are kept "
                 f"in the store):\n{table}"
             )
-        self.study.folder.mkdir(parents=True, exist_ok=True)
+        self.folders.study.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({one.id: one.reason for one in bad}, indent=1))
         say(f"going on without {len(bad)} volumes, recorded in {record}:\n{table}")
 

@@ -24,9 +24,9 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from ssl_ray.config.loading import flatten
-from ssl_ray.config.schema import Study
+from ssl_ray.config.schema import Tracking
 from ssl_ray.console import say
+from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.delivery import Away, Delivery
 from ssl_ray.tracking.journal import Journal
 from ssl_ray.tracking.run import Run as Run
@@ -53,43 +53,42 @@ class MissingExperiment(ValueError):  # noqa: N818
 class Tracker:
     """The study's MLflow experiment. Whatever is read has what was written before, unless MLflow is away."""
 
-    def __init__(
-        self, study: Study, create: bool = True, folder: Path | None = None, deliver: bool | None = None
-    ) -> None:
+    def __init__(self, settings: Tracking, folders: Folders, create: bool = True, deliver: bool | None = None) -> None:
         """Args:
-        study: names tracking URI and experiment.
+        settings: tracking URI and experiment; the study's own database and name where they are left out.
+        folders: of the study; the journal lies in `<study>/journal`.
         create: make the experiment where it does not exist yet; if not, MLflow has to answer.
-        folder: of the journal, on a local disk; `<study's folder>/journal` if left out.
         deliver: deliver what an earlier process left behind; as `create` says if left out. Only one process may.
 
         Raises:
             ValueError: when the experiment does not exist and is not to be made, or when MLflow does not answer, unless
                 it did so before and the journal therefore knows that the address is right.
         """
-        self.uri, self._create = study.tracking_uri, create
+        self.uri = settings.uri or f"sqlite:///{folders.output.folder / 'mlflow.db'}"
+        self.experiment, self._create = settings.experiment or folders.name, create
         # Another server or experiment begins another journal: run ids of one mean nothing to the other.
-        name = hashlib.sha256(f"{self.uri} {study.experiment}".encode()).hexdigest()[:12]
-        home = (folder or study.folder / "journal").absolute() / name
+        name = hashlib.sha256(f"{self.uri} {self.experiment}".encode()).hexdigest()[:12]
+        home = folders.study / "journal" / name
 
         def find(client: MlflowClient) -> str | None:
-            experiment = client.get_experiment_by_name(study.experiment)
+            experiment = client.get_experiment_by_name(self.experiment)
             if experiment is not None:
                 return str(experiment.experiment_id)
             if not create:
                 return None
             # A local store would put artifacts under the current directory; a server decides for itself.
-            artifacts = (study.mirror.folder / "artifacts" / study.experiment).as_uri()
-            return str(client.create_experiment(study.experiment, None if self.uri.startswith("http") else artifacts))
+            artifacts = (folders.output.folder / "artifacts" / self.experiment).as_uri()
+            return str(client.create_experiment(self.experiment, None if self.uri.startswith("http") else artifacts))
 
         self._delivery = delivery = _deliveries.get(home) or Delivery(self.uri, home, find)
-        self._contact(study, find, home / "known.json")
+        self._contact(find, home / "known.json")
         if deliver if deliver is not None else create:
             _deliveries[home] = delivery
             delivery.start()
         elif delivery.left and not delivery.running:
             say(f"{delivery.left} records for MLflow are still in {home}; the next run of the study delivers them")
 
-    def _contact(self, study: Study, find: Callable[[MlflowClient], str | None], known: Path) -> None:
+    def _contact(self, find: Callable[[MlflowClient], str | None], known: Path) -> None:
         delivery = self._delivery
 
         def question() -> Experiment | None:
@@ -110,11 +109,11 @@ class Tracker:
             return
         if found is None:
             raise MissingExperiment(
-                f"{delivery.place}: no MLflow experiment named {study.experiment!r}; run the study first"
+                f"{delivery.place}: no MLflow experiment named {self.experiment!r}; run the study first"
             )
         if found.lifecycle_stage == "deleted":
             raise ValueError(
-                f"{delivery.place}: the MLflow experiment {study.experiment!r} is deleted; restore it, or name another "
+                f"{delivery.place}: the MLflow experiment {self.experiment!r} is deleted; restore it, or name another "
                 "one in tracking.experiment"
             )
         delivery.sender.experiment_id = found.experiment_id
@@ -255,25 +254,19 @@ class Tracker:
         return ValueError(f"tracking.uri: MLflow at {self._delivery.place} does not answer ({why})")
 
 
-def study_params(study: Study, *sections: str) -> dict[str, str]:
-    """Flat parameters of the named sections, so that all runs of a kind have the same names."""
-    flat = flatten(study)
-    return {key: value for key, value in flat.items() if key.partition(".")[0] in ("seed", "network", *sections)}
-
-
-def rename_experiment(study: Study, name: str) -> bool:
+def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
     """Give the study's MLflow experiment another name, once it has everything -> whether there was one.
 
     Raises:
         ValueError: when MLflow does not answer or refuses, or does not have everything yet.
     """
     try:
-        tracker = Tracker(study, create=False, deliver=True)
+        tracker = Tracker(settings, folders, create=False, deliver=True)
     except MissingExperiment:
         return False
     try:
         if left := tracker.settle(30):
-            raise ValueError(f"{study.folder}: MLflow has yet to get {left} records; it has to have them first")
+            raise ValueError(f"{folders.study}: MLflow has yet to get {left} records; it has to have them first")
         tracker.client.rename_experiment(tracker.experiment_id, name)
     except MlflowException as error:
         raise ValueError(f"tracking.experiment: MLflow does not rename it ({reason(error)})") from error

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ssl_ray.config.loading import dump, flatten, load
 from ssl_ray.config.schema import Finetune, Preparation, Pretrain, Study
+from ssl_ray.study.parts import folders_of, tracker_of
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").rglob("*.yaml"))
 
@@ -313,10 +314,10 @@ def test_paths_of_a_study_are_absolute(file: Path, tmp_path: Path, monkeypatch: 
     """A study can be handed to processes that run elsewhere."""
     monkeypatch.chdir(tmp_path)
     study = load(file)
-    assert study.folder == tmp_path / "output" / "small"
-    assert study.cache_folder == tmp_path / "output" / "cache"
-    assert study.tracking_uri == f"sqlite:///{tmp_path / 'output' / 'mlflow.db'}"
-    assert load(file, ["cache=/elsewhere"]).cache_folder == Path("/elsewhere")
+    assert folders_of(study).study == tmp_path / "output" / "small"
+    assert folders_of(study).cache == tmp_path / "output" / "cache"
+    assert tracker_of(study).uri == f"sqlite:///{tmp_path / 'output' / 'mlflow.db'}"
+    assert folders_of(load(file, ["cache=/elsewhere"])).cache == Path("/elsewhere")
 
 
 def test_sections_cannot_be_changed(file: Path) -> None:

@@ -27,6 +27,7 @@ from ssl_ray.estimate.volumes import prepared_shape, survey
 from ssl_ray.estimate.work import Cluster, count_windows, plan_grid, plan_pretraining
 from ssl_ray.networks.flops import DEVICES, autoencoder_flops, known_device, unetr_flops
 from ssl_ray.networks.unetr import build_autoencoder, build_unetr
+from ssl_ray.study.parts import folders_of
 
 TINY = {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4}
 
@@ -181,7 +182,7 @@ def test_what_the_store_holds_is_exact(cohort, tmp_path, capsys):
     size = 0
     for entry in json.loads((cohort / "unlabelled.json").read_text())["training"]:
         image = cohort / entry["image"]
-        volume, _ = prepare_case(Case("x", image), study.pretrain.preparation, Store(study.cache_folder))
+        volume, _ = prepare_case(Case("x", image), study.pretrain.preparation, Store(folders_of(study).cache))
         size += sum(count for count, _ in volume.files.values())
     group = tree_of(path, capsys, "--no-probe")["volumes"]["groups"][0]
     assert (group["stored"], group["sampled"], group["bytes"]) == (4, 0, size)
@@ -290,14 +291,17 @@ def test_sharded_weights_are_exchanged_in_every_pass(cohort, tmp_path, microbatc
     whole = load(write_study(tmp_path, cohort, batch_size=8, workers=2, microbatch=microbatch), [])
     parts = load(write_study(tmp_path, cohort, batch_size=8, workers=2, microbatch=microbatch, shard=True), [])
     cluster = Cluster("here", 8, 2, 1e9, 1e9)
-    found = [plan_pretraining(one, survey(one, True), None, None, cluster).exchanged_bytes for one in (whole, parts)]
+    found = [
+        plan_pretraining(one, survey(one, folders_of(one), True), None, None, cluster).exchanged_bytes
+        for one in (whole, parts)
+    ]
     assert found[1] / found[0] == pytest.approx((2 * passes + 1) / 2)
 
 
 def test_the_slowest_part_is_named(cohort, tmp_path):
     """A fast device waits for few cores that read, then for the loop that deals out small blocks, then for itself."""
     study = load(write_study(tmp_path, cohort, patch_size=32, batch_size=64), [])
-    volumes = survey(study, True)
+    volumes = survey(study, folders_of(study), True)
     timing = Timing(0.002, 20, "GPU", "bfloat16")
     few, many = (
         plan_pretraining(study, volumes, None, timing, Cluster("x", cpus, 1, 1e9, 1e12)) for cpus in (2.0, 100.0)
@@ -350,7 +354,7 @@ def test_a_device_too_small_is_a_warning(cohort, tmp_path, monkeypatch, capsys):
 def test_trials_that_run_at_once_share_the_time(cohort, tmp_path):
     """Four cells on two CPUs are two rounds, on one four."""
     study = load(write_study(tmp_path, cohort), [])
-    volumes = survey(study, True)
+    volumes = survey(study, folders_of(study), True)
     timings = Timing(0.5, 5, "CPU", "float32"), Timing(0.1, 5, "CPU", "float32")
     one, two = (plan_grid(study, volumes, None, timings, Cluster("x", cpus, 0, 1e9, 1e12)) for cpus in (1.0, 2.0))
     assert (one.concurrent, two.concurrent) == (1, 2)
@@ -375,7 +379,7 @@ def test_few_headers_are_read_of_many_volumes(cohort, tmp_path, monkeypatch):
     read = []
     load_header = nib.load
     monkeypatch.setattr(nib, "load", lambda path: (read.append(path), load_header(path))[1])
-    found = survey(load(path, []), True)
+    found = survey(load(path, []), folders_of(load(path, [])), True)
     training = found.groups[0]
     assert (training.volumes, training.sampled, training.bad) == (400, 200, ())
     assert len([path for path in read if "many" in str(path)]) == 300

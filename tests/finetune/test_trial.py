@@ -20,12 +20,14 @@ from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
 from ssl_ray.evaluate.scores import CaseScores
 from ssl_ray.finetune import trial_folder
-from ssl_ray.finetune.job import Cell, TrialData
+from ssl_ray.finetune.job import TrialData
+from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.trial import _Totals, _Trial, run_trial
 from ssl_ray.finetune.trial_folder import TrialFolder
 from ssl_ray.networks.flops import unetr_flops
 from ssl_ray.networks.transfer import describe, export
 from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.search.cells import Cell
 
 CPU = torch.device("cpu")
 
@@ -77,12 +79,18 @@ def plain(records):
     ]
 
 
+def start(study, data, folder, cell=CELL, weights=None, key=KEY):
+    home = TrialFolder(folder, key)
+    return run_trial(study.finetune, study.network, cell.lr, cell.seed, data, weights, home, CPU)
+
+
 def reports(study, data, folder, cell=CELL, weights=None):
-    return plain(run_trial(study, cell, data, weights, folder, CPU, KEY))
+    return plain(start(study, data, folder, cell, weights))
 
 
 def make(study, data, folder, cell=CELL, weights=None):
-    return _Trial(study, cell, data, weights, TrialFolder(folder, KEY), CPU)
+    learner = SegmentationLearner(study.finetune, study.network, CPU, cell.lr, cell.seed, weights)
+    return _Trial(study.finetune, study.network, learner, cell.seed, data, TrialFolder(folder, KEY))
 
 
 def changed(study, **settings):
@@ -122,7 +130,7 @@ def whole(study, data, tmp_path_factory):
 def test_a_trial_that_was_cut_off_ends_as_if_it_had_not_been(study, data, tmp_path, whole, seen, minutes):
     """Cut off after any record and started again, also from an older checkpoint, it says the same and ends the same."""
     study = changed(study, checkpoint_minutes=minutes)
-    trial = run_trial(study, CELL, data, None, tmp_path / "cut", CPU, KEY)
+    trial = start(study, data, tmp_path / "cut", CELL, None)
     first = plain(next(trial) for _ in range(seen))
     trial.close()
     rest = reports(study, data, tmp_path / "cut")
@@ -137,7 +145,7 @@ def test_what_was_best_before_a_cut_stays_the_best(study, data, tmp_path):
     cell = Cell(2, "random", 2e-3, 0)
     whole = reports(study, data, tmp_path / "whole", cell)
     assert whole[-1][1]["selected/step"] == 4
-    trial = run_trial(study, cell, data, None, tmp_path / "cut", CPU, KEY)
+    trial = start(study, data, tmp_path / "cut", cell, None)
     first = plain(next(trial) for _ in range(9))
     trial.close()
     assert history(first, reports(study, data, tmp_path / "cut", cell)) == history(whole)
@@ -146,7 +154,7 @@ def test_what_was_best_before_a_cut_stays_the_best(study, data, tmp_path):
 
 def test_what_the_driver_did_not_get_is_said_again(study, data, tmp_path, whole):
     """Records between the last two checkpoints come again, so that a driver killed after the newer one loses none."""
-    trial = run_trial(study, CELL, data, None, tmp_path / "cut", CPU, KEY)
+    trial = start(study, data, tmp_path / "cut", CELL, None)
     first = plain(next(trial) for _ in range(9))
     trial.close()
     assert first[-1][0] == 8
@@ -204,7 +212,7 @@ def test_a_fault_inside_leaves_nothing_half_done(study, data, tmp_path, whole, m
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, wrapped)
         with pytest.raises(CutError):
-            first.extend(run_trial(study, CELL, data, None, tmp_path / "cut", CPU, KEY))
+            first.extend(start(study, data, tmp_path / "cut", CELL, None))
     assert not (tmp_path / "cut" / "evaluation.json").exists()
     assert (tmp_path / "cut" / "unetr.safetensors").exists() == (count == 2 and inside is not None)
     rest = reports(study, data, tmp_path / "cut")
@@ -215,7 +223,7 @@ def test_a_fault_inside_leaves_nothing_half_done(study, data, tmp_path, whole, m
 
 def interrupted(study, data, folder):
     """A trial with checkpoints at steps 4 and 8, cut off at 9."""
-    trial = run_trial(study, CELL, data, None, folder, CPU, KEY)
+    trial = start(study, data, folder, CELL, None)
     assert [next(trial)[0] for _ in range(10)][-1] == 9
     trial.close()
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["00000004", "00000008"]
@@ -265,7 +273,7 @@ def test_best_weights_that_are_damaged_cost_their_checkpoint(study, data, tmp_pa
 def test_a_checkpoint_of_another_configuration_is_refused(study, data, tmp_path, whole, caplog):
     """Put into the folder, it is passed over with a message, and the trial starts from step 0."""
     interrupted(study, data, tmp_path / "cut")
-    found = plain(run_trial(study, CELL, data, None, tmp_path / "cut", CPU, "another key"))
+    found = plain(start(study, data, tmp_path / "cut", CELL, None, key="another key"))
     assert found[0][1] == {"started_at": 0}
     assert "another configuration" in caplog.text
     assert_same(tmp_path / "cut", whole[1])
@@ -506,4 +514,4 @@ def test_weights_of_another_network_stop_the_trial(study, data, tmp_path):
     weights = tmp_path / "other.safetensors"
     export(weights, build_autoencoder(other, (16, 16, 16)).state_dict(), describe(other, (16, 16, 16)))
     with pytest.raises(ValueError, match=r"other\.safetensors"):
-        next(run_trial(study, Cell(2, "pretrained", 2e-3, 0), data, weights, tmp_path, CPU, KEY))
+        next(start(study, data, tmp_path, Cell(2, "pretrained", 2e-3, 0), weights))

@@ -33,7 +33,8 @@ def make(**finetune: Any) -> SegmentationLearner:
         }
         | finetune,
     }
-    return SegmentationLearner(Study.model_validate(tree), CPU, 1e-2, 0)
+    study = Study.model_validate(tree)
+    return SegmentationLearner(study.finetune, study.network, CPU, 1e-2, 0)
 
 
 def steps(made: SegmentationLearner, first: int, last: int) -> list[float]:

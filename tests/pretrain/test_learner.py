@@ -17,6 +17,8 @@ from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.restoration import corrupt, draw, pack, take, unpack
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.study.parts import recipe_of
 from ssl_ray.training import compile as compiled
 from ssl_ray.training.precision import autocast
 
@@ -50,7 +52,7 @@ def make(tmp_path: Path, device: torch.device = CPU, **pretrain: Any) -> Pretrai
     )
     plan = SampleTable(0, np.array([[32] * 3] * 4), (SIDE,) * 3, 2, BATCH, 1)
     feed = Feed(plan, tmp_path, ("a",) * 4, ("a",) * 4, "uint8", LEVELS)
-    return PretrainingLearner(Job(study, feed, feed, tmp_path, "key", None), device)  # type: ignore[arg-type]
+    return PretrainingLearner(Job(recipe_of(study), feed, feed, tmp_path, Mirror(tmp_path), "key", None), device)  # type: ignore[arg-type]
 
 
 def steps(made: PretrainingLearner, first: int, last: int) -> list[float]:

@@ -20,15 +20,16 @@ from scipy import stats
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.evaluate.scores import CaseScores, aggregate
-from ssl_ray.finetune.job import Cell
 from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.report.results import FOREGROUND, HD95, Results, read_results
 from ssl_ray.report.statistics import difference, interval
 from ssl_ray.report.tables import answer, honest_table, notes, organ_table, published_table
 from ssl_ray.report.write import write_report
 from ssl_ray.search.callbacks import FAILURE
+from ssl_ray.search.cells import Cell
 from ssl_ray.search.grid import cells
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker, study_params
+from ssl_ray.study.parts import run_params, tracker_of
+from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
 
 ORGANS = ("liver", "spleen")
 
@@ -91,10 +92,10 @@ class Outcome:
 
 def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretraining: bool = True) -> Tracker:
     """Write a study into MLflow with the calls of `ssl_ray.pretrain.driver` and `ssl_ray.search.grid`."""
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     lineage = {}
     if pretraining:
-        run = tracker.open("pretraining", "p", "pretrain", study_params(study, "pretrain"))
+        run = tracker.open("pretraining", "p", "pretrain", run_params(study, "pretrain"))
         for step in range(20, 201, 20):
             validated = {"validation_loss": 2 / step, "validation_identity_loss": 0.2} if step % 40 == 0 else {}
             run.metrics({"loss": 3 / step} | validated, step)
@@ -105,7 +106,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
             run.artifact(path, "pictures")
         run.close()
         lineage[PRETRAINING_RUN] = run.id
-    grid = tracker.open("grid", "g", "grid", study_params(study, "finetune"))
+    grid = tracker.open("grid", "g", "grid", run_params(study, "finetune"))
     grid.text(dump(study), "experiment.yaml")
     transfer = {"share": 1.0, "loaded": 150, "interpolated": [], "missing": [], "unexpected": ["conv3d_transpose.bias"]}
     grid.text(json.dumps(transfer), "weight_transfer.json")
@@ -139,7 +140,10 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
 def constant(study: Study, random: float, pretrained: float) -> dict[Cell, Outcome]:
     """Every pretrained cell as good as the next one, likewise every random one; tested on 8 volumes."""
     values = {"random": random, "pretrained": pretrained}
-    return {cell: Outcome(flat([values[cell.init]] * 2, "v"), flat([values[cell.init]] * 8)) for cell in cells(study)}
+    return {
+        cell: Outcome(flat([values[cell.init]] * 2, "v"), flat([values[cell.init]] * 8))
+        for cell in cells(study.finetune)
+    }
 
 
 def read(study: Study, tracker: Tracker) -> Results:
@@ -172,7 +176,7 @@ def test_tables_show_the_numbers_that_the_trials_logged(tmp_path: Path) -> None:
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
     random = [case("a", [0.4, None], 0.96), case("b", [0.6, 0.8], 0.98)]
     pretrained = [case("b", [0.7, 0.9], 0.98), case("a", [0.5, None], 0.96)]  # paired by id, not by position
-    outcomes = {cell: Outcome([], random if cell.init == "random" else pretrained) for cell in cells(study)}
+    outcomes = {cell: Outcome([], random if cell.init == "random" else pretrained) for cell in cells(study.finetune)}
     results = read(study, record(study, outcomes, tmp_path))
     # volumes with background: (0.96 + 0.4) / 2 = 0.68 and (0.98 + 0.6 + 0.8) / 3 = 0.79333
     assert published_table(results).header[1] == "test volumes"
@@ -189,7 +193,7 @@ def test_learning_rate_is_chosen_on_validation_not_on_test(tmp_path: Path) -> No
     study = make_study(tmp_path, splits=[6])
     outcomes = {
         cell: Outcome(flat([0.8 if cell.lr == 1e-4 else 0.7]), flat([0.5 if cell.lr == 1e-4 else 0.9]))
-        for cell in cells(study)
+        for cell in cells(study.finetune)
     }
     results = read(study, record(study, outcomes, tmp_path))
     assert results.arm(6, "random").lr == 1e-4
@@ -199,7 +203,7 @@ def test_learning_rate_is_chosen_on_validation_not_on_test(tmp_path: Path) -> No
 def test_a_learning_rate_that_fails_does_not_win_by_its_survivors(tmp_path: Path) -> None:
     """With a failed seed, a higher mean of the other seeds is not enough."""
     study = make_study(tmp_path, splits=[6], seeds=[0, 1])
-    outcomes = {cell: Outcome(flat([0.9 if cell.lr == 3e-4 else 0.6]), flat([0.5])) for cell in cells(study)}
+    outcomes = {cell: Outcome(flat([0.9 if cell.lr == 3e-4 else 0.6]), flat([0.5])) for cell in cells(study.finetune)}
     for cell, outcome in outcomes.items():
         if cell.lr == 3e-4 and cell.seed == 1:
             outcome.status = "FAILED"
@@ -211,7 +215,7 @@ def test_seeds_are_averaged_before_volumes_are_resampled(tmp_path: Path) -> None
     study = make_study(tmp_path, splits=[6], lr=[1e-4], seeds=[0, 1, 2])
     gains = np.array([0.1, 0.2, 0.15, 0.05, 0.1, 0.12])
     outcomes = {}
-    for cell in cells(study):
+    for cell in cells(study.finetune):
         base = 0.5 + 0.1 * cell.seed
         values = np.full(6, base) if cell.init == "random" else base + gains * (1 + 0.5 * (cell.seed - 1))
         outcomes[cell] = Outcome([], flat(list(values)))
@@ -220,7 +224,7 @@ def test_seeds_are_averaged_before_volumes_are_resampled(tmp_path: Path) -> None
     found = results.compare(6, FOREGROUND)
     assert found is not None
     np.testing.assert_allclose(found.values, gains)
-    assert "3 seeds" in write_report(study, tmp_path / "report").markdown.read_text()
+    assert "3 seeds" in write_report(study, tracker_of(study, create=False), tmp_path / "report").markdown.read_text()
 
 
 @pytest.mark.parametrize("going_on", ["RUNNING", "KILLED"])
@@ -241,7 +245,7 @@ def test_holes_are_named_where_the_number_would_stand(tmp_path: Path, going_on: 
         ["66.33", "missing"],
     ]
     assert "no answer**: pretrained is failed" in answer(results, 6)
-    report = write_report(study, tmp_path / "report")
+    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
     page = report.markdown.read_text()
     assert "**3 of 6 cells have no result**" in page
     assert "**failed**" in page
@@ -256,7 +260,7 @@ def test_nothing_but_holes_is_still_a_report(tmp_path: Path) -> None:
     for outcome in outcomes.values():
         outcome.status, outcome.curve = "FAILED", {}
     record(study, outcomes, tmp_path)
-    report = write_report(study, tmp_path / "report")
+    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
     assert report.table.count("no answer") == 2
     Page(report.html.read_text())
 
@@ -269,7 +273,7 @@ def test_a_grid_of_one_initialisation_reports_it_alone(tmp_path: Path, init: str
     row = honest_table(read(study, tracker)).rows[0]
     assert sorted(row[3:5]) == ["0.500", "not in the grid"]
     assert row[5] == "n/a"
-    report = write_report(study, tmp_path / "report")
+    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
     assert f"{init} initialisation reaches foreground Dice 0.500" in report.table
     assert ("Restoring corrupted patches" in report.markdown.read_text()) == (init == "pretrained")
 
@@ -292,7 +296,7 @@ def test_an_answer_is_clear_only_if_the_interval_excludes_zero(
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
     outcomes = {
         cell: Outcome([], flat([0.5 + (gain if cell.init == "pretrained" else 0) for gain in gains]))
-        for cell in cells(study)
+        for cell in cells(study.finetune)
     }
     results = read(study, record(study, outcomes, tmp_path))
     with warnings.catch_warnings():
@@ -324,7 +328,7 @@ def test_a_gain_that_one_seed_contradicts_is_not_clear(tmp_path: Path) -> None:
     gains = {0: 0.1, 1: -0.02}
     outcomes = {
         cell: Outcome([], flat([0.5 + (gains[cell.seed] if cell.init == "pretrained" else 0)] * 8))
-        for cell in cells(study)
+        for cell in cells(study.finetune)
     }
     assert "but the seeds disagree: +0.100, -0.020" in answer(read(study, record(study, outcomes, tmp_path)), 6)
 
@@ -332,7 +336,7 @@ def test_a_gain_that_one_seed_contradicts_is_not_clear(tmp_path: Path) -> None:
 def test_without_a_test_split_validation_is_reported_and_called_so(tmp_path: Path) -> None:
     """The tables' headers and a note say that the same volumes made the selection."""
     study = make_study(tmp_path, splits=[6])
-    outcomes = {cell: Outcome(flat([0.5, 0.7])) for cell in cells(study)}
+    outcomes = {cell: Outcome(flat([0.5, 0.7])) for cell in cells(study.finetune)}
     results = read(study, record(study, outcomes, tmp_path))
     assert "validation volumes" in honest_table(results).header
     assert "No test split" in next(notes(results))
@@ -343,7 +347,7 @@ def test_organs_have_the_volumes_that_hold_them(tmp_path: Path) -> None:
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
     scored = [case("a", [0.4, None], hd95=4), case("b", [0.6, 0.8], hd95=8)]
     organs = ("liver (right|left)", "spleen")
-    outcomes = {cell: Outcome([], scored, organs=organs) for cell in cells(study)}
+    outcomes = {cell: Outcome([], scored, organs=organs) for cell in cells(study.finetune)}
     table = organ_table(read(study, record(study, outcomes, tmp_path)), 6)
     assert table.rows[0] == ["liver (right|left)", "2", "0.500", "0.500", "+0.000", "6.0", "6.0", "+0.0"]
     assert table.rows[1][:3] == ["spleen", "1", "0.800"]
@@ -355,7 +359,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
     """HTML: well-formed, pictures inside, no script, no reference to anything outside. Markdown: relative links."""
     study = make_study(tmp_path)
     record(study, constant(study, 0.5, 0.6), tmp_path)
-    report = write_report(study, tmp_path / "report")
+    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
     page = Page(report.html.read_text())
     assert not page.open
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -373,7 +377,7 @@ def test_writing_it_again_gives_the_same_bytes(tmp_path: Path) -> None:
     """Bootstrap, figures and text depend on MLflow's content alone."""
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
     record(study, constant(study, 0.5, 0.6), tmp_path)
-    first, second = (write_report(study, tmp_path / name) for name in ("one", "two"))
+    first, second = (write_report(study, tracker_of(study, create=False), tmp_path / name) for name in ("one", "two"))
     assert first.table == second.table
     assert first.markdown.read_bytes() == second.markdown.read_bytes()
     assert first.html.read_bytes() == second.html.read_bytes()
@@ -383,7 +387,7 @@ def test_the_grid_run_keeps_the_report(tmp_path: Path) -> None:
     """Page, Markdown and the figures it refers to are its artifacts; the run stays as it ended."""
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
     tracker = record(study, constant(study, 0.5, 0.6), tmp_path)
-    report = write_report(study, tmp_path / "report")
+    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
     (grid,) = tracker.runs(kind="grid")
     assert tracker.files(grid.info.run_id, "report") == ["report/report.html", "report/report.md"]
     assert tracker.read(grid.info.run_id, "report/report.html") == report.html.read_bytes()
@@ -410,7 +414,7 @@ def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -
     tracker = record(study, constant(study, 0.5, 0.6), tmp_path)
     random, pretrained = Cell(6, "random", 1e-4, 0).name, Cell(6, "pretrained", 1e-4, 0).name
     time.sleep(0.01)
-    grid = tracker.open("grid", "h", "grid", study_params(study, "finetune"))
+    grid = tracker.open("grid", "h", "grid", run_params(study, "finetune"))
     grid.text(dump(study), "experiment.yaml")
     grid.text(json.dumps({random: random, pretrained: "not yet"}), "cells.json")
     grid.close()
@@ -425,13 +429,13 @@ def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> N
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
     secret = study.model_copy(update={"cache": "s3://user:secret@store/cache"})
     tracker = record(secret, constant(secret, 0.5, 0.6), tmp_path)
-    report = write_report(secret, tmp_path / "report")
+    report = write_report(secret, tracker_of(secret, create=False), tmp_path / "report")
     for text in (report.markdown.read_text(), report.html.read_text()):
         assert all(
             run.info.run_id in text for kind in ("grid", "pretraining", "trial") for run in tracker.runs(kind=kind)
         )
         assert "conv3d_transpose.bias" in text
-        assert f"mlflow ui --backend-store-uri {study.tracking_uri}" in text
+        assert f"mlflow ui --backend-store-uri {tracker_of(study).uri}" in text
         assert "secret" not in text
     config = re.search(r"Experiment \(resolved\)</summary>\n\n```\n(.*?)```", report.markdown.read_text(), re.DOTALL)
     assert config is not None
@@ -442,10 +446,10 @@ def test_a_study_without_a_grid_says_so(tmp_path: Path) -> None:
     """No experiment, or none with a grid: something to mend, not a traceback."""
     study = make_study(tmp_path)
     with pytest.raises(ValueError, match="no MLflow experiment named 'fake'"):
-        write_report(study, tmp_path / "report")
-    Tracker(study)
+        write_report(study, tracker_of(study, create=False), tmp_path / "report")
+    tracker_of(study)
     with pytest.raises(ValueError, match="no fine-tuning grid yet"):
-        write_report(study, tmp_path / "report")
+        write_report(study, tracker_of(study, create=False), tmp_path / "report")
 
 
 def test_hd95_difference_of_shared_volumes_is_in_millimetres(tmp_path: Path) -> None:
@@ -453,7 +457,7 @@ def test_hd95_difference_of_shared_volumes_is_in_millimetres(tmp_path: Path) -> 
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
     outcomes = {
         cell: Outcome([], [case(f"t{n}", [0.5, 0.5], hd95=9.0 if cell.init == "random" else 6.5) for n in range(6)])
-        for cell in cells(study)
+        for cell in cells(study.finetune)
     }
     results = read(study, record(study, outcomes, tmp_path))
     found = results.compare(6, HD95)

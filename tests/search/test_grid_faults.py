@@ -27,7 +27,7 @@ from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.finetune.trial import run_trial
 from ssl_ray.search import grid
 from ssl_ray.search.callbacks import FAILURE
-from ssl_ray.tracking.tracker import Tracker
+from ssl_ray.study.parts import folders_of, tracker_of
 
 pytestmark = pytest.mark.slow
 wait_for = partial(runs.wait_for, seconds=120)
@@ -74,7 +74,7 @@ FAULTS = {
 
 def faulty_trial(study, cell, data, weights, folder, device, key):
     """In a trial's process: `run_trial`, with the next fault that the test has planned for this cell."""
-    plan, fault = study.folder / "plan" / cell.name, None
+    plan, fault = folders_of(study).study / "plan" / cell.name, None
     with contextlib.suppress(FileNotFoundError):
         fault, _, rest = plan.read_text().partition("\n")
         plan.write_text(rest)
@@ -86,7 +86,7 @@ def faulty_trial(study, cell, data, weights, folder, device, key):
     original, calls = pkgutil.resolve_name(target), iter(range(1, 1000))
 
     def pause(*_, **__):
-        (study.folder / "plan" / "paused").write_text(str(os.getpid()))
+        (folders_of(study).study / "plan" / "paused").write_text(str(os.getpid()))
         time.sleep(600)
 
     def wrapped(*arguments, **options):
@@ -146,9 +146,9 @@ def write(folder, cohort, cache, plan):
     }
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(tree))
-    (load(path).folder / "plan").mkdir(parents=True)
+    (folders_of(load(path)).study / "plan").mkdir(parents=True)
     for cell, faults in plan.items():
-        (load(path).folder / "plan" / {"a": A, "b": B}[cell]).write_text("\n".join(faults))
+        (folders_of(load(path)).study / "plan" / {"a": A, "b": B}[cell]).write_text("\n".join(faults))
     return path
 
 
@@ -162,14 +162,14 @@ def undisturbed(ray_cluster, cohort, cache, tmp_path_factory):
 
 def runs(path):
     """Newest state of every cell's run by name; no cell has two."""
-    found = Tracker(load(path)).runs(kind="trial")
+    found = tracker_of(load(path)).runs(kind="trial")
     by_name = {run.info.run_name: run for run in found}
     assert len(by_name) == len(found)
     return by_name
 
 
 def history(path, run, metric):
-    points = Tracker(load(path)).client.get_metric_history(run.info.run_id, metric)
+    points = tracker_of(load(path)).client.get_metric_history(run.info.run_id, metric)
     return [(point.step, point.value) for point in sorted(points, key=lambda point: point.timestamp)]
 
 
@@ -193,7 +193,7 @@ def outcome(path):
         for metric, points in histories.items():
             assert len({step for step, _ in points}) == len(points), f"{metric}: a step is logged twice"
         assert [step for step, _ in sorted(histories["loss"])] == list(range(1, STEPS + 1)), "no step is missing"
-        (weights,) = load(path).folder.glob(f"finetune-*/{name}-*/unetr.safetensors")
+        (weights,) = folders_of(load(path)).study.glob(f"finetune-*/{name}-*/unetr.safetensors")
         assert [child.name for child in weights.parent.iterdir() if child.is_dir()] == [], "checkpoints are gone"
         found[name] = {metric: sorted(points) for metric, points in histories.items()}, load_file(weights)
     return found
@@ -234,9 +234,9 @@ def test_a_trial_that_crashes_is_tried_again_and_then_a_hole(undisturbed, experi
     failed, other = runs(path)[A], runs(path)[B]
     assert (failed.info.status, other.info.status) == ("FAILED", "FINISHED")
     assert failed.data.tags[FAILURE] == "RuntimeError: the moon is in the way"
-    assert b"crash" in Tracker(load(path)).read(failed.info.run_id, "failure.txt")
+    assert b"crash" in tracker_of(load(path)).read(failed.info.run_id, "failure.txt")
     assert starts(path, A) == [0, 4]
-    page = (load(path).folder / "report.md").read_text()
+    page = (folders_of(load(path)).study / "report.md").read_text()
     assert f"`{A}` failed: RuntimeError: the moon is in the way" in page
     assert "random initialisation is failed" in page, "a hole where the number would stand"
     assert "**1 of 2 cells has no result**" in page
@@ -247,7 +247,7 @@ def test_a_trial_that_crashes_is_tried_again_and_then_a_hole(undisturbed, experi
     assert runs(path)[A].info.run_id == failed.info.run_id
     assert runs(path)[B].info.end_time == other.info.end_time
     assert_same(path, undisturbed)
-    assert "the moon" not in (load(path).folder / "report.md").read_text()
+    assert "the moon" not in (folders_of(load(path)).study / "report.md").read_text()
 
 
 def test_a_trial_that_is_not_finite_stops_and_is_not_tried_again(undisturbed, experiment, capfd):
@@ -259,7 +259,7 @@ def test_a_trial_that_is_not_finite_stops_and_is_not_tried_again(undisturbed, ex
     assert failed.info.status == "FAILED"
     assert "step 6: loss nan, gradient norm nan; patches 10 to 11 of seed 0, volumes " in failed.data.tags[FAILURE]
     assert starts(path, B) == [0]
-    kept = list(load(path).folder.glob(f"finetune-*/{B}-*/faults/step_0000006.*"))
+    kept = list(folders_of(load(path)).study.glob(f"finetune-*/{B}-*/faults/step_0000006.*"))
     assert len(kept) == 2
     assert main(["finetune", str(path), *options]) == 0
     assert starts(path, B) == [0, 4]
@@ -292,7 +292,7 @@ def test_the_driver_ends_and_is_started_again(undisturbed, experiment, capfd, nu
     path = experiment(b=["pause"])
     process = driver(path)
     log = path.parent / "driver.log"
-    paused = load(path).folder / "plan" / "paused"
+    paused = folders_of(load(path)).study / "plan" / "paused"
     try:
         wait_for(lambda: process.poll() is not None or (paused.is_file() and paused.read_text()), "the second cell")
         assert process.poll() is None, log.read_text()
@@ -304,7 +304,7 @@ def test_the_driver_ends_and_is_started_again(undisturbed, experiment, capfd, nu
     wait_for(lambda: not psutil.pid_exists(int(paused.read_text())), "Ray ends the trial of a driver that is gone")
     finished, open_run = runs(path)[A], runs(path)[B]
     assert finished.info.status == "FINISHED"
-    (grid_run,) = Tracker(load(path)).runs(kind="grid")
+    (grid_run,) = tracker_of(load(path)).runs(kind="grid")
     if number != signal.SIGKILL:
         assert code == 1
         assert (open_run.info.status, grid_run.info.status) == ("KILLED", "KILLED")
@@ -358,7 +358,7 @@ def alive():
 def test_a_trial_whose_node_is_lost_goes_on_at_another(undisturbed, experiment):
     """A node dies with the trial on it, and another one comes: there the trial goes on from its checkpoint."""
     path = experiment(a=["pause"])
-    paused = load(path).folder / "plan" / "paused"
+    paused = folders_of(load(path)).study / "plan" / "paused"
     # A trial needs more than what is left of the first node.
     holder = ray.remote(num_cpus=1)(Holder).remote()
     ray.get(holder.ready.remote())

@@ -7,6 +7,7 @@ from moto.server import ThreadedMotoServer
 from runs import SAVED, assert_same, kill, outcome, start, wait_for, write
 
 from ssl_ray.config.loading import load
+from ssl_ray.study.parts import folders_of
 
 pytestmark = pytest.mark.slow
 
@@ -33,14 +34,14 @@ def test_a_pretraining_goes_on_from_the_object_store_alone(undisturbed, cohort, 
     path = write(tmp_path, cohort, study={"output": uri, "cache": None, "scratch": str(tmp_path / "scratch")})
     study = load(path, [])
     first = start(path)
-    manifests = study.mirror.folder
+    manifests = folders_of(study).output.folder
     wait_for(lambda: any(manifests.glob("**/checkpoints/*/manifest.json")), "a checkpoint")
     wait_for(lambda: kept(study), "a checkpoint in the bucket")
     kill(first)
-    journal = study.folder / "journal"
+    journal = folders_of(study).study / "journal"
     saved = shutil.move(journal, tmp_path / "journal")  # curves wait here for MLflow; see README
     shutil.rmtree(tmp_path / "scratch")
-    study.folder.mkdir(parents=True)
+    folders_of(study).study.mkdir(parents=True)
     shutil.move(saved, journal)
     second = start(path)
     assert second.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
@@ -60,5 +61,5 @@ def test_a_lost_connection(cohort, tmp_path, bucket):
 
 def kept(study):
     """Steps of the checkpoints in the bucket."""
-    (folder,) = study.folder.glob("pretrain-*")
-    return [name for name in study.mirror.names(folder / "checkpoints") if int(name) >= SAVED]
+    (folder,) = folders_of(study).study.glob("pretrain-*")
+    return [name for name in folders_of(study).output.names(folder / "checkpoints") if int(name) >= SAVED]

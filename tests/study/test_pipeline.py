@@ -11,7 +11,8 @@ import yaml
 
 from ssl_ray.cli import main
 from ssl_ray.config.loading import load
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
+from ssl_ray.study.parts import folders_of, tracker_of
+from ssl_ray.tracking.tracker import PRETRAINING_RUN
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +79,7 @@ def test_run_answers_and_a_second_run_does_nothing_again(ray_cluster, experiment
     assert "training volumes" in first
     assert "mlflow ui --backend-store-uri" in first
     study = load(path)
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     (pretraining,), (grid,) = tracker.runs(kind="pretraining"), tracker.runs(kind="grid")
     trials = tracker.runs(kind="trial", parent=grid.info.run_id)
     assert len(trials) == 4
@@ -93,7 +94,7 @@ def test_run_answers_and_a_second_run_does_nothing_again(ray_cluster, experiment
     pictures = [item.path for item in tracker.client.list_artifacts(pretraining.info.run_id, "pictures")]
     assert pictures
     assert "weight_transfer.json" in [item.path for item in tracker.client.list_artifacts(grid.info.run_id)]
-    report = study.folder / "report.html"
+    report = folders_of(study).study / "report.html"
     ends = {run.info.run_id: run.info.end_time for run in (pretraining, *trials)}
     report.unlink()
 
@@ -116,7 +117,7 @@ def test_two_workers_give_the_losses_of_one(ray_cluster, experiment):
             name, pretrain=yaml.safe_load(experiment("base").read_text())["pretrain"] | {"workers": workers}
         )
         assert main(["pretrain", str(path), "--set", "pretrain.cpus_per_worker=0.5"]) == 0
-        found.append(losses(Tracker(load(path))))
+        found.append(losses(tracker_of(load(path))))
     one, two = found
     assert list(one) == list(two) == list(range(1, 21))
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
@@ -129,7 +130,7 @@ def test_the_contrastive_view_trains(ray_cluster, experiment):
     assert main(["pretrain", str(path), *options]) == 0
     other = experiment("single")
     assert main(["pretrain", str(other), "--set", "pretrain.epochs=4"]) == 0
-    two, one = losses(Tracker(load(path))), losses(Tracker(load(other)))
+    two, one = losses(tracker_of(load(path))), losses(tracker_of(load(other)))
     assert two[1] == pytest.approx(one[1], rel=1e-5), "the first view is the same"
     assert two[8] != one[8]
 
@@ -148,7 +149,7 @@ def test_a_failing_worker_ends_in_one_message_and_code_1(ray_cluster, experiment
     assert "pretraining failed on rank 0" in printed.err
     assert "image.npy" in printed.err
     assert "Traceback" not in printed.err
-    assert [run.info.status for run in Tracker(study).runs(kind="pretraining")] == ["FAILED"]
+    assert [run.info.status for run in tracker_of(study).runs(kind="pretraining")] == ["FAILED"]
 
 
 def truncate(path):
@@ -194,13 +195,13 @@ def test_a_bad_volume_ends_in_one_message_and_code_2(
     assert victim.name in printed.err
     assert words in printed.err
     assert "Traceback" not in printed.err + printed.out
-    assert len(list(load(path).cache_folder.glob("*/*/manifest.json"))) == 12
+    assert len(list(folders_of(load(path)).cache.glob("*/*/manifest.json"))) == 12
     # Without the bad volume the study goes on, and says so.
     assert main(["prepare", str(path), "--set", "on_bad_volume=skip"]) == 0
     out = capfd.readouterr().out
     assert "going on without 1 volumes" in out
     assert "prepared 0 of 12 volumes now" in out
-    assert list(json.loads((load(path).folder / "bad_volumes.json").read_text())) == [
+    assert list(json.loads((folders_of(load(path)).study / "bad_volumes.json").read_text())) == [
         victim.name.removesuffix(".nii.gz")
     ]
 

@@ -19,8 +19,9 @@ from mlflow.tracking import MlflowClient
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
+from ssl_ray.study.parts import folders_of, tracker_of
 from ssl_ray.tracking.journal import Journal
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
+from ssl_ray.tracking.tracker import PRETRAINING_RUN
 
 pytestmark = pytest.mark.slow
 wait_for = partial(runs.wait_for, seconds=120)
@@ -138,7 +139,7 @@ def make_study(tmp_path, uri):
 
 def journalled(study, name):
     """(metric, step, value, time stamp) of all points in a run's journal, in its order."""
-    (folder,) = study.folder.glob(f"journal/*/{name}")
+    (folder,) = folders_of(study).study.glob(f"journal/*/{name}")
     entries = [entry.record for entry in Journal(folder)._entries(0)]
     return [
         (key, record["step"], value, record["at"])
@@ -151,7 +152,7 @@ def journalled(study, name):
 def stored(server, study, kind, key):
     """The one run of a key, asked of the server itself, and its points."""
     client = MlflowClient(server.uri)
-    experiment = client.get_experiment_by_name(study.experiment)
+    experiment = client.get_experiment_by_name(study.name)
     (run,) = [
         run
         for run in client.search_runs([experiment.experiment_id])
@@ -172,7 +173,7 @@ def assert_once(server, study, points, kind="trial", key="key"):
 def test_the_server_killed_while_it_is_written_to(running, tmp_path, said):
     """Steps before, during and after the outage are there once, with the values and time stamps of the journal."""
     study = make_study(tmp_path, running.uri)
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     run = tracker.open("trial", "key", "name", {"a": 1})
     for step in range(600):
         run.metrics({"loss": 1 / (step + 1), "lr": 0.1}, step)
@@ -212,9 +213,9 @@ def test_an_answer_that_gets_lost(running, tmp_path, said, cut):
     study = make_study(tmp_path, proxy.uri)
     if cut == "experiments/create":
         proxy.times = 3
-        tracker = Tracker(study)
+        tracker = tracker_of(study)
     else:
-        tracker = Tracker(study)
+        tracker = tracker_of(study)
         proxy.times = 3
     run = tracker.open("trial", "key", "name", {f"param{number}": number for number in range(150)})
     for step in range(300):
@@ -238,7 +239,7 @@ def test_an_answer_that_gets_lost(running, tmp_path, said, cut):
 
 def test_a_point_is_sent_again_only_where_it_is_missing(tmp_path, monkeypatch):
     """Also for a store that keeps every point it gets: what it has is read back before anything is repeated."""
-    tracker = Tracker(make_study(tmp_path, None))
+    tracker = tracker_of(make_study(tmp_path, None))
     client = tracker.client
     whole, sent, failures = client.log_batch, [], [ConnectionError("cut"), ConnectionError("cut")]
 
@@ -263,9 +264,9 @@ def test_a_point_is_sent_again_only_where_it_is_missing(tmp_path, monkeypatch):
 def test_a_server_that_never_comes_back(running, tmp_path, said):
     """Two processes' worth of training end as if it were there; a third one, when it is, delivers all of it."""
     study = make_study(tmp_path, running.uri)
-    Tracker(study).stop()
+    tracker_of(study).stop()
     running.kill()
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     assert sum("does not answer" in line for line in said) == 1
     pretraining = tracker.open("pretraining", "p", "p", {"a": 1})
     pretraining.metrics({"loss": 1.0}, 1)
@@ -275,7 +276,7 @@ def test_a_server_that_never_comes_back(running, tmp_path, said):
     assert tracker.settle(0.5) == 3
     tracker.stop()
 
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     done = tracker.finished("pretraining", "p")
     assert done.info.run_id == pretraining.id
     grid = tracker.open("grid", "g", "grid", {})
@@ -292,10 +293,10 @@ def test_a_server_that_never_comes_back(running, tmp_path, said):
     assert tracker.settle(0.5) > 0
     tracker.stop()
     with pytest.raises(ValueError, match=r"tracking\.uri: MLflow at http://127.0.0.1:\d+ does not answer \(Connection"):
-        Tracker(study, create=False)
+        tracker_of(study, create=False)
 
     running.start()
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     assert tracker.settle(60) == 0
     parent, _ = stored(running, study, "grid", "g")
     source, _ = stored(running, study, "pretraining", "p")
@@ -315,9 +316,9 @@ def test_an_address_that_never_answered_is_refused(tmp_path, monkeypatch):
         with pytest.raises(
             ValueError, match=rf"tracking\.uri: MLflow at {place} does not answer \(no answer within 1 s"
         ):
-            Tracker(make_study(tmp_path, uri))
+            tracker_of(make_study(tmp_path, uri))
     with pytest.raises(ValueError, match=rf"tracking\.uri: MLflow at {place} does not answer \(Connection refused"):
-        Tracker(make_study(tmp_path, uri))
+        tracker_of(make_study(tmp_path, uri))
 
 
 DRIVER = """
@@ -325,7 +326,7 @@ import sys, time, yaml
 from ssl_ray.config.schema import Study
 from ssl_ray.tracking.tracker import Tracker
 study = Study.model_validate(yaml.safe_load(open(sys.argv[1])))
-tracker = Tracker(study)
+tracker = tracker_of(study)
 run = tracker.open("trial", "key", "name", {"a": 1})
 for step in range(int(sys.argv[2]), 100000):
     run.metrics({"loss": 1 / (step + 1)}, step)
@@ -354,7 +355,7 @@ def kill_after(process, steps):
 def test_the_driver_killed(running, tmp_path, said, away):
     """Three times in mid-delivery, or while the server is away: the last process replays steps and all are there."""
     study = make_study(tmp_path, running.uri)
-    Tracker(study).stop()
+    tracker_of(study).stop()
     if away:
         running.kill()
     last = 0
@@ -362,7 +363,7 @@ def test_the_driver_killed(running, tmp_path, said, away):
         last = kill_after(driver(study, tmp_path, max(0, last - 50)), 300)
     if away:
         running.start()
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     run = tracker.open("trial", "key", "name", {"a": 1})
     for step in range(last - 50, last + 50):
         run.metrics({"loss": 1 / (step + 1)}, step)
@@ -378,7 +379,7 @@ def test_the_driver_killed(running, tmp_path, said, away):
 def test_many_runs_at_once_through_an_outage(running, tmp_path, said):
     """Trials that are written by several threads while the server dies and comes back: each complete, none mixed up."""
     study = make_study(tmp_path, running.uri)
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     grid = tracker.open("grid", "g", "grid", {})
     written = threading.Barrier(5)
 

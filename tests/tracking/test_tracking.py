@@ -9,7 +9,8 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.tracking import MlflowClient
 
 from ssl_ray.config.schema import Study
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker, rename_experiment, study_params
+from ssl_ray.study.parts import folders_of, run_params, tracker_of
+from ssl_ray.tracking.tracker import PRETRAINING_RUN, rename_experiment
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def study(tmp_path, database):
 
 def test_everything_arrives_in_order(study, tmp_path):
     """Two thousand points of two metrics, tags, a file and a text are there when the run is closed."""
-    tracker = Tracker(study)
-    run = tracker.open("pretraining", "key", "name", study_params(study, "pretrain"))
+    tracker = tracker_of(study)
+    run = tracker.open("pretraining", "key", "name", run_params(study, "pretrain"))
     for step in range(2000):
         run.metrics({"loss": 1 / (step + 1), "lr": 0.1}, step)
     run.tags({"colour": "blue"})
@@ -57,12 +58,12 @@ def test_everything_arrives_in_order(study, tmp_path):
 
 def test_a_run_is_found_again_by_its_key(study):
     """Opened again, it is the same run, with its last step known and its parameters as they were."""
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     first = tracker.open("trial", "key", "name", {"split": 6, "workers": 1})
     first.metrics({"loss": 1.0}, 7)
     first.close("FAILED")
     assert tracker.finished("trial", "key") is None
-    again = Tracker(study).open("trial", "key", "name", {"split": 6, "workers": 2, "new": "x"})
+    again = tracker_of(study).open("trial", "key", "name", {"split": 6, "workers": 2, "new": "x"})
     assert again.id == first.id
     assert max(again.logged("loss")) == 7
     assert again.logged("never") == set()
@@ -77,7 +78,7 @@ def test_what_mlflow_refuses_is_told_and_the_rest_goes_on(study, monkeypatch, tm
     said = []
     monkeypatch.setattr("ssl_ray.tracking.delivery.say", said.append)
     monkeypatch.setattr("ssl_ray.tracking.tracker.say", said.append)
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     run = tracker.open("trial", "bad", "bad", {"long": "x" * 9000})
     for step in range(50):
         run.metrics({"good": step, "no$name" if step == 20 else "fine": 1.0}, step)
@@ -98,7 +99,7 @@ def test_what_mlflow_refuses_is_told_and_the_rest_goes_on(study, monkeypatch, tm
 
 def test_what_was_refused_is_tried_again_by_the_next_process(study, monkeypatch):
     """Once the server takes it, it arrives, and the journal of the run is dropped."""
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     refuse = {"log_batch": tracker.client.log_batch}
 
     def picky(run_id, metrics=(), **rest):
@@ -114,31 +115,31 @@ def test_what_was_refused_is_tried_again_by_the_next_process(study, monkeypatch)
     assert tracker.settle() == 0
     assert list(tracker.history(run.id, "loss")) == [0, 1, 2, 4, 5]
     tracker.stop()
-    again = Tracker(study)
+    again = tracker_of(study)
     again.settle()
     deadline = time.monotonic() + 20
     while len(again.history(run.id, "loss")) < 6 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list(again.history(run.id, "loss")) == [0, 1, 2, 3, 4, 5]
-    (records,) = study.folder.glob("journal/*/trial-key/records.jsonl")
+    (records,) = folders_of(study).study.glob("journal/*/trial-key/records.jsonl")
     assert records.stat().st_size == 0
 
 
 def test_a_step_is_logged_once(study):
     """Replayed steps are dropped, within a process and in the next one; new metrics of an old step are not."""
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     run = tracker.open("trial", "key", "name", {})
     for step in (1, 2, 3, 2, 3, 4):
         run.metrics({"loss": step}, step)
     run.close("FAILED")
     tracker.settle()
     tracker.stop()
-    again = Tracker(study).open("trial", "key", "name", {})
+    again = tracker_of(study).open("trial", "key", "name", {})
     assert again.logged("loss") == {1, 2, 3, 4}
     for step in (3, 4, 5):
         again.metrics({"loss": -step, "dice": step}, step)
     again.close()
-    reader = Tracker(study)
+    reader = tracker_of(study)
     points = reader.client.get_metric_history(again.id, "loss")
     assert [(point.step, point.value) for point in points] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, -5)]
     assert list(reader.history(again.id, "dice")) == [3, 4, 5]
@@ -146,7 +147,7 @@ def test_a_step_is_logged_once(study):
 
 def test_a_finished_run_taken_up_without_its_journal_has_no_step_twice(study):
     """What the journal has dropped is asked of MLflow before anything is sent."""
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     run = tracker.open("grid", "key", "name", {})
     run.metrics({"share": 1.0}, 0)
     run.close()
@@ -157,16 +158,16 @@ def test_a_finished_run_taken_up_without_its_journal_has_no_step_twice(study):
     again.close()
     assert [point.step for point in tracker.client.get_metric_history(again.id, "share")] == [0, 1]
     assert again.id == run.id
-    shutil.rmtree(study.folder / "journal")
+    shutil.rmtree(folders_of(study).study / "journal")
     tracker.stop()
-    elsewhere = Tracker(study).open("grid", "key", "name", {})
+    elsewhere = tracker_of(study).open("grid", "key", "name", {})
     assert elsewhere.logged("share") == {0, 1}
     elsewhere.close()
 
 
 def test_references_become_ids(study):
     """A parent and a tag that name runs which MLflow has not made yet end up as MLflow's ids of them."""
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     tracker._delivery.stop()
     grid, pretraining = tracker.open("grid", "g", "g", {}), tracker.open("pretraining", "p", "p", {})
     trial = tracker.open("trial", "t", "t", {}, grid.id, {PRETRAINING_RUN: pretraining.id})
@@ -175,7 +176,7 @@ def test_references_become_ids(study):
         run.close()
     assert tracker.finished("trial", "t").info.run_id == trial.id
     tracker.stop()
-    again = Tracker(study)
+    again = tracker_of(study)
     (found,) = again.runs(kind="trial", key="t")
     assert found.data.tags["mlflow.parentRunId"] == again.finished("grid", "g").info.run_id
     assert found.data.tags[PRETRAINING_RUN] == again.finished("pretraining", "p").info.run_id
@@ -184,7 +185,7 @@ def test_references_become_ids(study):
 
 def test_a_run_deleted_in_mlflow_is_made_again(study):
     """With everything that its journal has, when it is taken up."""
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     run = tracker.open("trial", "key", "name", {"a": 1})
     run.metrics({"loss": 1.0}, 1)
     run.text("words", "words.txt")
@@ -204,7 +205,7 @@ def test_a_run_deleted_in_mlflow_is_made_again(study):
 
 def test_an_artifact_is_logged_as_it_was(study, tmp_path):
     """A file that changes or vanishes before it is delivered arrives as it was when it was logged."""
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     tracker._delivery.stop()
     run = tracker.open("trial", "key", "name", {})
     for content in ("first", "second"):
@@ -213,33 +214,33 @@ def test_an_artifact_is_logged_as_it_was(study, tmp_path):
     (tmp_path / "file.txt").unlink()
     run.close()
     tracker.stop()
-    again = Tracker(study)
+    again = tracker_of(study)
     assert [again.read(run.id, f"{folder}/file.txt") for folder in ("first", "second")] == [b"first", b"second"]
 
 
 def test_an_experiment_gets_another_name(study):
     """What was still to be delivered is there under the new name, and the old name is free."""
-    assert not rename_experiment(study, "before")
-    tracker = Tracker(study)
+    assert not rename_experiment(study.tracking, folders_of(study), "before")
+    tracker = tracker_of(study)
     tracker._delivery.stop()
     run = tracker.open("trial", "key", "name", {})
     run.close()
     tracker.stop()
-    assert rename_experiment(study, "before")
-    assert not rename_experiment(study, "again")
-    assert Tracker(study).finished("trial", "key") is None
+    assert rename_experiment(study.tracking, folders_of(study), "before")
+    assert not rename_experiment(study.tracking, folders_of(study), "again")
+    assert tracker_of(study).finished("trial", "key") is None
 
 
 def test_a_missing_experiment_is_named(study):
     """The report of a study that never ran is a clear error."""
     with pytest.raises(ValueError, match="no MLflow experiment named 'tracked'"):
-        Tracker(study, create=False)
+        tracker_of(study, create=False)
 
 
 def test_a_deleted_experiment_is_named(study):
     """Before a training begins of which MLflow would take nothing."""
-    tracker = Tracker(study)
+    tracker = tracker_of(study)
     tracker.client.delete_experiment(tracker.experiment_id)
     tracker.stop()
     with pytest.raises(ValueError, match="experiment 'tracked' is deleted"):
-        Tracker(study)
+        tracker_of(study)

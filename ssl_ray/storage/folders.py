@@ -1,0 +1,60 @@
+"""Where a study keeps what it writes, out of the places that its experiment names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssl_ray.errors import UserError
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.storage.places import Place
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders of one study.
+
+    `output` is the folder that studies share, on this machine, and where it is kept if it is in an object store;
+    `cache` is the store of prepared volumes, an absolute path or a URI; `scratch` is a folder on each machine's own
+    disk for what is read from an object store.
+    """
+
+    name: str
+    output: Mirror
+    cache: Path | str
+    scratch: str | None = None
+
+    @classmethod
+    def of(cls, name: str, output: str, cache: str | None = None, scratch: str | None = None) -> "Folders":
+        """The folders that an experiment's `name`, `output`, `cache` and `scratch` stand for.
+
+        Raises:
+            UserError: for a URI that is none of ours, naming the key.
+        """
+        for key, text in (("output", output), ("cache", cache)):
+            try:
+                Place.parse(text or "")
+            except ValueError as error:
+                raise UserError(f"{key}: {error}") from error
+        place = Place.parse(cache) if cache else Place.parse(output) / "cache"
+        return cls(name, Mirror.of(output, scratch), place.local or place.uri, scratch)
+
+    @property
+    def study(self) -> Path:
+        """`<output>/<name>` on this machine: all that the study writes but for the cache and MLflow's own files."""
+        return self.output.folder / self.name
+
+    @property
+    def ray_storage(self) -> dict[str, Any]:
+        """Where Ray keeps the state of a run: arguments of its `RunConfig`."""
+        place = (self.output.origin or Place.parse(self.output.folder)) / f"{self.name}/ray"
+        return {"storage_path": place.path} | ({} if place.local else {"storage_filesystem": place.filesystem})
+
+    def check_writable(self) -> None:
+        """Write to every folder, before anything expensive starts.
+
+        Raises:
+            UserError: naming the place and the reason, within seconds.
+        """
+        output = self.output.origin or Place.parse(self.output.folder)
+        for place in dict.fromkeys((output, Place.parse(self.cache), Place.parse(self.study))):
+            place.check_writable()

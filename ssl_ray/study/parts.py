@@ -1,0 +1,28 @@
+"""What the rooms below get of a study: its folders, its MLflow experiment, the parameters of its runs."""
+
+from ssl_ray.config.loading import flatten
+from ssl_ray.config.schema import Study
+from ssl_ray.pretrain.job import Recipe
+from ssl_ray.storage.folders import Folders
+from ssl_ray.tracking.tracker import Tracker
+
+
+def folders_of(study: Study) -> Folders:
+    """Where the study keeps what it writes."""
+    return Folders.of(study.name, study.output, study.cache, study.scratch)
+
+
+def tracker_of(study: Study, create: bool = True) -> Tracker:
+    """The study's MLflow experiment; made where it is missing, unless `create` is False."""
+    return Tracker(study.tracking, folders_of(study), create)
+
+
+def recipe_of(study: Study) -> Recipe:
+    """What the study's pretrained weights depend on, beside the volumes."""
+    return Recipe(study.pretrain, study.network, study.seed)
+
+
+def run_params(study: Study, section: str) -> dict[str, str]:
+    """Flat parameters for the MLflow runs of one section (`pretrain`, `finetune`): the same names in all of them."""
+    flat = flatten(study)
+    return {key: value for key, value in flat.items() if key.partition(".")[0] in ("seed", "network", section)}
