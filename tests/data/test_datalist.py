@@ -528,8 +528,8 @@ def test_too_few_volumes_are_refused(
 
 
 def test_a_wrong_folder_or_expression_is_refused(tmp_path: Path) -> None:
-    """What is no folder and what is no regular expression is named."""
-    with pytest.raises(ValueError, match="no: not a folder"):
+    """A folder without volumes, or none at all, and what is no regular expression are named."""
+    with pytest.raises(ValueError, match=r"no: no \.nii or \.nii\.gz file in it"):
         write_datalists(tmp_path / "no", [], 0.2, SUBJECT, seed=0)
     folder_of(tmp_path, ["a"], [])
     with pytest.raises(ValueError, match=r"--subject \(: not a regular expression"):
