@@ -37,6 +37,7 @@ with atheris.instrument_imports(include=["ssl_ray", "nibabel", "yaml"]) if ather
     from ssl_ray.config import loading as experiment
     from ssl_ray.data import datalist
     from ssl_ray.data import nifti as volume
+    from ssl_ray.errors import UserError
 
 SLOW = 5.0
 """Seconds for one small input that count as a fault."""
@@ -110,7 +111,7 @@ def read_weights(content: bytes, folder: Path) -> None:
 
 def refused(error: ValueError, path: Path, lines: int = 1) -> None:
     """A refusal is one line that names the file."""
-    assert type(error) is ValueError, repr(error)
+    assert type(error) in (UserError, ValueError), repr(error)
     message = str(error).splitlines()
     assert 1 <= len(message) <= lines, message
     assert all(line.startswith(f"{path}: ") and len(line) < 3000 for line in message), message

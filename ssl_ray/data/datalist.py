@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, FailFast, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, FailFast, Field, NonNegativeInt, ValidationError
 
 from ssl_ray.config.schema import LabelledCohort, Source
 from ssl_ray.errors import UserError
@@ -63,16 +63,16 @@ class Splits:
         return tuple({case.image: case for case in (*every, *self.validation, *self.test)}.values())
 
 
-class _Entry(BaseModel):
+@dataclass(frozen=True, slots=True)
+class _Entry:
     image: str
     label: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, entry: Any) -> Any:
-        if not isinstance(entry, str | dict):
-            raise ValueError("must be a path or {image, label}")
-        return {"image": entry} if isinstance(entry, str) else entry
+
+def _path_alone(entry: Any) -> Any:
+    if not isinstance(entry, str | dict):
+        raise ValueError("must be a path or {image, label}")
+    return {"image": entry} if isinstance(entry, str) else entry
 
 
 def _few(labels: Any) -> Any:
@@ -81,7 +81,8 @@ def _few(labels: Any) -> Any:
     return labels
 
 
-_Section = Annotated[list[_Entry], Field(max_length=_MOST_ENTRIES), FailFast()]
+_Entries = list[Annotated[_Entry, BeforeValidator(_path_alone)]]
+_Section = Annotated[_Entries, Field(max_length=_MOST_ENTRIES), FailFast()]
 
 
 class _Json(BaseModel):
