@@ -27,14 +27,9 @@ for name, text, rule in (
     ("BOM", b"\xef\xbb\xbf" + STUDY.encode(), {}), ("unknown alias", "name: *a\n", ""),
     ("code in a tag", "name: !!python/object/apply:os.mkdir [owned]\n", ""),
     ("module in a tag", "name: !!python/module:os\n", ""), ("own tag", "name: !x 1\n", ""),
-    ("bool tag", "name: !!bool perhaps\n", ""), ("int tag", "name: !!int ''\n", ""),
-    ("float tag", "name: !!float ''\n", ""), ("time tag", "name: !!timestamp x\n", ""),
     ("binary tag", "name: !!binary é\n", ""), ("set tag", STUDY + "seed: !!set {a, b}\n", "seed: "),
     ("omap tag", STUDY + "seed: !!omap [a]\n", ""), ("map tag", "name: !!map 5\n", ""),
-    ("10,000 brackets", "name: " + "[" * 10**4, ""), ("10,000 braces", "{" * 10**4, ""),
-    ("10,000 dashes", "- " * 10**4, ""), ("10,000 questions", "? " * 10**4, ""),
     ("400 brackets", STUDY + "seed: " + "[" * 400 + "]" * 400, ""),
-    ("1,000 levels of indent", "".join(" " * i + "a:\n" for i in range(1000)), ""),
     ("NaN", STUDY.replace("spacing: 2", "spacing: .nan"), "spacing"),
     ("-inf", STUDY.replace("-57", "-.inf"), "hu_window"),
     ("1e999", STUDY.replace("spacing: 2", "spacing: 1e999"), "spacing"),
@@ -44,8 +39,6 @@ for name, text, rule in (
     ("number as a key", STUDY + "5: 6\n", "5: "), ("list as a key", STUDY + "? [a]\n: 6\n", ""),
     ("text of 500,000 characters", STUDY.replace("small", "_" * 500_000), "name: "),
     ("20 MB", STUDY + "#" * 20 * 10**6, "bytes"),
-    ("10,000 wrong keys", STUDY + "".join(f"k{i}: 1\n" for i in range(10**4)), ""),
-    ("NUL in a path", STUDY.replace("root: a,", 'root: "a\\0",', 1), ""),
 ):  # fmt: skip
     ROWS.add(name, text if isinstance(text, bytes) else text.encode(), rule)
 ROWS.add_no_files()
