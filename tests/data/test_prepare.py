@@ -7,8 +7,7 @@ import resource
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.transforms import SpatialPad
-from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
+from volumes import (
+    AFFINE,
+    PREPARATION,
+    SHAPE,
+    Array,
+    make_case,
+    oblique_affine,
+    organ_labels,
+    small_disk,
+    smooth_ct,
+    write_nifti,
+)
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data import prepare as cache
@@ -31,16 +41,6 @@ from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume, foreground_index, open_array, read_patch
 from ssl_ray.storage.places import Place
 
-SHAPE = (12, 14, 9)
-AFFINE = oblique_affine((0.8, 1.1, 2.5), 25)
-PREPARATION = Preparation(spacing=(1.5, 1.5, 2), hu_window=(-175, 250))
-
-
-def make_case(folder: Path, name: str = "one", seed: int = 0, labelled: bool = True) -> Case:
-    image = write_nifti(folder / "images" / f"{name}.nii.gz", smooth_ct(SHAPE, seed), AFFINE)
-    label = folder / "labels" / f"{name}.nii.gz"
-    return Case(name, image, write_nifti(label, organ_labels(SHAPE, 4, seed), AFFINE) if labelled else None)
-
 
 def files(store: Store) -> list[str]:
     return sorted(path.relative_to(store.folder).as_posix() for path in store.folder.rglob("*") if path.is_file())
@@ -49,19 +49,6 @@ def files(store: Store) -> list[str]:
 def stored(store: Store, volume: Volume) -> dict[str, Array]:
     """The arrays of a volume, read without the cache of open files."""
     return {name: np.load(store.path(volume.key, f"{name}.npy")) for name in ("image", "label", "foreground")}
-
-
-@contextmanager
-def small_disk(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs of a given size, writable or not; a test without the right to mount is skipped."""
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
-    if done.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

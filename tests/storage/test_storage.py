@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from storage_worker import open_at_once, put_and_die
-from test_prepare import PREPARATION, make_case, small_disk
+from volumes import PREPARATION, make_case, small_disk
 
 from ssl_ray.data.canonical import prepare
 from ssl_ray.data.nifti import read_label, read_nifti
