@@ -152,7 +152,8 @@ def _check_header(header: Any) -> tuple[int, int]:
 
 
 def _check_affine(affine: npt.NDArray[Any]) -> None:
-    sides, volume = nib.affines.voxel_sizes(affine), abs(np.linalg.det(affine[:3, :3]))
+    with np.errstate(all="ignore"):  # numbers that overflow are refused below
+        sides, volume = nib.affines.voxel_sizes(affine), abs(np.linalg.det(affine[:3, :3]))
     apart = volume > 1e-9 and volume >= 1e-3 * sides.prod()
     if not (apart and sides.min() >= 1e-3 and sides.max() <= 1e3 and np.abs(affine[:3, 3]).max() <= 1e6):
         raise ValueError(
