@@ -151,6 +151,23 @@ def state() -> Reader:
     return lambda path: {"names": sorted(load_state(path))}
 
 
+@reader
+def fault() -> Reader:
+    """Does to this process what the content of the file says, to test the tests."""
+
+    def read(path: Path) -> dict[str, Any]:
+        kind = path.read_text()
+        if kind == "memory":
+            bytearray((MEGABYTES + 1) * 2**20)
+        elif kind == "peak":
+            bytearray(100 * 2**20)
+        elif kind != "none":
+            signal.raise_signal(signal.Signals[kind])
+        return {}
+
+    return read
+
+
 def _megabytes(field: str) -> float:
     """A field of proc(5)'s status: VmRSS is the memory in use, VmHWM its peak, VmSize the address space."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)

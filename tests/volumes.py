@@ -55,6 +55,13 @@ AFFINE = oblique_affine((0.8, 1.1, 2.5), 25)
 PREPARATION = Preparation(spacing=(1.5, 1.5, 2), hu_window=(-175, 250))
 
 
+def touch(root: Path, *names: str) -> None:
+    """Empty files: the lists are checked without reading a volume."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
 def make_case(folder: Path, name: str = "one", seed: int = 0, labelled: bool = True) -> Case:
     """A volume in `folder`, with its label where it is `labelled`."""
     image = write_nifti(folder / "images" / f"{name}.nii.gz", smooth_ct(SHAPE, seed), AFFINE)

@@ -17,7 +17,7 @@ FAT, GAS, BONE = -103.0, -960.0, 230.0
 
 @dataclass(frozen=True)
 class Body:
-    """Depths in mm on the whole grid: of the skin, of the cavity inside the ribs, and of its part under the diaphragm."""
+    """Depths in mm on the whole grid: of the skin, the cavity inside the ribs, and its part under the diaphragm."""
 
     skin: Array
     cavity: Array
