@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.datalist import Case
+from ssl_ray.data.store import Store, Volume
 
 Array = npt.NDArray[Any]
 
@@ -67,6 +68,16 @@ def make_case(folder: Path, name: str = "one", seed: int = 0, labelled: bool = T
     image = write_nifti(folder / "images" / f"{name}.nii.gz", smooth_ct(SHAPE, seed), AFFINE)
     label = folder / "labels" / f"{name}.nii.gz"
     return Case(name, image, write_nifti(label, organ_labels(SHAPE, 4, seed), AFFINE) if labelled else None)
+
+
+def files(store: Store) -> list[str]:
+    """Paths of all files below a store."""
+    return sorted(path.relative_to(store.folder).as_posix() for path in store.folder.rglob("*") if path.is_file())
+
+
+def stored(store: Store, volume: Volume) -> dict[str, Array]:
+    """The arrays of a volume, read without the cache of open files."""
+    return {name: np.load(store.path(volume.key, f"{name}.npy")) for name in ("image", "label", "foreground")}
 
 
 @contextmanager
