@@ -108,7 +108,8 @@ def datalist() -> Reader:
 @reader
 def yaml() -> Reader:
     from ssl_ray.cli import main
-    from ssl_ray.config.loading import dump, load
+    from ssl_ray.config.loading import dump
+    from ssl_ray.study.experiment import load
 
     def read(path: Path) -> dict[str, Any]:
         try:
@@ -123,22 +124,23 @@ def yaml() -> Reader:
 
 @reader
 def weights() -> Reader:
-    from ssl_ray.networks.transfer import load_weights
+    from ssl_ray.networks.weight_files import load_weights
 
     return lambda path: {"names": sorted(load_weights(path))}
 
 
 @reader
 def metadata() -> Reader:
-    from ssl_ray.networks.transfer import load_metadata
+    from ssl_ray.networks.weight_files import load_metadata
 
     return lambda path: {"metadata": load_metadata(path)}
 
 
 @reader
 def transfer() -> Reader:
-    from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
+    from ssl_ray.networks.transfer import transfer
     from ssl_ray.networks.unetr import build_unetr
+    from ssl_ray.networks.weight_files import load_metadata, load_weights
 
     unetr = build_unetr(NETWORK, (32, 32, 32), 3)
     return lambda path: {"share": transfer(load_weights(path), unetr, str(path), load_metadata(path)).share}

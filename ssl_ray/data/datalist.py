@@ -18,7 +18,8 @@ from pydantic import BaseModel, BeforeValidator, FailFast, Field, NonNegativeInt
 
 from ssl_ray.config.schema import LabelledCohort, Source
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import BREAKS, read_file, shown
+from ssl_ray.storage.files import read_file
+from ssl_ray.text import BREAKS, shown
 
 SUFFIXES = (".nii.gz", ".nii")
 _MOST_BYTES, _MOST_ENTRIES = 20_000_000, 250_000

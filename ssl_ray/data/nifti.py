@@ -18,7 +18,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import read_file, shown
+from ssl_ray.storage.files import read_file
+from ssl_ray.text import shown
 
 _MOST_VOXELS = 2**31
 """Voxels of a file, more than a photon-counting CT of a whole body has."""

@@ -14,8 +14,8 @@ from hostile import Attack, Build, Probe, Rows, check, made, other
 from hostile_probe import NETWORK
 from safetensors.torch import save
 
-from ssl_ray.networks.transfer import describe
 from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.weight_files import describe
 
 ROWS = Rows("weights", ".pt")
 ROWS.add_no_files()
@@ -78,16 +78,14 @@ for name, build, rule, reader in (
     ("list", saved([torch.ones(1)]), "expected a state dict", "weights"),
     ("number", saved(5), "expected a state dict", "weights"),
     ("empty dict", saved({}), "expected a state dict", "weights"),
-    ("key with a line break", saved({"a\nb": torch.ones(1)}), "expected a state dict", "weights"),
+    ("key with a line break", saved({"a\nb": torch.ones(1)}), ENCODER, "transfer"),
     ("deep dict", saved({"state_dict": {"state_dict": {"a": torch.ones(1)}}}), "expected a state dict", "weights"),
     ("expanded tensor", saved({"norm.weight": torch.ones(1).expand(10**6, 10**6)}), "dense", "transfer"),
     ("meta tensor", saved({"norm.weight": torch.empty(10**6, 10**6, device="meta")}), "dense", "transfer"),
     ("sparse tensor", saved({"norm.weight": torch.eye(3).to_sparse()}), "dense", "transfer"),
     ("huge sparse tensor", saved({"a": torch.sparse_coo_tensor(size=(10**9, 10**9))}), "", "transfer"),
-    ("quantized tensor", saved({"a": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)}), "", "transfer"),
     ("complex tensor", saved({"norm.weight": torch.ones(48, dtype=torch.complex64)}), "", "transfer"),
     ("deflated zeros", made(rezipped), "", "weights"),
-    ("nested tensor", saved({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}), "", "transfer"),
     ("safetensors, absurd header", safetensors({}, length=2**63 - 1), "not a file of weights", "weights"),
     ("safetensors, header beyond the file", safetensors({}, length=10**6), "not a file of weights", "weights"),
     ("safetensors, header is no JSON", safetensors(b"\xff" * 20), "not a file of weights", "weights"),
