@@ -18,7 +18,7 @@ from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import check_same_grid, read_label, read_nifti
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import appearing, read_file
+from ssl_ray.storage.files import read_file, write_file
 
 Stamps = dict[str, tuple[int, int, str]]
 """What is known of source files. Key: path. Value: bytes, time of modification in ns, and the SHA-256 at that time."""
@@ -213,5 +213,5 @@ def _load(store: Store) -> Stamps:
 
 def _save(store: Store, stamps: Stamps) -> None:
     merged = _load(store) | stamps
-    with suppress(OSError), appearing(store.folder / "sources.json") as part:
-        part.write_text(json.dumps(merged))
+    with suppress(OSError):  # without the stamps, the next run reads all sources again
+        write_file(store.folder / "sources.json", json.dumps(merged).encode())

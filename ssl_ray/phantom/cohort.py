@@ -7,10 +7,8 @@ pose, spacing, table, blur, correlated noise, stored axes) and the volumes into 
 import gzip
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from scipy.spatial.transform import Rotation
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.anatomy import ORGANS, draw
 from ssl_ray.phantom.canvas import Array, Canvas
-from ssl_ray.storage.places import Place
+from ssl_ray.storage.files import remove_stale, write_file
 
 VERSION = 1
 """Part of phantom.json: raise it when the same parameters give other bytes."""
@@ -150,7 +148,8 @@ def write_cohort(
         {key: f"{key}s/phantom{i:04d}.nii.gz" for key in ("image", "label")[: 2 if i < ends[2] else 1]}
         for i in range(ends[3])
     ]
-    _make_folders(root)
+    for folder in ("images", "labels"):
+        remove_stale(root / folder, "*.part", _STALE_SECONDS)
     _write_json(record, parameters)
     _write_missing(root, cases, seed, progress)
     tests, validations, trainings, rest = (cases[a:b] for a, b in zip([0, *ends], ends, strict=False))
@@ -161,16 +160,6 @@ def write_cohort(
         _write_json(root / f"labelled_{n}.json", {**header, "labels": labels, **parts})
     held_out = validation_share(unlabelled)
     _write_json(root / "unlabelled.json", {**header, "training": rest[:-held_out], "validation": rest[-held_out:]})
-
-
-def _make_folders(root: Path) -> None:
-    """Make the folders, and remove what calls that were killed a day ago or more have left in them."""
-    for folder in (root / "images", root / "labels"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.part"):
-            with suppress(FileNotFoundError):  # another call has just finished it
-                if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
-                    stale.unlink()
 
 
 def _write_missing(
@@ -193,10 +182,10 @@ def _write_missing(
 
 def _write_volume(paths: Sequence[Path], seed: int, index: int) -> None:
     for nifti, path in zip(synthesize(seed, index), paths, strict=False):
-        Place.parse(path).write_bytes(gzip.compress(nifti.to_bytes(), 6, mtime=0))
+        write_file(path, gzip.compress(nifti.to_bytes(), 6, mtime=0))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1).encode() + b"\n"
     if not path.exists() or path.read_bytes() != text:
-        Place.parse(path).write_bytes(text)
+        write_file(path, text)
