@@ -25,14 +25,8 @@ _MOST_VOXELS = 2**29
 class CanonicalVolume:
     """A volume on its canonical grid.
 
-    Attributes:
-        image: (X, Y, Z), 0 to `levels` for the lower to the upper HU of the window.
-        label: (X, Y, Z), or None.
-        levels: largest value that `image` can have.
-        affine: (4, 4), from voxels of this grid to mm.
-        box: start and end of the foreground, in voxels of the resampled grid that was cropped.
-        original_shape: of the volume in the file, in voxels.
-        original_affine: (4, 4), of the volume in the file.
+    `image` (X, Y, Z) holds 0 to `levels` for the window's lower to upper HU; `affine` (4, 4) maps its voxels to mm.
+    `box` is the start and end of the foreground, in voxels of the resampled grid before it was cropped to them.
     """
 
     image: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -55,7 +49,8 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Cano
     Raises:
         UserError: when no voxel lies above the window's lower end, or the new grid would be too large.
     """
-    from ssl_ray.data.resample import by_monai, canonical_grid, resample  # seconds that a full store does not pay
+    # Imported here, as MONAI takes seconds to import and a run that finds all volumes in the store does without.
+    from ssl_ray.data.resample import by_monai, canonical_grid, resample
 
     _check_size(image, preparation)
     low, high = preparation.hu_window

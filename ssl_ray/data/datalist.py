@@ -23,7 +23,7 @@ from ssl_ray.text import BREAKS, shown
 
 SUFFIXES = (".nii.gz", ".nii")
 _MOST_BYTES, _MOST_ENTRIES = 20_000_000, 250_000
-"""Of a list and of each of its sections: enough for terabytes of volumes, and read within half a gigabyte."""
+"""Bytes of a list, and volumes of one of its sections: terabytes of volumes, and read within half a gigabyte."""
 _MOST_LABELS = 256
 """A label is one byte."""
 
@@ -119,8 +119,7 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> 
         )
         for section in ("training", "validation", "test")
     }
-    _check_repeats(path, cases, real)
-    _check_exists(path, cases)
+    _check_files(path, cases, real)
     labels = {value: shown(name) for value, name in listed.labels.items()}
     return Datalist(path, **_unique_ids(cases, base), labels=labels)
 
@@ -244,17 +243,13 @@ def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[
     return Case(stem(inside[0]), *inside)
 
 
-def _check_repeats(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[[str], str]) -> None:
+def _check_files(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[[str], str]) -> None:
+    """Refuse images that are listed twice, also by a link to the other one, and files that do not exist."""
     where: dict[str, str] = {}
-    for section, listed in cases.items():
-        for case in listed:
-            file = real(str(case.image))  # a link to a volume is the same volume
-            if file in where:
-                raise UserError(f"{path}: {case.image} is listed twice, in '{where[file]}' and in '{section}'")
-            where[file] = section
-
-
-def _check_exists(path: Path, cases: dict[str, tuple[Case, ...]]) -> None:
+    for section, case in ((section, case) for section, listed in cases.items() for case in listed):
+        if before := where.get(file := real(str(case.image))):
+            raise UserError(f"{path}: {case.image} is listed twice, in '{before}' and in '{section}'")
+        where[file] = section
     files = [file for listed in cases.values() for case in listed for file in (case.image, case.label) if file]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:

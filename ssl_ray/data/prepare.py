@@ -98,7 +98,7 @@ def prepare_cohort(
     Raises:
         UserError: when the store cannot be read or written; the volumes that it has already are kept.
     """
-    import ray  # not above, because processes that only read patches import this module too
+    import ray  # not above: it takes a second, and `prepare_case` does without
 
     store.remove_stale()
     known = _load(store)
