@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ssl_ray.config.schema import Finetune, Pretrain, Study
-from ssl_ray.data.nifti import levels
+from ssl_ray.data.canonical import levels
 from ssl_ray.estimate.probe import Timing
 from ssl_ray.estimate.volumes import Survey
 from ssl_ray.networks.flops import autoencoder_flops, unetr_flops
