@@ -82,7 +82,7 @@ def pretrain(
     folder = folders.study / f"pretrain-{key}"
     weights = folder / "best.safetensors"
     if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
-        return Pretrained(weights, key, done.info.run_id)
+        return Pretrained(weights, key, done)
     config = recipe.settings
     check_pretraining(config)
     # On the driver's node: should another one die, the records do not die with it.
