@@ -11,4 +11,5 @@ pip install --quiet -e '.[test]'
 ruff check .
 ruff format --check .
 mypy ssl_ray
+lint-imports --no-cache
 pytest --durations=15 "$@"
