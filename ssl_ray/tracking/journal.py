@@ -18,7 +18,7 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ class Journal:
         run_id: MLflow's id of the run, None until MLflow has made it.
         status: what was written last: RUNNING, FINISHED, FAILED or KILLED; None before anything was.
         left: number of records that MLflow has not got yet.
+        had: steps of every metric that MLflow had when this process met the run, which another machine may have
+            written; None until then.
     """
 
     def __init__(self, folder: Path, appended: Callable[[], None] = lambda: None) -> None:
@@ -65,10 +67,12 @@ class Journal:
         self._sent_status = self.status
         size = self._records.stat().st_size if self._records.exists() else 0
         self._offset = self._end = min(int(state.get("offset", 0)), size)  # a power cut may lose records' last bytes
+        self.had: dict[str, set[int]] | None = None
         self.left = 0
-        for self._end, record in self._entries(self._offset):
+        for entry in self._entries(self._offset):
+            self._end = entry.end
             self.left += 1
-            self.status = _status(record) or self.status
+            self.status = _status(entry.record) or self.status
 
     def append(self, record: Record, file: Path | None = None) -> None:
         """Keep a record, with a copy of the file that it is about, which may change or vanish.
@@ -134,11 +138,13 @@ class Journal:
         return found
 
     def pending(self, limit: int) -> list[Entry]:
-        """The oldest records that MLflow has not got yet."""
+        """The oldest records that MLflow has not got yet: up to `limit` of metrics, or one of anything else."""
         with self._lock:
             if self._unwritten:
                 self._write()
-            return list(islice(self._entries(self._offset), limit))
+            entries = list(islice(self._entries(self._offset), limit))
+        metrics = takewhile(lambda entry: entry.record is not None and entry.record["do"] == "metrics", entries)
+        return list(metrics) or entries[:1]
 
     def delivered(self, entries: list[Entry], refused: Iterable[tuple[Record | None, str]] = ()) -> None:
         """MLflow has these records, the oldest of those that were pending, but for what it refused and why."""
@@ -177,7 +183,7 @@ class Journal:
     def forget(self) -> None:
         """The run is not in MLflow any more: everything is to be delivered again, to another run."""
         with self._lock:
-            self.run_id, self._sent_status, self._offset = None, None, 0
+            self.run_id, self.had, self._sent_status, self._offset = None, None, None, 0
             self.left = sum(1 for _ in self._entries(0)) + len(self._unwritten)
             with contextlib.suppress(OSError):
                 self._refused.unlink(missing_ok=True)  # the records have it, too

@@ -23,7 +23,7 @@ class Run:
     def logged(self, metric: str) -> set[int]:
         """Steps of a metric so far, in the journal and, where it answers within seconds, in MLflow."""
         self._delivery.catch_up(10, self._journal)
-        return self._steps[metric] | self._delivery.had(self._journal, metric)
+        return self._steps[metric] | (self._journal.had or {}).get(metric, set())
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log metrics of a step; what the run has of that step already stays, so that replayed steps count once."""

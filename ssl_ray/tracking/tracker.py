@@ -6,7 +6,6 @@ to MLflow: neither a slow server nor one that is away slows or stops a training.
 """
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,17 +18,19 @@ from ssl_ray.console import say
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.client import KEY as KEY
-from ssl_ray.tracking.client import PARENT, find_runs, reason
-from ssl_ray.tracking.delivery import REFERENCE, Away, Delivery, Patience
+from ssl_ray.tracking.client import (
+    PARENT,
+    Away,
+    Client,
+    MlflowException,
+    MlflowRun,
+    Patience,
+    reason,
+)
+from ssl_ray.tracking.delivery import REFERENCE, Delivery
 from ssl_ray.tracking.journal import Journal
 from ssl_ray.tracking.run import Run as Run
 from ssl_ray.tracking.run import now
-
-# isort: split
-from mlflow.entities import Experiment
-from mlflow.entities import Run as MlflowRun
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 T = TypeVar("T")
 PRETRAINING_RUN = "ssl_ray.pretraining_run"
@@ -39,7 +40,7 @@ _deliveries: dict[Path, Delivery] = {}
 """One thread a journal and process: the report's tracker reads what the training's tracker still writes."""
 
 
-class MissingExperiment(UserError):
+class MissingExperiment(UserError):  # noqa: N818
     """MLflow answers, but has no experiment of that name."""
 
 
@@ -72,65 +73,59 @@ class Tracker:
         name = hashlib.sha256(f"format 2 {self.uri} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
         self._delivery = delivery = _deliveries.get(home) or Delivery(self.uri, home, self._find, patience)
-        self._contact(home / "known.json", patience.contact)
+        self._contact(home / "experiment_id", patience.contact)
         if deliver if deliver is not None else create:
             _deliveries[home] = delivery
             delivery.start()
         elif delivery.left and not delivery.running:
             say(f"{delivery.left} records for MLflow are still in {home}; the next run of the study delivers them")
 
-    def _find(self, client: MlflowClient) -> Experiment | None:
+    def _find(self, client: Client) -> str:
+        """MLflow's id of the experiment, which is made if need be."""
         found = client.get_experiment_by_name(self.experiment)
-        if found is None and self._create:
+        if found is None:
+            if not self._create:
+                raise MissingExperiment(
+                    f"{self._delivery.place}: no MLflow experiment named {self.experiment!r}; run the study first"
+                )
             # A local store would put artifacts under the current directory; a server decides for itself.
             artifacts = None if self.uri.startswith("http") else self._artifacts.as_uri()
-            found = client.get_experiment(client.create_experiment(self.experiment, artifacts))
-        return found
+            return str(client.create_experiment(self.experiment, artifacts))
+        if found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"{self._delivery.place}: the MLflow experiment {self.experiment!r} is deleted; restore it, or name "
+                "another one in tracking.experiment"
+            )
+        return str(found.experiment_id)
 
     def _contact(self, known: Path, seconds: float) -> None:
-        delivery = self._delivery
         if self.uri.startswith("sqlite:///"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         if not self.uri.startswith("http"):
             seconds = 300.0  # a database on this disk may have to be made first
         try:
-            found = delivery.ask(lambda: self._find(delivery.client), seconds)
-        except (Away, MlflowException) as error:
+            self._delivery.experiment_id = self._delivery.ask(self._find, seconds)
+        except Away as error:
             if not self._create or not known.is_file():
-                raise self._silent(reason(error)) from error
-            delivery.experiment_id = json.loads(known.read_text())["experiment_id"]
-            delivery.lost(reason(error), news=True)
+                raise
+            self._delivery.experiment_id = known.read_text()
+            self._delivery.lost(str(error), news=True)
             return
-        if found is None:
-            raise MissingExperiment(
-                f"{delivery.place}: no MLflow experiment named {self.experiment!r}; run the study first"
-            )
-        if found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"{delivery.place}: the MLflow experiment {self.experiment!r} is deleted; restore it, or name another "
-                "one in tracking.experiment"
-            )
-        delivery.experiment_id = found.experiment_id
         if self._create:
             known.parent.mkdir(parents=True, exist_ok=True)
-            known.write_text(json.dumps({"experiment_id": found.experiment_id}))
+            known.write_text(self._delivery.experiment_id)
 
     @property
-    def client(self) -> MlflowClient:
+    def client(self) -> Client:
         """MLflow's own client."""
         self._delivery.catch_up(30)
         return self._delivery.client
 
-    @property
-    def experiment_id(self) -> str | None:
-        """MLflow's id of the experiment."""
-        return self._delivery.experiment_id
-
     def runs(self, **tags: str) -> list[MlflowRun]:
         """Runs whose tags (`kind`, `key`, `parent`) match, newest first; none while MLflow is away from a training."""
         try:
-            return self._ask(lambda client: find_runs(client, self.experiment_id, **tags))
-        except UserError:
+            return self._ask(lambda client: client.find(self._delivery.experiment_id, **tags))
+        except Away:
             if self._delivery.running and self._create:
                 return []
             raise
@@ -142,9 +137,7 @@ class Tracker:
         delivery.catch_up(10, journal)
         if not (done and journal and (journal.left or journal.run_id is None)):
             with suppress(Away):  # the journal answers
-                runs = delivery.ask(
-                    lambda: find_runs(delivery.client, self.experiment_id, kind=kind, key=key), 20
-                )
+                runs = delivery.ask(lambda client: client.find(self._delivery.experiment_id, kind=kind, key=key), 20)
                 return next((run.info.run_id for run in runs if run.info.status == "FINISHED"), None)
         return Run(delivery, journal).id if done and journal else None
 
@@ -166,7 +159,7 @@ class Tracker:
             with tempfile.TemporaryDirectory() as folder:
                 got = self._ask(lambda client: client.download_artifacts(self._real(run_id), path, folder))
                 return Path(got).read_bytes()
-        except UserError:
+        except Away:
             journal = self._journal(run_id)
             if journal is None or not self._create:
                 raise
@@ -235,15 +228,9 @@ class Tracker:
         journal = self._journal(run_id)
         return journal.run_id if journal and journal.run_id else run_id
 
-    def _ask(self, question: Callable[[MlflowClient], T]) -> T:
+    def _ask(self, question: Callable[[Client], T]) -> T:
         self._delivery.catch_up(30)
-        try:
-            return self._delivery.ask(lambda: question(self._delivery.client), 60)
-        except Away as error:
-            raise self._silent(str(error)) from error
-
-    def _silent(self, why: str) -> UserError:
-        return UserError(f"tracking.uri: MLflow at {self._delivery.place} does not answer ({why})")
+        return self._delivery.ask(question)
 
 
 def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
@@ -259,7 +246,7 @@ def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
     try:
         if left := tracker.settle(30):
             raise UserError(f"{folders.study}: MLflow has yet to get {left} records; it has to have them first")
-        tracker.client.rename_experiment(tracker.experiment_id, name)
+        tracker.client.rename_experiment(tracker._delivery.experiment_id, name)
     except MlflowException as error:
         raise UserError(f"tracking.experiment: MLflow does not rename it ({reason(error)})") from error
     finally:

@@ -69,8 +69,8 @@ def test_a_run_is_found_again_by_its_key(study):
     assert again.logged("never") == set()
     again.close()
     done = tracker.finished("trial", "key")
-    assert done.info.run_id == first.id
-    assert done.data.params == {"split": "6", "workers": "1", "new": "x"}
+    assert done == first.id
+    assert tracker.client.get_run(done).data.params == {"split": "6", "workers": "1", "new": "x"}
 
 
 def test_what_mlflow_refuses_is_told_and_the_rest_goes_on(study, monkeypatch, tmp_path):
@@ -174,12 +174,12 @@ def test_references_become_ids(study):
     assert "/" not in grid.id
     for run in (trial, pretraining, grid):
         run.close()
-    assert tracker.finished("trial", "t").info.run_id == trial.id
+    assert tracker.finished("trial", "t") == trial.id
     tracker.stop()
     again = tracker_of(study)
     (found,) = again.runs(kind="trial", key="t")
-    assert found.data.tags["mlflow.parentRunId"] == again.finished("grid", "g").info.run_id
-    assert found.data.tags[PRETRAINING_RUN] == again.finished("pretraining", "p").info.run_id
+    assert found.data.tags["mlflow.parentRunId"] == again.finished("grid", "g")
+    assert found.data.tags[PRETRAINING_RUN] == again.finished("pretraining", "p")
     assert found.info.status == "FINISHED"
 
 
@@ -240,7 +240,7 @@ def test_a_missing_experiment_is_named(study):
 def test_a_deleted_experiment_is_named(study):
     """Before a training begins of which MLflow would take nothing."""
     tracker = tracker_of(study)
-    tracker.client.delete_experiment(tracker.experiment_id)
+    tracker.client.delete_experiment(tracker.client.get_experiment_by_name(tracker.experiment).experiment_id)
     tracker.stop()
     with pytest.raises(ValueError, match="experiment 'tracked' is deleted"):
         tracker_of(study)
