@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import CRITICAL, getLogger
-from typing import Any
+from typing import Any, TypeAlias
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
 # By itself MLflow repeats a request whose answer got lost, "create a run" included; here it is looked up first.
@@ -30,7 +30,7 @@ from ssl_ray.errors import UserError
 # whenever a database does not answer. If MLflow renames it, these lines appear in the terminal; nothing else changes.
 getLogger("mlflow.store.db.utils").setLevel(CRITICAL)
 
-MlflowRun = Run
+MlflowRun: TypeAlias = Run
 KEY, KIND, PARENT = "ssl_ray.key", "ssl_ray.kind", "mlflow.parentRunId"
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 """How many of a kind MLflow takes in one request."""

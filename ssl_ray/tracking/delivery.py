@@ -64,7 +64,7 @@ class Delivery:
         self.experiment_id: str | None = None
         self.away: str | None = None
         self.refused: dict[str, str] = {}
-        self._said = self._stopped = False
+        self._told = self._stopped = False
         self._tries: Counter[Path] = Counter()
         self._wake = threading.Condition()
         self._journals = {path.name: self._read(path.name) for path in sorted(folder.glob("*/"))}
@@ -153,22 +153,18 @@ class Delivery:
             except Exception as error:
                 if is_refusal(error):
                     raise
-                why = reason(error) if answer.done() else f"no answer within {seconds:.0f} s"
-            if self.running:  # the thread finds out when it is back
-                self.lost(why)
+                self.away = why = reason(error) if answer.done() else f"no answer within {seconds:.0f} s"
+                self._notify()  # the thread finds out when it is back
         raise Away(f"tracking.uri: MLflow at {self.place} does not answer ({why})")
 
-    def lost(self, why: str, news: bool = False) -> None:
-        """MLflow does not answer; the user is told once until it is back."""
-        with self._wake:
-            self.away = why
-            if news and not self._said:
-                self._said = True
-                say(
-                    f"MLflow at {self.place} does not answer ({why}); metrics are kept in {self.folder} and delivered "
-                    "when it is back"
-                )
-            self._wake.notify_all()
+    def tell_away(self) -> None:
+        """Tell the user that MLflow does not answer, once until it is back."""
+        if not self._told:
+            self._told = True
+            say(
+                f"MLflow at {self.place} does not answer ({self.away}); metrics are kept in {self.folder} and "
+                "delivered when it is back"
+            )
 
     def _work(self) -> None:
         failures = 0
@@ -183,16 +179,19 @@ class Delivery:
                 moved = [self._deliver(journal) for journal in due if not self._stopped]
             except Exception as error:
                 failures += 1
-                self.lost(reason(error), news=failures > 1)  # a single failure is no news
+                self.away = reason(error)
+                if failures > 1:  # a single failure is no news
+                    self.tell_away()
                 with self._wake:
+                    self._wake.notify_all()
                     pause = min(self._patience.pause * 2 ** min(failures - 1, 20), self._patience.longest)
                     self._wake.wait_for(lambda: self._stopped, pause)
                 continue
             failures = 0
             with self._wake:
                 self.away = None
-                if self._said:
-                    self._said = False
+                if self._told:
+                    self._told = False
                     say(f"MLflow at {self.place} is back")
                 self._wake.notify_all()
                 if due and not any(moved):  # what is left waits for room on the disk

@@ -105,11 +105,11 @@ class Tracker:
             seconds = 300.0  # a database on this disk may have to be made first
         try:
             self._delivery.experiment_id = self._delivery.ask(self._find, seconds)
-        except Away as error:
+        except Away:
             if not self._create or not known.is_file():
                 raise
             self._delivery.experiment_id = known.read_text()
-            self._delivery.lost(str(error), news=True)
+            self._delivery.tell_away()
             return
         if self._create:
             known.parent.mkdir(parents=True, exist_ok=True)
