@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ssl_ray.config.schema import Study
-from ssl_ray.storage.files import BREAKS, read_file, shown
+from ssl_ray.storage.files import read_file
+from ssl_ray.text import BREAKS, shown
 
 _MOST_BYTES = 2**20
 _MOST_VALUES = 20_000

@@ -16,11 +16,12 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ssl_ray.cluster.connect import check_pretraining, first_error
+from ssl_ray.cluster.connect import first_error
+from ssl_ray.cluster.resources import check_resources
 from ssl_ray.config.schema import Pretrain
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.networks.transfer import load_metadata
+from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.pretrain.job import Job, Recipe, work
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
@@ -84,7 +85,8 @@ def pretrain(
     if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
         return Pretrained(weights, key, done)
     config = recipe.settings
-    check_pretraining(config)
+    workers = config.worker_range[0]
+    check_resources("pretrain.workers", f"{workers} workers", workers * config.cpus_per_worker, workers * config.gpu)
     # On the driver's node: should another one die, the records do not die with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})

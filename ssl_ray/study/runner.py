@@ -20,7 +20,8 @@ from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import Report, write_report
 from ssl_ray.search.cells import BAD_VOLUMES
 from ssl_ray.search.grid import GridResult, check_transfer, finetune
-from ssl_ray.storage.places import Place
+from ssl_ray.search.job import grid_job
+from ssl_ray.storage.places import is_uri
 from ssl_ray.study import identity
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.tracking.tracker import Tracker
@@ -101,7 +102,9 @@ class Runner:
         store = Store(self.folders.cache, self.folders.scratch)
         cohorts = self.cohorts
         connect(study.cluster)
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and Place.parse(study.output).uri != study.output:
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (
+            is_uri(study.output) or Path(study.output).is_absolute()
+        ):
             say(
                 f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "
                 "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"
@@ -160,17 +163,9 @@ class Runner:
         pretrained = self.pretrained if "pretrained" in self.study.finetune.grid.init else None
         splits = self.cohorts.splits
         identity.record(self.study, self.folders, "finetune")
-        done = finetune(
-            self.study.finetune,
-            self.study.network,
-            splits,
-            prepared.labelled,
-            pretrained,
-            self.folders,
-            self.tracker,
-            run_params(self.study, "finetune"),
-            self.config_yaml,
-        )
+        study = self.study
+        job = grid_job(study.finetune, study.network, splits, prepared.labelled, pretrained, self.folders)
+        done = finetune(job, self.tracker, run_params(study, "finetune"), self.config_yaml)
         say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
         for name in done.failed:
             say(f"fine-tuning: cell {name} FAILED; its log is under {self.folders.study / 'ray'}")

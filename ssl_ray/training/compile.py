@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssl_ray.storage.files import reason
+from ssl_ray.text import reason
 
 
 def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], setting: str, **options: Any) -> bool:

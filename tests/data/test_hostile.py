@@ -36,8 +36,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from volumes import Array, oblique_affine, smooth_ct
 
-from ssl_ray.networks.transfer import describe
 from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.weight_files import describe
 from ssl_ray.training.checkpoint import save_state
 
 MEGABYTES, TIMES = 48, {"datalist": 50}
@@ -468,16 +468,13 @@ for name, build, rule, reader in (
     ("list", saved([torch.ones(1)]), "expected a state dict", "weights"),
     ("number", saved(5), "expected a state dict", "weights"),
     ("empty dict", saved({}), "expected a state dict", "weights"),
-    ("key with a line break", saved({"a\nb": torch.ones(1)}), "expected a state dict", "weights"),
+    ("key with a line break", saved({"a\nb": torch.ones(1)}), ENCODER, "transfer"),
     ("deep dict", saved({"state_dict": {"state_dict": {"a": torch.ones(1)}}}), "expected a state dict", "weights"),
     ("expanded tensor", saved({"norm.weight": torch.ones(1).expand(10**6, 10**6)}), "dense", "transfer"),
     ("meta tensor", saved({"norm.weight": torch.empty(10**6, 10**6, device="meta")}), "dense", "transfer"),
     ("sparse tensor", saved({"norm.weight": torch.eye(3).to_sparse()}), "dense", "transfer"),
     ("huge sparse tensor", saved({"a": torch.sparse_coo_tensor(size=(10**9, 10**9))}), "", "transfer"),
-    ("quantized tensor", saved({"a": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)}), "", "transfer"),
-    ("complex tensor", saved({"norm.weight": torch.ones(48, dtype=torch.complex64)}), "", "transfer"),
     ("deflated zeros", made(rezipped), "", "weights"),
-    ("nested tensor", saved({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}), "", "transfer"),
     ("safetensors, absurd header", safetensors({}, length=2**63 - 1), "not a file of weights", "weights"),
     ("safetensors, header beyond the file", safetensors({}, length=10**6), "not a file of weights", "weights"),
     ("safetensors, header is no JSON", safetensors(b"\xff" * 20), "not a file of weights", "weights"),
@@ -695,11 +692,11 @@ def test_hostile_input_is_refused_or_right(
         path.write_bytes(built)
     answer = ask(reader, path)
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    assert answer["error"] in (None, "ValueError"), answer
+    assert answer["error"] in (None, "ValueError", "UserError"), answer
     if isinstance(expected, dict):
         assert {key: answer.get(key) for key in expected} == expected, answer
     else:
-        assert answer["error"] == "ValueError", answer
+        assert answer["error"] in ("ValueError", "UserError"), answer
         lines = answer["message"].splitlines()
         shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(path))
         assert len(lines) <= (20 if reader == "yaml" else 1), answer

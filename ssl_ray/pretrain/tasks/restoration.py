@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssl_ray.config.schema import Corruption
-from ssl_ray.storage.files import reason
+from ssl_ray.text import reason
 
 
 @dataclass(frozen=True)
