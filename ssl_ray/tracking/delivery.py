@@ -53,12 +53,7 @@ class Delivery:
     """
 
     def __init__(self, uri: str, folder: Path, find_experiment: Callable[[Client], str], patience: Patience) -> None:
-        """Args:
-        uri: MLflow's tracking URI.
-        folder: of the journals.
-        find_experiment: asks MLflow for the id of the experiment, or makes it.
-        patience: how long MLflow gets.
-        """
+        """Journals in a folder, for MLflow at a URI; `find_experiment` asks for the experiment's id, or makes it."""
         self._uri, self.folder, self._find_experiment, self._patience = uri, folder, find_experiment, patience
         self.place = without_password(uri)
         self.experiment_id: str | None = None
@@ -67,7 +62,7 @@ class Delivery:
         self._told = self._stopped = False
         self._tries: Counter[Path] = Counter()
         self._wake = threading.Condition()
-        self._journals = {path.name: self._read(path.name) for path in sorted(folder.glob("*/"))}
+        self._journals = {path.name: Journal(path, self._notify) for path in sorted(folder.glob("*/"))}
         self._thread = threading.Thread(target=self._work, daemon=True, name="ssl-ray-mlflow")
 
     @cached_property
@@ -96,15 +91,13 @@ class Delivery:
         if self.running:
             self._thread.join(10)
 
-    def journal(self, name: str, create: bool = False) -> Journal | None:
-        """The journal of a run by its name or by MLflow's id."""
+    def journal(self, run: str, create: bool = False) -> Journal | None:
+        """The journal of a run by its name, a reference to it, or MLflow's id."""
+        name = run.removeprefix(REFERENCE)
         with self._wake:
             if create and name not in self._journals:
-                self._journals[name] = self._read(name)
+                self._journals[name] = Journal(self.folder / name, self._notify)
             return self._journals.get(name) or next((j for j in self._journals.values() if j.run_id == name), None)
-
-    def _read(self, name: str) -> Journal:
-        return Journal(self.folder / name, self._notify)
 
     def _notify(self) -> None:
         with self._wake:
@@ -241,9 +234,10 @@ class Delivery:
                 else:
                     refused.append((part[0], reason(error)))
         if refused and journal.name not in self.refused:
-            self.refused[journal.name] = refused[0][1]
-            say(f"MLflow refused something of run {journal.name}: {refused[0][1]}; the rest goes on")
-        journal.delivered(entries, refused)
+            why = self.refused[journal.name] = refused[0][1]
+            say(f"MLflow refused something of run {journal.name}: {why}; the rest goes on")
+        # A line that cannot be read is told, but there is nothing in it to put aside.
+        journal.delivered(entries, [(record, why) for record, why in refused if record["do"] != "unreadable"])
         self._notify()
         return True
 
@@ -296,7 +290,7 @@ class Delivery:
         """A tag's value; where it is the reference of a run, MLflow's id of it, which is made first if need be."""
         if not value.startswith(REFERENCE):
             return value
-        journal = self.journal(value.removeprefix(REFERENCE))
+        journal = self.journal(value)
         if journal and journal.run_id is None:
             self._deliver(journal)
         if journal is None or journal.run_id is None:

@@ -52,9 +52,8 @@ class Journal:
         appended: called after every append.
         """
         self.folder, self.name, self._appended = folder, folder.name, appended
-        self._records, self._state, self._refused = (
-            folder / name for name in ("records.jsonl", "state.json", "refused.jsonl")
-        )
+        self._records, self._state = folder / "records.jsonl", folder / "state.json"
+        self._refused = folder / "refused.jsonl"
         self._lock = threading.Lock()
         self._unwritten: list[bytes] = []
         self._full = False
@@ -146,7 +145,7 @@ class Journal:
         metrics = takewhile(lambda entry: entry.record is not None and entry.record["do"] == "metrics", entries)
         return list(metrics) or entries[:1]
 
-    def delivered(self, entries: list[Entry], refused: Iterable[tuple[Record | None, str]] = ()) -> None:
+    def delivered(self, entries: list[Entry], refused: Iterable[tuple[Record, str]] = ()) -> None:
         """MLflow has these records, the oldest of those that were pending, but for what it refused and why."""
         with self._lock:
             self._offset = entries[-1].end
@@ -169,8 +168,7 @@ class Journal:
         if self._refused.exists():
             for line in self._refused.read_text().splitlines():
                 with contextlib.suppress(ValueError):  # cut off in mid-write: the record itself is still pending
-                    if record := json.loads(line)["record"]:
-                        self.append(record)
+                    self.append(json.loads(line)["record"])
             self._refused.unlink()
 
     def made(self, run_id: str) -> None:

@@ -39,7 +39,7 @@ class Run:
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file as it is now."""
-        self._journal.append({"do": "file", "path": str(path.absolute()), "folder": folder}, file=path)
+        self._journal.append({"do": "file", "folder": folder}, file=path)
 
     def text(self, text: str, name: str) -> None:
         """Log a text file."""

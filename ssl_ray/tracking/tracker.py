@@ -27,8 +27,7 @@ from ssl_ray.tracking.client import (
     Patience,
     reason,
 )
-from ssl_ray.tracking.delivery import REFERENCE, Delivery
-from ssl_ray.tracking.journal import Journal
+from ssl_ray.tracking.delivery import Delivery
 from ssl_ray.tracking.run import Run as Run
 from ssl_ray.tracking.run import now
 
@@ -160,14 +159,14 @@ class Tracker:
                 got = self._ask(lambda client: client.download_artifacts(self._real(run_id), path, folder))
                 return Path(got).read_bytes()
         except Away:
-            journal = self._journal(run_id)
+            journal = self._delivery.journal(run_id)
             if journal is None or not self._create:
                 raise
             return journal.text(path)
 
     def attach(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file with a run that may have ended long ago."""
-        journal = self._journal(run_id)
+        journal = self._delivery.journal(run_id)
         if journal and self._delivery.running:
             Run(self._delivery, journal).artifact(path, folder)
         else:
@@ -221,11 +220,8 @@ class Tracker:
         self._delivery.stop()
         _deliveries.pop(self._delivery.folder, None)
 
-    def _journal(self, run_id: str) -> Journal | None:
-        return self._delivery.journal(run_id.removeprefix(REFERENCE))
-
     def _real(self, run_id: str) -> str:
-        journal = self._journal(run_id)
+        journal = self._delivery.journal(run_id)
         return journal.run_id if journal and journal.run_id else run_id
 
     def _ask(self, question: Callable[[Client], T]) -> T:
