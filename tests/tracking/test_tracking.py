@@ -1,6 +1,7 @@
 """MLflow runs: found again by key, complete, in order."""
 
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -358,3 +359,14 @@ def test_a_deleted_experiment_is_named(track: Track) -> None:
     tracker.stop()
     with pytest.raises(UserError, match=r"experiment .* is deleted; restore it"):
         track()
+
+
+def test_an_address_that_never_answered_is_refused(track: Track) -> None:
+    """Nobody listens, or somebody who stays silent: an error within seconds that names the setting and its value."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"
+        says = rf"tracking\.uri: MLflow at {uri.replace('user:secret@', '')} does not answer"
+        with pytest.raises(UserError, match=rf"{says} \(no answer within 1 s"):
+            track(uri)
+    with pytest.raises(UserError, match=rf"{says} \(Connection refused"):
+        track(uri)
