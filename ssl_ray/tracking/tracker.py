@@ -98,21 +98,25 @@ class Tracker:
         return str(found.experiment_id)
 
     def _contact(self, known: Path, seconds: float) -> None:
-        if self.uri.startswith("sqlite:///"):
-            Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        delivery = self._delivery
         if not self.uri.startswith("http"):
             seconds = 300.0  # a database on this disk may have to be made first
         try:
-            self._delivery.experiment_id = self._delivery.ask(self._find, seconds)
-        except Away:
+            if self.uri.startswith("sqlite:///"):
+                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            delivery.experiment_id = delivery.ask(self._find, seconds)
+        except (Away, MlflowException, OSError) as error:
+            delivery.away = delivery.away or reason(error)
             if not self._create or not known.is_file():
-                raise
-            self._delivery.experiment_id = known.read_text()
-            self._delivery.tell_away()
-            return
-        if self._create:
-            known.parent.mkdir(parents=True, exist_ok=True)
-            known.write_text(self._delivery.experiment_id)
+                raise UserError(
+                    f"tracking.uri: MLflow at {delivery.place} does not answer ({delivery.away})"
+                ) from error
+            delivery.experiment_id = known.read_text()
+            delivery.tell_away()
+        else:
+            if self._create:
+                known.parent.mkdir(parents=True, exist_ok=True)
+                known.write_text(delivery.experiment_id)
 
     @property
     def client(self) -> Client:

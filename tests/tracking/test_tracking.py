@@ -362,7 +362,7 @@ def test_a_deleted_experiment_is_named(track: Track) -> None:
 
 
 def test_an_address_that_never_answered_is_refused(track: Track) -> None:
-    """Nobody listens, or somebody who stays silent: an error within seconds that names the setting and its value."""
+    """Nobody listens, somebody stays silent or is not MLflow: an error within seconds that names setting and value."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"
         says = rf"tracking\.uri: MLflow at {uri.replace('user:secret@', '')} does not answer"
@@ -370,3 +370,5 @@ def test_an_address_that_never_answered_is_refused(track: Track) -> None:
             track(uri)
     with pytest.raises(UserError, match=rf"{says} \(Connection refused"):
         track(uri)
+    with pytest.raises(UserError, match=r"tracking\.uri: MLflow at nonsense://x does not answer"):
+        track("nonsense://x")
