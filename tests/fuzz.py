@@ -34,10 +34,11 @@ with atheris.instrument_imports(include=["ssl_ray", "nibabel", "yaml"]) if ather
     import numpy as np
     from volumes import oblique_affine, smooth_ct
 
-    from ssl_ray.config import loading as experiment
+    from ssl_ray.config.loading import dump
     from ssl_ray.data import datalist
     from ssl_ray.data import nifti as volume
     from ssl_ray.errors import UserError
+    from ssl_ray.study.experiment import load
 
 SLOW = 5.0
 """Seconds for one small input that count as a fault."""
@@ -87,11 +88,11 @@ def read_yaml(content: bytes, folder: Path) -> None:
     path = folder / "study.yaml"
     path.write_bytes(content)
     try:
-        study = experiment.load(path)
+        study = load(path)
     except ValueError as error:
-        return refused(error, path, lines=21)
-    path.write_text(experiment.dump(study))
-    assert experiment.load(path) == study
+        return refused(error, path, lines=200)
+    path.write_text(dump(study))
+    assert load(path) == study
 
 
 def read_weights(content: bytes, folder: Path) -> None:

@@ -29,8 +29,8 @@ from studies import small_tree, write_study
 from torch import Tensor, nn
 
 from ssl_ray.cli import main
-from ssl_ray.config.loading import load
 from ssl_ray.search.cells import FAILURE
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
 pytestmark = pytest.mark.slow
