@@ -21,7 +21,7 @@ class Run:
         return self._journal.run_id or REFERENCE + self._journal.name
 
     def logged(self, metric: str) -> set[int]:
-        """Steps of a metric so far, in the journal and, where it answers within seconds, in MLflow; the caller's own set."""
+        """A new set: steps of a metric so far, in the journal and, where it answers within seconds, in MLflow."""
         self._delivery.catch_up(10, self._journal)
         return self._steps[metric] | (self._journal.had or {}).get(metric, set())
 
