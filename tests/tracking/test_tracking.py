@@ -263,10 +263,12 @@ def test_references_become_ids(track: Track) -> None:
     assert tracker.finished("trial", "t") == trial.id
     again = track()
     (found,) = again.runs(kind="trial", key="t")
-    assert found.data.tags["mlflow.parentRunId"] == again.finished("grid", "g")
+    parent = again.finished("grid", "g")
+    assert parent
+    assert found.data.tags["mlflow.parentRunId"] == parent
     assert found.data.tags[PRETRAINING_RUN] == again.finished("pretraining", "p")
     assert found.info.status == "FINISHED"
-    assert [run.info.run_id for run in again.runs(parent=again.finished("grid", "g"))] == [found.info.run_id]
+    assert [run.info.run_id for run in again.runs(parent=parent)] == [found.info.run_id]
 
 
 def test_a_run_deleted_in_mlflow_is_made_again(track: Track) -> None:
