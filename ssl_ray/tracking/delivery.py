@@ -254,7 +254,8 @@ class Delivery:
         else:
             self.client.update_run(run_id, status="RUNNING")
             # MLflow refuses to change a parameter; what does not affect the result may differ when a run is taken up.
-            params = {key: value for key, value in params.items() if key not in self.client.get_run(run_id).data.params}
+            given = self.client.get_run(run_id).data.params
+            params = {key: value for key, value in params.items() if key not in given}
             journal.had = self.client.steps(run_id)
         journal.made(run_id)
         return requests([{"do": "params", "values": params}]) + requests([{"do": "tags", "values": record["tags"]}])

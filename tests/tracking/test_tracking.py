@@ -371,7 +371,7 @@ def test_an_address_that_never_answered_is_refused(track: Track) -> None:
         uri = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"
         says = rf"tracking\.uri: MLflow at {uri.replace('user:secret@', '')} does not answer"
         with pytest.raises(UserError, match=rf"{says} \(no answer within 1 s"):
-            track(uri)
+            track(uri, contact=1.0)
     with pytest.raises(UserError, match=rf"{says} \(Connection refused"):
         track(uri)
     with pytest.raises(UserError, match=r"tracking\.uri: MLflow at nonsense://x does not answer"):
