@@ -80,7 +80,8 @@ def start(
     """
     out = (log or path.with_suffix(".log")).open("ab")
     environment = {**os.environ, "RAY_ADDRESS": address, "SSL_RAY_TRACEBACK": "1"}
-    patched = f"import sys\nfrom ssl_ray import cli\nfrom ssl_ray.pretrain import train\n{patch}\nsys.exit(cli.main())"
+    imports = "import sys\nfrom ssl_ray import cli\nfrom ssl_ray.pretrain import driver as train"
+    patched = f"{imports}\n{patch}\nsys.exit(cli.main())"
     program = ["-c", patched] if patch else ["-m", "ssl_ray"]
     return subprocess.Popen(
         [sys.executable, *program, "pretrain", str(path), *more],

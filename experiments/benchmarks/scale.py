@@ -29,7 +29,7 @@ from ssl_ray.data.store import Store
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, open_segment, segments
+from ssl_ray.pretrain.stream import SEGMENT_BLOCKS, Feed, Stream, open_segment, segments
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
 from ssl_ray.training.malloc import keep_freed
@@ -285,7 +285,7 @@ def model(bench: Bench, found: dict[str, float]) -> None:
     )
     for gpus in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         needed = gpus * H100
-        length = WINDOW_BLOCKS * gpus * block
+        length = SEGMENT_BLOCKS * gpus * block
         # The next segment opens when half of this one is consumed.
         limits = {"coordinator": gpus * block / coordinator, "windows": length / 2 / opening}
         seconds = 2 * 4 * PARAMETERS * (gpus - 1) / gpus / (NETWORK if gpus > 8 else 200e9)

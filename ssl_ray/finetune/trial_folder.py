@@ -66,9 +66,9 @@ class TrialFolder:
         return None
 
     def keep_fault(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path | None:
-        """Write what reproduces a step: `faults/step_<n>.safetensors` and `.json`; None for all but the first three."""
+        """Write what reproduces a step: `faults/step_<n>.safetensors`; None for all but the first three."""
         path = self.path / "faults" / f"step_{step:07d}.safetensors"
-        return path if nonfinite.keep(path, "step_*.json", tensors, facts) else None
+        return nonfinite.keep(path.parent, path.stem, tensors, facts)
 
     def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any]) -> None:
         """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""

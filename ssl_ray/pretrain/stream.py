@@ -21,16 +21,20 @@ import numpy.typing as npt
 from ssl_ray.data.store import Store, open_array, read_patch
 from ssl_ray.pretrain.samples import Sample, SampleTable
 
-WINDOW_BLOCKS = 256
-"""Blocks a segment of a rank: start-up costs 2 to 3 ms a block, measured."""
+SEGMENT_BLOCKS = 256
+"""Number of blocks in a segment of one rank: start-up costs 2 to 3 ms a block, measured."""
 
 _DEPTH = 2
-"""Batches that wait in front of the training step, beyond the block that Ray Data has already fetched."""
+"""Number of batches that wait for the training step, besides the block that Ray Data has already fetched."""
 
 
 @dataclass(frozen=True)
 class Feed:
-    """What a data task needs to read any sample: the table, and where its volumes lie."""
+    """What a data task needs to read any sample: the table, and where its volumes lie.
+
+    keys, ids: of the volumes, in the table's order; the key addresses the store, the id is for people.
+    dtype, levels: of stored voxels; an intensity of 1 is stored as `levels`.
+    """
 
     table: SampleTable
     store: Store
@@ -47,6 +51,12 @@ class Feed:
                 open_array(self.store, self.keys[sample.volume]), sample.origin, self.table.patch_size, out=out[row]
             )
         return out
+
+    def place(self, index: int) -> dict[str, Any]:
+        """Where sample `index` of the table is from: its volume's name and key, and its origin in voxels."""
+        sample = self.table.sample(index)
+        names = {"volume": self.ids[sample.volume], "key": self.keys[sample.volume]}
+        return {"sample": index, **names, "origin": sample.origin}
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def segments(table: SampleTable, start: int, world: int, block_bytes: float, ite
     """The segments of a run from step `start` on."""
     batch_bytes = len(table.rank_samples(0, 0, world)) * int(np.prod(table.patch_size)) * itemsize
     block_steps = max(1, int(block_bytes // batch_bytes))
-    length = WINDOW_BLOCKS * block_steps
+    length = SEGMENT_BLOCKS * block_steps
     return [
         Segment(first, min(first + length, table.steps), block_steps, world)
         for first in range(start, table.steps, length)
@@ -98,8 +108,8 @@ def open_segment(feed: Any, segment: Segment, rank: int, held: float) -> Any:
         feed: reference to a `Feed` in the object store.
         segment: the steps to stream.
         rank: whose batches.
-        held: CPUs that the training workers hold. Where they leave none, e.g. after a node was lost, the reading tasks
-            ask for none and run beside them: they would wait for ever.
+        held: number of CPUs that the training workers hold. Where they leave none, e.g. after a node was lost, the
+            reading tasks ask for none and run beside them; else they would wait for ever.
     """
     import pyarrow as pa
     import ray  # the tasks import this module only to read patches
@@ -221,7 +231,7 @@ class _Reader:
 def _pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A copy in page-locked memory where this process trains on a GPU, which then fetches it without being waited for.
 
-    Torch keeps such memory for reuse once nothing refers to it: getting it anew costs more than the copy.
+    Torch keeps such memory for reuse once nothing refers to it: a new allocation costs more than the copy.
     """
     import torch  # the tasks do without
 

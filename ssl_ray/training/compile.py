@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ssl_ray.storage.files import reason
+from ssl_ray.training.private import uncompile
 
 
 def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], setting: str, **options: Any) -> bool:
@@ -31,8 +32,7 @@ def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], set
     try:
         attempt()
     except Exception as error:  # a missing compiler, an operator that it does not know: any library's own error
-        for module in modules:
-            module._compiled_call_impl = None
+        uncompile(modules)
         torch.compiler.reset()
         logging.getLogger(__name__).warning(
             "%s: torch.compile does not work here, going on without: %s", setting, reason(error)

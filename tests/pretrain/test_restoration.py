@@ -10,8 +10,10 @@ from scipy import stats
 from torch import Tensor
 
 from ssl_ray.config.schema import Corruption
-from ssl_ray.pretrain.tasks import restoration as module
-from ssl_ray.pretrain.tasks.restoration import Draws, contrastive_loss, corrupt, draw
+from ssl_ray.pretrain.tasks.restoration import corruption as module
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
+from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw, upload
+from ssl_ray.pretrain.tasks.restoration.objective import contrastive_loss
 
 SIZE = (48, 32, 64)
 SMALL = Corruption(inpaint_size=(3, 14), outpaint_size=(10, 30), inpaint_boxes=4, outpaint_boxes=5, shuffle_size=7)
@@ -42,7 +44,7 @@ def box_mask(start: np.ndarray, stop: np.ndarray, size: tuple[int, int, int] = S
 
 def shuffle_only(patches: Tensor, draws: Draws) -> Tensor:
     views = patches[:, 0].clone()
-    module._shuffle_(views, module.upload(draws, views.device))
+    module._shuffle_(views, upload(draws, views.device))
     return views[:, None]
 
 
@@ -95,9 +97,7 @@ def test_masks_and_boxes_paint_the_same(size: tuple[int, int, int], sides: tuple
     draws = draw(SMALL.model_copy(update={"inpaint_size": sides, "outpaint_size": sides}), size, 5, indices(12))
     assert 0 < draws.outpaint.sum() < 12
     volumes = make_patches(12, size)[:, 0]
-    assert torch.equal(
-        module._paint_masks(volumes, module.upload(draws, volumes.device)), module._paint_boxes(volumes, draws)
-    )
+    assert torch.equal(module._paint_masks(volumes, upload(draws, volumes.device)), module._paint_boxes(volumes, draws))
 
 
 def test_nothing_on_the_device_waits_for_data() -> None:

@@ -35,12 +35,12 @@ def streams(feed, world, start=0, block_bytes=3 * 4 * 16**3, held=0.0):
 
 
 @pytest.mark.parametrize(("world", "held"), [(1, 0), (2, 0), (3, 0), (3, 2)])
-def test_every_rank_gets_its_samples_of_the_plan(ray_cluster, feed, world, held, monkeypatch):
-    """Over several windows the batches are those of the table, patch by patch, and end with the table.
+def test_every_rank_gets_its_samples_of_the_table(ray_cluster, feed, world, held, monkeypatch):
+    """Over several segments the batches are those of the table, patch by patch, and end with the table.
 
     Three ranks share a batch of four unevenly; where training holds all CPUs, the patches are read all the same.
     """
-    monkeypatch.setattr(streaming, "WINDOW_BLOCKS", 2)
+    monkeypatch.setattr(streaming, "SEGMENT_BLOCKS", 2)
     ranks, schedule = streams(feed, world, held=held)
     assert len(schedule) > 1
     for step in range(feed.table.steps):
@@ -89,6 +89,6 @@ def test_a_failing_read_reaches_the_training_thread(ray_cluster, feed):
             pass
 
 
-def test_a_finished_plan_gives_nothing(feed):
+def test_a_finished_table_gives_nothing(feed):
     """A run that resumes after its last step trains no further."""
     assert list(Stream(feed.table, 0, [], lambda segment: [])) == []

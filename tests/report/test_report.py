@@ -16,11 +16,11 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 from scipy import stats
+from ssl_ray.pretrain.picture import draw_restoration
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.evaluate.scores import CaseScores, aggregate
-from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.report.results import FOREGROUND, HD95, Results, read_results
 from ssl_ray.report.statistics import difference, interval
 from ssl_ray.report.tables import answer, honest_table, notes, organ_table, published_table
