@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
-    set_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -58,13 +59,11 @@ def whole_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 def load(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Take over what `whole_state` returned. All ranks must call it; they get what rank 0 has, each its shard of it."""
-    set_state_dict(
-        network,
-        optimizer,
-        model_state_dict=dict(state.get("model", {})),
-        optim_state_dict=dict(state.get("optimizer", {})),
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed.is_initialized()),
-    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed.is_initialized())
+    # Not `set_state_dict`: a rank without a model's state would leave out its part of the broadcast, for which the
+    # others then wait for ever (torch 2.13).
+    set_model_state_dict(network, dict(state.get("model", {})), options=options)
+    set_optimizer_state_dict(network, optimizer, dict(state.get("optimizer", {})), options=options)
 
 
 def _options(network: nn.Module) -> StateDictOptions:
