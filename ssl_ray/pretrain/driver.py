@@ -88,7 +88,7 @@ def pretrain(
     # On the driver's node: when another one dies, the records do not die with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    feeds = _feed(recipe, folders, training), _feed(recipe, folders, validation)
+    feeds = feed_of(recipe, folders, training), feed_of(recipe, folders, validation)
     job = Job(recipe, *feeds, folder, folders.output, key, reports)
     steps = job.training.table.steps
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": steps}
@@ -155,7 +155,8 @@ def _fit(trainer: TorchTrainer) -> None:
             signal.signal(signal.SIGINT, interrupt)
 
 
-def _feed(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed:
+def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed:
+    """The samples of these volumes, and where their voxels lie."""
     config = recipe.settings
     table = SampleTable(
         seed=recipe.seed,

@@ -31,7 +31,7 @@ from ssl_ray.training.upload import Upload
 
 
 class PretrainingLearner:
-    """Model, optimizer and one step of them."""
+    """The autoencoder, its optimizer, and what one step of training and a validation do."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, job.recipe.settings, device
@@ -182,7 +182,7 @@ class PretrainingLearner:
             self.job.mirror.push(self.job.weights)
 
     def _picture(self, step: int, clean: Tensor, corrupted: Tensor, restored: Tensor) -> str:
-        # The patch with the most structure of the first batch says most about restoration.
+        # The patch of the first batch with the most structure says most about restoration.
         chosen = int(clean.flatten(1).std(dim=1).argmax())
         truth, broken, mended = (stack[chosen, 0].float().cpu().numpy() for stack in (clean, corrupted, restored))
         path = self.job.folder / "pictures" / f"restored_{step:07d}.png"

@@ -220,7 +220,7 @@ class _Reader:
     def _drain(self, iterator: Any, batch_size: int) -> None:
         try:
             for batch in iterator.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=1):
-                self._queue.put(batch | {"image": _pin(batch["image"])})
+                self._queue.put(batch | {"image": pin(batch["image"])})
             self._queue.put(
                 RuntimeError(f"the stream of steps {self.segment.start} to {self.segment.stop} ended early")
             )
@@ -228,7 +228,7 @@ class _Reader:
             self._queue.put(error)
 
 
-def _pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A copy in page-locked memory where this process trains on a GPU, which then fetches it without being waited for.
 
     Torch keeps such memory for reuse once nothing refers to it: a new allocation costs more than the copy.

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 
@@ -339,7 +340,8 @@ def test_a_step_that_is_not_finite_changes_nothing(study, data, tmp_path, caplog
     assert "skipped step 6: loss nan, gradient norm nan; patches 10 to 11 of seed 2, volumes case" in caplog.text
 
     kept = load_file(tmp_path / "faults" / "step_0000006.safetensors")
-    facts = json.loads((tmp_path / "faults" / "step_0000006.json").read_text())
+    with safe_open(tmp_path / "faults" / "step_0000006.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
     assert [patch["patch"] for patch in facts["patches"]] == [10, 11]
     assert {patch["volume"] for patch in facts["patches"]} <= {"case0", "case1"}
     again = make(study, data, tmp_path / "again")
@@ -390,7 +392,7 @@ def test_the_policy_says_when_a_trial_ends(study, data, tmp_path, settings, step
         with pytest.raises(FloatingPointError, match=rf"the last one was step {last + 1}: loss nan.*volumes case"):
             seen.extend(step for step, _ in trial.train())
         assert seen[-1] == last
-    assert len(list((tmp_path / "faults").glob("*.json"))) == min(
+    assert len(list((tmp_path / "faults").glob("*.safetensors"))) == min(
         3, len(steps) if last is None else sum(s <= last for s in steps)
     )
 
