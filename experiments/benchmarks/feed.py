@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python experiments/benchmarks/feed.py [--quick]
 
-Ours is the stream of a pretraining: the table, Ray Data's tasks over the store, the coordinator, and in the consumer the
-copy, the scaling to float32 and the corruption; the CPU time of all its processes counts, the start of the stream
+Ours is the stream of a pretraining: sample table, Ray Data's tasks over the store, the coordinator, and in the consumer
+the copy, the scaling to float32 and the corruption; the CPU time of all its processes counts, the start of the stream
 included. MONAI's and TorchIO's caches are filled before the clock starts. Their transforms are those of the tutorial:
 two crops a volume, one or two corrupted views. The consumer, which keeps the memory that it frees, is one for all.
 
@@ -35,7 +35,7 @@ from ssl_ray.config.schema import Corruption
 from ssl_ray.data.store import Store, Volume, open_array, read_patch
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import Feed, Stream, open_segment, segments
+from ssl_ray.pretrain.stream import Feed, batches, open_segment, segments
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
 from ssl_ray.pretrain.tasks.restoration.draws import draw
 
@@ -57,7 +57,7 @@ def ours(volumes: Sequence[Volume], store: Store, side: int, views: int, count: 
         feed = Feed(table, store, keys, keys, volumes[0].dtype, volumes[0].levels)
         shared = ray.put(feed)
         schedule = segments(table, 0, 1, 64 * 2**20 if side == 96 else 2**20, 1)
-        for batch in Stream(table, 0, schedule, lambda segment: open_segment(shared, segment, 0, 1)):
+        for batch in batches(table, 0, schedule, lambda segment: open_segment(shared, segment, 0, 1)):
             clean = scale(torch.from_numpy(batch.images), feed.levels)
             for view in range(views):
                 corrupt(clean, draw(config, size, 0, batch.indices, view))

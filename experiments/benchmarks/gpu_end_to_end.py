@@ -143,7 +143,8 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
     import ray
 
     from ssl_ray.pretrain.driver import feed_of
-    from ssl_ray.pretrain.stream import Segment, Stream, pin, open_segment, segments
+    from ssl_ray.pretrain.stream import Segment, open_segment, pin, segments
+    from ssl_ray.pretrain.stream import batches as stream_batches
 
     batch = 4 if bench.quick else 64
     config = made(bench, folder, "feed", batch, 1000)
@@ -201,7 +202,7 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
         def opener(segment: Segment) -> Any:
             return open_segment(reference, segment, 0, held)
 
-        batches: Iterator[Any] = iter(Stream(feed.table, 0, schedule, opener))
+        batches: Iterator[Any] = stream_batches(feed.table, 0, schedule, opener)
         bench.put("feed", "stream", value=consume(batches, lambda item: len(item.indices)))
 
     for name, call in (("stream", stream), ("ray_data", raw)):

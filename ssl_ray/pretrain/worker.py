@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
 from ssl_ray.networks.flops import autoencoder_flops
-from ssl_ray.pretrain.checkpoints import Checkpoints
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.records import Reporter, Totals
-from ssl_ray.pretrain.stream import Batch, Segment, Stream, open_segment, segments
+from ssl_ray.pretrain.stream import Batch, Segment, batches, open_segment, segments
+from ssl_ray.training.checkpoint import Saver, load_latest
 from ssl_ray.training.nonfinite import Fault, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.parallel import whole_weights
@@ -37,9 +38,9 @@ def train_loop(job: Job) -> None:
     flops = views * autoencoder_flops(job.recipe.network, config.patch_size).training
     totals = Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = Reporter(job.reports, rank), _Preemption()
-    checkpoints = Checkpoints(job, rank, learner, watch, reporter)
+    saver, saved = Saver(job.checkpoints, config.keep_checkpoints, job.mirror), time.monotonic()
 
-    start = checkpoints.restore()
+    start = _restore(job, rank, learner, watch, reporter)
     if start == table.steps and not job.mirror.has(job.weights):  # done, but its result was deleted
         learner.best = math.inf
         learner.validate(rank, world, start, picture=False)
@@ -64,19 +65,35 @@ def train_loop(job: Job) -> None:
         if not (save or validate or done % config.log_every == 0):
             continue
         record: dict[str, Any] = {"step": done, "epoch": table.epoch(done), "lr": lr, "grad_norm": float(norm)}
-        sums, (save_due, ask_due) = totals.gather([checkpoints.due, preemption.due])
+        overdue = time.monotonic() - saved >= 60 * config.checkpoint_minutes
+        sums, (save_due, ask_due) = totals.gather([overdue, preemption.due])
         record |= sums
         if validate:
             record |= learner.validate(rank, world, done, validations[done] % config.picture_every == 0 or last)
         reporter.record(record)
         leaving = ask_due and preemption.announced()
         if save or save_due or leaving:
-            checkpoints.save(done)
+            state = learner.state() | {"step": done, "key": job.key, "records": reporter.carry()}
+            if rank == 0:
+                saver.save(state | {"row_not_finite": watch.row})
+            saved = time.monotonic()
         if leaving or last:
-            checkpoints.wait()
+            saver.wait()
 
 
-def _open_stream(job: Job, rank: int, world: int, start: int) -> Stream:
+def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch[Batch], reporter: Reporter) -> int:
+    """Go on from the newest whole checkpoint, which rank 0 reads for all; returns its step, 0 where there is none."""
+    found = load_latest(job.checkpoints, job.key, job.mirror) if rank == 0 else None
+    plain = {name: found[name] for name in ("step", "best", "row_not_finite")} if found else {"step": 0}
+    plain = broadcast_from_rank_zero(plain)
+    if plain["step"]:
+        learner.load(found or plain)
+        watch.row = plain["row_not_finite"]
+    reporter.start(plain["step"], found["records"] if found else [])
+    return int(plain["step"])
+
+
+def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]:
     """The rank's batches from step `start` on."""
     # One copy for all, and a reference, as what is broadcast must stay small.
     feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
@@ -86,7 +103,7 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Stream:
         return open_segment(feed, segment, rank, world * config.cpus_per_worker)
 
     itemsize = np.dtype(job.training.dtype).itemsize
-    return Stream(table, rank, segments(table, start, world, config.block_megabytes * 2**20, itemsize), opener)
+    return batches(table, rank, segments(table, start, world, config.block_megabytes * 2**20, itemsize), opener)
 
 
 def _report_fault(

@@ -92,7 +92,7 @@ def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: M
 
 
 def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:
-    """The newest checkpoint of `save_latest` that is whole and, where a key is given, has that key; None without one."""
+    """The newest checkpoint of `save_latest` that is whole and, where a key is given, has that key; or None."""
     mirror = mirror or Mirror(folder)
     for name in sorted((name for name in mirror.names(folder) if not name.startswith(".")), reverse=True):
         path = folder / name

@@ -12,7 +12,7 @@ class Upload:
     """Copies arrays to the device on a CUDA stream of its own.
 
     While the host is a step ahead of the device, a copy costs no time: provided that the memory is pinned, as the
-    pretraining's `Stream` gives it. From other memory a large copy waits for the steps before it.
+    pretraining's stream gives it. From other memory a large copy waits for the steps before it.
     """
 
     def __init__(self, device: torch.device) -> None:

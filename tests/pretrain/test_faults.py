@@ -73,7 +73,12 @@ def in_a_validation(folder: Path) -> Callable[[], bool]:
 
 def in_a_checkpoint(folder: Path) -> Callable[[], bool]:
     """Between its content and its manifest."""
-    return lambda: any(not (part.parent / "manifest.json").exists() for part in folder.glob("output/*/*/checkpoints/.0*/state.pt"))
+
+    def unfinished() -> bool:
+        written = folder.glob("output/*/*/checkpoints/.0*/state.pt")
+        return any(not state.with_name("manifest.json").exists() for state in written)
+
+    return unfinished
 
 
 def test_workers_and_a_data_task_killed(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:

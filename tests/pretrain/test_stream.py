@@ -6,7 +6,7 @@ import pytest
 from ssl_ray.data.store import Store, read_patch
 from ssl_ray.pretrain import stream as streaming
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import Feed, Stream, open_segment, segments
+from ssl_ray.pretrain.stream import Feed, batches, open_segment, segments
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def streams(feed, world, start=0, block_bytes=3 * 4 * 16**3, held=0.0):
     schedule = segments(feed.table, start, world, block_bytes, 1)
 
     def stream(rank):
-        return Stream(feed.table, rank, schedule, lambda segment: open_segment(reference, segment, rank, held))
+        return batches(feed.table, rank, schedule, lambda segment: open_segment(reference, segment, rank, held))
 
     return [stream(rank) for rank in range(world)], schedule
 
@@ -91,4 +91,4 @@ def test_a_failing_read_reaches_the_training_thread(ray_cluster, feed):
 
 def test_a_finished_table_gives_nothing(feed):
     """A run that resumes after its last step trains no further."""
-    assert list(Stream(feed.table, 0, [], lambda segment: [])) == []
+    assert list(batches(feed.table, 0, [], lambda segment: [])) == []
