@@ -1,1 +1,34 @@
-"""Self-supervised pretraining of a 3D ViT on unlabelled CT with Ray, and the measured answer whether it helps."""
+"""Self-supervised pretraining of a 3D ViT on unlabelled CT with Ray, and the measured answer whether it helps.
+
+Words, each for one thing:
+
+    volume            one CT scan; prepared: a canonical array in the store, with its manifest
+    case              a line of a datalist: id, image, label, before anything was read
+    datalist          Medical Segmentation Decathlon JSON that names the volumes
+    preparation       NIfTI -> canonical array: orientation, spacing, HU window, crop
+    HU window         the HU that become 0 and 1
+    spacing, affine   mm between voxels; voxel-to-world matrix in mm, RAS+
+    store             prepared volumes by content; `cache` in the experiment
+    patch, origin     a box of voxels that is trained on, and its first voxel
+    sample            volume and origin of a patch of the pretraining, a function of (seed, i)
+    sample table      all samples of a pretraining, known before it starts
+    block             one row of a Ray dataset: a rank's batches over a few steps
+    stream segment    some hundred blocks that one Ray dataset delivers
+    view              a patch as one corruption leaves it
+    learner           network, optimizer and one step of them: of the pretraining, of a segmentation
+    worker, rank      a process of the pretraining, and its number
+    fault             a step whose loss or gradient is not finite
+    checkpoint        training state by step, from which a training goes on exactly
+    transfer          pretrained encoder weights into a segmentation network, all or nothing
+    split             a number of labelled training volumes, and which they are
+    cell              one combination of the grid: split, initialisation, learning rate, seed
+    trial             the training of one cell under Ray Tune
+    sliding window    how a whole volume is segmented, patch by patch
+    canonical grid    the voxels of a prepared volume; original grid: those of its NIfTI file
+    study             one experiment's YAML, carried out; its name stands for one configuration
+    key               digest of everything that a result depends on
+    run               one MLflow run: a pretraining, a grid, a trial
+    journal           what MLflow has yet to get, on disk
+    place, mirror     a path or s3:// URI; a local folder that is kept there as well
+    estimate          what a study will take, before it starts (`ssl-ray plan`)
+"""

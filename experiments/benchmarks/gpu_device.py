@@ -1,14 +1,10 @@
 """What the device can do at most: the ceilings that the steps are held against."""
 
-from typing import TYPE_CHECKING
-
 import torch
-
-if TYPE_CHECKING:
-    from gpu import Bench
+from gpu_bench import Bench
 
 
-def device(bench: "Bench") -> None:
+def device(bench: Bench) -> None:
     """Name, versions, device memory and host copies in GB/s, matrix products in TFLOP/s on random data."""
     cuda = bench.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else "CPU"

@@ -8,18 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from gpu_bench import Bench
 from gpu_pretrain import learner, rate, stepper, study
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.nifti import Prepared
+from ssl_ray.data.nifti import CanonicalVolume
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
-
-if TYPE_CHECKING:
-    from gpu import Bench
 
 
 def fill(store: Store, count: int, shape: tuple[int, int, int], first: int = 0) -> list[Volume]:
@@ -47,7 +45,7 @@ def fill(store: Store, count: int, shape: tuple[int, int, int], first: int = 0) 
             largest_label=0,
             files={},
         )
-        return store.put(volume, Prepared(image, None, 255, np.eye(4), volume.box, shape, np.eye(4)))
+        return store.put(volume, CanonicalVolume(image, None, 255, np.eye(4), volume.box, shape, np.eye(4)))
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(write, range(first, first + count)))
@@ -69,7 +67,7 @@ def limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def made(bench: "Bench", folder: Path, name: str, batch: int, epochs: int, **options: Any) -> Study:
+def made(bench: Bench, folder: Path, name: str, batch: int, epochs: int, **options: Any) -> Study:
     """A study of one case, on a cluster of this machine."""
     settings: dict[str, Any] = {
         "epochs": epochs,
@@ -119,7 +117,7 @@ class Memory:
     artifact = close = text
 
 
-def start_ray(bench: "Bench", config: Study) -> None:
+def start_ray(bench: Bench, config: Study) -> None:
     """As a study does; where Ray does not see the GPU that torch sees, it is told."""
     import ray
 
@@ -138,7 +136,7 @@ def start_ray(bench: "Bench", config: Study) -> None:
         )
 
 
-def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
+def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
     """What carries the patches, piece by piece: reading on one core, Ray Data, and pinned memory behind it."""
     import ray
 
@@ -210,7 +208,7 @@ def feed_alone(bench: "Bench", folder: Path, volumes: Sequence[Volume]) -> None:
             bench.attempt("feed", name, call=call)
 
 
-def end_to_end(bench: "Bench") -> None:
+def end_to_end(bench: Bench) -> None:
     """Patches/s and the share of the time that waits for data, by batch, with Ray and MLflow as a study has them."""
     import ray
 

@@ -5,10 +5,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from gpu_bench import PEAK_TFLOPS, Bench, warm
 from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,15 +27,12 @@ from ssl_ray.study.parts import folders_of, recipe_of
 from ssl_ray.training.optimizer import take_step
 from ssl_ray.training.precision import autocast
 
-if TYPE_CHECKING:
-    from gpu import Bench
-
 VIT_B: dict[str, int] = {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12}
 TINY: dict[str, int] = {"hidden_size": 48, "mlp_dim": 96, "num_heads": 3}
 SMALL_BOXES: dict[str, Any] = {"inpaint_size": [3, 12], "outpaint_size": [8, 22], "shuffle_size": 4}
 
 
-def study(bench: "Bench", folder: Path, batch: int, **pretrain: Any) -> Study:
+def study(bench: Bench, folder: Path, batch: int, **pretrain: Any) -> Study:
     """The reference recipe with another batch; tiny where it must be quick."""
     side = 32 if bench.quick else 96
     preparation = {"spacing": 2, "hu_window": [-57, 164]}
@@ -63,7 +61,7 @@ def study(bench: "Bench", folder: Path, batch: int, **pretrain: Any) -> Study:
     )
 
 
-def learner(bench: "Bench", batch: int, **pretrain: Any) -> PretrainingLearner:
+def learner(bench: Bench, batch: int, **pretrain: Any) -> PretrainingLearner:
     """A learner outside Ray, on one worker."""
     bench.clean()
     made = study(bench, Path(tempfile.gettempdir()), batch, **pretrain)
@@ -75,7 +73,7 @@ def learner(bench: "Bench", batch: int, **pretrain: Any) -> PretrainingLearner:
     return PretrainingLearner(job, bench.device)
 
 
-def patches(bench: "Bench", batch: int, seed: int = 0, pin: bool = True) -> np.ndarray[Any, Any]:
+def patches(bench: Bench, batch: int, seed: int = 0, pin: bool = True) -> np.ndarray[Any, Any]:
     """(B, X, Y, Z) uint8 blobs on noise, in pinned memory on a GPU."""
     side = 32 if bench.quick else 96
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +101,7 @@ def eager(made: PretrainingLearner) -> PretrainingLearner:
     return made
 
 
-def stepper(bench: "Bench", made: PretrainingLearner, batch: int, pin: bool = True) -> Callable[[], Any]:
+def stepper(bench: Bench, made: PretrainingLearner, batch: int, pin: bool = True) -> Callable[[], Any]:
     """A call that makes one step, on three sets of patches in turn, as the loop does: a step behind the device."""
     sets = [patches(bench, batch, seed, pin) for seed in range(3)]
     state: dict[str, Any] = {"step": 0, "before": None}
@@ -121,7 +119,7 @@ def stepper(bench: "Bench", made: PretrainingLearner, batch: int, pin: bool = Tr
     return call
 
 
-def flops(bench: "Bench") -> float:
+def flops(bench: Bench) -> float:
     """Floating-point operations of one trained view: matrix products and convolutions, forward and backward."""
     made = study(bench, Path(tempfile.gettempdir()), 8)
     network = build_autoencoder(made.network, made.pretrain.patch_size).to(bench.device)
@@ -130,16 +128,14 @@ def flops(bench: "Bench") -> float:
     return float(counter.get_total_flops())
 
 
-def rate(bench: "Bench", batch: int, seconds: float) -> dict[str, float]:
+def rate(bench: Bench, batch: int, seconds: float) -> dict[str, float]:
     """What a step of so many seconds means."""
-    from gpu import PEAK_TFLOPS
-
     mfu = flops(bench) * batch / seconds / PEAK_TFLOPS / 1e12
     hours = 360_000 / batch * seconds / 3600
     return {"ms": 1000 * seconds, "patches_per_second": batch / seconds, "mfu": mfu, "recipe_hours": hours}
 
 
-def correct(bench: "Bench") -> None:
+def correct(bench: Bench) -> None:
     """Corruption as on the CPU; the losses of 50 steps against plain float32 without TF32."""
     side, batch, steps = (32, 4, 6) if bench.quick else (96, 8, 50)
     config = study(bench, Path(tempfile.gettempdir()), batch).pretrain.corruption
@@ -201,7 +197,7 @@ def correct(bench: "Bench") -> None:
             bench.put("floors", f"losses_{name}", value={"found": difference, "at_most": tolerance, "ok": ok})
 
 
-def sync(bench: "Bench") -> None:
+def sync(bench: Bench) -> None:
     """No call of a step makes the host wait for the device: torch raises where one does."""
     if bench.device.type != "cuda":
         bench.put("sync", value="needs a GPU")
@@ -228,10 +224,8 @@ def sync(bench: "Bench") -> None:
     )
 
 
-def step(bench: "Bench") -> None:
+def step(bench: Bench) -> None:
     """Our step as it comes, by batch: time, MFU, peak memory. The data are in memory: the end-to-end ceiling."""
-    from gpu import warm
-
     bench.put("gflop_a_view", value=flops(bench) / 1e9)
     for kind, options, batches in (
         ("step_compiled", {"compile": True}, (64, 256, 8, 128)),
@@ -262,7 +256,7 @@ def step(bench: "Bench") -> None:
         bench.put("floors", "mfu", value={"found": best, "at_least": 0.3, "ok": best >= 0.3})
 
 
-def breakdown(bench: "Bench") -> None:
+def breakdown(bench: Bench) -> None:
     """The pieces of a step, one by one, each waited for: their sum is more than a step."""
     for batch in (2,) if bench.quick else (8, 64):
 
@@ -329,10 +323,8 @@ def breakdown(bench: "Bench") -> None:
         bench.attempt("breakdown", str(batch), call=run)
 
 
-def profile(bench: "Bench") -> None:
+def profile(bench: Bench) -> None:
     """Time by kernel, of three steps."""
-    from gpu import warm
-
     activity = torch.profiler.ProfilerActivity
     cuda = bench.device.type == "cuda"
     for kind, batch, options in (
@@ -359,7 +351,7 @@ def profile(bench: "Bench") -> None:
         bench.put("profile", f"kernel_ms_{kind}_{batch}", value=total / 3000)
 
 
-def variants(bench: "Bench") -> None:
+def variants(bench: Bench) -> None:
     """Each choice against the graph of the plain step, in turns, without compiling."""
     for batch in (2,) if bench.quick else (64, 8):
 
@@ -397,7 +389,7 @@ def variants(bench: "Bench") -> None:
         bench.compare(f"variants_{batch}", kinds, turns=2)
 
 
-def compiled(bench: "Bench") -> None:
+def compiled(bench: Bench) -> None:
     """`torch.compile` of the parts (what `pretrain.compile` does) and of the whole network at once."""
     for batch in (2,) if bench.quick else (64,):
 
@@ -416,7 +408,7 @@ def compiled(bench: "Bench") -> None:
         torch.compiler.reset()
 
 
-def ddp(bench: "Bench") -> None:
+def ddp(bench: Bench) -> None:
     """One rank of DDP: what its hooks and buckets cost, with gradients copied and as views."""
     with tempfile.NamedTemporaryFile() as file:
         backend = "nccl" if bench.device.type == "cuda" else "gloo"

@@ -3,22 +3,20 @@
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from gpu_bench import Bench
 from gpu_pretrain import study
 from monai.networks.blocks.selfattention import SABlock
 
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.networks.unetr import use_patch_products
 
-if TYPE_CHECKING:
-    from gpu import Bench
-
 Build = Callable[[], Callable[[], Any]]
 
 
-def unetr(bench: "Bench") -> None:
+def unetr(bench: Bench) -> None:
     """Step and inference, each choice in turns against the step that a trial takes."""
     cuda = bench.device.type == "cuda"
     base = study(bench, Path(tempfile.gettempdir()), 8)

@@ -15,14 +15,14 @@ class Difference:
     """Pretrained minus random over the same volumes, from `difference`."""
 
     values: NDArray[np.float64]
-    """Of every volume, mean over seeds."""
+    """The difference of every volume, as mean over seeds."""
     low: float
     high: float
     """95 % interval of the mean over volumes; nan for fewer than two volumes."""
     p: float
-    """Two-sided sign-flip permutation test that volumes differ by chance only; 1 for fewer than two volumes."""
+    """Two-sided sign-flip permutation test of no difference but by chance; 1 for fewer than two volumes."""
     by_seed: NDArray[np.float64]
-    """Mean over volumes of every seed that both have."""
+    """The difference of every seed that both arms have, as mean over volumes."""
 
     @property
     def mean(self) -> float:
@@ -31,7 +31,7 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval does."""
+        """Whether the interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
 
     @property
@@ -43,9 +43,9 @@ class Difference:
     def clear(self) -> bool:
         """The interval excludes 0, the test agrees, and so does every seed.
 
-        A bootstrap over few volumes gives intervals that are too short: with two volumes that both gain it always
-        excludes 0. The exact test cannot reach 5 % with fewer than six volumes. Neither of them sees that another seed
-        gives another training.
+        A bootstrap over few volumes gives intervals that are too short: with two volumes that both gain, the
+        interval always excludes 0. The exact test cannot reach 5 % with fewer than six volumes. Neither sees how much
+        another seed would change the training.
         """
         return self.excludes_zero and self.p < _ALPHA and self.seeds_agree
 
@@ -66,7 +66,7 @@ def difference(values: NDArray[np.float64], by_seed: NDArray[np.float64]) -> Dif
     """Interval and test for paired differences, one a volume; the same values give the same answer."""
     p = 1.0
     if len(values) > 1:
-        # One sample of type "samples" is flipped in sign; up to 13 volumes this goes through all flips and is exact.
+        # "samples" with one sample means that signs are flipped; up to 13 volumes scipy tries all flips and p is exact.
         flips = {"permutation_type": "samples", "n_resamples": _RESAMPLES, "random_state": 0}
         p = float(stats.permutation_test((values,), np.mean, **flips).pvalue)
     return Difference(values, *interval(values), p, by_seed)

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,18 +18,20 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 from scipy import stats
-from ssl_ray.pretrain.picture import draw_restoration
+from studies import small_study
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
+from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import CaseScores, aggregate
-from ssl_ray.report.results import FOREGROUND, HD95, Results, read_results
+from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
+from ssl_ray.report.answers import answer, notes
+from ssl_ray.report.measures import FOREGROUND, HD95
+from ssl_ray.report.results import read_results
 from ssl_ray.report.statistics import difference, interval
-from ssl_ray.report.tables import answer, honest_table, notes, organ_table, published_table
-from ssl_ray.report.write import write_report
-from ssl_ray.search.callbacks import FAILURE
-from ssl_ray.search.cells import Cell
-from ssl_ray.search.grid import cells
+from ssl_ray.report.tables import honest_table, organ_table, published_table
+from ssl_ray.report.write import Report, write_report
+from ssl_ray.search.cells import FAILURE, Cell, cells
 from ssl_ray.study.parts import run_params, tracker_of
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
 
@@ -37,8 +41,7 @@ ORGANS = ("liver", "spleen")
 @pytest.fixture(autouse=True)
 def _database(tmp_path: Path, empty_database: Path) -> None:
     """MLflow takes seconds to create its tables: once is enough."""
-    (tmp_path / "output").mkdir()
-    shutil.copy(empty_database, tmp_path / "output" / "mlflow.db")
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +53,8 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_study(folder: Path, **grid: Any) -> Study:
     grid = {"splits": [6, 12], "lr": [1e-4, 3e-4], "seeds": [0]} | grid
-    preparation = {"spacing": 2, "hu_window": [-175, 250]}
-    tree = {
-        "name": "fake",
-        "output": str(folder / "output"),
-        "pretrain": {"sources": [{"root": "ct", "datalist": "unlabelled.json"}], "preparation": preparation},
-        "finetune": {
-            "cohort": {"root": "ct", "classes": 3, "splits": {6: "6.json", 12: "12.json", 24: "24.json"}},
-            "preparation": preparation,
-            "steps": 400,
-            "grid": grid,
-        },
-    }
-    return Study.model_validate(tree)
+    cohort = {"classes": 3, "splits": {size: f"{size}.json" for size in (6, 12, 24)}}
+    return small_study(folder, name="fake", finetune={"cohort": cohort, "steps": 400, "grid": grid})
 
 
 def case(name: str, dice: Sequence[float | None], background: float = 0.99, hd95: float = 5.0) -> CaseScores:
@@ -146,8 +138,9 @@ def constant(study: Study, random: float, pretrained: float) -> dict[Cell, Outco
     }
 
 
-def read(study: Study, tracker: Tracker) -> Results:
-    return read_results(study, tracker)
+def report_on(study: Study, folder: Path) -> Report:
+    """The report as the command writes it, with a tracker of its own."""
+    return write_report(study, tracker_of(study, create=False), folder)
 
 
 class Page(HTMLParser):
@@ -158,6 +151,7 @@ class Page(HTMLParser):
         self.references: list[str] = []
         self.tags: list[str] = []
         self.open: list[str] = []
+        self.text = ""
         self.feed(text)
         self.close()
 
@@ -170,6 +164,9 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
 
 def test_tables_show_the_numbers_that_the_trials_logged(tmp_path: Path) -> None:
     """Published: background included, in percent; honest: organs only, as mean over volumes of their organs' mean."""
@@ -177,7 +174,7 @@ def test_tables_show_the_numbers_that_the_trials_logged(tmp_path: Path) -> None:
     random = [case("a", [0.4, None], 0.96), case("b", [0.6, 0.8], 0.98)]
     pretrained = [case("b", [0.7, 0.9], 0.98), case("a", [0.5, None], 0.96)]  # paired by id, not by position
     outcomes = {cell: Outcome([], random if cell.init == "random" else pretrained) for cell in cells(study.finetune)}
-    results = read(study, record(study, outcomes, tmp_path))
+    results = read_results(study, record(study, outcomes, tmp_path))
     # volumes with background: (0.96 + 0.4) / 2 = 0.68 and (0.98 + 0.6 + 0.8) / 3 = 0.79333
     assert published_table(results).header[1] == "test volumes"
     assert published_table(results).rows[0][:4] == ["6", "2", "73.67", "79.50"]
@@ -195,7 +192,7 @@ def test_learning_rate_is_chosen_on_validation_not_on_test(tmp_path: Path) -> No
         cell: Outcome(flat([0.8 if cell.lr == 1e-4 else 0.7]), flat([0.5 if cell.lr == 1e-4 else 0.9]))
         for cell in cells(study.finetune)
     }
-    results = read(study, record(study, outcomes, tmp_path))
+    results = read_results(study, record(study, outcomes, tmp_path))
     assert results.arm(6, "random").lr == 1e-4
     assert honest_table(results).rows[0][3] == "0.500"
 
@@ -207,7 +204,7 @@ def test_a_learning_rate_that_fails_does_not_win_by_its_survivors(tmp_path: Path
     for cell, outcome in outcomes.items():
         if cell.lr == 3e-4 and cell.seed == 1:
             outcome.status = "FAILED"
-    assert read(study, record(study, outcomes, tmp_path)).arm(6, "random").lr == 1e-4
+    assert read_results(study, record(study, outcomes, tmp_path)).arm(6, "random").lr == 1e-4
 
 
 def test_seeds_are_averaged_before_volumes_are_resampled(tmp_path: Path) -> None:
@@ -219,12 +216,12 @@ def test_seeds_are_averaged_before_volumes_are_resampled(tmp_path: Path) -> None
         base = 0.5 + 0.1 * cell.seed
         values = np.full(6, base) if cell.init == "random" else base + gains * (1 + 0.5 * (cell.seed - 1))
         outcomes[cell] = Outcome([], flat(list(values)))
-    results = read(study, record(study, outcomes, tmp_path))
+    results = read_results(study, record(study, outcomes, tmp_path))
     assert honest_table(results).rows[0][3] == "0.600 ± 0.100"
     found = results.compare(6, FOREGROUND)
     assert found is not None
     np.testing.assert_allclose(found.values, gains)
-    assert "3 seeds" in write_report(study, tracker_of(study, create=False), tmp_path / "report").markdown.read_text()
+    assert "3 seeds" in report_on(study, tmp_path / "report").markdown.read_text()
 
 
 @pytest.mark.parametrize("going_on", ["RUNNING", "KILLED"])
@@ -238,18 +235,18 @@ def test_holes_are_named_where_the_number_would_stand(tmp_path: Path, going_on: 
     outcomes[Cell(12, "random", 1e-4, 0)].status = going_on
     del outcomes[Cell(24, "pretrained", 1e-4, 0)]
     tracker = record(study, outcomes, tmp_path)
-    results = read(study, tracker)
+    results = read_results(study, tracker)
     assert [row[2:4] for row in published_table(results).rows] == [
         ["66.33", "failed"],
         ["unfinished", "73.00"],
         ["66.33", "missing"],
     ]
     assert "no answer**: pretrained is failed" in answer(results, 6)
-    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
+    report = report_on(study, tmp_path / "report")
     page = report.markdown.read_text()
     assert "**3 of 6 cells have no result**" in page
     assert "**failed**" in page
-    assert f"`{failed.name}` failed: OSError: http://server is <gone>" in page
+    assert f"`{failed.name}` failed: OSError: http://server is \\<gone>" in page
     assert "failed: OSError: http://server is &lt;gone&gt;" in report.html.read_text()
 
 
@@ -260,7 +257,7 @@ def test_nothing_but_holes_is_still_a_report(tmp_path: Path) -> None:
     for outcome in outcomes.values():
         outcome.status, outcome.curve = "FAILED", {}
     record(study, outcomes, tmp_path)
-    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
+    report = report_on(study, tmp_path / "report")
     assert report.table.count("no answer") == 2
     Page(report.html.read_text())
 
@@ -270,10 +267,10 @@ def test_a_grid_of_one_initialisation_reports_it_alone(tmp_path: Path, init: str
     """No difference is made up, and the other column says why it is empty."""
     study = make_study(tmp_path, init=[init])
     tracker = record(study, constant(study, 0.5, 0.5), tmp_path)
-    row = honest_table(read(study, tracker)).rows[0]
+    row = honest_table(read_results(study, tracker)).rows[0]
     assert sorted(row[3:5]) == ["0.500", "not in the grid"]
     assert row[5] == "n/a"
-    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
+    report = report_on(study, tmp_path / "report")
     assert f"{init} initialisation reaches foreground Dice 0.500" in report.table
     assert ("Restoring corrupted patches" in report.markdown.read_text()) == (init == "pretrained")
 
@@ -298,7 +295,7 @@ def test_an_answer_is_clear_only_if_the_interval_excludes_zero(
         cell: Outcome([], flat([0.5 + (gain if cell.init == "pretrained" else 0) for gain in gains]))
         for cell in cells(study.finetune)
     }
-    results = read(study, record(study, outcomes, tmp_path))
+    results = read_results(study, record(study, outcomes, tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sentence = answer(results, 6)
@@ -330,14 +327,14 @@ def test_a_gain_that_one_seed_contradicts_is_not_clear(tmp_path: Path) -> None:
         cell: Outcome([], flat([0.5 + (gains[cell.seed] if cell.init == "pretrained" else 0)] * 8))
         for cell in cells(study.finetune)
     }
-    assert "but the seeds disagree: +0.100, -0.020" in answer(read(study, record(study, outcomes, tmp_path)), 6)
+    assert "but the seeds disagree: +0.100, -0.020" in answer(read_results(study, record(study, outcomes, tmp_path)), 6)
 
 
 def test_without_a_test_split_validation_is_reported_and_called_so(tmp_path: Path) -> None:
     """The tables' headers and a note say that the same volumes made the selection."""
     study = make_study(tmp_path, splits=[6])
     outcomes = {cell: Outcome(flat([0.5, 0.7])) for cell in cells(study.finetune)}
-    results = read(study, record(study, outcomes, tmp_path))
+    results = read_results(study, record(study, outcomes, tmp_path))
     assert "validation volumes" in honest_table(results).header
     assert "No test split" in next(notes(results))
 
@@ -348,18 +345,35 @@ def test_organs_have_the_volumes_that_hold_them(tmp_path: Path) -> None:
     scored = [case("a", [0.4, None], hd95=4), case("b", [0.6, 0.8], hd95=8)]
     organs = ("liver (right|left)", "spleen")
     outcomes = {cell: Outcome([], scored, organs=organs) for cell in cells(study.finetune)}
-    table = organ_table(read(study, record(study, outcomes, tmp_path)), 6)
+    table = organ_table(read_results(study, record(study, outcomes, tmp_path)), 6)
     assert table.rows[0] == ["liver (right|left)", "2", "0.500", "0.500", "+0.000", "6.0", "6.0", "+0.0"]
     assert table.rows[1][:3] == ["spleen", "1", "0.800"]
-    cells_of_row = re.split(r"(?<!\\)\|", table.markdown().splitlines()[2])
+    cells_of_row = re.split(r"(?<!\\)\|", str(table).splitlines()[2])
     assert len(cells_of_row) == len(table.header) + 2
 
 
-def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
+@dataclass
+class Written:
+    """A study of two splits and two learning rates, its MLflow experiment and its report."""
+
+    study: Study
+    tracker: Tracker
+    report: Report
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Written:
+    """Shared by the tests that only look at it."""
+    folder = tmp_path_factory.mktemp("written")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    study = make_study(folder)
+    tracker = record(study, constant(study, 0.5, 0.6), folder)
+    return Written(study, tracker, report_on(study, folder / "report"))
+
+
+def test_the_page_needs_nothing_beside_it(written: Written) -> None:
     """HTML: well-formed, pictures inside, no script, no reference to anything outside. Markdown: relative links."""
-    study = make_study(tmp_path)
-    record(study, constant(study, 0.5, 0.6), tmp_path)
-    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
+    report = written.report
     page = Page(report.html.read_text())
     assert not page.open
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -367,27 +381,50 @@ def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
     names = [path.stem for path in report.figures]
     assert names == ["label_efficiency", "organs", "finetuning", "pretraining", "restored"]
-    assert len(page.references) == len(names)
+    assert len(page.references) == page.tags.count("figcaption") == len(names)
     links = re.findall(r"!\[.*?\]\((.*?)\)", report.markdown.read_text())
     assert {report.markdown.parent / link for link in links} == set(report.figures)
     assert all(path.is_file() for path in report.figures)
 
 
-def test_writing_it_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Bootstrap, figures and text depend on MLflow's content alone."""
+def test_listings_are_folded_away_and_groups_of_rows_set_apart(written: Written) -> None:
+    """Each listing lies in a `details` under its heading; a line begins each measure of the honest table."""
+    html = written.report.html.read_text()
+    folded = re.findall(r"<details>\s*<summary>(.*?)</summary>\s*<pre>", html)
+    assert folded == ["Weight transfer", "Experiment (resolved)", "Run ids of the cells"]
+    assert html.count("<pre>") == len(folded)
+    assert re.findall(r'<tr class="group">\s*<td>(\w+)', html) == ["HD95", "surface", "12"]
+
+
+def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
+    """An organ's name and an error may look like HTML or Markdown: the page shows them, and nothing is loaded."""
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
-    record(study, constant(study, 0.5, 0.6), tmp_path)
-    first, second = (write_report(study, tracker_of(study, create=False), tmp_path / name) for name in ("one", "two"))
+    organs = ("<script>x</script>", "[a](http://b) | ![c](http://d)")
+    outcomes = constant(study, 0.5, 0.6)
+    for outcome in outcomes.values():
+        outcome.organs = organs
+    failure = r"a <b> *c* `d` __e__ ![f](http://g) <http://h> \[i\] &amp; "
+    failed = Cell(6, "random", 1e-4, 0)
+    outcomes[failed].status, outcomes[failed].failure = "FAILED", failure
+    record(study, outcomes, tmp_path)
+    page = Page(report_on(study, tmp_path / "report").html.read_text())
+    assert "script" not in page.tags
+    assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    for text in (*organs, f"failed: {failure.strip()}"):
+        assert text in page.text
+
+
+def test_writing_it_again_gives_the_same_bytes(written: Written, tmp_path: Path) -> None:
+    """Bootstrap, figures and text depend on MLflow's content alone."""
+    first, second = written.report, report_on(written.study, tmp_path / "report")
     assert first.table == second.table
     assert first.markdown.read_bytes() == second.markdown.read_bytes()
     assert first.html.read_bytes() == second.html.read_bytes()
 
 
-def test_the_grid_run_keeps_the_report(tmp_path: Path) -> None:
+def test_the_grid_run_keeps_the_report(written: Written) -> None:
     """Page, Markdown and the figures it refers to are its artifacts; the run stays as it ended."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
-    tracker = record(study, constant(study, 0.5, 0.6), tmp_path)
-    report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
+    tracker, report = written.tracker, written.report
     (grid,) = tracker.runs(kind="grid")
     assert tracker.files(grid.info.run_id, "report") == ["report/report.html", "report/report.md"]
     assert tracker.read(grid.info.run_id, "report/report.html") == report.html.read_bytes()
@@ -403,7 +440,7 @@ def test_newest_run_of_a_cell_counts_and_strangers_do_not(tmp_path: Path) -> Non
     tracker = record(study, outcomes, tmp_path)
     repeated = Cell(6, "random", 1e-4, 0).name
     tracker.open("trial", repeated, repeated, {}).close("FAILED")
-    results = read(study, tracker)
+    results = read_results(study, tracker)
     assert results.arm(6, "random").hole == "failed"
     assert results.others == 1
 
@@ -418,7 +455,7 @@ def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -
     grid.text(dump(study), "experiment.yaml")
     grid.text(json.dumps({random: random, pretrained: "not yet"}), "cells.json")
     grid.close()
-    results = read(study, tracker)
+    results = read_results(study, tracker)
     assert results.grid.info.run_id == grid.id
     assert results.arm(6, "random").trials
     assert results.arm(6, "pretrained").hole == "missing"
@@ -429,7 +466,7 @@ def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> N
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
     secret = study.model_copy(update={"cache": "s3://user:secret@store/cache"})
     tracker = record(secret, constant(secret, 0.5, 0.6), tmp_path)
-    report = write_report(secret, tracker_of(secret, create=False), tmp_path / "report")
+    report = report_on(secret, tmp_path / "report")
     for text in (report.markdown.read_text(), report.html.read_text()):
         assert all(
             run.info.run_id in text for kind in ("grid", "pretraining", "trial") for run in tracker.runs(kind=kind)
@@ -437,7 +474,7 @@ def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> N
         assert "conv3d_transpose.bias" in text
         assert f"mlflow ui --backend-store-uri {tracker_of(study).uri}" in text
         assert "secret" not in text
-    config = re.search(r"Experiment \(resolved\)</summary>\n\n```\n(.*?)```", report.markdown.read_text(), re.DOTALL)
+    config = re.search(r"### Experiment \(resolved\)\n\n```\n(.*?)```", report.markdown.read_text(), re.DOTALL)
     assert config is not None
     assert yaml.safe_load(config[1])["name"] == "fake"
 
@@ -446,10 +483,10 @@ def test_a_study_without_a_grid_says_so(tmp_path: Path) -> None:
     """No experiment, or none with a grid: something to mend, not a traceback."""
     study = make_study(tmp_path)
     with pytest.raises(ValueError, match="no MLflow experiment named 'fake'"):
-        write_report(study, tracker_of(study, create=False), tmp_path / "report")
+        report_on(study, tmp_path / "report")
     tracker_of(study)
-    with pytest.raises(ValueError, match="no fine-tuning grid yet"):
-        write_report(study, tracker_of(study, create=False), tmp_path / "report")
+    with pytest.raises(UserError, match="no fine-tuning grid yet"):
+        report_on(study, tmp_path / "report")
 
 
 def test_hd95_difference_of_shared_volumes_is_in_millimetres(tmp_path: Path) -> None:
@@ -459,8 +496,15 @@ def test_hd95_difference_of_shared_volumes_is_in_millimetres(tmp_path: Path) -> 
         cell: Outcome([], [case(f"t{n}", [0.5, 0.5], hd95=9.0 if cell.init == "random" else 6.5) for n in range(6)])
         for cell in cells(study.finetune)
     }
-    results = read(study, record(study, outcomes, tmp_path))
+    results = read_results(study, record(study, outcomes, tmp_path))
     found = results.compare(6, HD95)
     assert found is not None
     assert found.mean == pytest.approx(-2.5)
     assert honest_table(results).rows[1][3:] == ["9.0", "6.5", "-2.5 (-2.5 to -2.5)"]
+
+
+def test_the_report_loads_neither_torch_nor_ray() -> None:
+    """They take seconds to import, and a report needs nothing of them."""
+    code = "import sys, ssl_ray.report.write; print(sorted({'torch', 'ray', 'monai'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
