@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from studies import small_study
 
-from ssl_ray.config.schema import Study
+from ssl_ray.data.store import Store
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.samples import SampleTable
@@ -20,30 +21,9 @@ CPU = torch.device("cpu")
 
 def make(tmp_path: Path, device: torch.device = CPU, **pretrain: Any) -> PretrainingLearner:
     """A tiny learner outside Ray."""
-    preparation = {"spacing": 2, "hu_window": [-57, 164]}
-    settings = {
-        "sources": [{"root": "data", "datalist": "none.json"}],
-        "preparation": preparation,
-        "patch_size": SIDE,
-        "batch_size": BATCH,
-        "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
-        "precision": "float32",
-    }
-    study = Study.model_validate(
-        {
-            "name": "learner",
-            "output": str(tmp_path),
-            "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3},
-            "pretrain": settings | pretrain,
-            "finetune": {
-                "cohort": {"root": "data", "classes": 14, "splits": {1: "none.json"}},
-                "preparation": preparation,
-                "patch_size": SIDE,
-            },
-        }
-    )
+    study = small_study(tmp_path, pretrain={"batch_size": BATCH} | pretrain)
     table = SampleTable(0, np.array([[32] * 3] * 4), (SIDE,) * 3, 2, BATCH, 1)
-    feed = Feed(table, tmp_path, ("a",) * 4, ("a",) * 4, "uint8", LEVELS)
+    feed = Feed(table, Store(tmp_path), ("a",) * 4, ("a",) * 4, "uint8", LEVELS)
     return PretrainingLearner(Job(recipe_of(study), feed, feed, tmp_path, Mirror(tmp_path), "key", None), device)  # type: ignore[arg-type]
 
 
