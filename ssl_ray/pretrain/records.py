@@ -55,39 +55,39 @@ class Totals:
 
 
 class Reporter:
-    """Sends to the driver; of the records only rank 0's, which are those of all ranks.
+    """Puts into the driver's queue; records only on rank 0, whose are those of all ranks.
 
     Records are kept until the checkpoint after the next one and travel in it: when the driver is killed, it gets those
     again that it may not have seen.
     """
 
     def __init__(self, reports: Queue, rank: int) -> None:
-        self._reports, self._rank = reports, rank
+        self._put = reports.actor.put_nowait.remote  # returns at once
+        self._rank = rank
         self._older: list[dict[str, Any]] = []
         self._newer: list[dict[str, Any]] = []
 
     def start(self, step: int, records: list[dict[str, Any]]) -> None:
         """Tell the step that training goes on from, after the records that its checkpoint carried."""
-        self._older, self._newer = records, []
-        self._send("records", records)
-        self._send("started", step)
+        self._older = records
+        if self._rank == 0:
+            self._put(("records", records))
+            self._put(("started", step))
 
     def record(self, record: dict[str, Any]) -> None:
         """Send what happened since the record before."""
         self._newer.append(record)
-        self._send("records", [record])
+        if self._rank == 0:
+            self._put(("records", [record]))
 
     def fault(self, text: str, fatal: bool) -> None:
         """Send the line about a step that was not finite, from any rank."""
-        self._reports.actor.put_nowait.remote(("fatal" if fatal else "skipped", text))
+        self._put(("fatal" if fatal else "skipped", text))
 
     def carry(self) -> list[dict[str, Any]]:
         """Records for a checkpoint that is written now; the driver gets them again, too."""
         records = self._older + self._newer
-        self._send("records", records)
+        if self._rank == 0:
+            self._put(("records", records))
         self._older, self._newer = self._newer, []
         return records
-
-    def _send(self, kind: str, content: Any) -> None:
-        if self._rank == 0:
-            self._reports.actor.put_nowait.remote((kind, content))
