@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -48,24 +42,24 @@ def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device
 
 def whole_weights(network: nn.Module) -> dict[str, Any]:
     """Weights by name. Sharded ones are gathered on the CPU of rank 0; all ranks must ask, and the others get none."""
-    return get_model_state_dict(network, options=_options(network))
+    return states.get_model_state_dict(network, options=_options(network))
 
 
 def whole_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """`model` and `optimizer`, both by the names of parameters; sharded ones as for `whole_weights`."""
-    model, moments = get_state_dict(network, optimizer, options=_options(network))
+    model, moments = states.get_state_dict(network, optimizer, options=_options(network))
     return {"model": model, "optimizer": moments}
 
 
 def load(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Take over what `whole_state` returned. All ranks must call it; they get what rank 0 has, each its shard of it."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed.is_initialized())
+    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed.is_initialized())
     # Not `set_state_dict`: a rank without a model's state would leave out its part of the broadcast, for which the
     # others then wait for ever (torch 2.13).
-    set_model_state_dict(network, dict(state.get("model", {})), options=options)
-    set_optimizer_state_dict(network, optimizer, dict(state.get("optimizer", {})), options=options)
+    states.set_model_state_dict(network, dict(state.get("model", {})), options=options)
+    states.set_optimizer_state_dict(network, optimizer, dict(state.get("optimizer", {})), options=options)
 
 
-def _options(network: nn.Module) -> StateDictOptions:
+def _options(network: nn.Module) -> states.StateDictOptions:
     sharded = any(isinstance(weight, DTensor) for weight in network.parameters())
-    return StateDictOptions(full_state_dict=True, cpu_offload=sharded)
+    return states.StateDictOptions(full_state_dict=True, cpu_offload=sharded)
