@@ -66,7 +66,7 @@ def work(rank: int, folder: Path) -> None:
     """One of two workers: everything that the tests look at, in one go, since starting them takes seconds."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
-    found: dict[str, Any] = {}
+    found: dict[Any, Any] = {}
     for kind, shard in {"ddp": False, "fsdp": True}.items():
         for name, settings in SETTINGS.items():
             made = make(folder, shard=shard, **settings)
