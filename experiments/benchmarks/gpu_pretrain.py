@@ -21,7 +21,7 @@ from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.restoration import corruption
-from ssl_ray.pretrain.tasks.restoration.draws import draw, upload
+from ssl_ray.pretrain.tasks.restoration.draws import draw
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import folders_of, recipe_of
 from ssl_ray.training.optimizer import take_step
@@ -266,7 +266,7 @@ def breakdown(bench: Bench) -> None:
             stored = torch.from_numpy(array).to(bench.device)
             clean = scale(stored, 221)
             drawn = draw(config, side, 0, indices)
-            there = upload(drawn, bench.device)
+            there = drawn.to(bench.device)
             view = corruption.corrupt(clean, drawn)
             painted = view.squeeze(1).clone()
             tokens = torch.randn(batch, (side[0] // 16) ** 3, made.job.recipe.network.hidden_size, device=bench.device)
@@ -304,7 +304,7 @@ def breakdown(bench: Bench) -> None:
                 "upload pinned": lambda: torch.from_numpy(array).to(bench.device, non_blocking=True),
                 "scale": lambda: scale(stored, 221),
                 "draw (host)": lambda: draw(config, side, 0, indices),
-                "upload draws": lambda: upload(drawn, bench.device),
+                "upload draws": lambda: drawn.to(bench.device),
                 "paint, torch": lambda: corruption._paint_masks(clean.squeeze(1), there),
                 "shuffle": lambda: corruption._shuffle_(painted, there),
                 "forward": forward,

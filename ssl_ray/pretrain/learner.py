@@ -18,7 +18,7 @@ from ssl_ray.networks.unetr import build_autoencoder, use_fast_attention, use_pa
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.samples import Sample
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
-from ssl_ray.pretrain.tasks.restoration.draws import DeviceDraws, Draws, draw, pack, take, unpack
+from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw, pack, unpack
 from ssl_ray.pretrain.tasks.restoration.objective import Restoration
 from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
 from ssl_ray.storage.files import reason
@@ -88,9 +88,7 @@ class PretrainingLearner:
             return self._graph(stored, [pack(drawn) for drawn in draws], lr)
         return self._step(stored, draws, world, lr)
 
-    def _step(
-        self, stored: Tensor, draws: Sequence[Draws | DeviceDraws], world: int, lr: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _step(self, stored: Tensor, draws: Sequence[Draws], world: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
         largest = -(-self.config.batch_size // world)
         size = self.config.microbatch or largest
@@ -103,7 +101,7 @@ class PretrainingLearner:
             weight = counted * world / self.config.batch_size
             with nullcontext() if start == starts[-1] else self._no_sync():
                 clean = scale(part, self.job.training.levels)
-                corrupted = torch.cat([corrupt(clean, take(drawn, rows)) for drawn in draws])  # (views * B, 1, X, Y, Z)
+                corrupted = torch.cat([corrupt(clean, drawn.take(rows)) for drawn in draws])  # (views * B, 1, X, Y, Z)
                 with autocast(self.device, self.dtype):
                     own, total = self.model(corrupted, clean)
                 # A NaN loss can still give finite gradients. Multiply by NaN, so that every rank sees it in the

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ssl_ray.config.schema import Corruption
-from ssl_ray.pretrain.tasks.restoration.draws import DeviceDraws, Draws, draw, upload
+from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw
 from ssl_ray.storage.files import reason
 
 
-def corrupt(patches: Tensor, draws: Draws | DeviceDraws) -> Tensor:
+def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     """Corrupted view of every patch, on the patches' device; the input stays as it is.
 
     In-painting replaces the voxels inside the boxes, out-painting those outside all of them, by uniform noise between
@@ -26,19 +26,19 @@ def corrupt(patches: Tensor, draws: Draws | DeviceDraws) -> Tensor:
 
     Args:
         patches: (B, 1, X, Y, Z), float32.
-        draws: of the same B samples and the same patch size; on a GPU they may lie there already.
+        draws: of the same B samples and the same patch size, on any device.
 
     Returns:
         A new tensor of the patches' shape.
     """
     volumes = patches.squeeze(1).contiguous()
-    there = upload(draws, patches.device) if isinstance(draws, Draws) else draws
-    if volumes.is_cuda and (paint := fused_paint()):
-        views = paint(volumes, there)
+    draws = draws.to(patches.device)
+    if volumes.is_cpu:
+        views = _paint_boxes(volumes, draws)
     else:
-        boxes = volumes.is_cpu and isinstance(draws, Draws)
-        views = _paint_boxes(volumes, draws) if boxes else _paint_masks(volumes, there)  # type: ignore[arg-type]
-    _shuffle_(views, there)
+        paint = (fused_paint() if volumes.is_cuda else None) or _paint_masks
+        views = paint(volumes, draws)
+    _shuffle_(views, draws)
     return views.unsqueeze(1)
 
 
@@ -46,12 +46,12 @@ def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
     """In- and out-painting box by box: on a CPU it is faster to make no mask, and only the noise that is used."""
     views = torch.empty_like(volumes)
     everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
-    keys = torch.tensor(draws.key)
-    for sample, (volume, view, key) in enumerate(zip(volumes, views, keys, strict=True)):
+    corners = torch.stack([draws.start, draws.stop], dim=2).tolist()
+    samples = zip(volumes, views, draws.key, draws.outpaint.tolist(), corners, strict=True)
+    for volume, view, key, outpaint, placed in samples:
         low, high = volume.aminmax()
-        corners = np.stack([draws.start[sample], draws.stop[sample]], axis=1)
-        boxes = corners[corners[:, 0, 0] < corners[:, 1, 0]].tolist()
-        if draws.outpaint[sample]:
+        boxes = [(start, stop) for start, stop in placed if start[0] < stop[0]]
+        if outpaint:
             view.copy_(_noise(key, everywhere, low, high)[..., : volume.shape[2]])
             for start, stop in boxes:
                 box = tuple(map(slice, start, stop))
@@ -64,7 +64,7 @@ def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
     return views
 
 
-def _paint_masks(volumes: Tensor, draws: DeviceDraws) -> Tensor:
+def _paint_masks(volumes: Tensor, draws: Draws) -> Tensor:
     """The same views for all samples at once: noise everywhere and a mask, whose shapes do not depend on the draws."""
     inside = []
     for axis, side in enumerate(volumes.shape[1:]):
@@ -78,7 +78,7 @@ def _paint_masks(volumes: Tensor, draws: DeviceDraws) -> Tensor:
     return torch.where((boxes > 0) ^ draws.outpaint[:, None, None, None], noise, volumes)
 
 
-def _shuffle_(views: Tensor, draws: DeviceDraws) -> None:
+def _shuffle_(views: Tensor, draws: Draws) -> None:
     """Permute the voxels inside the shuffle boxes of (B, X, Y, Z) views, in place."""
     batch, side_x, side_y, side_z = views.shape
     cell = torch.arange(draws.shuffle_size, device=views.device)
@@ -97,15 +97,14 @@ def _shuffle_(views: Tensor, draws: DeviceDraws) -> None:
 
 
 @lru_cache(maxsize=1)
-def fused_paint() -> Callable[[Tensor, DeviceDraws], Tensor] | None:
+def fused_paint() -> Callable[[Tensor, Draws], Tensor] | None:
     """`_paint_masks` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
     try:
         from ssl_ray.pretrain.tasks.restoration.kernel import paint
 
         volumes = torch.rand(2, 8, 8, 10, device="cuda")
         config = Corruption(inpaint_size=(2, 5), outpaint_size=(2, 5), shuffle_size=2)
-        draws = upload(draw(config, (8, 8, 10), 0, np.arange(2)), volumes.device)
-        paint(volumes, draws)
+        paint(volumes, draw(config, (8, 8, 10), 0, np.arange(2)).to(volumes.device))
     except Exception as error:  # no Triton, no compiler for its launcher, an architecture that it does not know
         logging.getLogger(__name__).warning("painting without a kernel of its own: %s", reason(error))
         return None

@@ -8,7 +8,8 @@ that the sixth in-painting box has a mean side of 31.6 voxels. Here every side i
 18.5, as the tutorial's parameters say, unless `growing` asks for MONAI's way.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -21,7 +22,7 @@ from ssl_ray.config.schema import Corruption
 
 @dataclass(frozen=True)
 class Draws:
-    """Everything random about the views of B samples, on the host.
+    """Everything random about the views of B samples.
 
     key: (B,) int64, any 64 bits; the noise is a hash of it.
     outpaint: (B,) bool, False is in-painting.
@@ -31,19 +32,6 @@ class Draws:
     shuffle_size: side of every shuffle box in voxels.
     """
 
-    key: NDArray[np.int64]
-    outpaint: NDArray[np.bool_]
-    start: NDArray[np.int64]
-    stop: NDArray[np.int64]
-    shuffle: NDArray[np.bool_]
-    shuffle_start: NDArray[np.int64]
-    shuffle_size: int
-
-
-@dataclass(frozen=True)
-class DeviceDraws:
-    """`Draws` as tensors on the patches' device; fields and shapes are the same."""
-
     key: Tensor
     outpaint: Tensor
     start: Tensor
@@ -52,11 +40,32 @@ class DeviceDraws:
     shuffle_start: Tensor
     shuffle_size: int
 
+    def tensors(self) -> list[Tensor]:
+        """Everything but the size of the shuffle boxes."""
+        return [self.key, self.outpaint, self.start, self.stop, self.shuffle, self.shuffle_start]
+
+    def take(self, rows: slice) -> "Draws":
+        """The draws of some of the samples."""
+        return self.with_tensors(values[rows] for values in self.tensors())
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> "Draws":
+        """Other draws, with shuffle boxes of the same size."""
+        key, outpaint, start, stop, shuffle, shuffle_start = tensors
+        return Draws(key, outpaint, start, stop, shuffle, shuffle_start, self.shuffle_size)
+
+    def to(self, device: torch.device) -> "Draws":
+        """The draws on a device: all in one copy from pinned memory, for which the host does not wait."""
+        if device == self.key.device:
+            return self
+        flat = pack(self)
+        flat = flat.pin_memory() if device.type == "cuda" else flat
+        return unpack(flat.to(device, non_blocking=True), self)
+
 
 def draw(
     config: Corruption, patch_size: tuple[int, int, int], seed: int, indices: NDArray[np.int64], view: int = 0
 ) -> Draws:
-    """Draw the corruption of the samples `indices` (B,), each from (seed, index, view) alone.
+    """Draw, on the host, the corruption of the samples `indices` (B,), each from (seed, index, view) alone.
 
     A box's sides are uniform over the configured range, bounds included, and its corner over all positions where it
     fits. Two views of one sample are independent.
@@ -80,47 +89,28 @@ def draw(
             size[:, box] = size[:, box - 1] + _below(high[:, 0] - size[:, box - 1] + 1, sides[:, box])
     size = np.where(used[..., None], size, 0)
     start = _below(np.array(patch_size) - size + 1, corners)
+    shuffle_start = _below(np.array(patch_size) - config.shuffle_size + 1, shuffle_corners)
     return Draws(
-        key=words[:, 0].view(np.int64),
-        outpaint=outpaint,
-        start=start,
-        stop=start + size,
-        shuffle=uniform[:, 2] < config.shuffle_prob,
-        shuffle_start=_below(np.array(patch_size) - config.shuffle_size + 1, shuffle_corners),
+        key=torch.from_numpy(words[:, 0].view(np.int64)),
+        outpaint=torch.from_numpy(outpaint),
+        start=torch.from_numpy(start),
+        stop=torch.from_numpy(start + size),
+        shuffle=torch.from_numpy(uniform[:, 2] < config.shuffle_prob),
+        shuffle_start=torch.from_numpy(shuffle_start),
         shuffle_size=config.shuffle_size,
     )
 
 
-def take(draws: Draws | DeviceDraws, rows: slice) -> Draws | DeviceDraws:
-    """The draws of some of the samples."""
-    names = [field.name for field in fields(draws) if field.name != "shuffle_size"]
-    return replace(draws, **{name: getattr(draws, name)[rows] for name in names})
-
-
 def pack(draws: Draws) -> Tensor:
-    """All numbers in one int64 tensor on the host: for one copy to the device."""
-    return torch.from_numpy(np.concatenate([array.ravel() for array in _arrays(draws)], dtype=np.int64))
+    """All numbers of draws in one int64 tensor."""
+    return torch.cat([values.long().ravel() for values in draws.tensors()])
 
 
-def unpack(flat: Tensor, like: Draws) -> DeviceDraws:
-    """The draws in a tensor of `pack`, on that tensor's device; their shapes are those of `like`."""
-    arrays = _arrays(like)
-    parts = flat.split([array.size for array in arrays])
-    key, outpaint, start, stop, shuffle, shuffle_start = (
-        part.view(array.shape) for part, array in zip(parts, arrays, strict=True)
-    )
-    return DeviceDraws(key, outpaint.bool(), start, stop, shuffle.bool(), shuffle_start, like.shuffle_size)
-
-
-def upload(draws: Draws, device: torch.device) -> DeviceDraws:
-    """Draws on the device, in one copy from pinned memory, for which the host does not wait."""
-    flat = pack(draws)
-    flat = flat.pin_memory() if device.type == "cuda" else flat
-    return unpack(flat.to(device, non_blocking=True), draws)
-
-
-def _arrays(draws: Draws) -> list[NDArray[np.int64] | NDArray[np.bool_]]:
-    return [draws.key, draws.outpaint, draws.start, draws.stop, draws.shuffle, draws.shuffle_start]
+def unpack(flat: Tensor, like: Draws) -> Draws:
+    """The draws in a tensor of `pack`, on that tensor's device; shapes and types are those of `like`."""
+    parts = flat.split([values.numel() for values in like.tensors()])
+    pairs = zip(parts, like.tensors(), strict=True)
+    return like.with_tensors(part.view(values.shape).to(values.dtype) for part, values in pairs)
 
 
 def _below(limit: NDArray[np.int64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -5,13 +5,13 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-from ssl_ray.pretrain.tasks.restoration.draws import DeviceDraws
+from ssl_ray.pretrain.tasks.restoration.draws import Draws
 
 _BLOCK = 1024
 """Voxels that one program of the kernel paints."""
 
 
-def paint(volumes: Tensor, draws: DeviceDraws) -> Tensor:
+def paint(volumes: Tensor, draws: Draws) -> Tensor:
     """A painted copy of (B, X, Y, Z) float32 volumes on a GPU; `draws` as for `corrupt`."""
     volumes = volumes.contiguous()
     views = torch.empty_like(volumes)
