@@ -1,6 +1,9 @@
-"""Commands; nothing else."""
+"""Commands, nothing else: one function for each verb.
 
-import argparse
+The rooms that load torch, Ray or MLflow are imported inside the verbs, after the experiment is read, so that a typo in
+the YAML is told at once.
+"""
+
 import json
 import logging
 import os
@@ -8,45 +11,84 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
 
-from ssl_ray.config.loading import load
+import typer
+from typer.core import TyperGroup
+
+from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
+from ssl_ray.errors import UserError
 from ssl_ray.networks.flops import DEVICES
+from ssl_ray.study.experiment import load
+
+TRACEBACK = "SSL_RAY_TRACEBACK"
+"""Environment variable: where it is set, an error shows where in the code it happened."""
+
+
+class _Commands(TyperGroup):
+    """Turns what a verb raises into one message and an exit code: 2 for what the user can mend, 1 for the rest."""
+
+    def invoke(self, ctx: Any) -> None:
+        try:
+            super().invoke(ctx)
+        except (typer.Exit, typer.TyperException):
+            raise  # Typer's own: an exit code, or a wrong command line
+        except KeyboardInterrupt as error:
+            _tell("interrupted; the same command goes on from the last checkpoints")
+            raise typer.Exit(1) from error
+        except Exception as error:
+            if os.environ.get(TRACEBACK):
+                traceback.print_exc()
+            if isinstance(error, UserError | FileNotFoundError | PermissionError):
+                _tell(str(error))
+                raise typer.Exit(2) from error
+            _tell(f"{type(error).__name__}: {error}")
+            _tell(f"{TRACEBACK}=1 shows where; finished work is kept, the same command goes on")
+            raise typer.Exit(1) from error
+
+
+def _tell(message: str) -> None:
+    print(f"ssl-ray: {message}", file=sys.stderr)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="Exit code 0: done. 2: something to mend in the input, named in one message. 1: anything else.",
+)
+
+
+@app.callback()
+def _about() -> None:
+    """Does self-supervised pretraining on my unlabelled CT help my segmentation, and with how many labelled volumes?
+
+    One YAML describes a study; [bold]ssl-ray run[/bold] carries it out and skips what is already done.
+    """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
+    Args:
+        arguments: the command line without the program's name; that of this process if left out.
+
     Returns:
         Exit code: 0, 2 for what the user can mend, 1 for the rest.
     """
-    options = _parser().parse_args(arguments)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`: as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` then ends it as Ctrl-C does
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        code: int = options.command(options)
-        return code
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"ssl-ray: {error}", file=sys.stderr)
-        if os.environ.get("SSL_RAY_TRACEBACK"):
-            traceback.print_exc()
-        return 2
-    except KeyboardInterrupt:
-        print("ssl-ray: interrupted; the same command goes on from the last checkpoints", file=sys.stderr)
-        return 1
-    except Exception as error:
-        if os.environ.get("SSL_RAY_TRACEBACK"):
-            traceback.print_exc()
-        print(f"ssl-ray: {type(error).__name__}: {error}", file=sys.stderr)
-        print(
-            "ssl-ray: SSL_RAY_TRACEBACK=1 shows where; finished work is kept, the same command goes on", file=sys.stderr
-        )
-        return 1
+        typer.main.get_command(app).main(arguments, prog_name="ssl-ray")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    return 0
 
 
 def entry() -> None:
@@ -54,15 +96,57 @@ def entry() -> None:
     sys.exit(main())
 
 
-def _run(options: Any) -> int:
-    with _runner(options) as runner:
-        failed = runner.grid.failed
-        return _show(runner) or (1 if failed else 0)
+def _experiments(incomplete: str) -> list[str]:
+    """For the shell's completion: YAML files that begin so, in this folder or in one that begins so."""
+    return sorted({*glob(f"{incomplete}*.yaml"), *glob(f"{incomplete}*/*.yaml")})
 
 
-def _plan(options: Any) -> int:
-    workers = [f"pretrain.workers={options.workers}"] if options.workers else []
-    study = load(options.experiment, [*options.set, *workers])
+Gpu: TypeAlias = Literal[tuple(DEVICES)]  # type: ignore[valid-type]  # mypy reads no names out of a dict
+Experiment = Annotated[
+    Path, typer.Argument(help="The study's YAML, e.g. experiments/demo.yaml.", autocompletion=_experiments)
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace one value, e.g. pretrain.optimizer.lr=2e-4; may be repeated.",
+        default_factory=list,
+        show_default=False,
+    ),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start again; what was done under this name is kept under another.")
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify", help="Read all sources and stored volumes, even those whose times say that they have not changed."
+    ),
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", file_okay=False)]
+Seed = Annotated[int, typer.Option("--seed", metavar="S")]
+
+
+@app.command(epilog="Example: ssl-ray run experiments/demo.yaml --set output=/shared/output")
+def run(experiment: Experiment, overrides: Overrides, fresh: Fresh = False) -> None:
+    """Carry out the whole study: prepare, pretrain, fine-tune, report."""
+    _carry_out(load(experiment, overrides), "report", fresh)
+
+
+@app.command(epilog="Example: ssl-ray plan experiments/tcia_btcv.yaml --gpu h100 --workers 8")
+def plan(
+    experiment: Experiment,
+    overrides: Overrides,
+    gpu: Annotated[
+        Gpu | None, typer.Option(case_sensitive=False, help="A GPU that each worker has, to estimate for.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Instead of pretrain.workers.")] = None,
+    no_probe: Annotated[bool, typer.Option("--no-probe", help="Time no steps here; without --gpu no hours.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+) -> None:
+    """Tell what a run will take, and what will limit it; nothing is started or written."""
+    study = load(experiment, [*overrides, *([f"pretrain.workers={workers}"] if workers else [])])
     from ssl_ray.estimate.study import make_plan
     from ssl_ray.estimate.text import render
     from ssl_ray.study import identity
@@ -71,168 +155,109 @@ def _plan(options: Any) -> int:
     folders = folders_of(study)
     if folders.output.origin is None:
         identity.check_unchanged(study, folders)
-    plan = make_plan(study, folders, options.gpu, with_probe=options.probe)
-    say(json.dumps(plan.tree()) if options.json else render(plan))
-    return 0
+    found = make_plan(study, folders, gpu, with_probe=not no_probe)
+    say(json.dumps(found.tree()) if as_json else render(found))
 
 
-def _prepare(options: Any) -> int:
-    with _runner(options) as runner:
-        _ = runner.prepared
-    return 0
+@app.command(epilog="Example: ssl-ray prepare my_study.yaml --set on_bad_volume=skip")
+def prepare(experiment: Experiment, overrides: Overrides, verify: Verify = False) -> None:
+    """Only bring the volumes into the store."""
+    _carry_out(load(experiment, overrides), "prepare", verify=verify)
 
 
-def _pretrain(options: Any) -> int:
-    with _runner(options) as runner:
-        _ = runner.pretrained
-    return 0
+@app.command(epilog="Example: ssl-ray pretrain experiments/demo.yaml --set pretrain.epochs=20 --fresh")
+def pretrain(experiment: Experiment, overrides: Overrides, fresh: Fresh = False) -> None:
+    """Prepare, then pretrain."""
+    _carry_out(load(experiment, overrides), "pretrain", fresh)
 
 
-def _finetune(options: Any) -> int:
-    with _runner(options) as runner:
-        return 1 if runner.grid.failed else 0
+@app.command(epilog="Example: ssl-ray finetune experiments/demo.yaml --set 'finetune.grid.seeds=[0,1,2]'")
+def finetune(experiment: Experiment, overrides: Overrides, fresh: Fresh = False) -> None:
+    """Prepare, pretrain, then fine-tune the grid."""
+    _carry_out(load(experiment, overrides), "finetune", fresh)
 
 
-def _report(options: Any) -> int:
-    from ssl_ray.study.runner import Runner
+@app.command("report", epilog="Example: ssl-ray report experiments/demo.yaml")
+def report_again(experiment: Experiment, overrides: Overrides) -> None:
+    """Write table, figures and page again, from MLflow alone."""
+    study = load(experiment, overrides)
+    from ssl_ray.study.runner import check_places, report
 
-    return _show(Runner(load(options.experiment, options.set)))
-
-
-def _show(runner: Any) -> int:
-    report = runner.report()
-    say(f"\n{report.table}\n")
-    say(f"report:  {report.html}")
-    tracker = runner.tracker
-    uri = tracker.uri
-    place = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"
-    say(f"MLflow:  {place}   (experiment {tracker.experiment!r})")
-    return 0
+    report(study, check_places(study))
 
 
-def _phantom(options: Any) -> int:
+@app.command(epilog="Example: ssl-ray phantom data/phantom --volumes 80 --splits 6,12")
+def phantom(
+    folder: Folder,
+    volumes: Annotated[int, typer.Option(min=1, metavar="N", help="Unlabelled volumes.")] = 40,
+    labelled: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled training volumes.")] = 24,
+    validation: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled validation volumes.")] = 6,
+    test: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled test volumes.")] = 8,
+    splits: Annotated[str, typer.Option(metavar="N,N", help="Sizes of nested training splits.")] = "6,12,24",
+    seed: Seed = 0,
+) -> None:
+    """Write a synthetic labelled CT cohort with its datalists."""
+    sizes = _sizes(splits)
     from ssl_ray.phantom.cohort import write_cohort
 
     write_cohort(
-        options.folder,
-        unlabelled=options.volumes,
-        labelled=options.labelled,
-        validation=options.validation,
-        test=options.test,
-        splits=options.splits,
-        seed=options.seed,
+        folder,
+        unlabelled=volumes,
+        labelled=labelled,
+        validation=validation,
+        test=test,
+        splits=sizes,
+        seed=seed,
         progress=track("synthesizing volumes"),
     )
-    say(f"{options.folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in options.splits)}")
-    return 0
+    say(f"{folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in sizes)}")
 
 
-def _datalist(options: Any) -> int:
+@app.command(epilog=r"Example: ssl-ray datalist my_ct --splits 6,12,24 --subject '(patient\d+)'")
+def datalist(
+    folder: Folder,
+    splits: Annotated[
+        str, typer.Option(metavar="N,N", help="Labelled training volumes of nested splits.", show_default=False)
+    ] = "",
+    validation: Annotated[float, typer.Option(metavar="SHARE", help="Share of the subjects to hold out.")] = 0.2,
+    subject: Annotated[
+        str,
+        typer.Option(
+            metavar="REGEX",
+            help=r"What in a file name is the subject, e.g. '(A-\d+)'; by default each volume is its own.",
+        ),
+    ] = ".*",
+    seed: Seed = 0,
+) -> None:
+    """Write datalists for a folder of NIfTI files."""
+    if not 0 < validation < 1:
+        raise typer.BadParameter(f"must be between 0 and 1, got {validation}", param_hint="--validation")
     from ssl_ray.data.listing import write_datalists
 
-    written = write_datalists(options.folder, options.splits, options.validation, options.subject, options.seed)
-    for name, (training, validation) in written.items():
-        say(f"{options.folder / name}: {training} training, {validation} validation volumes")
-    return 0
+    written = write_datalists(folder, _sizes(splits), validation, subject, seed)
+    for name, (in_training, in_validation) in written.items():
+        say(f"{folder / name}: {in_training} training, {in_validation} validation volumes")
 
 
-@contextmanager
-def _runner(options: Any) -> Iterator[Any]:
-    study = load(options.experiment, options.set)
-    from ssl_ray.study import identity  # a typo in the YAML must not wait for torch and Ray to load
+def _sizes(text: str) -> list[int]:
+    """`6,12,24` as numbers."""
+    sizes = text.split(",") if text else []
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise typer.BadParameter(f"must be numbers from 1 on, like 6,12,24, got {text}", param_hint="--splits")
+    return [int(size) for size in sizes]
+
+
+def _carry_out(
+    study: Study, last: Literal["prepare", "pretrain", "finetune", "report"], fresh: bool = False, verify: bool = False
+) -> None:
+    from ssl_ray.study.identity import set_aside
+    from ssl_ray.study.lock import only_one
     from ssl_ray.study.parts import folders_of
-    from ssl_ray.study.runner import Runner
+    from ssl_ray.study.runner import carry_out
 
     folders = folders_of(study)
-    with identity.only_one(folders):
-        if getattr(options, "fresh", False) and (kept := identity.set_aside(study, folders)):
+    with only_one(folders):
+        if fresh and (kept := set_aside(study, folders)):
             say(f"the old study is kept: {kept}")
-        with Runner(study, verify=getattr(options, "verify", False)) as runner:
-            yield runner
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ssl-ray",
-        description="Does self-supervised pretraining on my unlabelled CT help my segmentation, and with how many "
-        "labelled volumes? One YAML describes a study; `ssl-ray run` carries it out and skips what is already done.",
-        epilog="Exit code 0: done. 2: something to mend in the input, named in one message. 1: anything else.",
-    )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, function, text in (
-        ("run", _run, "the whole study: prepare, pretrain, fine-tune, report"),
-        ("plan", _plan, "what a run will take, and what will limit it; nothing is started or written"),
-        ("prepare", _prepare, "only bring the volumes into the store"),
-        ("pretrain", _pretrain, "prepare, then pretrain"),
-        ("finetune", _finetune, "prepare, pretrain, then fine-tune the grid"),
-        ("report", _report, "table, figures and page again, from MLflow alone"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("experiment", type=Path, help="the study's YAML, e.g. experiments/demo.yaml")
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="replace one value, e.g. --set pretrain.optimizer.lr=2e-4; may be repeated",
-        )
-        if name in ("run", "pretrain", "finetune"):
-            command.add_argument(
-                "--fresh", action="store_true", help="start anew; what was done under this name is kept under another"
-            )
-        if name == "plan":
-            command.add_argument(
-                "--gpu",
-                type=str.lower,
-                choices=DEVICES,
-                metavar="NAME",
-                help=f"estimate for one a worker: {', '.join(DEVICES)}",
-            )
-            command.add_argument("--workers", type=_count, metavar="N", help="instead of pretrain.workers")
-            command.add_argument(
-                "--no-probe", dest="probe", action="store_false", help="time no steps here; without --gpu no hours"
-            )
-            command.add_argument("--json", action="store_true", help="everything, for programs")
-        if name == "prepare":
-            command.add_argument(
-                "--verify",
-                action="store_true",
-                help="read all sources and stored volumes, even those whose times say that they have not changed",
-            )
-        command.set_defaults(command=function)
-
-    phantom = commands.add_parser("phantom", help="write a synthetic labelled CT cohort", description=_phantom.__doc__)
-    phantom.add_argument("folder", type=Path, metavar="DIR")
-    phantom.add_argument("--volumes", type=_count, default=40, metavar="N", help="unlabelled volumes (40)")
-    phantom.add_argument("--labelled", type=_count, default=24, metavar="M", help="labelled training volumes (24)")
-    phantom.add_argument("--validation", type=_count, default=6, metavar="N", help="labelled validation volumes (6)")
-    phantom.add_argument("--test", type=_count, default=8, metavar="N", help="labelled test volumes (8)")
-    phantom.add_argument("--splits", type=_count, nargs="+", default=[6, 12, 24], metavar="N", help="nested (6 12 24)")
-    phantom.add_argument("--seed", type=int, default=0, metavar="S")
-    phantom.set_defaults(command=_phantom)
-
-    datalist = commands.add_parser("datalist", help="write datalists for a folder of NIfTI")
-    datalist.add_argument("folder", type=Path, metavar="DIR")
-    datalist.add_argument("--splits", type=_count, nargs="*", default=[], metavar="N", help="labelled training volumes")
-    datalist.add_argument("--validation", type=_share, default=0.2, metavar="SHARE", help="of the subjects (0.2)")
-    datalist.add_argument(
-        "--subject",
-        default=r".*",
-        metavar="REGEX",
-        help="what in a file name is the subject, e.g. '(A-\\d+)'; by default every volume is one of its own",
-    )
-    datalist.add_argument("--seed", type=int, default=0, metavar="S")
-    datalist.set_defaults(command=_datalist)
-    return parser
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def _share(text: str) -> float:
-    if not 0 < (number := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
-    return number
+        if carry_out(study, last, verify):
+            raise typer.Exit(1)

@@ -2,17 +2,16 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from types import TracebackType
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-T = TypeVar("T")
 _LOG_SECONDS = 20.0
-"""Where there is no terminal, e.g. under `ray job submit`, progress is a line at most this often."""
+"""Shortest time between two lines of progress where there is no terminal, e.g. under `ray job submit`."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -50,9 +49,7 @@ class Bar:
             self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._progress:
             self._progress.stop()
         elif kind is None:
@@ -61,8 +58,8 @@ class Bar:
     def update(self, done: int, facts: str = "", again: bool = False) -> None:
         """Set how much is done, and what else is worth knowing, e.g. `loss 0.031, 210 patches/s`.
 
-        The time that is left is told by the speed since the first update, or since the last with `again`: where the
-        work starts, anew or somewhere in its middle.
+        The time left follows from the speed since the first update, or since the last one with `again`: work that was
+        cut off does not start at 0, and may go back to a checkpoint.
         """
         self._done, self._facts = done, facts or self._facts
         if again or self._first is None:
@@ -85,11 +82,11 @@ class Bar:
         say(f"{self._title} {self._done}/{self._total}, {times}{facts}")
 
 
-def track(title: str) -> Any:
+def track(title: str) -> Callable[..., Iterator[Any]]:
     """A function `progress(items, total)` that shows a `Bar` while the items pass; a sequence needs no total."""
 
-    def progress(items: Iterable[T], total: int | None = None) -> Iterator[T]:
-        with Bar(title, total if total is not None else len(cast(Sized, items))) as bar:
+    def progress(items: Any, total: int | None = None) -> Iterator[Any]:
+        with Bar(title, len(items) if total is None else total) as bar:
             for done, item in enumerate(items, 1):
                 yield item
                 bar.update(done)
@@ -98,6 +95,4 @@ def track(title: str) -> Any:
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return str(timedelta(seconds=round(seconds)))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ssl_ray.training.malloc import keep_freed
+from ssl_ray.cluster.malloc import keep_freed
 
 keep_freed()
 torch.set_num_threads(1)

@@ -17,8 +17,8 @@ import torch
 from studies import small_tree, write_study
 from torch import Tensor
 
-from ssl_ray.config.loading import load
-from ssl_ray.networks.transfer import load_weights
+from ssl_ray.networks.weight_files import load_weights
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
 STEPS, SAVED = 240, 40

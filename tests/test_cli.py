@@ -1,35 +1,106 @@
 """Commands as a user types them, short of training."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from ssl_ray import cli
 from ssl_ray.cli import main
+from ssl_ray.errors import UserError
+
+COMMANDS = ["run", "plan", "prepare", "pretrain", "finetune", "report", "phantom", "datalist"]
 
 
-@pytest.mark.parametrize("command", ["run", "prepare", "pretrain", "finetune", "report", "phantom", "datalist"])
-def test_help_of_every_command(command, capsys):
-    """`--help` explains itself and ends with code 0."""
-    with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0
-    assert f"usage: ssl-ray {command}" in capsys.readouterr().out
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` explains itself with an example and ends with code 0."""
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"Usage: ssl-ray {command}" in text
+    assert f"Example: ssl-ray {command}" in text
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["run"], ["phantom", "x", "--volumes", "0"], ["datalist", "x", "--validation", "2"]]
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["run"],
+        ["run", "x.yaml", "--set"],
+        ["plan", "x.yaml", "--gpu", "abacus"],
+        ["phantom", "x", "--volumes", "0"],
+        ["phantom", "x", "--splits", "0"],
+        ["datalist", "x", "--validation", "2"],
+    ],
 )
-def test_a_wrong_command_line_ends_in_code_2(arguments, capsys):
-    """argparse's message, and the code of what a user can mend."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    assert "usage: ssl-ray" in capsys.readouterr().err
+def test_a_wrong_command_line_ends_in_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Help where there is no command, otherwise what is wrong, and the code of what a user can mend."""
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert "Usage: ssl-ray" in printed.out or "Error" in printed.err
 
 
-def test_a_typo_is_told_without_loading_torch_or_ray(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("a.yaml: wrong"), 2, "ssl-ray: a.yaml: wrong\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.nii"), 2, "No such file or directory: 'a.nii'"),
+        (PermissionError(13, "Permission denied", "out"), 2, "Permission denied: 'out'"),
+        (ValueError("ours"), 1, "ssl-ray: ValueError: ours"),
+        (RuntimeError("ours"), 1, "SSL_RAY_TRACEBACK=1 shows where"),
+        (KeyboardInterrupt(), 1, "interrupted; the same command goes on"),
+    ],
+)
+def test_an_error_is_a_message_and_a_code(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 for what the user can mend, 1 for the rest; a traceback only where it is asked for."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "load", fail)
+    monkeypatch.delenv("SSL_RAY_TRACEBACK", raising=False)
+    assert main(["run", "a.yaml"]) == code
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    monkeypatch.setenv("SSL_RAY_TRACEBACK", "1")
+    assert main(["run", "a.yaml"]) == code
+    assert ("Traceback" in capsys.readouterr().err) == isinstance(error, Exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("ssl-ray p", ["plan", "prepare", "pretrain", "phantom"]),
+        ("ssl-ray run stud", ["studies/a.yaml", "study.yaml"]),
+        ("ssl-ray plan study.yaml --gpu h2", ["h200"]),
+        ("ssl-ray run study.yaml --fr", ["--fresh"]),
+    ],
+)
+def test_the_shell_completes(tmp_path: Path, words: str, completions: list[str]) -> None:
+    """Commands, options, the names of GPUs, and YAML files where an experiment is asked for."""
+    (tmp_path / "studies").mkdir()
+    for name in ("study.yaml", "study.nii", "studies/a.yaml", "other.yaml"):
+        (tmp_path / name).touch()
+    asked = {"_SSL_RAY_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-m", "ssl_ray"],
+        cwd=tmp_path,
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == completions, done.stderr
+
+
+def test_a_typo_is_told_without_loading_torch_or_ray(tmp_path: Path) -> None:
     """A mistake in the YAML must not wait for seconds of imports: the module works without them."""
     (tmp_path / "study.yaml").write_text("name: x\npretrian: {}\n")
     code = (
@@ -42,19 +113,19 @@ def test_a_typo_is_told_without_loading_torch_or_ray(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_driver_trains_nothing_and_loads_no_monai():
+def test_the_driver_trains_nothing_and_loads_no_monai() -> None:
     """Its import takes seconds; only workers need it, and the driver where it checks a transfer."""
     code = "import sys, ssl_ray.study.runner\nassert 'monai' not in sys.modules, 'imported too early'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
-def test_phantom_then_datalist(tmp_path, capsys):
-    """A cohort is written with its lists; lists for the same folder can be written anew."""
+def test_phantom_then_datalist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cohort is written with its lists; lists for the same folder can be written again."""
     arguments = ["phantom", str(tmp_path), "--volumes", "3", "--labelled", "2", "--validation", "1", "--test", "1"]
-    assert main([*arguments, "--splits", "1", "2"]) == 0
+    assert main([*arguments, "--splits", "1,2"]) == 0
     assert json.loads((tmp_path / "labelled_1.json").read_text())["labels"]["6"] == "liver"
-    assert main([*arguments, "--splits", "1", "2"]) == 0
+    assert main([*arguments, "--splits", "1,2"]) == 0
     assert main([*arguments, "--splits", "2"]) == 2
     assert "holds the cohort" in capsys.readouterr().err
     assert main(["datalist", str(tmp_path), "--splits", "1", "--validation", "0.3"]) == 2

@@ -36,8 +36,8 @@ import yaml
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
-from ssl_ray.config.loading import load
 from ssl_ray.phantom.cohort import write_cohort
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
 KINDS = {

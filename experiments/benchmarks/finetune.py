@@ -25,9 +25,8 @@ from timing import Bench, Elsewhere, main
 
 from ssl_ray.config.schema import Network, Study
 from ssl_ray.data.store import Store, Volume, open_array
-from ssl_ray.finetune.job import TrialData
-from ssl_ray.finetune.learner import SegmentationLearner
-from ssl_ray.finetune.trial import _Trial
+from ssl_ray.finetune.job import TrialData, TrialJob
+from ssl_ray.finetune.trial import Trial
 from ssl_ray.training.prefetch import ahead
 
 FLOOR = 1.5
@@ -130,8 +129,8 @@ def run(bench: Bench) -> None:
         store = Store(bench.folder / f"store-{name}")
         volumes = fill(store, 2 if bench.quick else 3, shape, made.finetune.preparation, CLASSES)
         data = TrialData(store, tuple(volumes), tuple(volumes[:1]), (), tuple(f"organ {i}" for i in range(1, CLASSES)))
-        learner = SegmentationLearner(made.finetune, made.network, torch.device("cpu"), 1e-4, 0)
-        trial = _Trial(made.finetune, made.network, learner, 0, data, _folder(bench, name))
+        job = TrialJob(made.finetune, made.network, 1e-4, 0, data, None, _folder(bench, name))
+        trial = Trial(job, torch.device("cpu"))
         plain = Elsewhere(Plain, store, volumes, network, side)
         batches = ahead(trial._batch, range(10**6), threads=1)
 

@@ -11,7 +11,7 @@ from gpu_pretrain import study
 from monai.networks.blocks.selfattention import SABlock
 
 from ssl_ray.finetune.learner import SegmentationLearner
-from ssl_ray.networks.unetr import use_patch_products
+from ssl_ray.networks.faster import use_patch_products
 
 Build = Callable[[], Callable[[], Any]]
 

@@ -24,12 +24,12 @@ import yaml
 from cohort import ct, write_cohort
 from timing import Bench, Cost, Watched, main
 
-from ssl_ray.config.loading import load
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import recipe_of, tracker_of
 
 TINY = {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3}

@@ -26,6 +26,7 @@ import torch
 from cohort import fill, spread
 from timing import Bench, Watched, ledger, main, start_ray
 
+from ssl_ray.cluster.malloc import keep_freed
 from ssl_ray.data.store import Store
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
@@ -33,7 +34,6 @@ from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import SEGMENT_BLOCKS, Feed, batches, open_segment, segments
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
-from ssl_ray.training.malloc import keep_freed
 
 H100 = 1500.0
 """Patches/s a GPU that the feed must carry: the floor of gpu.py with ViT-B."""

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 
-from ssl_ray.training.malloc import keep_freed
+from ssl_ray.cluster.malloc import keep_freed
 
 torch.set_num_threads(1)
 

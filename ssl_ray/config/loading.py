@@ -1,61 +1,51 @@
-"""YAML -> `config.Study`, with errors that name file, key, rule and value; and back, as YAML and MLflow parameters."""
+"""From an experiment's YAML to a `Study`, with errors that name file, key, rule and value; and back to YAML."""
 
 import difflib
-import reprlib
+import re
 import types
-from collections.abc import Hashable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ssl_ray.config.schema import Study
-from ssl_ray.storage.files import BREAKS, read_file, shown
-
-_MOST_BYTES = 2**20
-_MOST_VALUES = 20_000
-"""Once aliases are followed: a kilobyte of them can stand for any number."""
-_MOST_LINES = 20
+from ssl_ray.errors import UserError
+from ssl_ray.text import shown
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Study:
-    """Read and validate an experiment.
+def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
+    """Read and validate the text of an experiment.
 
     Args:
-        path: the YAML file.
+        text: YAML.
+        name: of its file, for messages.
         overrides: `key.of.value=yaml` strings that replace or add single values, e.g. `pretrain.optimizer.lr=2e-4`.
 
     Raises:
-        ValueError: naming the file, the key, the rule and the value; an unknown key with the nearest valid one.
+        UserError: with a line for each mistake: file, key, rule and value; for an unknown key, the nearest valid one.
     """
-    try:
-        text = read_file(Path(path), _MOST_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot read the experiment: {getattr(error, 'strerror', None) or error}") from error
-    tree = _parse(text, f"{path}: not valid YAML")
+    tree = _read_yaml(text, f"{name}: not valid YAML")
     if not isinstance(tree, dict):
-        raise ValueError(f"{path}: an experiment is a mapping of sections, got {type(tree).__name__}")
+        raise UserError(f"{name}: an experiment is a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
     try:
         return Study.model_validate(tree)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        # A list whose only item is wrong counts as empty for pydantic, which is not what the user has to mend.
-        inner = [details["loc"][:-1] for details in found]
+        mistakes = error.errors(include_url=False)
+        # pydantic counts a list whose only item is wrong as empty too, which is not what the user has to mend.
+        parents = {mistake["loc"][:length] for mistake in mistakes for length in range(len(mistake["loc"]))}
         lines = [
-            _explain(str(path), details)
-            for details in found[:_MOST_LINES]
-            if details["type"] != "too_short" or not any(loc[: len(details["loc"])] == details["loc"] for loc in inner)
+            _explain(name, mistake)
+            for mistake in mistakes
+            if mistake["type"] != "too_short" or mistake["loc"] not in parents
         ]
-        if len(found) > _MOST_LINES:
-            lines.append(f"{path}: and {len(found) - _MOST_LINES} mistakes more")
-        raise ValueError("\n".join(shown(line, 1000) for line in lines)) from None
+        raise UserError("\n".join(lines)) from None
 
 
 def dump(study: Study) -> str:
-    """The resolved experiment as YAML; `load` of it gives the same study."""
+    """The experiment as YAML, every default written out; `parse` of it gives the same study."""
     return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
 
 
@@ -71,67 +61,38 @@ def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[st
     return flat
 
 
-def _parse(text: str, place: str) -> Any:
-    """The value that a YAML text stands for; no code is run, and aliases lead neither in circles nor to a bomb."""
-    try:
-        loader = _UniqueKeys(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _count(node, {}, set())
-        return loader.construct_document(node)
-    except Exception as error:  # which one PyYAML raises depends on the tag; RecursionError where it is nested too deep
-        raise ValueError(f"{place}: {shown(' '.join(str(error).split()))}") from error
-
-
-def _count(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
-    """Values below a node with all aliases followed; refuses what no experiment has."""
-    if id(node) in known:
-        return known[id(node)]
-
-    def refuse(rule: str) -> None:
-        raise yaml.constructor.ConstructorError(None, None, rule, node.start_mark)
-
-    if isinstance(node, yaml.ScalarNode):
-        if BREAKS.search(node.value):
-            refuse(f"no control character is allowed, got {shown(repr(node.value), 80)}")
-        if node.tag != "tag:yaml.org,2002:str" and len(node.value) > 40:
-            refuse(f"a value of {len(node.value)} characters that is not text")
-        return 1
-    if id(node) in above:
-        refuse("an alias of what it is part of")
-    inside = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
-    known[id(node)] = total = 1 + sum(_count(part, known, above | {id(node)}) for part in inside)
-    if total > _MOST_VALUES:
-        refuse(f"more than {_MOST_VALUES} values, where all aliases are followed")
-    return total
-
-
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+    """Refuses a key that appears twice in a mapping, of which YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             name = str(key.value)
             if name in seen:
-                rule = f"the key '{shown(name, 80)}' stands twice"
+                rule = f"the key '{name}' appears twice"
                 raise yaml.constructor.ConstructorError(None, None, rule, key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
 
 
+def _read_yaml(text: str, place: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except Exception as error:  # PyYAML's own, and what Python says of 2024-13-45, !!int '' or !!bool perhaps
+        raise UserError(f"{place}: {shown(' '.join(str(error).split()))}") from error
+
+
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
+        raise UserError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
     *parents, last = key.strip().split(".")
     node: Any = tree
     for parent in parents:
         node = node[_place(node, parent, override)] if isinstance(node, list) else node.setdefault(parent, {})
         if not isinstance(node, dict | list):
-            raise ValueError(f"--set {override}: '{parent}' is a value, not a section")
-    node[_place(node, last, override)] = _parse(text, f"--set {override}: the value is not valid YAML")
+            raise UserError(f"--set {override}: '{parent}' is a value, not a section")
+    node[_place(node, last, override)] = _read_yaml(text, f"--set {override}: the value is not valid YAML")
 
 
 def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
@@ -139,46 +100,44 @@ def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
     if isinstance(node, dict):
         return part
     if not part.isdecimal() or int(part) >= len(node):
-        raise ValueError(f"--set {override}: '{part}' is no place in a list of {len(node)}; they count from 0")
+        raise UserError(f"--set {override}: '{part}' is no place in a list of {len(node)}; they count from 0")
     return int(part)
 
 
-_repr = reprlib.Repr()
-_repr.maxlist = _repr.maxtuple = _repr.maxdict = 10
-_repr.maxstring = _repr.maxother = 80
-
-_NOT_KEYS = ("str", "tuple[str, ...]", "[key]")
-"""Parts of a pydantic error's location that name a type instead of a key."""
+_NO_KEY = re.compile(r"str|constrained-int|tuple\[.*\]|\[key\]")
+"""Parts of a pydantic error's location that name a type of ours instead of a key."""
 
 
-def _explain(path: str, details: Any) -> str:
-    location = [shown(part, 80) for part in details["loc"] if part not in _NOT_KEYS]
-    place = f"{path}: {'.'.join(location)}" if location else path
-    if details["type"] == "extra_forbidden":
-        valid = _fields_at(Study, details["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}"
-        return f"{place}: unknown key; {hint}"
-    if details["type"] == "missing":
-        return f"{place}: this key is required"
-    rule = details["msg"].removeprefix("Value error, ")
-    if details["type"] == "value_error":
-        return f"{place}: {rule}"
-    return f"{place}: {rule[0].lower()}{rule[1:]}, got {_repr.repr(details['input'])}"
+def _explain(name: str, mistake: Any) -> str:
+    """One line about one error of pydantic's."""
+    keys = [str(part) for part in mistake["loc"] if not _NO_KEY.fullmatch(str(part))]
+    place = f"{name}: {'.'.join(keys)}" if keys else name
+    rule = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "extra_forbidden":
+        valid = _keys_of(Study, mistake["loc"][:-1])
+        near = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.5)
+        text = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
+    elif mistake["type"] == "missing":
+        text = "this key is required"
+    elif mistake["type"] == "value_error":
+        text = rule
+    else:
+        text = f"{rule[0].lower()}{rule[1:]}, got {shown(repr(mistake['input']), 80)}"
+    return shown(f"{place}: {text}", 1000)
 
 
-def _fields_at(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
-    """Valid keys of the section that a pydantic error location points to."""
+def _keys_of(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+    """Valid keys of the section that a pydantic error's location leads to."""
     for part in location:
         field = model.model_fields.get(str(part))
         if field is not None:
-            model = next(iter(_models(field.annotation)), model)
+            model = next(_sections_in(field.annotation), model)
     return list(model.model_fields)
 
 
-def _models(annotation: Any) -> Iterable[type[BaseModel]]:
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
         for argument in get_args(annotation):
-            yield from _models(argument)
+            yield from _sections_in(argument)
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_ray.config.schema import LabelledCohort, Source
-from ssl_ray.storage.files import BREAKS, read_file, shown
+from ssl_ray.storage.files import read_file
+from ssl_ray.text import BREAKS, shown
 
 SECTIONS = ("training", "validation", "test")
 SUFFIXES = (".nii.gz", ".nii")

@@ -18,7 +18,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from ssl_ray.config.schema import Preparation
-from ssl_ray.storage.files import read_file, shown
+from ssl_ray.storage.files import read_file
+from ssl_ray.text import shown
 
 VERSION = 3
 """Part of the cache key: raise it whenever `prepare` gives another result for the same input."""

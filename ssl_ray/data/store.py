@@ -12,13 +12,11 @@ no half volume. What was damaged since counts as absent and is prepared again. O
 fills a local mirror with the files that it opens, as patches are read from memory-mapped files.
 """
 
-import errno
 import hashlib
 import io
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,9 +27,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from ssl_ray.data.nifti import CanonicalVolume
-from ssl_ray.storage.places import MANIFEST, Place, default_scratch
+from ssl_ray.errors import UserError
+from ssl_ray.storage.files import MANIFEST, remove_stale, settle, write_file
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.storage.places import Place
 
 _STALE_SECONDS = 24 * 3600
 
@@ -74,18 +76,13 @@ class Volume:
         Raises:
             ValueError: for anything else, such as a manifest of an older version.
         """
-        try:
-            tree = json.loads(text)
-            if tree.pop("seal") != _seal(tree):
-                raise ValueError("the manifest does not match its seal")
-            for field in ("shape", "spacing", "hu_window", "original_shape"):
-                tree[field] = tuple(tree[field])
-            for field in ("affine", "box", "original_affine"):
-                tree[field] = tuple(tuple(row) for row in tree[field])
-            tree["files"] = {name: tuple(facts) for name, facts in tree["files"].items()}
-            return cls(**tree)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a manifest of this version: {error!r}") from error
+        tree = json.loads(text)
+        if not isinstance(tree, dict) or tree.pop("seal", None) != _seal(tree):
+            raise ValueError("the manifest does not match its seal")
+        return _MANIFEST.validate_python(tree)
+
+
+_MANIFEST = TypeAdapter(Volume)
 
 
 @dataclass(frozen=True)
@@ -102,20 +99,17 @@ class Store:
     scratch: str | Path | None = None
 
     @cached_property
-    def origin(self) -> Place | None:
-        """The place in the object store; None for a local folder."""
-        place = Place.parse(self.place)
-        return None if place.local else place
+    def mirror(self) -> Mirror:
+        """Of the store in a folder, that folder; of a store in an object store, its copy on this machine."""
+        return Mirror.of(self.place, self.scratch, "cache")
 
-    @cached_property
+    @property
     def folder(self) -> Path:
-        """Where the arrays are read: the store itself, or its mirror on this machine."""
-        if self.origin is None:
-            return Path(self.place)
-        return self.origin.scratch(Path(self.scratch or default_scratch()) / "cache")
+        """Where this machine reads the arrays."""
+        return self.mirror.folder
 
     def __str__(self) -> str:
-        return str(self.origin or self.folder)
+        return str(self.mirror.origin or self.folder)
 
     def path(self, key: str, name: str = "") -> Path:
         """Folder of a volume below `folder`, or one of its files."""
@@ -129,7 +123,7 @@ class Store:
             verify: read all files and compare digests, instead of presence and sizes; in a local store, files that
                 were written to since their digest was last seen to be right are read in any case.
         """
-        home = self._home(key)
+        home = self.mirror.kept(self.path(key))
         try:
             volume = Volume.from_json((home / MANIFEST).read_bytes())
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -137,14 +131,14 @@ class Store:
         sizes = home.list()
         if any(sizes.get(name) != size for name, (size, _) in volume.files.items()):
             return None
-        touched = verify or self._touched(volume)
+        touched = verify or (home.local and self._touched(volume))
         if touched and any((home / name).sha256() != sha256 for name, (_, sha256) in volume.files.items()):
             return None
-        if verify and self.origin:
-            self._verify_mirror(volume)
-        elif touched and not self.origin:
-            with suppress(OSError):  # of others, or read-only: then it is read each time
+        if touched and home.local:
+            with suppress(OSError):  # a store that we may only read: its files are read each time
                 os.utime(self.path(key, MANIFEST))
+        elif touched:
+            self._verify_mirror(volume)
         return volume
 
     def put(self, volume: Volume, prepared: CanonicalVolume) -> Volume:
@@ -169,13 +163,13 @@ class Store:
             scratch.mkdir(parents=True)
             files = {f"{name}.npy": _write_array(scratch / f"{name}.npy", array) for name, array in arrays.items()}
             volume = replace(volume, files=files)
-            with (scratch / MANIFEST).open("w") as text:
-                text.write(volume.to_json())
-                _sync(text)
-            if self.origin is None:
-                self._settle(volume.key, scratch, [*files, MANIFEST])
-            elif self.get(volume.key, verify=True) is None:
-                self._home(volume.key).upload(scratch)
+            write_file(scratch / MANIFEST, volume.to_json().encode())
+            if self.get(volume.key, verify=True) is None:
+                home = self.mirror.kept(self.path(volume.key))
+                if home.local:
+                    settle(scratch, home.local)
+                else:
+                    home.upload(scratch)
         except OSError as error:
             reason = f"{self.folder}: cannot write a volume: {error.strerror}" if error.strerror else str(error)
             raise OSError(reason) from error
@@ -190,60 +184,39 @@ class Store:
             OSError: where it cannot be had, or does not match its digest.
         """
         path = self.path(key, name)
-        if self.origin is None:
-            return path
-        size, sha256 = self._mirrored(key).files[name]
-        if not path.is_file() or path.stat().st_size != size:
-            (self._home(key) / name).download(path, sha256)
+        if self.mirror.origin:
+            size, sha256 = self._mirrored(key).files[name]
+            if not path.is_file() or path.stat().st_size != size:
+                self.mirror.kept(path).download(path, sha256)
         return path
 
     def remove_stale(self) -> None:
         """Remove what runs that were killed a day or more ago had begun to write."""
-        for scratch in self.folder.glob("tmp-*"):
-            with suppress(FileNotFoundError):  # another run has just finished it
-                if time.time() - scratch.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(scratch, ignore_errors=True)
-
-    def _home(self, key: str) -> Place:
-        return (self.origin or Place.parse(self.folder)) / f"{key[:2]}/{key}"
-
-    def _settle(self, key: str, scratch: Path, names: Sequence[str]) -> None:
-        target = self.path(key)
-        target.parent.mkdir(exist_ok=True)
-        try:
-            scratch.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            if self.get(key, verify=True) is None:
-                for name in names:  # one by one, so that no file is ever missing for those who read it now
-                    os.replace(scratch / name, target / name)
+        remove_stale(self.folder, "tmp-*", _STALE_SECONDS)
 
     def _touched(self, volume: Volume) -> bool:
         """Whether a file of a local store is younger than the manifest, which is written last."""
-        if self.origin:
-            return False
         try:
             sealed, *others = (self.path(volume.key, name).stat().st_mtime_ns for name in (MANIFEST, *volume.files))
-        except FileNotFoundError:  # gone in this moment
+        except FileNotFoundError:  # another process has just removed it
             return True
         return max(others) > sealed
 
     def _verify_mirror(self, volume: Volume) -> None:
+        """Remove what the mirror has of a volume and should not have, so that it is downloaded again."""
         facts = {name: sha256 for name, (_, sha256) in volume.files.items()}
         for path in self.path(volume.key).glob("*"):
-            if path.name not in facts or Place.parse(path).sha256() != facts[path.name]:
-                path.unlink()  # among them the manifest, whose digests may be those of a volume that was replaced
+            if path.name not in facts or Place(str(path)).sha256() != facts[path.name]:
+                path.unlink()  # always the manifest: it may be that of a volume which was replaced
 
     def _mirrored(self, key: str) -> Volume:
-        """The manifest of the mirror, fetched where it is not there yet."""
+        """The manifest of the mirror, downloaded where it is not there yet."""
         path = self.path(key, MANIFEST)
         with suppress(FileNotFoundError, ValueError):
             return Volume.from_json(path.read_bytes())
-        content = (self._home(key) / MANIFEST).read_bytes()
-        volume = Volume.from_json(content)
-        Place.parse(path).write_bytes(content)
-        return volume
+        content = self.mirror.kept(path).read_bytes()
+        write_file(path, content)
+        return Volume.from_json(content)
 
 
 def foreground_index(label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
@@ -260,13 +233,13 @@ def open_array(
 
     Raises:
         OSError: where the file cannot be had.
-        ValueError: where it is not a whole array.
+        UserError: where it is not a whole array.
     """
     path = (store if isinstance(store, Store) else Store(store)).fetch(key, f"{name}.npy")
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: damaged ({error}); preparing the cohort again mends it") from error
+        raise UserError(f"{path}: damaged ({error}); preparing the cohort again mends it") from error
     return array
 
 
@@ -303,17 +276,9 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> tuple[int, str]:
     body = array.reshape(-1).view(np.uint8).data
     digest = hashlib.sha256(header.getvalue())
     digest.update(body)
-    with path.open("wb") as file:
-        file.write(header.getvalue())
-        file.write(body)
-        _sync(file)
+    write_file(path, header.getvalue(), body)
     return len(header.getvalue()) + len(body), digest.hexdigest()
 
 
 def _seal(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ssl_ray.cluster.malloc import keep_freed
 from ssl_ray.config.schema import Study
 from ssl_ray.data.nifti import levels
 from ssl_ray.data.store import Store
@@ -18,7 +19,6 @@ from ssl_ray.pretrain.job import Job, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.training.malloc import keep_freed
 from ssl_ray.training.precision import autocast
 
 STEPS = 20

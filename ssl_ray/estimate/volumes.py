@@ -19,8 +19,8 @@ from ssl_ray.data.datalist import Case, check_held_out, read_datalist, read_labe
 from ssl_ray.data.nifti import levels
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.phantom.cohort import validation_share
+from ssl_ray.storage.files import MANIFEST
 from ssl_ray.storage.folders import Folders
-from ssl_ray.storage.places import MANIFEST
 
 _SAMPLE = 200
 """Headers read a group: the mean of CT grids is within a few percent, and a slow share is not asked 100,000 times."""
@@ -207,7 +207,7 @@ def _stored(folders: Folders) -> dict[Any, Any] | None:
     anew, to the same size within what a plan is good for.
     """
     store = Store(folders.cache, folders.scratch)
-    if store.origin is not None:
+    if store.mirror.origin is not None:
         return None
     found: dict[Any, Any] = {}
     until = time.monotonic() + _SECONDS

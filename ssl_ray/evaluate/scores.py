@@ -1,4 +1,7 @@
-"""Scores of volumes by name, and their means over volumes; `metrics` makes them, and says what they mean."""
+"""The names of the scores, their form in `evaluation.json`, and their means over volumes.
+
+`metrics.py` computes them and has the conventions. This file is free of torch, since the report reads it.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -38,8 +41,8 @@ class CaseScores:
     original_surface_dice: Scores | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and None, one entry of `evaluation.json`."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """One entry of `evaluation.json`."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "CaseScores":
@@ -51,7 +54,7 @@ class CaseScores:
 
 
 def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, float]:
-    """Means over volumes, by MLflow metric name; a mean of nothing is left out.
+    """Means over volumes by MLflow metric name; metrics that no volume has are left out.
 
     Args:
         cases: one entry a volume. Their order matters to `published_dice` alone.
@@ -81,7 +84,10 @@ def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, f
 
 
 def organ_keys(organs: Sequence[str]) -> list[str]:
-    """Organ names as parts of a metric name: what MLflow may refuse becomes `_`, and equal results get their number."""
+    """Organ names as parts of a metric name: characters that MLflow may refuse become `_`.
+
+    Names that are equal afterwards get the number of their class appended.
+    """
     keys = [re.sub(r"[^\w\- ]", "_", organ) for organ in organs]
     return [key if keys.count(key) == 1 else f"{key}_{number}" for number, key in enumerate(keys, start=1)]
 
@@ -93,7 +99,7 @@ def _table(cases: Sequence[CaseScores], field: str, columns: int) -> NDArray[np.
 
 
 def _mean(values: NDArray[np.float64], axis: int | None = None) -> Any:
-    """Sum over count of what is not nan; unlike `np.nanmean`, nan without a warning where nothing is left."""
+    """Mean of the values that are not nan; where all are, nan without the warning of `np.nanmean`."""
     known = ~np.isnan(values)
     total, count = np.where(known, values, 0).sum(axis), known.sum(axis)
     return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
-Volume = NDArray[np.integer[Any]]
+Labels = NDArray[np.integer[Any]]
+"""Class numbers (X, Y, Z)."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SurfaceScores:
 
 
 def surface_scores(
-    prediction: Volume, truth: Volume, classes: int, spacing: Sequence[float], tolerance: float
+    prediction: Labels, truth: Labels, classes: int, spacing: Sequence[float], tolerance: float
 ) -> SurfaceScores:
     """HD95 and surface Dice of every organ, with MONAI's definitions.
 
@@ -46,7 +47,8 @@ def surface_scores(
             hd95[organ], surface_dice[organ] = diagonal, 0.0
             continue
         points = predicted * np.asarray(spacing, float), true * np.asarray(spacing, float)
-        # Rounded as by MONAI: two voxels that lie the tolerance apart are then within it, whatever their coordinates.
+        # MONAI rounds to float32, too. Without it, whether two voxels exactly one tolerance apart are within it would
+        # depend on where in the volume they lie.
         distances = [_to_nearest(*points).astype(np.float32), _to_nearest(*points[::-1]).astype(np.float32)]
         hd95[organ] = max(np.percentile(directed, 95) for directed in distances)
         within = sum(int((directed <= tolerance).sum()) for directed in distances)
@@ -54,11 +56,11 @@ def surface_scores(
     return SurfaceScores(hd95, surface_dice)
 
 
-def _surfaces(volume: Volume, classes: int) -> list[NDArray[np.int64]]:
-    """Of every organ its surface, as voxels (N, 3): those with a face to another class or to the outside.
+def _surfaces(volume: Labels, classes: int) -> list[NDArray[np.int64]]:
+    """The surface of every organ as voxels (N, 3): those with a face to another class or to the outside.
 
-    Found for all organs in one pass. Organ by organ, as in MONAI, the one stray voxel that a prediction has far away
-    makes each a pass over the whole volume.
+    One pass over the volume finds all organs. MONAI goes organ by organ in a box around truth and prediction, and one
+    stray voxel that was predicted far away makes that box the whole volume.
     """
     volume = np.ascontiguousarray(volume)
     surface = np.zeros(volume.shape, bool)
@@ -76,6 +78,6 @@ def _surfaces(volume: Volume, classes: int) -> list[NDArray[np.int64]]:
 
 def _to_nearest(points: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
     """Distance of each point (N, 3) to the nearest of the others (M, 3)."""
-    # As exact as the default tree, which takes half as long again to build and ask.
+    # The distances are exact with any tree; scipy's default one takes half as long again.
     found: NDArray[np.float64] = KDTree(others, leafsize=32, balanced_tree=False, compact_nodes=False).query(points)[0]
     return found

@@ -1,33 +1,44 @@
-"""What a trial is started with.
+"""What a trial is started with, and the records that it sends back.
 
-The driver and the report read it, too: torch and MONAI take seconds to import and are not here.
+The driver imports this, too: MONAI takes seconds to load and is not here.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.store import Store, Volume
+from ssl_ray.finetune.trial_folder import TrialFolder
 
 
 @dataclass(frozen=True)
 class TrialData:
-    """Prepared volumes of a trial, shared read-only by all of them."""
+    """Prepared volumes that a trial reads; trials of one split share them."""
 
     store: Store | Path
     training: tuple[Volume, ...]
     validation: tuple[Volume, ...]
     test: tuple[Volume, ...]
     organs: tuple[str, ...]
+    """Names of the classes 1, 2, ..."""
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """One cell of the grid, with all that its result depends on and the folder that it writes to."""
+
+    config: Finetune
+    network: Network
+    """Widths of the UNETR."""
+    lr: float
+    """Instead of the one in `config.optimizer`."""
+    seed: int
+    """Of the initial weights and of the order of the patches."""
+    data: TrialData
+    weights: Path | None
+    """Pretrained weights to start from; None for random ones."""
+    folder: TrialFolder
 
 
 Record = tuple[int, dict[str, float]]
-"""A step and metrics of it."""
-
-
-def work(*arguments: Any) -> Iterator[Record]:
-    """`trial.run_trial` with these arguments."""
-    from ssl_ray.finetune.trial import run_trial
-
-    yield from run_trial(*arguments)
+"""A step, and the metrics of it by name."""

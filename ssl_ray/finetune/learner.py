@@ -7,16 +7,18 @@ from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from ssl_ray.config.schema import VIT_PATCH, Finetune, Network, SegmentationLoss
-from ssl_ray.evaluate.metrics import predict
-from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
-from ssl_ray.networks.unetr import build_unetr, use_fast_attention
+from ssl_ray.evaluate.sliding_window import predict
+from ssl_ray.networks.faster import use_fast_attention
+from ssl_ray.networks.transfer import transfer
+from ssl_ray.networks.unetr import build_unetr
+from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.precision import autocast, resolve
 
 
 class SegmentationLearner:
-    """Network, optimizer and one step of them."""
+    """A UNETR with its optimizer: takes steps and predicts volumes."""
 
     def __init__(
         self,
@@ -32,30 +34,30 @@ class SegmentationLearner:
         network: the widths of the UNETR.
         device: to train on.
         lr: instead of the one in `finetune.optimizer`.
-        seed: of the initial weights; what pretrained weights replace does not change the others.
+        seed: of the initial weights. The decoder's do not depend on whether the encoder's are pretrained.
         weights: pretrained weights to start from; None for random ones.
 
         Raises:
-            ValueError: when the pretrained weights do not match the network.
+            UserError: when the pretrained weights do not match the network.
         """
         self.config, self.device = config, device
         torch.manual_seed(seed)
         self.network = build_unetr(network, self.config.patch_size, self.config.cohort.classes)
         if weights:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
-        # Most of a step is the convolutional decoder, which is 1.1 to 1.25 times as fast in this layout.
+        # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
         self.network.to(device, memory_format=torch.channels_last_3d)
         self.dtype = resolve(self.config.precision, device)
         if device.type == "cpu" and self.config.patch_size[0] == VIT_PATCH:
-            # Some convolutions are then two voxels deep. oneDNN 3.12 (torch 2.13) makes the bfloat16 gradients of their
-            # weights out of memory that it never wrote: other numbers every time, inf and nan among them.
+            # Some convolutions are then two voxels deep. Their bfloat16 weight gradients, as oneDNN 3.12 (torch 2.13)
+            # computes them, come out of memory that it never wrote: other numbers every time, inf and nan among them.
             self.dtype = torch.float32
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # Ray Tune lets a process train one trial after the other
+            torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
         self.optimizer_config = self.config.optimizer.model_copy(update={"lr": lr})
         self.optimizer = build_optimizer(self.optimizer_config, self.network.parameters())
-        # Prediction, whose windows have other shapes, calls the network itself, which stays as it is.
+        # Only the objective is compiled. Prediction calls the network itself, because its windows have other shapes.
         self.objective = _Objective(self.network, self.config.loss, device, self.dtype)
         self.compiled = self.config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
 
@@ -63,8 +65,8 @@ class SegmentationLearner:
         """One optimizer step on images (B, 1, X, Y, Z) and labels of the same shape.
 
         Returns:
-            The loss and the gradient norm, both on the device. Where either is not finite, the norm is not, and the
-            weights have not changed.
+            The loss and the gradient norm, both on the device. If either is not finite, the returned norm is not, and
+            the weights are those before the step.
         """
         loss = self._backward(*(batch.to(self.device, non_blocking=True) for batch in (images, labels)))
         return loss.detach(), take_step(self.optimizer, self.optimizer_config, lr)
@@ -83,12 +85,13 @@ class SegmentationLearner:
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         loss: Tensor = self.objective(images, labels)
-        # A loss that is not finite need not have such gradients; this way it has, and the step is skipped.
+        # A NaN or infinite loss can still give finite gradients. Multiply by NaN, so that the gradient norm shows it
+        # and the step is skipped.
         loss.backward(torch.where(torch.isfinite(loss), 1.0, torch.nan))
         return loss
 
     def _try(self) -> None:
-        """Forward and backward in the shapes of a training step; leaves no gradient behind."""
+        """A forward and backward pass in the shapes of a training step, which leaves no gradients behind."""
         patches = self.config.volumes_per_step * self.config.patches_per_volume
         images = torch.zeros(patches, 1, *self.config.patch_size, device=self.device)
         self._backward(images, images.to(torch.uint8))
@@ -96,7 +99,7 @@ class SegmentationLearner:
 
 
 class _Objective(nn.Module):
-    """Patches and labels in, loss out."""
+    """The loss of patches and their labels, both (B, 1, X, Y, Z)."""
 
     def __init__(self, network: nn.Module, loss: SegmentationLoss, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()

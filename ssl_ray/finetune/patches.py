@@ -1,4 +1,4 @@
-"""Training patches of a trial: index-addressed like the pretraining plan, augmented as in the recipe."""
+"""Training patches of a trial: each a function of (seed, index), as in pretraining, and augmented as in the recipe."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ from ssl_ray.data.store import Store, Volume, open_array, read_patch
 from ssl_ray.random import generator
 
 _ORDER, _PATCH = 11, 12
+"""Streams of random numbers: for the order of the volumes, and for what a patch draws."""
 _TRIES = 200
+"""Draws of a background voxel before any voxel is taken, as a volume may have none."""
 
 
 @dataclass(frozen=True)
 class PatchSampler:
-    """Patch *i* of a trial is a function of `(seed, i)`: which volume, which centre, which augmentation."""
+    """Draws patch *i* of a trial out of `(seed, i)` alone: which volume, which centre, which augmentation."""
 
     volumes: tuple[Volume, ...]
     store: Store | Path
@@ -42,7 +44,7 @@ class PatchSampler:
         return torch.stack(images).unsqueeze(1), torch.stack(labels).unsqueeze(1)
 
     def patches(self, step: int) -> Iterator[tuple[int, Volume]]:
-        """Index of each patch of a step, and the volume that it comes from."""
+        """The index of each patch of a step, and the volume that it is cut from."""
         count = self.config.patches_per_volume
         for place in range(step * self.config.volumes_per_step, (step + 1) * self.config.volumes_per_step):
             epoch, index = divmod(place, len(self.volumes))
@@ -60,7 +62,7 @@ class PatchSampler:
     def _centre(
         self, volume: Volume, image: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8], random: np.random.Generator
     ) -> tuple[int, ...]:
-        """A voxel of an organ, or of the body outside all organs (MONAI's `RandCropByPosNegLabel`)."""
+        """A voxel of an organ, or of the body outside all organs, as with MONAI's `RandCropByPosNegLabel`."""
         counts = [count for value, count in volume.label_voxels.items() if value != "0"]
         if counts and random.random() < self.config.foreground_prob:
             first, last = 0, sum(counts)
@@ -70,7 +72,7 @@ class PatchSampler:
             chosen = open_array(self.store, volume.key, "foreground")[random.integers(first, last)]
             return tuple(int(v) for v in np.unravel_index(chosen, volume.shape))
         voxel = (0, 0, 0)
-        for _ in range(_TRIES):  # rejection draws from the same distribution as a list of all such voxels would
+        for _ in range(_TRIES):  # rejection has the distribution of a draw from all such voxels, without a list of them
             x, y, z = random.integers(0, volume.shape)
             voxel = (int(x), int(y), int(z))
             if image[voxel] > 0 and label[voxel] == 0:
@@ -79,18 +81,18 @@ class PatchSampler:
 
 
 def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
-    """Origin (3 voxels) of the patch around a centre, moved inside the volume as MONAI does."""
+    """Origin (3 voxels) of the patch around a centre voxel, moved inside the volume as MONAI does."""
     return tuple(
         max(0, min(middle - side // 2, length - side)) for middle, length, side in zip(centre, shape, size, strict=True)
     )
 
 
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Flips, a rotation by a multiple of 90° in the axial plane, an intensity shift; shapes (X, Y, Z) stay."""
+    """Flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; shapes (X, Y, Z) stay."""
     axes = [axis for axis in config.flip_axes if random.random() < config.flip_prob]
     turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
     shift = random.uniform(-config.shift, config.shift) if random.random() < config.shift_prob else 0.0
     if image.shape[0] != image.shape[1]:
-        turns = turns // 2 * 2  # a quarter turn would exchange the sides
+        turns = turns // 2 * 2  # a quarter turn would exchange unequal sides
     image, label = (torch.rot90(torch.flip(volume, axes), turns) for volume in (image, label))
     return image + shift, label

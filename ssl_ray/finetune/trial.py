@@ -1,4 +1,4 @@
-"""One UNETR training, from initial weights to the evaluation of its selected checkpoint. Pure torch."""
+"""One trial: a UNETR training, the choice of its best checkpoint, and its scores. Pure torch, without Ray."""
 
 import logging
 import time
@@ -9,15 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.nifti import read_label
 from ssl_ray.data.store import Volume, open_array
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
-from ssl_ray.finetune.job import Record, TrialData
+from ssl_ray.finetune.job import Record, TrialJob
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.patches import PatchSampler
-from ssl_ray.finetune.trial_folder import TrialFolder
 from ssl_ray.networks.flops import unetr_flops
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch
@@ -25,59 +23,27 @@ from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.prefetch import ahead
 
 
-def run_trial(
-    config: Finetune,
-    network: Network,
-    lr: float,
-    seed: int,
-    data: TrialData,
-    weights: Path | None,
-    folder: TrialFolder,
-    device: torch.device,
-) -> Iterator[Record]:
-    """Train one cell and yield `(step, metrics)`; a trial that was cut off goes on from its own checkpoint.
+class Trial:
+    """One UNETR training, from initial weights to the evaluation of its best checkpoint.
 
-    First comes `started_at`, the step that it goes on from, with the records that whoever was cut off with it may not
-    have seen; they were yielded before. While training: `loss`, `lr`, `seconds_per_step`, `validation/<metric>`,
-    `system/<metric>`, and `skipped_steps` where the loss or gradient of some was not finite. At the end, for the
-    checkpoint with the best foreground Dice on validation, `selected/validation/<metric>` and, where the cohort has a
-    test split, `selected/test/<metric>`; the folder then holds `unetr.safetensors` and `evaluation.json`.
+    A trial that was cut off anywhere and is started again goes on from its own newest checkpoint, and ends bit for bit
+    as if nothing had happened.
+    """
 
-    Args:
-        config: the fine-tuning.
-        network: the widths of the UNETR.
-        lr: instead of the one in `config.optimizer`.
-        seed: of the initial weights and of the order of the patches.
-        data: prepared volumes.
-        weights: pretrained weights to start from; None for random ones.
-        folder: everything that the trial writes; a checkpoint of another key is not used.
+    def __init__(self, job: TrialJob, device: torch.device) -> None:
+        """Args:
+        job: the cell.
         device: to train on.
 
-    Raises:
-        ValueError: when the pretrained weights do not match the network.
-        FloatingPointError: when more steps in a row are not finite than `on_nonfinite` and `max_skipped` allow.
-    """
-    learner = SegmentationLearner(config, network, device, lr, seed, weights)
-    trial = _Trial(config, network, learner, seed, data, folder)
-    yield from trial.train()
-    yield trial.config.steps, trial.evaluate()
-
-
-class _Trial:
-    def __init__(
-        self,
-        config: Finetune,
-        network: Network,
-        learner: SegmentationLearner,
-        seed: int,
-        data: TrialData,
-        folder: TrialFolder,
-    ) -> None:
-        self.config, self.learner, self.data, self.folder = config, learner, data, folder
+        Raises:
+            UserError: when the pretrained weights do not match the network.
+        """
+        self.job, self.config = job, job.config
+        self.learner = SegmentationLearner(job.config, job.network, device, job.lr, job.seed, job.weights)
+        self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
         patches = self.config.volumes_per_step * self.config.patches_per_volume
-        flops = unetr_flops(network, self.config.patch_size, self.config.cohort.classes).training
-        self.totals = _Totals(self.learner, patches, flops)
-        self.sampler = PatchSampler(data.training, data.store, self.config, seed)
+        flops = unetr_flops(job.network, self.config.patch_size, self.config.cohort.classes).training
+        self.losses, self.usage = FiniteSum(), _Usage(self.learner, patches, flops)
         self.best, self.best_step = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}
         self.watch = Watch[int](self.config.on_nonfinite, self.config.max_skipped)
@@ -85,61 +51,80 @@ class _Trial:
         self.saved = time.monotonic()
 
     def train(self) -> Iterator[Record]:
+        """Take every optimizer step that is left, and yield `(step, metrics)` on the way.
+
+        First comes `started_at`, the step that the trial goes on from, and then once more the records that a driver
+        which was cut off with the trial may not have got. After that `loss`, `lr`, `seconds_per_step`,
+        `validation/<metric>`, `system/<metric>`, and `skipped_steps`, the number of steps whose loss or gradient was
+        not finite, where there are any.
+
+        Raises:
+            FloatingPointError: when more steps in a row are not finite than `on_nonfinite` and `max_skipped` allow.
+        """
         config, start = self.config, self._restore()
         yield start, {"started_at": float(start)}
         yield from self.records[0]
         log_every = max(1, config.validate_every // 10)
-        totals, logged = self.totals, start
+        logged = start
         batches = ahead(self._batch, range(start, config.steps), threads=1)
         for step in range(start, config.steps):
             lr, asked = learning_rate(self.learner.optimizer_config, step, config.steps), time.perf_counter()
             images, labels = next(batches)
             waited = time.perf_counter() - asked
             loss, norm = self.learner.step(images, labels, lr)
-            totals.add(loss, waited)
+            self.losses.add(loss)
+            self.usage.waited += waited
             self._note(self.watch.look(step, loss, norm))
             done = step + 1
             validate = done % config.validate_every == 0 or done == config.steps
             if not (validate or done % log_every == 0):
                 continue
             self._note(self.watch.last())
-            record = done, totals.take(done - logged) | {"lr": lr}
+            total, finite = self.losses.take()
+            metrics = {"lr": lr} | ({"loss": total / finite} if finite else {}) | self.usage.of(done - logged)
             if validate:
-                record[1].update(self._validate(done))
+                metrics |= self._validate(done)
+            record = done, metrics
             self.records[1].append(record)
-            # The last one so that a fault in the evaluation does not cost minutes.
+            # The last step is always saved, so that a fault in the evaluation does not cost minutes.
             if validate and (done == config.steps or time.monotonic() - self.saved >= 60 * config.checkpoint_minutes):
                 self._save(done)
-            totals.start()
+            self.usage.start()
             logged = done
             yield record
 
     def evaluate(self) -> dict[str, float]:
-        """Score the selected weights on validation and test, on both grids, and keep what was found."""
+        """Score the weights that had the best foreground Dice on validation, after `train` is through.
+
+        Returns:
+            `selected/step`, `selected/validation/<metric>` and, where the cohort has a test split,
+            `selected/test/<metric>`. The folder then holds `unetr.safetensors` and `evaluation.json`.
+        """
+        data = self.job.data
         self.learner.network.load_state_dict(self.best_weights)
         threads = max(0, int(self.config.cpus_per_trial) - 1)
-        cases = list(ahead(self._score, self._predict(self.data.validation + self.data.test), threads))
-        known = len(self.data.validation)
+        cases = list(ahead(self._score, self._predict(data.validation + data.test), threads))
+        known = len(data.validation)
         scores = {"validation": cases[:known], "test": cases[known:]}
         metrics = {"selected/step": float(self.best_step)}
         for name, cases in scores.items():
-            metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, self.data.organs).items()}
-        tree = {"step": self.best_step, "organs": list(self.data.organs)}
+            metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, data.organs).items()}
+        tree = {"step": self.best_step, "organs": list(data.organs)}
         tree |= {name: [case.to_json() for case in cases] for name, cases in scores.items()}
-        self.folder.keep_result(self.best_weights, tree)
+        self.job.folder.keep_result(self.best_weights, tree)
         return metrics
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         images, labels = self.sampler.batch(step)
-        if self.learner.device.type == "cuda":  # from other memory a copy waits for the steps before it
+        if self.learner.device.type == "cuda":  # copies from memory that is not pinned wait for the steps before them
             images, labels = images.pin_memory(), labels.pin_memory()
         return images, labels
 
     def _note(self, fault: Fault[int] | None) -> None:
-        """Keep what reproduces a step that was not finite; the optimizer has not changed the weights in it."""
+        """Write down what reproduces a step that was not finite, which has left the weights as they were."""
         if fault is None:
             return
-        self.totals.skipped += 1
+        self.usage.skipped += 1
         step, sampler = fault.what, self.sampler
         patches = [{"patch": index, "volume": volume.id, "key": volume.key} for index, volume in sampler.patches(step)]
         volumes = ", ".join(dict.fromkeys(str(patch["volume"]) for patch in patches))
@@ -150,11 +135,11 @@ class _Trial:
         facts = {"step": step + 1, "loss": str(fault.loss), "gradient_norm": str(fault.norm), "seed": sampler.seed}
         facts |= {"lr": learning_rate(self.learner.optimizer_config, step, self.config.steps)}
         facts |= {"precision": str(self.learner.dtype)}
-        # On a GPU the next step has begun: if that was finite, these are the weights after it.
+        # On a GPU the next step is already done: if it was finite, these are the weights after it.
         images, labels = sampler.batch(step)
         tensors = {f"model.{name}": value for name, value in self.learner.network.state_dict().items()}
         tensors |= {"images": images, "labels": labels}
-        kept = self.folder.keep_fault(step + 1, tensors, facts | {"patches": patches})
+        kept = self.job.folder.keep_fault(step + 1, tensors, facts | {"patches": patches})
         text += f"; kept in {kept}" if kept else ""
         if self.watch.fatal(fault):
             raise FloatingPointError(f"{fault.row} step(s) in a row were not finite, the last one was {text}")
@@ -164,9 +149,9 @@ class _Trial:
         classes = self.config.cohort.classes
         cases = [
             evaluate_canonical(volume.id, prediction, truth.to(prediction.device), classes)
-            for volume, truth, prediction in self._predict(self.data.validation)
+            for volume, truth, prediction in self._predict(self.job.data.validation)
         ]
-        found = aggregate(cases, self.data.organs)
+        found = aggregate(cases, self.job.data.organs)
         if (score := found.get(DICE_FOREGROUND, 0.0)) > self.best:
             self.best, self.best_step = score, step
             weights = self.learner.network.state_dict()
@@ -174,17 +159,17 @@ class _Trial:
         return {f"validation/{name}": value for name, value in found.items()}
 
     def _predict(self, volumes: Iterable[Volume]) -> Iterator[tuple[Volume, Tensor, Tensor]]:
-        """Each volume with its truth and its prediction; the next one is read meanwhile."""
+        """Each volume with its truth and its prediction, both (X, Y, Z); a thread reads the next volume meanwhile."""
         for volume, image, truth in ahead(self._read, volumes, threads=1):
             yield volume, truth, self.learner.predict(image)
 
     def _read(self, volume: Volume) -> tuple[Volume, Tensor, Tensor]:
-        image, label = (open_array(self.data.store, volume.key, name) for name in ("image", "label"))
+        image, label = (open_array(self.job.data.store, volume.key, name) for name in ("image", "label"))
         intensity = torch.from_numpy(np.asarray(image, dtype=np.float32)).div_(volume.levels)
         return volume, intensity, torch.from_numpy(np.array(label))
 
     def _score(self, case: tuple[Volume, Tensor, Tensor]) -> CaseScores:
-        """All scores of a case. Its original grid is read here, so that few of these large volumes are held at once."""
+        """All scores of a case. The original labels are read only here, so that few of them are in memory at once."""
         volume, truth, prediction = case
         assert volume.label_source is not None
         original = read_label(Path(volume.label_source))
@@ -193,7 +178,7 @@ class _Trial:
             prediction.cpu(),
             truth,
             np.array(volume.affine),
-            np.ascontiguousarray(original.voxels.astype(np.uint8)),  # NIfTI's axes run the other way
+            np.ascontiguousarray(original.voxels.astype(np.uint8)),  # NIfTI lays the axes out in Fortran's order
             original.affine,
             classes=self.config.cohort.classes,
             tolerance=self.config.surface_tolerance,
@@ -210,11 +195,11 @@ class _Trial:
             "row": self.watch.row,
             "records": older + newer,
         }
-        self.folder.save(state, self.best_weights)
+        self.job.folder.save(state, self.best_weights)
         self.records, self.saved = (newer, []), time.monotonic()
 
     def _restore(self) -> int:
-        found = self.folder.load()
+        found = self.job.folder.load()
         if found is None:
             return 0
         state, self.best_weights = found
@@ -225,36 +210,28 @@ class _Trial:
         return int(state["step"])
 
 
-class _Totals:
-    """Sums over the steps since the last record."""
+class _Usage:
+    """What the steps since the last record took (time, waiting, memory, arithmetic), and how many were skipped."""
 
     def __init__(self, learner: SegmentationLearner, patches: int, flops: float) -> None:
         """Args:
         learner: takes the steps.
-        patches: of a step.
-        flops: of a patch, forward and backward.
+        patches: in one step.
+        flops: of one patch, forward and backward.
         """
         self._learner, self._patches, self._flops = learner, patches, flops
-        self._losses = FiniteSum()
         self.start()
 
     def start(self) -> None:
         """Count from now on."""
-        self.skipped, self._waited, self._since = 0, 0.0, time.perf_counter()
+        self.skipped, self.waited, self._since = 0, 0.0, time.perf_counter()
 
-    def add(self, loss: Tensor, waited: float) -> None:
-        """Count one step, and the seconds that it waited for its patches."""
-        self._losses.add(loss)
-        self._waited += waited
-
-    def take(self, steps: int) -> dict[str, float]:
-        """Mean of the losses that are finite, the time a step, and what the steps say of the machine."""
-        loss, finite = self._losses.take()
+    def of(self, steps: int) -> dict[str, float]:
+        """The metrics of so many steps. On a GPU their loss must have been read before, or they are still running."""
         seconds = time.perf_counter() - self._since
-        metrics = {"seconds_per_step": seconds / steps}
-        metrics |= {"loss": loss / finite} if finite else {}
-        metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
         rate, learner = steps * self._patches / seconds, self._learner
-        metrics |= as_system({"patches_per_second": rate, "data_wait_share": self._waited / seconds})
+        metrics = {"seconds_per_step": seconds / steps}
+        metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
+        metrics |= as_system({"patches_per_second": rate, "data_wait_share": self.waited / seconds})
         metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
         return metrics | arithmetic_rate(rate * self._flops, 1, learner.device, learner.dtype)

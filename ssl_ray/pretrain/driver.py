@@ -13,11 +13,12 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ssl_ray.cluster.connect import check_pretraining, first_error
+from ssl_ray.cluster.connect import first_error
+from ssl_ray.cluster.resources import check_resources
 from ssl_ray.config.schema import Pretrain
 from ssl_ray.console import Bar
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.networks.transfer import load_metadata
+from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.pretrain.collector import Collector
 from ssl_ray.pretrain.entry import work
 from ssl_ray.pretrain.job import Job, Recipe
@@ -84,7 +85,9 @@ def pretrain(
     weights = folder / "best.safetensors"
     if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
         return Pretrained(weights, key, done.info.run_id)
-    check_pretraining(recipe.settings)
+    workers = recipe.settings.worker_range[0]
+    cpus, gpus = workers * recipe.settings.cpus_per_worker, workers * recipe.settings.gpu
+    check_resources("pretrain.workers", f"{workers} workers", cpus, gpus)
     # On the driver's node: when another one dies, the records do not die with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})

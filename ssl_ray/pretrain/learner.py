@@ -13,15 +13,16 @@ from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_ray.networks.transfer import describe, export
-from ssl_ray.networks.unetr import build_autoencoder, use_fast_attention, use_patch_products
+from ssl_ray.networks.faster import use_fast_attention, use_patch_products
+from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.samples import Sample
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
 from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw, pack, unpack
 from ssl_ray.pretrain.tasks.restoration.objective import Restoration
 from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
-from ssl_ray.storage.files import reason
+from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights

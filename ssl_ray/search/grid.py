@@ -1,30 +1,21 @@
-"""Ray Tune over labelled split x initialisation x learning rate x seed."""
+"""Ray Tune over the cells of the fine-tuning grid: labelled split x initialisation x learning rate x seed."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from ssl_ray.cluster.connect import check_finetuning
+from ssl_ray.cluster.resources import check_resources
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.console import Bar
-from ssl_ray.data.datalist import Splits
-from ssl_ray.data.store import Store, Volume
-from ssl_ray.finetune.job import TrialData, work
-from ssl_ray.finetune.trial_folder import TrialFolder
-from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
-from ssl_ray.pretrain.driver import Pretrained
+from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.search.callbacks import TrialCallback
-from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
-from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.tracker import Tracker
-from ssl_ray.training.checkpoint import digest
-
-_NAMED = frozenset({"grid", "cohort", "weights"})
-"""Settings that a cell's key names in another way."""
+from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell
+from ssl_ray.search.job import GridJob
+from ssl_ray.tracking.tracker import Run, Tracker
 
 
 @dataclass(frozen=True)
@@ -41,131 +32,79 @@ def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[st
     """The report of a weight transfer into the UNETR of a fine-tuning, before any trial starts.
 
     Raises:
-        ValueError: when anything of the encoder does not match.
+        UserError: when anything of the encoder does not match.
     """
+    from ssl_ray.networks.transfer import transfer  # MONAI takes seconds to load: only where it is needed
     from ssl_ray.networks.unetr import build_unetr
 
     unetr = build_unetr(network, config.patch_size, config.cohort.classes)
-    return transfer(load_weights(weights), unetr, str(weights), load_metadata(weights)).summary()
+    return asdict(transfer(load_weights(weights), unetr, str(weights), load_metadata(weights)))
 
 
-def finetune(
-    config: Finetune,
-    network: Network,
-    splits: Splits,
-    volumes: Mapping[str, Volume],
-    pretrained: Pretrained | None,
-    folders: Folders,
-    tracker: Tracker,
-    params: Mapping[str, str],
-    config_yaml: str,
-) -> GridResult:
+def finetune(job: GridJob, tracker: Tracker, params: Mapping[str, str], config_yaml: str) -> GridResult:
     """Train every cell that is not finished yet.
 
     Args:
-        config: the fine-tuning and its grid.
-        network: the widths of the UNETR.
-        splits: cases of every split, of validation and of test.
-        volumes: prepared volumes by image path; a case that is not in it was skipped as bad.
-        pretrained: weights for the cells with `init: pretrained`; None where the grid has none.
-        folders: of the study.
+        job: the grid.
         tracker: the study's MLflow experiment.
         params: of every MLflow run.
         config_yaml: the resolved experiment, kept with the grid's run.
+
+    Raises:
+        UserError: when the pretrained weights do not match, or the cluster cannot hold a trial.
     """
-    store = Store(folders.cache, folders.scratch)
-    data = {size: _trial_data(store, splits, size, volumes) for size in config.split_sizes}
-    base = [
-        config.model_dump(mode="json", exclude=Finetune.HOW | _NAMED),
-        config.cohort.classes,
-        config.gpus_per_trial > 0 if config.precision == "auto" else None,  # `auto` depends on the kind of device
-        network.model_dump(mode="json"),
-        [volume.key for part in ("validation", "test") for volume in getattr(data[config.split_sizes[0]], part)],
-    ]
-    grid_key = digest(base, pretrained.key if pretrained else None)
-    folder = folders.study / f"finetune-{grid_key}"
-    keys = {
-        cell: digest(
-            base,
-            [cell.split, cell.init, cell.lr, cell.seed],
-            [volume.key for volume in data[cell.split].training],
-            pretrained.key if pretrained and cell.init == "pretrained" else None,
-        )
-        for cell in cells(config)
-    }
-    grid_run = tracker.open("grid", grid_key, "grid", params)
-    grid_run.text(config_yaml, "experiment.yaml")
-    if (folders.study / BAD_VOLUMES).is_file():
-        grid_run.artifact(folders.study / BAD_VOLUMES)
-    # A grid that was once wider keeps its other cells: keys are digests, so the union is right.
-    named = json.loads(tracker.read(grid_run.id, CELLS) or b"{}") | {cell.name: key for cell, key in keys.items()}
-    grid_run.text(json.dumps(named, indent=1), CELLS)
-    pending = [cell for cell in keys if not tracker.finished("trial", keys[cell])]
-    finished = len(keys) - len(pending)
-    homes = {cell: folder / f"{cell.name}-{key[:8]}" for cell, key in keys.items()}
-    for cell in keys.keys() - set(pending):  # a driver that was killed may have left what it would have deleted next
-        TrialFolder(homes[cell], keys[cell], folders.output).clear()
-    with Bar("fine-tuning", len(keys) * config.steps) as bar:
-        done = finished * config.steps
-        runs = TrialCallback(params, folders.output, tracker, grid_run.id, pretrained, keys, data, homes, bar, done)
+    grid_run = _open(job, tracker, params, config_yaml)
+    pending = [cell for cell, key in job.keys.items() if not tracker.finished("trial", key)]
+    finished = [cell for cell in job.keys if cell not in pending]
+    for cell in finished:  # a driver that was killed may not have come to this
+        job.trial_folder(cell).clear()
+    with Bar("fine-tuning", len(job.keys) * job.config.steps) as bar:
+        runs = TrialCallback(job, tracker, grid_run.id, params, bar, len(finished) * job.config.steps)
         try:
-            if pretrained:
-                report = check_transfer(config, network, pretrained.weights)
+            if job.pretrained:
+                report = check_transfer(job.config, job.network, job.pretrained.weights)
                 grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
                 grid_run.metrics({"transferred_share": report["share"]}, 0)
             if pending:
-                check_finetuning(config)
-                _tune(config, network, pending, keys, data, pretrained, homes, folder.name, folders, runs)
-        except KeyboardInterrupt:
+                needed = job.config.cpus_per_trial, job.config.gpus_per_trial
+                check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
+                _tune(job, pending, runs)
+        except BaseException as error:
             runs.abandon()
-            grid_run.close("KILLED")
-            raise
-        except BaseException:
-            runs.abandon()
-            grid_run.close("FAILED")
+            grid_run.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
     grid_run.close()
-    return GridResult(grid_run.id, runs.completed, finished, tuple(runs.failed))
+    return GridResult(grid_run.id, runs.completed, len(finished), tuple(runs.failed))
 
 
-def _trial_data(store: Store, splits: Splits, size: int, volumes: Mapping[str, Volume]) -> TrialData:
-    def prepared(cases: Any) -> tuple[Volume, ...]:
-        return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
+def _open(job: GridJob, tracker: Tracker, params: Mapping[str, str], config_yaml: str) -> Run:
+    """The grid's MLflow run, with the experiment, the volumes that were left out, and the key of every cell."""
+    run = tracker.open("grid", job.key, "grid", params)
+    run.text(config_yaml, "experiment.yaml")
+    if (job.folders.study / BAD_VOLUMES).is_file():
+        run.artifact(job.folders.study / BAD_VOLUMES)
+    # A grid that had more cells before keeps them: each key says what its cell depends on, so none is wrong now.
+    before = json.loads(tracker.read(run.id, CELLS) or b"{}")
+    run.text(json.dumps(before | {cell.name: key for cell, key in job.keys.items()}, indent=1), CELLS)
+    return run
 
-    training, validation = prepared(splits.training[size]), prepared(splits.validation)
-    if not training or not validation:
-        raise ValueError(f"finetune.cohort.splits.{size}: no usable volume is left for training or validation")
-    return TrialData(store, training, validation, prepared(splits.test), splits.organs)
 
+def _tune(job: GridJob, pending: Sequence[Cell], runs: TrialCallback) -> None:
+    config = job.config
 
-def _tune(
-    config: Finetune,
-    network: Network,
-    pending: list[Cell],
-    keys: Mapping[Cell, str],
-    data: Mapping[int, TrialData],
-    pretrained: Pretrained | None,
-    homes: Mapping[Cell, Path],
-    name: str,
-    folders: Folders,
-    runs: TrialCallback,
-) -> None:
-    mirror = folders.output
-
-    def trainable(space: dict[str, Any]) -> None:
+    def trainable(space: Mapping[str, Any]) -> None:
         import torch
 
-        cell: Cell = space["cell"]
+        from ssl_ray.finetune.trial import Trial  # the trial's process loads MONAI, the driver does not
+
         torch.set_num_threads(max(1, int(config.cpus_per_trial)))
         device = torch.device("cuda" if config.gpus_per_trial else "cpu")
-        weights = pretrained.weights if pretrained and cell.init == "pretrained" else None
-        if weights and weights.is_relative_to(mirror.folder):
-            mirror.pull(weights)  # made on another machine
         try:
-            folder = TrialFolder(homes[cell], keys[cell], mirror)
-            for step, metrics in work(config, network, cell.lr, cell.seed, data[cell.split], weights, folder, device):
+            trial = Trial(job.trial(space["cell"]), device)
+            for step, metrics in trial.train():
                 tune.report({"step": step, "metrics": metrics})
-        except FloatingPointError as error:  # said, not raised: tried again, it would come to the same
+            tune.report({"step": config.steps, "metrics": trial.evaluate()})
+        except FloatingPointError as error:  # reported, not raised: Tune would try the trial again, with the same end
             tune.report({"failure": str(error)})
 
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
@@ -178,8 +117,8 @@ def _tune(
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
-            name=name,
-            **folders.ray_storage,
+            name=job.folder.name,
+            **job.folders.ray_storage,
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             callbacks=[runs],
             verbose=0,

@@ -1,18 +1,18 @@
-"""Files that others wrote, read with a bound and named on one line; and our own, which appear whole."""
+"""Reading files that others wrote, with a bound on their size; writing our own, so that each appears whole."""
 
 import errno
 import os
-import re
+import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
-BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Characters that break a line, steer a terminal, or cannot be written down: control characters and half surrogates."""
+MANIFEST = "manifest.json"
+"""Name of the file that is written last into a folder: a folder that should have one, and has not, is not complete."""
 
 
 def open_file(path: Path, most: int | None = None) -> BufferedReader:
@@ -20,7 +20,7 @@ def open_file(path: Path, most: int | None = None) -> BufferedReader:
 
     Args:
         path: a file, or a link to one.
-        most: bytes that it may have.
+        most: bytes that the file may have.
 
     Raises:
         OSError: also for a FIFO, on which reading would wait for ever, and for a device, which may have no end.
@@ -40,7 +40,7 @@ def open_file(path: Path, most: int | None = None) -> BufferedReader:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A name to write to that becomes `path` when all has been written, and vanishes on an error."""
+    """A path beside `path` to write a file to: it is renamed to `path` at the end, and removed on an error."""
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         yield part
@@ -56,14 +56,39 @@ def read_file(path: Path, most: int | None = None) -> bytes:
         return file.read()
 
 
-def shown(value: Any, length: int = 300) -> str:
-    """A value as part of a message: one line, at most `length` characters."""
-    text = str(value)
-    if len(text) > length:
-        text = f"{text[: length - 3]}..."
-    return BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def write_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file, in place of the one before, and wait until it is on the disk; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(path) as part, part.open("wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def reason(error: BaseException) -> str:
-    """An error as part of a message: its type and the beginning of its text, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def settle(part: Path, folder: Path) -> None:
+    """Rename the folder `part` to `folder`, so that all its files appear at once.
+
+    Where `folder` exists already, its files are replaced one by one, the manifest last: a process that reads them never
+    misses one. What was there must have been damaged, or equal to what comes.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        for path in sorted(part.iterdir(), key=manifest_last):
+            os.replace(path, folder / path.name)
+
+
+def manifest_last(path: Path) -> tuple[bool, Path]:
+    """Key for sorting the files of a folder in the order in which they are written."""
+    return path.name == MANIFEST, path
+
+
+def remove_stale(folder: Path, pattern: str, seconds: float) -> None:
+    """Remove folders that killed processes left half written: those that match, and are this many seconds old."""
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # its process lives, and has just renamed it
+            if time.time() - path.stat().st_mtime > seconds:
+                shutil.rmtree(path, ignore_errors=True)

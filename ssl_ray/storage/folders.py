@@ -46,7 +46,7 @@ class Folders:
     @property
     def ray_storage(self) -> dict[str, Any]:
         """Where Ray keeps the state of a run: arguments of its `RunConfig`."""
-        place = (self.output.origin or Place.parse(self.output.folder)) / f"{self.name}/ray"
+        place = self.output.kept(self.study) / "ray"
         return {"storage_path": place.path} | ({} if place.local else {"storage_filesystem": place.filesystem})
 
     def check_writable(self) -> None:
@@ -55,6 +55,6 @@ class Folders:
         Raises:
             UserError: naming the place and the reason, within seconds.
         """
-        output = self.output.origin or Place.parse(self.output.folder)
+        output = self.output.kept(self.output.folder)
         for place in dict.fromkeys((output, Place.parse(self.cache), Place.parse(self.study))):
             place.check_writable()

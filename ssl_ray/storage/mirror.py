@@ -1,6 +1,5 @@
 """A local folder that is kept in an object store as well, so that what is written outlives the machine."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,74 +8,70 @@ from ssl_ray.storage.places import Place, default_scratch
 
 @dataclass(frozen=True)
 class Mirror:
-    """Programs write to and read from `folder`, and say what is to be kept (`push`) or needed (`pull`).
+    """Programs write to and read from `folder`; they push what is to be kept, and pull what they need.
 
-    Without an origin the folder itself is what is kept, and nothing has to be done. All paths lie below `folder`; every
-    method raises `OSError`, in one line, when the object store cannot be reached.
+    Without an origin, the folder is itself where things are kept, and there is nothing to push or pull. All paths lie
+    below `folder`. Every method raises `OSError`, in one line, when the object store cannot be reached.
     """
 
     folder: Path
     origin: Place | None = None
 
     @classmethod
-    def of(cls, text: str | Path, scratch: str | Path | None = None) -> "Mirror":
-        """The mirror of a path or URI; that of a URI lies below `scratch`, a folder on this machine's disk."""
+    def of(cls, text: str | Path, scratch: str | Path | None = None, kind: str = "output") -> "Mirror":
+        """The mirror of a path or URI; the folder of a URI lies in `<scratch>/<kind>`, on this machine's disk."""
         place = Place.parse(text)
         if place.local:
             return cls(place.local)
-        return cls(place.scratch(Path(scratch or default_scratch()) / "output"), place)
+        return cls(Path(scratch or default_scratch()) / kind / place.digest, place)
+
+    def kept(self, path: Path) -> Place:
+        """Where a file or folder is kept: its place in the object store, or else its own path."""
+        if self.origin is None:
+            return Place(str(path))
+        return self.origin / path.relative_to(self.folder).as_posix()
 
     def push(self, path: Path) -> None:
         """Keep a file, or a folder with all its files, a `manifest.json` last."""
         if self.origin:
-            self._far(path).upload(path)
+            self.kept(path).upload(path)
 
     def pull(self, path: Path) -> bool:
-        """Make a file or folder what was kept, file by file, so that processes may do this at once.
+        """Replace a local file or folder by its copy in the object store, one file at a time.
+
+        Several processes may do this at once. Files that the object store does not have are removed.
 
         Returns:
             Whether there is anything.
         """
         if self.origin is None:
             return path.exists()
-        far = self._far(path)
-        names = far.list()
-        found = bool(names) or far.exists()
-        if found:
-            far.download(path)
-        for extra in [path, *path.rglob("*")]:
-            if extra.is_file() and not (found and extra == path) and extra.relative_to(path).as_posix() not in names:
-                extra.unlink(missing_ok=True)
-        return found
+        names = self.kept(path).list()
+        for name in names:
+            (self.kept(path) / name).download(path / name)
+        for old in (path, *path.rglob("*")):
+            if old.is_file() and old.relative_to(path).as_posix() not in names:
+                old.unlink(missing_ok=True)
+        return bool(names)
 
     def drop(self, path: Path) -> None:
         """Remove a file or folder, here and where it is kept."""
-        if self.origin:
-            self._far(path).remove()
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        self.kept(path).remove()
+        Place(str(path)).remove()
 
     def move(self, path: Path, target: Path) -> bool:
-        """Give a file or folder another name, here and where it is kept; returns whether there was anything."""
+        """Give a file or folder another name, here and where it is kept; returns whether it was kept."""
         found = self.has(path)
-        if self.origin and found:
-            self._far(path).move(self._far(target))
-        if path.exists():
+        if found:
+            self.kept(path).move(self.kept(target))
+        if self.origin and path.exists():
             path.rename(target)
         return found
 
     def names(self, path: Path) -> set[str]:
-        """What a folder holds, as far as it is kept."""
-        if self.origin is None:
-            return {child.name for child in path.iterdir()} if path.is_dir() else set()
-        return {name.partition("/")[0] for name in self._far(path).list()}
+        """Names of the files and folders that are kept in a folder."""
+        return {name.partition("/")[0] for name in self.kept(path).list()}
 
     def has(self, path: Path) -> bool:
         """Whether a file or folder is kept."""
-        return path.exists() if self.origin is None else self._far(path).exists()
-
-    def _far(self, path: Path) -> Place:
-        assert self.origin is not None
-        return self.origin / path.relative_to(self.folder).as_posix()
+        return self.kept(path).exists()

@@ -1,11 +1,10 @@
-"""A study's name stands for one configuration: what was begun under it goes on only while that stays the same."""
+"""A study's name stands for one configuration: what was begun under it goes on only while that stays the same.
 
-import fcntl
-import os
-import socket
+What a result depends on is also in its key, where it is made: `pretrain.driver.pretraining_key` and the keys of the
+cells in `search.grid`. Here the user is told before anything starts, with the settings that differ.
+"""
+
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -13,43 +12,44 @@ import yaml
 
 from ssl_ray.config.loading import flatten
 from ssl_ray.config.schema import Finetune, Pretrain, Study
+from ssl_ray.errors import UserError
 from ssl_ray.storage.files import appearing
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import rename_experiment
 
 Stage = Literal["pretrain", "finetune"]
 
-_HOW = {"pretrain": Pretrain.HOW, "finetune": Finetune.HOW | {"grid"}}
-"""A cell of the grid is a run of its own, so that a grid may grow."""
+_MAY_CHANGE: dict[Stage, set[str]] = {"pretrain": Pretrain.HOW, "finetune": Finetune.HOW | {"grid"}}
+"""Fields of each stage that may change after it was begun. The grid may grow, as each of its cells has its own key."""
 
 
 def check_unchanged(study: Study, folders: Folders) -> None:
     """Compare a study with the configuration under which each of its stages was begun.
 
     Raises:
-        ValueError: with every difference.
+        UserError: with every difference.
     """
     differences = []
-    for stage in _HOW:
-        record = _record(folders, stage)
-        if not folders.output.pull(record):
+    for stage in _MAY_CHANGE:
+        path = _record(folders, stage)
+        if not folders.output.pull(path):
             continue
-        before, now = yaml.safe_load(record.read_text()), _settings(study, stage)
+        before, now = yaml.safe_load(path.read_text()), _settings(study, stage)
         differences += [
             f"  {key}: {before.get(key, '(not set)')} -> {now.get(key, '(not set)')}"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         ]
     if differences:
-        changes = "\n".join(dict.fromkeys(differences))
-        raise ValueError(
+        changes = "\n".join(dict.fromkeys(differences))  # a setting that both stages depend on is told once
+        raise UserError(
             f"{folders.study}: {study.name!r} was begun with another configuration; give the study another name, or "
-            f"--fresh to start anew and keep the old one:\n{changes}"
+            f"--fresh to start again and keep the old one:\n{changes}"
         )
 
 
 def record(study: Study, folders: Folders, stage: Stage) -> None:
-    """Write down what a stage is begun with."""
+    """Write down with which settings a stage is begun."""
     path = _record(folders, stage)
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing(path) as part:
@@ -58,58 +58,39 @@ def record(study: Study, folders: Folders, stage: Stage) -> None:
 
 
 def set_aside(study: Study, folders: Folders) -> str | None:
-    """Give another name to everything that the study has written, its MLflow experiment and its folder.
+    """Give another name to everything that the study has written: its MLflow experiment and its folder.
 
     Returns:
         The name that the old study now has, or None where there was nothing.
 
     Raises:
-        ValueError: when the MLflow experiment may hold other studies too.
+        UserError: when the MLflow experiment may hold other studies too.
     """
     if study.tracking.experiment not in (None, study.name):
-        raise ValueError(
+        raise UserError(
             f"--fresh: tracking.experiment is {study.tracking.experiment!r}, which may hold other studies, and "
             "would have to be renamed: give the study another name instead"
         )
     kept = f"{study.name}-until-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-    found = rename_experiment(study.tracking, folders, kept)
-    if folders.output.move(folders.study, folders.study.with_name(kept)):
-        found = True
-    return kept if found else None
+    renamed = rename_experiment(study.tracking, folders, kept)
+    moved = folders.output.move(folders.study, folders.study.with_name(kept))
+    return kept if renamed or moved else None
 
 
-@contextmanager
-def only_one(folders: Folders) -> Iterator[None]:
-    """Keep a second process on this machine or this shared disk off the study.
-
-    Raises:
-        ValueError: when another process is working on it.
-    """
-    path = folders.study.parent / f".{folders.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(f"{folders.study}: another process works on this study: {file.read().strip()}") from error
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}")
-        file.flush()
-        yield
-
-
-def _record(folders: Folders, stage: str) -> Path:
+def _record(folders: Folders, stage: Stage) -> Path:
     return folders.study / f"{stage}.yaml"
 
 
-def _settings(study: Study, stage: str) -> dict[str, str]:
-    """What a stage's results depend on, flat. `gpu` counts where `precision: auto` may mean another type on it."""
-    how = _HOW[stage] - ({"gpu"} if study.pretrain.precision == "auto" else set())
-    skipped = tuple(f"{stage}.{name}" for name in how) + (("network.feature_size",) if stage == "pretrain" else ())
+def _settings(study: Study, stage: Stage) -> dict[str, str]:
+    """The settings that a stage's results depend on, flat."""
+    may_change = {f"{stage}.{name}" for name in _MAY_CHANGE[stage]}
+    if study.pretrain.precision == "auto":  # may mean another type on a GPU
+        may_change.discard(f"{stage}.gpu")
+    if stage == "pretrain":
+        may_change.add("network.feature_size")  # the width of UNETR's decoder, which pretraining does not have
     return {
-        key: str(value)
+        key: value
         for key, value in flatten(study).items()
         if key.partition(".")[0] in ("seed", "phantom", "network", stage)
-        and not any(key == name or key.startswith(f"{name}.") for name in skipped)
+        and not any(key == name or key.startswith(f"{name}.") for name in may_change)
     }

@@ -4,19 +4,17 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
 
-from ssl_ray.storage.files import open_file, read_file, shown
+from ssl_ray.storage.files import MANIFEST, open_file, read_file, remove_stale, settle
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.storage.places import MANIFEST
+from ssl_ray.text import shown
 
 _MOST_MANIFEST = 2**16
 _STALE_SECONDS = 3600
@@ -34,11 +32,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), scratch / "state.pt")
         manifest = {"sha256": _digest(scratch / "state.pt"), "step": state.get("step")}
         (scratch / MANIFEST).write_text(json.dumps(manifest))
-        try:
-            scratch.rename(folder)
-        except OSError:  # one is there already, whole or not
-            shutil.rmtree(folder, ignore_errors=True)
-            scratch.rename(folder)
+        settle(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -86,9 +80,7 @@ def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: M
     whole = [name for name in until if mirror.has(folder / name / MANIFEST)]
     for name in set(until) - set(whole[-keep:]):
         mirror.drop(folder / name)
-    for old in folder.glob(".*"):
-        if _is_stale(old):
-            shutil.rmtree(old, ignore_errors=True)
+    remove_stale(folder, ".*", _STALE_SECONDS)
 
 
 def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:
@@ -106,13 +98,6 @@ def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = No
         else:
             return state
     return None
-
-
-def _is_stale(path: Path) -> bool:
-    """Whether a process that was killed has left this behind, rather than one that is writing it now."""
-    with suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > _STALE_SECONDS
-    return False
 
 
 def snapshot(value: Any) -> Any:

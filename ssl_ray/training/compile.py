@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssl_ray.storage.files import reason
+from ssl_ray.text import reason
 from ssl_ray.training.private import uncompile
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.config.schema import OnNonfinite
-from ssl_ray.storage.files import appearing
+from ssl_ray.storage.files import write_file
 
 _KEPT = 3
 """Number of faults that are kept in a folder: those that follow have the same cause."""
@@ -122,8 +122,6 @@ def keep(folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[
     path = folder / f"{name}.safetensors"
     if not path.is_file() and len(list(folder.glob("*.safetensors"))) >= _KEPT:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with appearing(path) as part:
-        part.write_bytes(save(content, {"facts": json.dumps(facts)}))
+    write_file(path, save(content, {"facts": json.dumps(facts)}))
     return path

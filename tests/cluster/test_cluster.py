@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from runs import assert_same, outcome, saved, wait_for, write
+from runs import Outcome, assert_same, outcome, saved, wait_for, write
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,10 @@ SMALL = [
 ]
 
 
+Head = tuple[str, dict[str, str]]
+"""Address of the job server, and the environment that holds its token."""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,7 +46,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head():
+def head() -> Iterator[Head]:
     """A head node of its own, reachable only with its token; ended by its process group."""
     port, dashboard = free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the paths of Ray's sockets must stay short
@@ -77,12 +82,12 @@ def head():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(address, environment, *arguments):
+def submit(address: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "ray"), "job", arguments[0], "--address", address, *arguments[1:]]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=500)
 
 
-def test_the_demo_runs_as_a_submitted_job(head, tmp_path):
+def test_the_demo_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None:
     """A job submitted with the token ends with the table and the report; without the token it is turned away."""
     address, environment = head
     settings = [*SMALL, f"output={tmp_path / 'output'}", f"phantom.root={tmp_path / 'data'}"]
@@ -106,20 +111,22 @@ def test_the_demo_runs_as_a_submitted_job(head, tmp_path):
     assert "succeeded" not in (refused.stdout + refused.stderr).lower()
 
 
-def test_the_supervisor_of_a_job_killed(head, undisturbed, cohort, tmp_path):
+def test_the_supervisor_of_a_job_killed(head: Head, undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:
     """A job whose supervisor and so its driver died, submitted again, ends as it would have."""
     address, environment = head
     path = write(tmp_path, cohort)
     job = ["submit", "--no-wait", "--", sys.executable, "-m", "ssl_ray", "pretrain", str(path)]
 
-    def begin():
+    def begin() -> str:
         for _ in range(60):
             done = submit(address, environment, *job)
             if "No available agent" not in done.stderr:
                 break
             time.sleep(1)
         assert done.returncode == 0, done.stderr
-        return re.search(r"raysubmit_\w+", done.stdout).group()
+        found = re.search(r"raysubmit_\w+", done.stdout)
+        assert found, done.stdout
+        return found.group()
 
     begin()
     wait_for(lambda: saved(tmp_path), "a checkpoint")
@@ -132,7 +139,7 @@ def test_the_supervisor_of_a_job_killed(head, undisturbed, cohort, tmp_path):
     assert_same(outcome(path), undisturbed)
 
 
-def processes(token, *words):
+def processes(token: str, *words: str) -> list[psutil.Process]:
     """Processes of the cluster with this token whose command line has every word."""
     found = []
     for process in psutil.process_iter():

@@ -20,12 +20,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 
 from ssl_ray.cli import main as cli
-from ssl_ray.config.loading import dump, load
+from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Network, Preparation
 from ssl_ray.data.datalist import read_datalist
 from ssl_ray.data.nifti import Nifti, prepare, read_label, read_nifti
-from ssl_ray.networks.transfer import load_metadata, load_weights, transfer
+from ssl_ray.networks.transfer import transfer
 from ssl_ray.networks.unetr import build_unetr
+from ssl_ray.networks.weight_files import load_metadata, load_weights
+from ssl_ray.study.experiment import load
 from ssl_ray.training.checkpoint import load_state
 
 SECONDS = 30

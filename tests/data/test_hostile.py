@@ -36,8 +36,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from volumes import Array, oblique_affine, smooth_ct
 
-from ssl_ray.networks.transfer import describe
 from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.weight_files import describe
 from ssl_ray.training.checkpoint import save_state
 
 MEGABYTES, TIMES = 48, {"datalist": 50}
@@ -468,16 +468,13 @@ for name, build, rule, reader in (
     ("list", saved([torch.ones(1)]), "expected a state dict", "weights"),
     ("number", saved(5), "expected a state dict", "weights"),
     ("empty dict", saved({}), "expected a state dict", "weights"),
-    ("key with a line break", saved({"a\nb": torch.ones(1)}), "expected a state dict", "weights"),
+    ("key with a line break", saved({"a\nb": torch.ones(1)}), ENCODER, "transfer"),
     ("deep dict", saved({"state_dict": {"state_dict": {"a": torch.ones(1)}}}), "expected a state dict", "weights"),
     ("expanded tensor", saved({"norm.weight": torch.ones(1).expand(10**6, 10**6)}), "dense", "transfer"),
     ("meta tensor", saved({"norm.weight": torch.empty(10**6, 10**6, device="meta")}), "dense", "transfer"),
     ("sparse tensor", saved({"norm.weight": torch.eye(3).to_sparse()}), "dense", "transfer"),
     ("huge sparse tensor", saved({"a": torch.sparse_coo_tensor(size=(10**9, 10**9))}), "", "transfer"),
-    ("quantized tensor", saved({"a": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)}), "", "transfer"),
-    ("complex tensor", saved({"norm.weight": torch.ones(48, dtype=torch.complex64)}), "", "transfer"),
     ("deflated zeros", made(rezipped), "", "weights"),
-    ("nested tensor", saved({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}), "", "transfer"),
     ("safetensors, absurd header", safetensors({}, length=2**63 - 1), "not a file of weights", "weights"),
     ("safetensors, header beyond the file", safetensors({}, length=10**6), "not a file of weights", "weights"),
     ("safetensors, header is no JSON", safetensors(b"\xff" * 20), "not a file of weights", "weights"),
@@ -579,81 +576,6 @@ for name, build, rule in (
 ):  # fmt: skip
     ROWS.add("state", name, build, rule)
 
-# --- experiments
-
-STUDY = """
-name: small
-pretrain:
-  sources:
-    - {root: a, datalist: unlabelled.json}
-  preparation: {spacing: 2, hu_window: [-57, 164]}
-finetune:
-  cohort: {root: a, classes: 14, splits: {6: six.json}}
-  preparation: {spacing: [1.5, 1.5, 2], hu_window: [-175, 250]}
-"""
-
-
-def laughs(levels: int, opening: str = "[", closing: str = "]", leaf: str = "ha") -> str:
-    """Level by level ten aliases of the level below: 10 ** levels values."""
-    lines = [f"a0: &a0 {leaf}"]
-    for level in range(1, levels):
-        inside = ", ".join([f"*a{level - 1}"] * 10)
-        lines.append(f"a{level}: &a{level} {opening}{inside}{closing}")
-    return "\n".join(lines) + "\n"
-
-
-MANY = "[" + ", ".join(["1"] * 2000) + "]"
-for name, text, rule in (
-    ("whole", STUDY, {}), ("empty", "", "is a mapping of sections"), ("comment", "# nothing\n", "is a mapping"),
-    ("list", "- a\n", "is a mapping of sections"), ("number", "5", "is a mapping of sections"),
-    ("two documents", STUDY + "---\n" + STUDY, "not valid YAML"), ("tabs", "name:\n\tx: 1\n", "not valid YAML"),
-    ("no UTF-8", b"name: \xff\xfe", "cannot read the experiment"), ("NULs", bytes(100), "not valid YAML"),
-    ("UTF-16", STUDY.encode("utf-16"), "cannot read"), ("BOM", b"\xef\xbb\xbf" + STUDY.encode(), {}),
-    ("control character", "name: \x07", "not valid YAML"),
-    ("billion laughs", STUDY + laughs(12), "not valid YAML"),
-    ("billion laughs in a value", laughs(12) + STUDY.replace("small", "*a11"), "not valid YAML"),
-    ("merges that double", STUDY + "b0: &a0 {x: 1}\n" + "".join(
-        f"b{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12)), "not valid YAML"),
-    ("aliases times aliases", f"x: &x {MANY}\n" + STUDY.replace("{6: six.json}", "{" + ", ".join(
-        f"{n}: *x" for n in range(1, 2000)) + "}"), "not valid YAML"),
-    ("alias of itself", STUDY + "seed: &a [*a]\n", "not valid YAML"),
-    ("alias of itself as a key", STUDY + "&a ? *a : 1\n", "not valid YAML"),
-    ("mapping of itself", "&a\nname: *a\n", "not valid YAML"), ("merge of itself", "&a\n<<: *a\n", "not valid YAML"),
-    ("unknown alias", "name: *a\n", "not valid YAML"),
-    ("code in a tag", "name: !!python/object/apply:os.mkdir [owned]\n", "not valid YAML"),
-    ("module in a tag", "name: !!python/module:os\n", "not valid YAML"), ("own tag", "name: !x 1\n", "not valid YAML"),
-    ("bool tag", "name: !!bool perhaps\n", "not valid YAML"), ("int tag", "name: !!int ''\n", "not valid YAML"),
-    ("float tag", "name: !!float ''\n", "not valid YAML"), ("time tag", "name: !!timestamp x\n", "not valid YAML"),
-    ("binary tag", "name: !!binary é\n", "not valid YAML"), ("set tag", STUDY + "seed: !!set {a, b}\n", "seed: "),
-    ("omap tag", STUDY + "seed: !!omap [a]\n", "not valid YAML"), ("map tag", "name: !!map 5\n", "not valid YAML"),
-    ("100,000 brackets", "name: " + "[" * 10**5, "not valid YAML"), ("100,000 braces", "{" * 10**5, "not valid YAML"),
-    ("100,000 dashes", "- " * 10**5, "not valid YAML"), ("100,000 questions", "? " * 10**5, "not valid YAML"),
-    ("400 brackets", STUDY + "seed: " + "[" * 400 + "]" * 400, ""),
-    ("1,000 levels of indent", "".join(" " * i + "a:\n" for i in range(1000)), "not valid YAML"),
-    ("duplicate key", STUDY + "name: other\n", "stands twice"),
-    ("duplicate after merge", STUDY + "<<: {}\n<<: {}\n", ""),
-    ("integer of 100,000 digits", STUDY + "seed: " + "9" * 10**5, "not valid YAML"),
-    ("hexadecimal of 100,000 digits", STUDY + "seed: 0x" + "f" * 10**5, ""),
-    ("hexadecimal for a number", STUDY.replace("spacing: 2", "spacing: 0x" + "f" * 10**5), ""),
-    ("base 60 of 100,000 digits", STUDY + "seed: " + "1:" * 5 * 10**4 + "1", ""),
-    ("float of base 60", STUDY + "seed: " + "1:" * 10**3 + "1.5", ""),
-    ("float of 100,000 digits", STUDY + "seed: 1." + "9" * 10**5, "not valid YAML"),
-    ("NaN", STUDY.replace("spacing: 2", "spacing: .nan"), "spacing"),
-    ("-inf", STUDY.replace("-57", "-.inf"), "hu_window"),
-    ("1e999", STUDY.replace("spacing: 2", "spacing: 1e999"), "spacing"),
-    ("wrong types", STUDY.replace("name: small", "name: [small]"), "name: input should be a valid string"),
-    ("section is text", "name: small\npretrain: yes\nfinetune: no\n", "pretrain: "),
-    ("null for all", "name:\npretrain:\nfinetune:\n", "name: "),
-    ("number as a key", STUDY + "5: 6\n", "5: "), ("list as a key", STUDY + "? [a]\n: 6\n", "not valid YAML"),
-    ("key with a line break", STUDY + '"a\\nb": 6\n', "control"),
-    ("line break in a value", STUDY.replace("small", '"a\\nb"'), "control"),
-    ("text of 500,000 characters", STUDY.replace("small", "_" * 500_000), "name: "),
-    ("20 MB", STUDY + "#" * 20 * 10**6, "bytes"),
-    ("10,000 wrong keys", STUDY + "".join(f"k{i}: 1\n" for i in range(10**4)), ""),
-    ("NUL in a path", STUDY.replace("root: a,", 'root: "a\\0",', 1), ""),
-):  # fmt: skip
-    ROWS.add("yaml", name, text if isinstance(text, bytes) else text.encode(), rule)
-
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Callable[[str, Path], dict[str, Any]]]:
@@ -695,14 +617,14 @@ def test_hostile_input_is_refused_or_right(
         path.write_bytes(built)
     answer = ask(reader, path)
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    assert answer["error"] in (None, "ValueError"), answer
+    assert answer["error"] in (None, "ValueError", "UserError"), answer
     if isinstance(expected, dict):
         assert {key: answer.get(key) for key in expected} == expected, answer
     else:
-        assert answer["error"] == "ValueError", answer
+        assert answer["error"] in ("ValueError", "UserError"), answer
         lines = answer["message"].splitlines()
         shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(path))
-        assert len(lines) <= (20 if reader == "yaml" else 1), answer
+        assert len(lines) == 1, answer
         assert all(line.startswith(f"{shown}: ") for line in lines), answer
         assert expected in answer["message"]
         assert max(map(len, lines)) < len(shown) + 2000

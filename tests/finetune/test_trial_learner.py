@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from studies import small_study
 from torch import Tensor
 
-from ssl_ray.config.schema import Study
 from ssl_ray.finetune import learner as module
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.training import compile as compiled
@@ -19,21 +19,8 @@ CPU = torch.device("cpu")
 
 def make(**finetune: Any) -> SegmentationLearner:
     """A tiny one on patches of 16 x 16 x 32 voxels."""
-    preparation = {"spacing": 3, "hu_window": [-175, 250]}
-    tree = {
-        "name": "learner",
-        "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
-        "pretrain": {"sources": [{"root": "x", "datalist": "x.json"}], "preparation": preparation},
-        "finetune": {
-            "cohort": {"root": "x", "classes": 3, "splits": {2: "x.json"}},
-            "preparation": preparation,
-            "patch_size": [16, 16, 32],
-            "patches_per_volume": 2,
-            "precision": "float32",
-        }
-        | finetune,
-    }
-    study = Study.model_validate(tree)
+    defaults = {"cohort": {"classes": 3}, "patch_size": [16, 16, 32], "patches_per_volume": 2}
+    study = small_study(finetune=defaults | finetune)
     return SegmentationLearner(study.finetune, study.network, CPU, 1e-2, 0)
 
 

@@ -1,166 +1,186 @@
 """After a fault, a grid ends with exactly one finished run a cell, each as if nothing had happened."""
 
 import contextlib
+import itertools
+import math
 import os
-import pkgutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-import numpy as np
+import events
 import psutil
 import pytest
 import ray
 import runs
 import torch
-import yaml
+from events import after_steps, in_network, on_open, on_rename
+from ray import tune
 from safetensors.torch import load_file
+from studies import small_tree, write_study
+from torch import Tensor, nn
 
 from ssl_ray.cli import main
-from ssl_ray.config.loading import load
-from ssl_ray.finetune.patches import PatchSampler
-from ssl_ray.finetune.trial import run_trial
-from ssl_ray.search import grid
-from ssl_ray.search.callbacks import FAILURE
+from ssl_ray.search.cells import FAILURE
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
 pytestmark = pytest.mark.slow
 wait_for = partial(runs.wait_for, seconds=120)
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+for module in (events, sys.modules[__name__]):
+    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import a test
 
 A, B = "n02-random-lr0.001-seed0", "n04-random-lr0.001-seed0"
 STEPS = 12
 """Validations and checkpoints at steps 4, 8 and 12."""
 
-real_trial, real_save, real_batch = run_trial, torch.save, PatchSampler.batch
+Outcome = dict[str, tuple[dict[str, list[tuple[int, float]]], dict[str, Tensor]]]
+"""Of every cell: each metric's history, and the weights."""
 
 
-def die(*_, **__):
+def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_in_the_middle_of(state, path, *_):
-    real_save(state, path)
+def die_half_way(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
     die()
 
 
-def crash(*_, **__):
+def crash() -> None:
     raise RuntimeError("the moon is in the way")
 
 
-def poison(sampler, step):
-    images, labels = real_batch(sampler, step)
-    return images * np.nan, labels
+def die_in_prediction(after: str) -> AbstractContextManager[None]:
+    """While the network predicts, once a checkpoint that matches is there."""
+    from monai.networks.nets import UNETR
+
+    def fault(network: nn.Module, image: Tensor) -> None:
+        if not network.training and list(Path("/").glob(after.lstrip("/"))):
+            die()
+
+    return in_network(UNETR, fault)
 
 
-FAULTS = {
-    # name: (what of the trial is replaced, at which call since the trial started, by what)
-    "killed in training": ("ssl_ray.finetune.learner.take_step", 6, die),
-    "killed in validation": ("ssl_ray.finetune.learner.predict", 2, die),
-    "killed in a checkpoint": ("ssl_ray.training.checkpoint.torch.save", 1, die_in_the_middle_of),
-    "killed in the evaluation": ("ssl_ray.finetune.trial.evaluate", 2, die),
-    "killed in the result": ("ssl_ray.finetune.trial_folder.save", 1, die),
-    "crash": ("ssl_ray.finetune.learner.take_step", 6, crash),
-    "nan": ("ssl_ray.finetune.trial.PatchSampler.batch", 6, poison),
-    "pause": ("ssl_ray.finetune.learner.take_step", 6, None),
+def poison_step(number: int) -> AbstractContextManager[None]:
+    """The images of one training step hold a NaN."""
+    from monai.networks.nets import UNETR
+
+    steps = itertools.count(1)
+
+    def fault(network: nn.Module, images: Tensor) -> Tensor | None:
+        return images * math.nan if network.training and next(steps) == number else None
+
+    return in_network(UNETR, fault)
+
+
+def pause(study: str) -> None:
+    Path(study, "plan", "paused").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+FAULTS: dict[str, Callable[[str, str], AbstractContextManager[None]]] = {
+    # name: how it comes, out of the study's folder and the pattern of the trial's
+    "killed in training": lambda study, trial: after_steps(5, die),
+    "killed in validation": lambda study, trial: die_in_prediction(f"{trial}/checkpoint/00000004"),
+    "killed in a checkpoint": lambda study, trial: on_open(f"{trial}/checkpoint/.00000008-*/state.pt", die_half_way),
+    "killed in the evaluation": lambda study, trial: die_in_prediction(f"{trial}/checkpoint/00000012"),
+    "killed in the result": lambda study, trial: on_rename(f"{trial}/unetr.safetensors", die),
+    "crash after step 5": lambda study, trial: after_steps(5, crash),
+    "crash after step 9": lambda study, trial: after_steps(9, crash),
+    "nan": lambda study, trial: poison_step(6),
+    "pause": lambda study, trial: after_steps(5, lambda: pause(study)),
 }
 
 
-def faulty_trial(study, cell, data, weights, folder, device, key):
-    """In a trial's process: `run_trial`, with the next fault that the test has planned for this cell."""
-    plan, fault = folders_of(study).study / "plan" / cell.name, None
-    with contextlib.suppress(FileNotFoundError):
-        fault, _, rest = plan.read_text().partition("\n")
-        plan.write_text(rest)
-    arguments = study, cell, data, weights, folder, device, key
-    if not fault:
-        yield from real_trial(*arguments)
-        return
-    target, count, what = FAULTS[fault]
-    original, calls = pkgutil.resolve_name(target), iter(range(1, 1000))
+def with_planned_faults(trainable: Callable[[Any], None], study: str) -> Callable[[Any], None]:
+    """What Tune ships to a trial's process: the same, with the next fault that the test has planned for its cell."""
 
-    def pause(*_, **__):
-        (folders_of(study).study / "plan" / "paused").write_text(str(os.getpid()))
-        time.sleep(600)
+    def faulty(space: dict[str, Any]) -> None:
+        cell = space["cell"].name
+        plan, fault = Path(study, "plan", cell), ""
+        with contextlib.suppress(FileNotFoundError):
+            fault, _, rest = plan.read_text().partition("\n")
+            plan.write_text(rest)
+        with FAULTS[fault](study, f"{study}/finetune-*/{cell}-*") if fault else contextlib.nullcontext():
+            trainable(space)
 
-    def wrapped(*arguments, **options):
-        return (what or pause)(*arguments, **options) if next(calls) == count else original(*arguments, **options)
-
-    with mock.patch(target, wrapped):
-        yield from real_trial(*arguments)
+    return faulty
 
 
-def drive(path, *options):
+@contextlib.contextmanager
+def planned_faults(path: Path) -> Iterator[None]:
+    """Whatever this process gives to Tune has the faults that are planned for the study."""
+    study, real = str(folders_of(load(path)).study), tune.with_resources
+    with mock.patch.object(
+        tune, "with_resources", lambda trainable, resources: real(with_planned_faults(trainable, study), resources)
+    ):
+        yield
+
+
+def drive(path: Path, *options: str) -> int:
     """The command line, with planned faults."""
-    with mock.patch.object(grid, "work", faulty_trial):
+    with planned_faults(path):
         return main(["finetune", str(path), *options])
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
-def experiment(cohort, cache, tmp_path):
+def experiment(cohort: Path, cache: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a grid of two cells, one trial at a time, with the faults planned for each."""
 
-    def make(**plan):
+    def make(**plan: list[str]) -> Path:
         return write(tmp_path, cohort, cache, plan)
 
     return make
 
 
-def write(folder, cohort, cache, plan):
-    preparation = {"spacing": 9, "hu_window": [-175, 250]}
-    tree = {
-        "name": "grid",
-        "output": str(folder / "output"),
-        "cache": str(cache),
-        "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
-        "pretrain": {
-            "sources": [{"root": str(cohort), "datalist": "unlabelled.json"}],
-            "preparation": preparation,
-            "patch_size": 16,
-            "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
-        },
-        "finetune": {
-            "cohort": {"root": str(cohort), "classes": 14, "splits": {2: "labelled_2.json", 4: "labelled_4.json"}},
-            "preparation": preparation,
-            "patch_size": 16,
+def write(folder: Path, cohort: Path, cache: Path, plan: dict[str, list[str]]) -> Path:
+    tree = small_tree(
+        folder,
+        cohort,
+        name="grid",
+        cache=str(cache),
+        finetune={
+            "cohort": {"splits": {2: "labelled_2.json", 4: "labelled_4.json"}},
             "patches_per_volume": 2,
             "steps": STEPS,
             "validate_every": 4,
             "checkpoint_minutes": 0,
-            "precision": "float32",
             "grid": {"init": ["random"], "lr": [1e-3]},
             "max_concurrent_trials": 1,
             "max_failures": -1,
         },
-    }
-    path = folder / "grid.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    (folders_of(load(path)).study / "plan").mkdir(parents=True)
+    )
+    path = write_study(folder / "grid.yaml", tree)
+    plans = folders_of(load(path)).study / "plan"
+    plans.mkdir(parents=True)
     for cell, faults in plan.items():
-        (folders_of(load(path)).study / "plan" / {"a": A, "b": B}[cell]).write_text("\n".join(faults))
+        (plans / {"a": A, "b": B}[cell]).write_text("\n".join(faults))
     return path
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, cohort, cache, tmp_path_factory):
+def undisturbed(ray_cluster: None, cohort: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """What the grid finds without faults."""
     path = write(tmp_path_factory.mktemp("undisturbed"), cohort, cache, {})
     assert main(["finetune", str(path)]) == 0
     return outcome(path)
 
 
-def runs(path):
+def runs_of(path: Path) -> dict[str, Any]:
     """Newest state of every cell's run by name; no cell has two."""
     found = tracker_of(load(path)).runs(kind="trial")
     by_name = {run.info.run_name: run for run in found}
@@ -168,24 +188,24 @@ def runs(path):
     return by_name
 
 
-def history(path, run, metric):
+def history(path: Path, run: Any, metric: str) -> list[tuple[int, float]]:
     points = tracker_of(load(path)).client.get_metric_history(run.info.run_id, metric)
     return [(point.step, point.value) for point in sorted(points, key=lambda point: point.timestamp)]
 
 
-def starts(path, cell):
+def starts(path: Path, cell: str) -> list[float]:
     """The step that each start of a trial went on from, and how many steps it had to do again."""
-    run = runs(path)[cell]
+    run = runs_of(path)[cell]
     again = [int(value) for _, value in history(path, run, "replayed_steps")]
     print(f"{cell}: steps done again {again}")
     assert max(again) < 4, "less than between two checkpoints"
     return [value for _, value in history(path, run, "started_at")]
 
 
-def outcome(path):
+def outcome(path: Path) -> Outcome:
     """Of every cell: each metric's history but of clocks and starts, and the weights."""
     found = {}
-    for name, run in runs(path).items():
+    for name, run in runs_of(path).items():
         assert run.info.status == "FINISHED"
         assert not run.data.tags.get(FAILURE)
         metrics = run.data.metrics.keys() - {"seconds_per_step", "started_at", "replayed_steps"}
@@ -199,7 +219,7 @@ def outcome(path):
     return found
 
 
-def assert_same(path, expected):
+def assert_same(path: Path, expected: Outcome) -> None:
     found = outcome(path)
     assert found.keys() == expected.keys() == {A, B}
     for cell, (histories, weights) in found.items():
@@ -208,7 +228,9 @@ def assert_same(path, expected):
             assert torch.equal(weights[name], tensor), f"{cell}: {name}"
 
 
-def test_a_trial_killed_again_and_again(undisturbed, experiment, capfd):
+def test_a_trial_killed_again_and_again(
+    undisturbed: Outcome, experiment: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL in training, validation, a checkpoint, the evaluation and the result: each time it goes on from its own
     newest whole checkpoint, in a new process, and the other cell is not touched."""
     kills = [name for name in FAULTS if name.startswith("killed")]
@@ -222,19 +244,21 @@ def test_a_trial_killed_again_and_again(undisturbed, experiment, capfd):
     assert "2 cells trained now, 0 were done already" in out
 
 
-def test_a_trial_that_crashes_is_tried_again_and_then_a_hole(undisturbed, experiment, capfd):
+def test_a_trial_that_crashes_is_tried_again_and_then_a_hole(
+    undisturbed: Outcome, experiment: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Tried again `max_failures` times from its checkpoint, then recorded with its reason; the grid goes on with exit
     code 1, the report shows the hole, and the same command given again tries that cell alone."""
-    path = experiment(a=["crash", "crash"])
+    path = experiment(a=["crash after step 5", "crash after step 9"])
     options = ["--set", "finetune.max_failures=1"]
-    with mock.patch.object(grid, "work", faulty_trial):
+    with planned_faults(path):
         assert main(["run", str(path), *options]) == 1
     out = capfd.readouterr().out
     assert "RuntimeError: the moon is in the way" in out
-    failed, other = runs(path)[A], runs(path)[B]
+    failed, other = runs_of(path)[A], runs_of(path)[B]
     assert (failed.info.status, other.info.status) == ("FAILED", "FINISHED")
     assert failed.data.tags[FAILURE] == "RuntimeError: the moon is in the way"
-    assert b"crash" in tracker_of(load(path)).read(failed.info.run_id, "failure.txt")
+    assert b"crash" in (tracker_of(load(path)).read(failed.info.run_id, "failure.txt") or b"")
     assert starts(path, A) == [0, 4]
     page = (folders_of(load(path)).study / "report.md").read_text()
     assert f"`{A}` failed: RuntimeError: the moon is in the way" in page
@@ -244,18 +268,20 @@ def test_a_trial_that_crashes_is_tried_again_and_then_a_hole(undisturbed, experi
     assert main(["run", str(path), *options]) == 0
     assert "1 cells trained now, 1 were done already" in capfd.readouterr().out
     assert starts(path, A) == [0, 4, 8], "it goes on from where it had come to"
-    assert runs(path)[A].info.run_id == failed.info.run_id
-    assert runs(path)[B].info.end_time == other.info.end_time
+    assert runs_of(path)[A].info.run_id == failed.info.run_id
+    assert runs_of(path)[B].info.end_time == other.info.end_time
     assert_same(path, undisturbed)
     assert "the moon" not in (folders_of(load(path)).study / "report.md").read_text()
 
 
-def test_a_trial_that_is_not_finite_stops_and_is_not_tried_again(undisturbed, experiment, capfd):
+def test_a_trial_that_is_not_finite_stops_and_is_not_tried_again(
+    undisturbed: Outcome, experiment: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     """With `stop`, the run names step and volumes, and is not retried; without the cause, the cell ends as ever."""
     path = experiment(b=["nan"])
     options = ["--set", "finetune.on_nonfinite=stop"]
     assert drive(path, *options) == 1
-    failed = runs(path)[B]
+    failed = runs_of(path)[B]
     assert failed.info.status == "FAILED"
     assert "step 6: loss nan, gradient norm nan; patches 10 to 11 of seed 0, volumes " in failed.data.tags[FAILURE]
     assert starts(path, B) == [0]
@@ -269,11 +295,12 @@ def test_a_trial_that_is_not_finite_stops_and_is_not_tried_again(undisturbed, ex
     assert_same(path, undisturbed)
 
 
-def driver(path):
+def driver(path: Path) -> subprocess.Popen[bytes]:
     """A driver of its own, on the session's cluster."""
     address = ray.get_runtime_context().gcs_address
-    code = "import sys, test_grid_faults as t; sys.exit(t.drive(sys.argv[1]))"
-    places = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    code = "import sys; from pathlib import Path; import test_grid_faults as t; sys.exit(t.drive(Path(sys.argv[1])))"
+    here = Path(__file__).parent
+    places = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": places}
     log = (path.parent / "driver.log").open("w")
     return subprocess.Popen(
@@ -286,7 +313,9 @@ def driver(path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
-def test_the_driver_ends_and_is_started_again(undisturbed, experiment, capfd, number):
+def test_the_driver_ends_and_is_started_again(
+    undisturbed: Outcome, experiment: Callable[..., Path], capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
     """With one cell finished and the other in mid-training. Open runs end as killed where the driver can still do so;
     the same command, given again, goes on from the checkpoint and leaves the finished cell alone."""
     path = experiment(b=["pause"])
@@ -302,7 +331,7 @@ def test_the_driver_ends_and_is_started_again(undisturbed, experiment, capfd, nu
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     wait_for(lambda: not psutil.pid_exists(int(paused.read_text())), "Ray ends the trial of a driver that is gone")
-    finished, open_run = runs(path)[A], runs(path)[B]
+    finished, open_run = runs_of(path)[A], runs_of(path)[B]
     assert finished.info.status == "FINISHED"
     (grid_run,) = tracker_of(load(path)).runs(kind="grid")
     if number != signal.SIGKILL:
@@ -314,18 +343,18 @@ def test_the_driver_ends_and_is_started_again(undisturbed, experiment, capfd, nu
     assert main(["finetune", str(path)]) == 0
     assert "1 cells trained now, 1 were done already" in capfd.readouterr().out
     assert starts(path, B) == [0, 4]
-    again = runs(path)[A]
+    again = runs_of(path)[A]
     assert (again.info.run_id, again.info.end_time, again.data.metrics) == (
         finished.info.run_id,
         finished.info.end_time,
         finished.data.metrics,
     )
-    assert runs(path)[B].info.run_id == open_run.info.run_id
+    assert runs_of(path)[B].info.run_id == open_run.info.run_id
     assert_same(path, undisturbed)
 
 
 @contextlib.contextmanager
-def node():
+def node() -> Iterator[Callable[[], list[int]]]:
     """A further node of the session's cluster, and its processes."""
     address = ray.get_runtime_context().gcs_address
     options = ["--num-cpus=2", "--object-store-memory=100000000", "--block"]
@@ -333,7 +362,7 @@ def node():
     before = len(alive())
     starter = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
-    def kill():
+    def kill() -> list[int]:
         """As if the machine lost power."""
         processes = [*starter.children(recursive=True), starter]
         for process in processes:
@@ -351,11 +380,11 @@ def node():
         wait_for(lambda: len(alive()) <= before, "the end of the node")
 
 
-def alive():
+def alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def test_a_trial_whose_node_is_lost_goes_on_at_another(undisturbed, experiment):
+def test_a_trial_whose_node_is_lost_goes_on_at_another(undisturbed: Outcome, experiment: Callable[..., Path]) -> None:
     """A node dies with the trial on it, and another one comes: there the trial goes on from its checkpoint."""
     path = experiment(a=["pause"])
     paused = folders_of(load(path)).study / "plan" / "paused"
@@ -365,7 +394,7 @@ def test_a_trial_whose_node_is_lost_goes_on_at_another(undisturbed, experiment):
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         lose = stack.enter_context(node())
 
-        def exchange():
+        def exchange() -> list[int]:
             wait_for(lambda: paused.is_file() and paused.read_text(), "the trial")
             lost = lose()
             stack.enter_context(node())
@@ -380,5 +409,5 @@ def test_a_trial_whose_node_is_lost_goes_on_at_another(undisturbed, experiment):
 
 
 class Holder:
-    def ready(self):
+    def ready(self) -> bool:
         return True

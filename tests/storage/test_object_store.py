@@ -6,7 +6,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from runs import SAVED, assert_same, kill, outcome, start, wait_for, write
 
-from ssl_ray.config.loading import load
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of
 
 pytestmark = pytest.mark.slow

@@ -1,21 +1,33 @@
 """A name stands for one configuration: a changed one is refused with the difference, `--fresh` keeps the old."""
 
+from pathlib import Path
+
 import pytest
 from runs import write
 
 from ssl_ray.cli import main
-from ssl_ray.config.loading import load
-from ssl_ray.study import identity as reuse
+from ssl_ray.errors import UserError
+from ssl_ray.study import identity
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
 
+def begin(path: Path, stage: identity.Stage) -> None:
+    study = load(path)
+    identity.record(study, folders_of(study), stage)
+
+
+def check(path: Path, setting: str) -> None:
+    study = load(path, [setting])
+    identity.check_unchanged(study, folders_of(study))
+
+
 @pytest.fixture
-def begun(cohort, tmp_path):
+def begun(cohort: Path, tmp_path: Path) -> Path:
     """The path of an experiment whose pretraining and grid were begun."""
     path = write(tmp_path, cohort)
-    study = load(path, [])
-    reuse.record(study, folders_of(study), "pretrain")
-    reuse.record(study, folders_of(study), "finetune")
+    begin(path, "pretrain")
+    begin(path, "finetune")
     return path
 
 
@@ -30,7 +42,9 @@ def begun(cohort, tmp_path):
         ("finetune.augmentation.shift=0.3", "finetune.augmentation.shift: 0.1 -> 0.3"),
     ],
 )
-def test_a_changed_configuration_is_refused(begun, capsys, setting, difference):
+def test_a_changed_configuration_is_refused(
+    begun: Path, capsys: pytest.CaptureFixture[str], setting: str, difference: str
+) -> None:
     """Exit code 2 before anything starts, and every difference in one message."""
     assert main(["run", str(begun), "--set", setting]) == 2
     text = capsys.readouterr().err
@@ -50,35 +64,35 @@ def test_a_changed_configuration_is_refused(begun, capsys, setting, difference):
         "on_bad_volume=skip",
     ],
 )
-def test_how_a_run_is_carried_out_may_change(begun, setting):
+def test_how_a_run_is_carried_out_may_change(begun: Path, setting: str) -> None:
     """More workers, other checkpoints, a wider grid: what is done stays right."""
-    reuse.check_unchanged(load(begun, [setting]), folders_of(load(begun, [setting])))
+    check(begun, setting)
 
 
-def test_precision_auto_binds_the_device(cohort, tmp_path):
+def test_precision_auto_binds_the_device(cohort: Path, tmp_path: Path) -> None:
     """With `precision: auto`, a GPU may compute in another type than the CPU, so `gpu` may not change."""
     path = write(tmp_path, cohort, precision="auto")
-    reuse.record(load(path, []), folders_of(load(path, [])), "pretrain")
-    with pytest.raises(ValueError, match=r"pretrain.gpu: False -> True"):
-        reuse.check_unchanged(load(path, ["pretrain.gpu=true"]), folders_of(load(path, ["pretrain.gpu=true"])))
+    begin(path, "pretrain")
+    with pytest.raises(UserError, match=r"pretrain.gpu: False -> True"):
+        check(path, "pretrain.gpu=true")
 
 
-def test_only_what_was_begun_is_compared(cohort, tmp_path):
+def test_only_what_was_begun_is_compared(cohort: Path, tmp_path: Path) -> None:
     """After `ssl-ray pretrain`, the fine-tuning may still be changed."""
     path = write(tmp_path, cohort)
-    reuse.record(load(path, []), folders_of(load(path, [])), "pretrain")
-    reuse.check_unchanged(load(path, ["finetune.steps=7"]), folders_of(load(path, ["finetune.steps=7"])))
+    begin(path, "pretrain")
+    check(path, "finetune.steps=7")
 
 
-def test_fresh_keeps_the_old(begun):
+def test_fresh_keeps_the_old(begun: Path) -> None:
     """Folder and MLflow experiment get another name, with everything in them; a second time there is nothing."""
-    study = load(begun, [])
+    study = load(begun)
     tracker = tracker_of(study)
     run = tracker.open("pretraining", "key", "pretrain", {})
     run.metrics({"loss": 1.0}, 1)
     run.close()
     tracker.settle()
-    kept = reuse.set_aside(study, folders_of(study))
+    kept = identity.set_aside(study, folders_of(study))
     assert kept
     assert kept.startswith("faults-until-")
     assert (folders_of(study).study.parent / kept / "pretrain.yaml").is_file()
@@ -88,9 +102,8 @@ def test_fresh_keeps_the_old(begun):
     assert tracker_of(study).runs(kind="pretraining") == []
 
 
-def test_fresh_does_not_rename_what_others_share(begun):
+def test_fresh_does_not_rename_what_others_share(begun: Path) -> None:
     """An MLflow experiment that the study does not have for itself is left alone."""
-    with pytest.raises(ValueError, match="may hold other studies"):
-        reuse.set_aside(
-            load(begun, ["tracking.experiment=ours"]), folders_of(load(begun, ["tracking.experiment=ours"]))
-        )
+    study = load(begun, ["tracking.experiment=ours"])
+    with pytest.raises(UserError, match="may hold other studies"):
+        identity.set_aside(study, folders_of(study))

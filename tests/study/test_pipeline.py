@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ssl_ray.cli import main
-from ssl_ray.config.loading import load
+from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 from ssl_ray.tracking.tracker import PRETRAINING_RUN
 

@@ -72,3 +72,13 @@ def test_digests_tell_values_apart_and_not_their_order() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
     assert digest([1, 2]) != digest([2, 1])
+
+
+def test_a_torn_checkpoint_is_replaced(tmp_path):
+    """A step that is trained again after a fault replaces what was left of it."""
+    save_latest(tmp_path, state(1))
+    for name in ("state.pt", "manifest.json"):
+        (tmp_path / "00000001" / name).write_bytes(b"torn")
+        save_latest(tmp_path, state(1))
+        assert torch.equal(load_latest(tmp_path)["model"]["weight"], state(1)["model"]["weight"])
+        assert [path.name for path in tmp_path.iterdir()] == ["00000001"]

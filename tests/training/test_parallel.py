@@ -12,7 +12,7 @@ from tiny_learner import BATCH, LEVELS, SIDE, make, same
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
-from ssl_ray.networks.transfer import load_weights
+from ssl_ray.networks.weight_files import load_weights
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssl_ray.config.schema import Corruption
 from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw
-from ssl_ray.storage.files import reason
+from ssl_ray.text import reason
 
 
 def corrupt(patches: Tensor, draws: Draws) -> Tensor:

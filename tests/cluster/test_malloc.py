@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from ssl_ray.training.malloc import environment, keep_freed
+from ssl_ray.cluster.malloc import environment, keep_freed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 

@@ -1,0 +1,122 @@
+"""Files of weights: reading those of others safely, and writing ours.
+
+A file of weights may come from anywhere. Reading it runs no pickled code and takes no more memory than the file is
+long. The driver reads metadata before it needs any network: MONAI takes seconds to import and is not here.
+"""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ssl_ray.config.schema import Network
+from ssl_ray.errors import UserError
+from ssl_ray.storage.files import appearing, open_file, write_file
+from ssl_ray.text import shown
+
+
+def describe(network: Network, patch_size: Sequence[int]) -> dict[str, str]:
+    """Metadata for `export`: what `transfer` must know of an autoencoder and cannot see in its weights."""
+    widths = network.model_dump(include={"hidden_size", "mlp_dim", "num_heads"})
+    return {name: str(value) for name, value in widths.items()} | {"patch_size": str(list(patch_size))}
+
+
+def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write pretrained weights twice: for `load_weights`, and for the notebooks of Project MONAI.
+
+    `path` gets the weights as safetensors with the metadata. The file beside it with the ending `.pt` is a torch file
+    of `{"state_dict": ...}`, which the tutorial's code loads unchanged. Both appear complete or not at all, the
+    safetensors last.
+
+    Args:
+        path: ends with `.safetensors`.
+        autoencoder_state: `state_dict()` of a ViTAutoEnc, or of DDP around it.
+        metadata: at least that of `describe`.
+    """
+    # Copies, because safetensors refuses tensors that share memory, and torch would save all of that memory.
+    state = {
+        key: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for key, value in _plain(autoencoder_state, str(path)).items()
+    }
+    with appearing(path.with_suffix(".pt")) as part, part.open("wb") as file:
+        torch.save({"state_dict": state}, file)
+    write_file(path, save(state, dict(metadata)))  # safetensors' `save_file` would let only the owner read it
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict on the CPU, out of a safetensors file or a torch file; no pickled code is ever run.
+
+    Accepts a plain state dict or `{"state_dict": ...}`, with or without the prefix of DDP.
+
+    Raises:
+        UserError: for a file that cannot be read, or holds anything but named dense tensors of real numbers.
+    """
+    try:
+        with open_file(path) as file:
+            _check_uncompressed(file)
+        content: object = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: holds Python objects, which can run code when they are read, or is damaged: save the state dict "
+            f"of the network alone"
+        ) from error
+    except Exception as error:  # which exception a damaged file raises depends on the damaged byte
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a file of weights, or a damaged one: {reason}") from error
+    if isinstance(content, dict) and "state_dict" in content:
+        content = content["state_dict"]
+    return _plain(content, str(path))
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata in a safetensors file, each value as one short line; empty for a torch file, which has none.
+
+    Raises:
+        UserError: for a file that cannot be read, or is damaged.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        open_file(path).close()
+        with safe_open(path, "pt") as file:
+            return {name: shown(value) for name, value in (file.metadata() or {}).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot read the metadata: {shown(error)}") from error
+
+
+def _check_uncompressed(file: BinaryIO) -> None:
+    """Refuse a zip whose records are longer than it is: torch writes none, and would allocate what it is promised."""
+    if zipfile.is_zipfile(file):
+        promised = sum(record.file_size for record in zipfile.ZipFile(file).infolist())
+        if promised > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"its records promise {promised} bytes, more than it has")
+
+
+def _plain(state: object, source: str) -> dict[str, Tensor]:
+    """The state dict without DDP's prefix."""
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"{source}: expected a state dict, got {type(state).__name__} without tensors")
+    for key, value in state.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            name = shown(repr(key), 80)
+            raise UserError(f"{source}: expected a state dict of named tensors, but {name} is not one")
+        # A copy into our weights would drop an imaginary part without a word.
+        plain = value.layout == torch.strided and value.is_floating_point() and not (value.is_meta or value.is_nested)
+        # With stride 0 a tensor of one stored number has as many elements as it likes.
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{source}: {shown(key, 80)}: not a dense tensor of real numbers")
+    prefix = "module." if all(key.startswith("module.") for key in state) else ""
+    return {key.removeprefix(prefix): value for key, value in state.items()}

@@ -1,0 +1,118 @@
+"""The volumes of a study: read from its datalists, brought into the store, and kept apart."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssl_ray.config.schema import Study
+from ssl_ray.console import say, track
+from ssl_ray.data.datalist import Case, Splits, check_held_out, read_labelled, read_unlabelled
+from ssl_ray.data.prepare import BadVolume, prepare_cohort
+from ssl_ray.data.store import Store, Volume
+from ssl_ray.errors import UserError
+from ssl_ray.phantom.cohort import write_cohort
+from ssl_ray.search.cells import BAD_VOLUMES
+from ssl_ray.storage.folders import Folders
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """The cases of a study: unlabelled ones to train and to validate on, and the labelled splits."""
+
+    training: tuple[Case, ...]
+    validation: tuple[Case, ...]
+    splits: Splits
+
+
+@dataclass(frozen=True)
+class PreparedCohorts:
+    """The stored volumes of a study; `labelled` by image path. Bad volumes that the study skips are missing."""
+
+    training: tuple[Volume, ...]
+    validation: tuple[Volume, ...]
+    labelled: dict[str, Volume]
+
+
+def read_cohorts(study: Study) -> Cohorts:
+    """Read the datalists and check them as far as that goes without reading a volume.
+
+    A study on a synthetic cohort writes that first.
+
+    Raises:
+        UserError: for anything that the lists get wrong.
+    """
+    if phantom := study.phantom:
+        numbers = phantom.model_dump(exclude={"root"})
+        write_cohort(Path(phantom.root), **numbers, progress=track("synthesizing volumes"))
+    training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
+    splits = read_labelled(study.finetune.cohort, study.finetune.split_sizes)
+    check_held_out((*training, *validation), splits)
+    return Cohorts(training, validation, splits)
+
+
+def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bool = False) -> PreparedCohorts:
+    """Bring both cohorts into the store, on the Ray cluster.
+
+    Args:
+        study: the experiment.
+        folders: of the study.
+        cohorts: its cases.
+        verify: read all sources and all stored volumes and compare digests, whatever their times say.
+
+    Raises:
+        UserError: with a table of all bad volumes, unless the study skips them; when a held-out volume has the content
+            of one that is trained on.
+    """
+    store = Store(folders.cache, folders.scratch)
+    settings, classes = study.finetune, study.finetune.cohort.classes
+    unlabelled: dict[str, Volume] = {}
+    bad: list[BadVolume] = []
+    fresh = 0
+    if cases := (*cohorts.training, *cohorts.validation):
+        progress = track("preparing unlabelled volumes")
+        unlabelled, bad, fresh = prepare_cohort(cases, study.pretrain.preparation, store, None, progress, verify)
+    progress = track("preparing labelled volumes")
+    labelled, bad_labelled, fresh_labelled = prepare_cohort(
+        cohorts.splits.cases, settings.preparation, store, classes, progress, verify
+    )
+    _tell_bad([*bad, *bad_labelled], folders.study / BAD_VOLUMES, skip=study.on_bad_volume == "skip")
+    _check_content(list(unlabelled.values()), labelled, cohorts.splits)
+    say(f"prepared {fresh + fresh_labelled} of {len(unlabelled) + len(labelled)} volumes now; the store is {store}")
+    return PreparedCohorts(_found(cohorts.training, unlabelled), _found(cohorts.validation, unlabelled), labelled)
+
+
+def _found(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:
+    return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
+
+
+def _tell_bad(bad: Sequence[BadVolume], record: Path, skip: bool) -> None:
+    """Refuse bad volumes, or go on without them and record which they are."""
+    if not bad:
+        record.unlink(missing_ok=True)
+        return
+    width = max(len(one.id) for one in bad)
+    table = "\n".join(f"  {one.id:<{width}}  {one.reason}" for one in bad)
+    if not skip:
+        raise UserError(
+            f"{len(bad)} volumes cannot be used (on_bad_volume: skip goes on without them; the others are kept in the "
+            f"store):\n{table}"
+        )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({one.id: one.reason for one in bad}, indent=1))
+    say(f"going on without {len(bad)} volumes, recorded in {record}:\n{table}")
+
+
+def _check_content(unlabelled: Sequence[Volume], labelled: Mapping[str, Volume], splits: Splits) -> None:
+    """The same bytes under another name are still the same patient, so they may not be trained on and held out."""
+    training = [volume for cases in splits.training.values() for volume in _found(cases, labelled)]
+    seen = {volume.image_sha256: volume.image_source for volume in (*unlabelled, *training)}
+    for part, cases in (("validation", splits.validation), ("test", splits.test)):
+        held_out = _found(cases, labelled)
+        for volume in held_out:
+            if volume.image_sha256 in seen:
+                raise UserError(
+                    f"{volume.image_source}: this labelled {part} volume has the same content as "
+                    f"{seen[volume.image_sha256]}, which is trained or selected on"
+                )
+        seen |= {volume.image_sha256: volume.image_source for volume in held_out}

@@ -1,0 +1,29 @@
+"""An experiment file, read."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ssl_ray.config.loading import parse
+from ssl_ray.config.schema import Study
+from ssl_ray.errors import UserError
+from ssl_ray.storage.files import read_file
+
+_MOST_BYTES = 2**20
+"""An experiment has some kilobytes; a larger file is a mistake, e.g. a volume or weights named instead."""
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Study:
+    """Read and validate an experiment file.
+
+    Args:
+        path: the YAML file.
+        overrides: as for `ssl_ray.config.loading.parse`.
+
+    Raises:
+        UserError: naming the file, the key, the rule and the value; an unknown key with the nearest valid one.
+    """
+    try:
+        text = read_file(Path(path), _MOST_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the experiment: {getattr(error, 'strerror', None) or error}") from error
+    return parse(text, str(path), overrides)
