@@ -2,7 +2,7 @@
 
 checkpoint/<step>/             training states, the newest two
 best/<step>/                   weights that did best on validation so far; a checkpoint names their step
-faults/step_<n>.safetensors    what reproduces a step that was not finite, and .json beside it
+faults/step_<n>.safetensors    what reproduces a step that was not finite, for the first three
 unetr.safetensors              the result: the weights that did best on validation
 evaluation.json                and their scores, volume by volume
 """
