@@ -123,7 +123,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> A
 
 def saved(folder: Path) -> list[int]:
     """Steps of the whole checkpoints under a folder."""
-    manifests = folder.glob("**/checkpoints/*/manifest.json")
+    manifests = folder.glob("**/checkpoints/[!.]*/manifest.json")
     return sorted(json.loads(path.read_text())["step"] for path in manifests)
 
 
