@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.training import nonfinite
 from ssl_ray.training.checkpoint import load_latest, load_state, save_latest
 
 
@@ -63,10 +62,6 @@ class TrialFolder:
         if known:
             log.warning("%s: no checkpoint can be used; the trial starts from step 0", self.checkpoints)
         return None
-
-    def keep_fault(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path | None:
-        """Write what reproduces a step: `faults/step_<n>.safetensors`; None for all but the first three."""
-        return nonfinite.keep(self.path / "faults", f"step_{step:07d}", tensors, facts)
 
     def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any]) -> None:
         """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""

@@ -125,18 +125,15 @@ def _report_fault(
         return
     batch, feed = fault.what, job.training
     places = [feed.place(int(index)) for index in batch.indices]
-    text = (
-        f"step {batch.step + 1}, rank {rank}: {fault}; samples {', '.join(str(place['sample']) for place in places)} "
-        f"of volumes {', '.join(sorted({place['volume'] for place in places}))}"
-    )
+    volumes = ", ".join(sorted({place["volume"] for place in places}))
+    origin = f"samples {', '.join(str(place['sample']) for place in places)} of volumes {volumes}"
     # Copies: the batch lies in Ray's object store, read-only.
     tensors = {"images": torch.from_numpy(batch.images.copy()), "indices": torch.from_numpy(batch.indices.copy())}
     if rank == 0:
         tensors |= {f"model.{name}": value for name, value in model.items()}
-    facts = facts | {"step": batch.step + 1, "rank": rank, "fault": str(fault), "samples": places}
-    facts |= {"seed": job.recipe.seed, "precision": str(learner.dtype)}
-    kept = keep(job.folder / "faults" / f"rank_{rank}", f"step_{batch.step + 1:07d}", tensors, facts)
-    reporter.fault(f"{text}; kept in {kept}" if kept else text, fatal)
+    facts = facts | {"rank": rank, "samples": places, "seed": job.recipe.seed, "precision": str(learner.dtype)}
+    kept = keep(fault, job.folder / "faults" / f"rank_{rank}", batch.step + 1, origin, tensors, facts)
+    reporter.fault(f"step {batch.step + 1}, rank {rank}: {kept}", fatal)
 
 
 class _Preemption:

@@ -107,21 +107,26 @@ class Watch(Generic[T]):
         return Fault(what, loss, norm, self.row) if self.row else None
 
 
-def keep(folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path | None:
-    """Write what reproduces a step to `<folder>/<name>.safetensors`, for the first three steps of a folder.
+def keep(
+    fault: Fault[Any], folder: Path, step: int, origin: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> str:
+    """Write what reproduces a step to `<folder>/step_<n>.safetensors`, for the first three faults of a folder.
 
     Args:
+        fault: of the step.
         folder: of the faults of one rank or trial.
-        name: of the step.
-        tensors: patches and weights.
-        facts: where they come from; JSON under `facts` in the file's metadata.
+        step: number of the step, counted from 1.
+        origin: which patches these are, in words.
+        tensors: patches, and weights as `model.<name>`.
+        facts: whatever else the step depends on; JSON under `facts` in the file's metadata.
 
     Returns:
-        The file, or None for all but the first three.
+        Loss, gradient norm, origin and file, for people.
     """
-    path = folder / f"{name}.safetensors"
+    text, path = f"{fault}; {origin}", folder / f"step_{step:07d}.safetensors"
     if not path.is_file() and len(list(folder.glob("*.safetensors"))) >= _KEPT:
-        return None
+        return text
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    facts = {"step": step, "loss": str(fault.loss), "gradient_norm": str(fault.norm), **facts}
     write_file(path, save(content, {"facts": json.dumps(facts)}))
-    return path
+    return f"{text}; kept in {path}"

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssl_ray.training.nonfinite import FiniteSum, Watch, keep
+from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 
 NAN = float("nan")
 
@@ -38,9 +38,11 @@ def test_the_first_three_are_kept_and_one_that_comes_again_is_replaced(tmp_path:
     """After a restart the same step may fail again; one file has its tensors and where they come from."""
     patches = torch.arange(24.0).view(2, 3, 4).transpose(0, 2)
     for step in (1, 2, 3, 4, 2):
-        path = keep(tmp_path / "faults", f"step_{step}", {"images": patches}, {"step": step, "seed": 7})
-        assert (path is None) == (step == 4)
-    assert sorted(path.name for path in (tmp_path / "faults").iterdir()) == [f"step_{n}.safetensors" for n in (1, 2, 3)]
-    assert torch.equal(load_file(tmp_path / "faults" / "step_2.safetensors")["images"], patches)
-    with safe_open(tmp_path / "faults" / "step_2.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["facts"]) == {"step": 2, "seed": 7}
+        text = keep(Fault(step, 0.5, NAN, 1), tmp_path, step, "sample 8", {"images": patches}, {"seed": 7})
+        assert text.startswith("loss 0.5, gradient norm nan; sample 8")
+        assert (f"kept in {tmp_path}" in text) == (step != 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_000000{n}.safetensors" for n in (1, 2, 3)]
+    assert torch.equal(load_file(tmp_path / "step_0000002.safetensors")["images"], patches)
+    with safe_open(tmp_path / "step_0000002.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+    assert facts == {"step": 2, "loss": "0.5", "gradient_norm": "nan", "seed": 7}
