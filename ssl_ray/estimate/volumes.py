@@ -15,8 +15,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from ssl_ray.config.schema import Preparation, Study
+from ssl_ray.data.canonical import levels
 from ssl_ray.data.datalist import Case, check_held_out, read_datalist, read_labelled, read_unlabelled
-from ssl_ray.data.nifti import levels
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.phantom.cohort import validation_share
 from ssl_ray.storage.files import MANIFEST

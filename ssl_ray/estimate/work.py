@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.nifti import levels
+from ssl_ray.data.canonical import levels
 from ssl_ray.estimate.probe import Timing
 from ssl_ray.estimate.volumes import Survey
 from ssl_ray.networks.flops import Device, Flops, autoencoder_flops, unetr_flops

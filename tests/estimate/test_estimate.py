@@ -16,8 +16,9 @@ from volumes import oblique_affine, smooth_ct, write_nifti
 
 from ssl_ray.cli import main
 from ssl_ray.config.schema import Network, Preparation
+from ssl_ray.data.canonical import prepare
 from ssl_ray.data.datalist import Case
-from ssl_ray.data.nifti import Nifti, prepare
+from ssl_ray.data.nifti import Nifti
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
 from ssl_ray.estimate.probe import Timing
