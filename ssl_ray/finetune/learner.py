@@ -73,10 +73,9 @@ class SegmentationLearner:
             self.network,
             image.to(self.device),
             self.config.patch_size,
-            self.config.cohort.classes,
             sliding_window_batch=self.config.sliding_window_batch,
             overlap=self.config.sliding_window_overlap,
-            autocast=None if self.dtype == torch.float32 else self.dtype,
+            dtype=self.dtype,
         )
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:

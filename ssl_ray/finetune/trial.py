@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ class Trial:
         for name, cases in scores.items():
             metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, data.organs).items()}
         tree = {"step": self.best_step, "organs": list(data.organs)}
-        tree |= {name: [case.to_json() for case in cases] for name, cases in scores.items()}
+        tree |= {name: [asdict(case) for case in cases] for name, cases in scores.items()}
         self.job.folder.keep_result(self.best_weights, tree)
         return metrics
 

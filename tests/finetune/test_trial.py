@@ -464,7 +464,7 @@ def test_the_best_checkpoint_on_validation_is_scored(
         assert torch.equal(value, kept[1][1][name]), name
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert tree["step"] == 8
-    scored = [CaseScores.from_json(case) for case in tree["test"]]
+    scored = [CaseScores(**case) for case in tree["test"]]
     assert [case.case for case in scored] == ["case3"]
     expected = np.mean([score for score in scored[0].original_dice or () if score is not None])
     assert metrics["selected/test/original_dice_foreground"] == pytest.approx(expected)
