@@ -21,11 +21,8 @@ def build_autoencoder(network: Network, patch_size: Sequence[int]) -> ViTAutoEnc
 
     It takes (batch, 1, *patch_size) and returns the restored patches of the same shape, and the tokens
     (batch, tokens, hidden_size) after each block. The settings are those of the tutorial vit_unetr_ssl of Project
-    MONAI. Idle parameters are frozen, so that DDP need not search for unused ones.
-
-    Args:
-        network: the width of the ViT.
-        patch_size: voxels, each side a multiple of `VIT_PATCH`.
+    MONAI. Idle parameters are frozen, so that DDP need not search for unused ones. Each side of the patch is a multiple
+    of `VIT_PATCH` voxels.
     """
     autoencoder = ViTAutoEnc(
         in_channels=1,
@@ -46,13 +43,8 @@ def build_autoencoder(network: Network, patch_size: Sequence[int]) -> ViTAutoEnc
 def build_unetr(network: Network, patch_size: Sequence[int], classes: int) -> UNETR:
     """The segmentation network (Hatamizadeh et al., UNETR, WACV 2022).
 
-    It takes (batch, 1, *patch_size) and returns logits (batch, classes, *patch_size). The settings are those of the
-    tutorial vit_unetr_ssl of Project MONAI; idle parameters are frozen as in `build_autoencoder`.
-
-    Args:
-        network: the widths of the ViT and of the convolutional decoder.
-        patch_size: voxels, each side a multiple of `VIT_PATCH`.
-        classes: output channels, background included.
+    It takes (batch, 1, *patch_size) and returns logits (batch, classes, *patch_size), background included. The settings
+    are those of the tutorial vit_unetr_ssl of Project MONAI; idle parameters are frozen as in `build_autoencoder`.
     """
     unetr = UNETR(
         in_channels=1,
