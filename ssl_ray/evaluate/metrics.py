@@ -56,17 +56,10 @@ def evaluate(
     classes: int,
     tolerance: float,
 ) -> CaseScores:
-    """All scores of one volume, on both grids.
+    """All scores of one volume, on both grids; the tolerance of surface Dice is in mm.
 
-    Args:
-        case: its id.
-        prediction: (X, Y, Z) uint8 on the canonical grid.
-        truth: (X, Y, Z) integers on the canonical grid, on the prediction's device.
-        canonical_affine: 4x4, voxel indices -> mm.
-        original_truth: integers on the grid of the NIfTI file.
-        original_affine: 4x4, voxel indices -> mm.
-        classes: organs + background.
-        tolerance: mm, of surface Dice.
+    `prediction` (uint8) and `truth`, both (X, Y, Z), lie on the canonical grid and on one device; `original_truth` has
+    the grid of the NIfTI file. Affines are 4x4, voxel indices -> mm. All truths are integers in 0..classes-1.
     """
     predicted = to_original_grid(prediction, canonical_affine, original_truth.shape, original_affine)
     spacing = voxel_sizes(np.asarray(original_affine, float))

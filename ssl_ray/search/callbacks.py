@@ -1,6 +1,7 @@
 """Turns what Ray Tune tells the driver of its trials into MLflow runs, one for each cell, and a progress bar."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,10 @@ class TrialCallback(tune.Callback):
         bar: Bar,
         done: int,
     ) -> None:
-        """Begin with no run, and the bar at `done`.
+        """Begin with no run, and the bar at `done`, the steps of the cells that were finished before.
 
-        Args:
-            tracker: the study's MLflow experiment.
-            parent: id of the grid's run.
-            params: of every run.
-            jobs: of the cells that are trained now.
-            pretraining_run: id of the run that made the weights of the cells with `init: pretrained`.
-            bar: shows the steps of all cells.
-            done: steps of the cells that were finished before.
+        `parent` is the id of the grid's run, every run gets `params`, `jobs` are those of the cells that are trained
+        now, and the run `pretraining_run` made the weights that some of them start from.
         """
         self._tracker, self._parent, self._jobs, self._bar, self._done = tracker, parent, jobs, bar, done
         self._params = {name: value for name, value in params.items() if "grid" not in name}
@@ -60,15 +55,13 @@ class TrialCallback(tune.Callback):
             return
         cell: Cell = trial.config["cell"]
         job = self._jobs[cell]
-        params: dict[str, Any] = self._params | {"split": cell.split, "init": cell.init}
-        params |= {"lr": cell.lr, "seed": cell.seed}
+        params: dict[str, Any] = {**self._params, **asdict(cell)}
         # Fewer volumes than the split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
         tags = {FAILURE: ""}  # of an earlier attempt
         if job.weights and self._pretraining_run:
             tags[PRETRAINING_RUN] = self._pretraining_run
-        run = self._tracker.open("trial", job.folder.key, cell.name, params, self._parent, tags)
-        self._open[trial.trial_id] = run
+        self._open[trial.trial_id] = self._tracker.open("trial", job.folder.key, cell.name, params, self._parent, tags)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

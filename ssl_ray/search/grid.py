@@ -106,15 +106,22 @@ def _trial_jobs(
     folders: Folders,
 ) -> tuple[str, dict[Cell, TrialJob]]:
     """The grid's key, a digest of what all cells depend on, and what each cell's trial is started with."""
-    store = Store(folders.cache, folders.scratch)
-    data = {size: _trial_data(store, splits, size, volumes) for size in config.split_sizes}
-    held_out = data[config.split_sizes[0]]  # the same in every split
+
+    def prepared(cases: Sequence[Case]) -> tuple[Volume, ...]:
+        return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
+
+    store, data = Store(folders.cache, folders.scratch), {}
+    validation, test = prepared(splits.validation), prepared(splits.test)
+    for size in config.split_sizes:
+        data[size] = TrialData(store, prepared(splits.training[size]), validation, test, splits.organs)
+        if not data[size].training or not validation:
+            raise UserError(f"finetune.cohort.splits.{size}: no usable volume is left for training or validation")
     base = [
         config.model_dump(mode="json", exclude=Finetune.HOW | _DIGESTED_APART),
         config.cohort.classes,
         config.gpus_per_trial > 0 if config.precision == "auto" else None,  # `auto` depends on the kind of device
         network.model_dump(mode="json"),
-        [volume.key for volume in held_out.validation + held_out.test],
+        [volume.key for volume in validation + test],
     ]
     grid_key = digest(base, pretrained.key if pretrained else None)
     jobs = {}
@@ -126,16 +133,6 @@ def _trial_jobs(
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         jobs[cell] = TrialJob(config, network, cell.lr, cell.seed, data[cell.split], weights, folder)
     return grid_key, jobs
-
-
-def _trial_data(store: Store, splits: Splits, size: int, volumes: Mapping[str, Volume]) -> TrialData:
-    def prepared(cases: Sequence[Case]) -> tuple[Volume, ...]:
-        return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
-
-    training, validation = prepared(splits.training[size]), prepared(splits.validation)
-    if not training or not validation:
-        raise UserError(f"finetune.cohort.splits.{size}: no usable volume is left for training or validation")
-    return TrialData(store, training, validation, prepared(splits.test), splits.organs)
 
 
 def _open(
