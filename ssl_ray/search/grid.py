@@ -14,8 +14,7 @@ from ssl_ray.console import Bar
 from ssl_ray.data.datalist import Case, Splits
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.finetune.job import TrialData, TrialJob
-from ssl_ray.finetune.trial_folder import TrialFolder
+from ssl_ray.finetune.job import TrialData, TrialFolder, TrialJob
 from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.pretrain.driver import Pretrained
 from ssl_ray.search.callbacks import TrialCallback

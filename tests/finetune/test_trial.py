@@ -17,6 +17,7 @@ import pytest
 import torch
 from events import after_steps, in_network, on_open, on_rename
 from monai.networks.nets import UNETR
+from safetensors import safe_open
 from safetensors.torch import load_file
 from studies import small_study
 from torch import Tensor, nn
@@ -27,9 +28,8 @@ from ssl_ray.data.datalist import Case
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
 from ssl_ray.evaluate.scores import CaseScores
-from ssl_ray.finetune.job import Record, TrialData, TrialJob
+from ssl_ray.finetune.job import Record, TrialData, TrialFolder, TrialJob
 from ssl_ray.finetune.trial import Trial
-from ssl_ray.finetune.trial_folder import TrialFolder
 from ssl_ray.networks.flops import unetr_flops
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
@@ -348,7 +348,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert "skipped step 6: loss nan, gradient norm nan; patches 10 to 11 of seed 2, volumes case" in caplog.text
 
     kept = load_file(tmp_path / "faults" / "step_0000006.safetensors")
-    facts = json.loads((tmp_path / "faults" / "step_0000006.json").read_text())
+    with safe_open(tmp_path / "faults" / "step_0000006.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
     assert [patch["patch"] for patch in facts["patches"]] == [10, 11]
     assert {patch["volume"] for patch in facts["patches"]} <= {"case0", "case1"}
     again = make(study, data, tmp_path / "again")
@@ -404,7 +405,7 @@ def test_the_policy_says_when_a_trial_ends(
         with pytest.raises(FloatingPointError, match=rf"the last one was step {last + 1}: loss nan.*volumes case"):
             seen.extend(step for step, _ in trial.train())
         assert seen[-1] == last
-    assert len(list((tmp_path / "faults").glob("*.json"))) == min(
+    assert len(list((tmp_path / "faults").glob("*.safetensors"))) == min(
         3, len(steps) if last is None else sum(s <= last for s in steps)
     )
 
