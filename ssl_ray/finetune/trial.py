@@ -18,7 +18,7 @@ from ssl_ray.finetune.job import Record, TrialJob
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks.flops import unetr_flops
-from ssl_ray.training.checkpoint import load_latest, save_latest
+from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
@@ -162,8 +162,7 @@ class Trial:
         found = aggregate(cases, self.job.data.organs)
         if (score := found.get(DICE_FOREGROUND, 0.0)) > self.best:
             self.best, self.best_step = score, step
-            weights = self.learner.network.state_dict()
-            self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+            self.best_weights = snapshot(self.learner.network.state_dict())
         return {f"validation/{name}": value for name, value in found.items()}
 
     def _predict(self, volumes: Iterable[Volume]) -> Iterator[tuple[Volume, Tensor, Tensor]]:
