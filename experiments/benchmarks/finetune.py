@@ -158,7 +158,7 @@ def run(bench: Bench) -> None:
 
 
 def _folder(bench: Bench, name: str) -> Any:
-    from ssl_ray.finetune.trial_folder import TrialFolder
+    from ssl_ray.finetune.job import TrialFolder
     from ssl_ray.storage.mirror import Mirror
 
     return TrialFolder(bench.folder / f"trial-{name}", "key", Mirror.of(str(bench.folder), None))

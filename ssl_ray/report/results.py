@@ -240,7 +240,7 @@ def _trial(tracker: Tracker, cell: Cell, run: "MlflowRun | None") -> tuple[Trial
         # A run that was killed was interrupted: it goes on when the study is run again.
         return Trial(cell, "unfinished", run_id, pretraining_run=lineage), ()
     tree: dict[str, Any] = json.loads(tracker.read(run_id, "evaluation.json") or b"{}")
-    parts = {name: tuple(map(CaseScores.from_json, tree.get(name, ()))) for name in ("validation", "test")}
+    parts = {name: tuple(CaseScores(**case) for case in tree.get(name, ())) for name in ("validation", "test")}
     curve = tracker.history(run_id, f"validation/{DICE_FOREGROUND}")
     volumes = int(run.data.params.get("training_volumes", 0))
     trial = Trial(cell, "finished", run_id, run.data.metrics, curve, parts, lineage, volumes)

@@ -16,7 +16,6 @@ from ssl_ray.errors import UserError
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
 from ssl_ray.search.grid import GridResult, check_transfer, finetune
-from ssl_ray.search.job import grid_job
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.places import is_uri
 from ssl_ray.study import identity
@@ -138,8 +137,17 @@ def _run_grid(
 ) -> GridResult:
     """Every cell of the fine-tuning grid."""
     identity.record(study, folders, "finetune")
-    job = grid_job(study.finetune, study.network, splits, prepared.labelled, pretrained, folders)
-    done = finetune(job, tracker, run_params(study, "finetune"), dump(study))
+    done = finetune(
+        study.finetune,
+        study.network,
+        splits,
+        prepared.labelled,
+        pretrained,
+        folders,
+        tracker,
+        run_params(study, "finetune"),
+        dump(study),
+    )
     say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
     for name in done.failed:
         say(f"fine-tuning: cell {name} FAILED; its log is under {folders.study / 'ray'}")

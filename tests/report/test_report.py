@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
                 metrics |= {f"selected/{name}/{key}": value for key, value in means.items()}
             run.metrics(metrics, study.finetune.steps)
             tree = {"step": outcome.selected, "organs": list(outcome.organs)}
-            tree |= {name: [one.to_json() for one in scored] for name, scored in parts.items()}
+            tree |= {name: [asdict(one) for one in scored] for name, scored in parts.items()}
             home = folder / cell.name
             home.mkdir(parents=True)
             (home / "evaluation.json").write_text(json.dumps(tree))
