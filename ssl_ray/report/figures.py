@@ -61,7 +61,7 @@ def _draw_dice(axis: Any, results: Results, width: int) -> None:
     """Means with intervals over volumes; beside a mean over several seeds, a dot for each seed."""
     metric = results.metric(FOREGROUND.name)
     for shift, init in zip((-0.012, 0.012), results.inits, strict=False):
-        drawn = {split: arms[init] for split, arms in results.arms.items() if arms[init].trials}
+        drawn = {split: arms[init] for split, arms in results.arms.items() if arms[init].seeds(metric)}
         x = [split + shift * width for split in drawn]
         y = np.array([np.mean(arm.seeds(metric)) for arm in drawn.values()])
         scores = [arm.scores(results.part, FOREGROUND).values() for arm in drawn.values()]

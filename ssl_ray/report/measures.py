@@ -20,7 +20,7 @@ class Measure:
     field: str
     """The field of `CaseScores` with one volume's scores, one a class; names of metrics of one organ begin with it."""
     factor: float = 1.0
-    """What the number in MLflow is multiplied by for print, with so many digits after the point:"""
+    """What the number in MLflow is multiplied by for print."""
     digits: int = 3
 
     def of(self, case: CaseScores) -> float | None:

@@ -134,7 +134,7 @@ class Results:
 
     def count(self, part: Part) -> int:
         """Number of validation or test volumes that were scored."""
-        return max((len(trial.cases.get(part, ())) for trial in self.trials), default=0)
+        return max(len(trial.cases.get(part, ())) for trial in self.trials)
 
     def metric(self, name: str) -> str:
         """Name in MLflow of a metric of the selected checkpoint, over the volumes that are reported."""
