@@ -1,6 +1,5 @@
 """From MLflow alone: does pretraining help, and at how many labelled volumes? One page in Markdown and in HTML."""
 
-import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +11,7 @@ from ssl_ray.report.figures import draw_figures
 from ssl_ray.report.page import TEMPLATES, literal, to_html
 from ssl_ray.report.results import read_results
 from ssl_ray.report.tables import cell_table, honest_table, organ_table, published_table, running_table
+from ssl_ray.tracking.client import without_password
 from ssl_ray.tracking.tracker import Tracker
 
 
@@ -47,7 +47,7 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         "cells": cell_table(results),
         "figures": {path.stem for path in figures},
     }
-    values |= {function.__name__: function for function in (count_of, day, literal, no_password)}
+    values |= {function.__name__: function for function in (count_of, day, literal, without_password)}
     markdown, html = folder / "report.md", folder / "report.html"
     text = TEMPLATES.get_template("report.md.j2").render(values)
     markdown.write_text(text, encoding="utf-8")
@@ -63,8 +63,3 @@ def day(milliseconds: int | None) -> str:
     if milliseconds is None:
         return "not ended"
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def no_password(text: str) -> str:
-    """Without `user:password@` in URIs: the page is made to be passed on."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
