@@ -28,7 +28,8 @@ def draw_figures(results: Results, folder: Path) -> tuple[Path, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure | bytes | None] = {}
     if results.chosen:
-        figures |= {"label_efficiency": _label_efficiency(results), "organs": _organs(results)}
+        figures["label_efficiency"] = _label_efficiency(results)
+        figures["organs"] = _organs(results) if results.organs else None
         figures["finetuning"] = _finetuning(results)
     for pretraining in results.pretraining:
         figures[f"pretraining{pretraining.suffix}"] = _pretraining(pretraining)
