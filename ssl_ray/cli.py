@@ -250,8 +250,7 @@ def _sizes(text: str) -> list[int]:
 def _carry_out(
     study: Study, last: Literal["prepare", "pretrain", "finetune", "report"], fresh: bool = False, verify: bool = False
 ) -> None:
-    from ssl_ray.study.identity import set_aside
-    from ssl_ray.study.lock import only_one
+    from ssl_ray.study.identity import only_one, set_aside
     from ssl_ray.study.parts import folders_of
     from ssl_ray.study.runner import carry_out
 

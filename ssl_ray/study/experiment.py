@@ -13,15 +13,7 @@ _MOST_BYTES = 2**20
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Study:
-    """Read and validate an experiment file.
-
-    Args:
-        path: the YAML file.
-        overrides: as for `ssl_ray.config.loading.parse`.
-
-    Raises:
-        UserError: naming the file, the key, the rule and the value; an unknown key with the nearest valid one.
-    """
+    """Read and validate an experiment file; overrides and errors as for `ssl_ray.config.loading.parse`."""
     try:
         text = read_file(Path(path), _MOST_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:

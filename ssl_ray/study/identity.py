@@ -1,10 +1,15 @@
-"""A study's name stands for one configuration: what was begun under it goes on only while that stays the same.
+"""A study's name stands for one configuration and, at a time, one process.
 
 What a result depends on is also in its key, where it is made: `pretrain.driver.pretraining_key` and the keys of the
 cells in `search.grid`. Here the user is told before anything starts, with the settings that differ.
 """
 
+import fcntl
+import os
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -58,10 +63,7 @@ def record(study: Study, folders: Folders, stage: Stage) -> None:
 
 
 def set_aside(study: Study, folders: Folders) -> str | None:
-    """Give another name to everything that the study has written: its MLflow experiment and its folder.
-
-    Returns:
-        The name that the old study now has, or None where there was nothing.
+    """Rename what the study has written, its MLflow experiment and its folder -> the new name; None: there was nothing.
 
     Raises:
         UserError: when the MLflow experiment may hold other studies too.
@@ -75,6 +77,27 @@ def set_aside(study: Study, folders: Folders) -> str | None:
     renamed = rename_experiment(study.tracking, folders, kept)
     moved = folders.output.move(folders.study, folders.study.with_name(kept))
     return kept if renamed or moved else None
+
+
+@contextmanager
+def only_one(folders: Folders) -> Iterator[None]:
+    """Keep a second process on this machine, or on this shared disk, off the study.
+
+    Raises:
+        UserError: when another process is working on it, with its host and number.
+    """
+    path = folders.study.parent / f".{folders.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system even if the process is killed
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(f"{folders.study}: another process works on this study: {file.read().strip()}") from error
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}")
+        file.flush()
+        yield
 
 
 def _record(folders: Folders, stage: Stage) -> Path:

@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -28,15 +26,9 @@ Step = Literal["prepare", "pretrain", "finetune", "report"]
 
 
 def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]:
-    """Prepare, pretrain, fine-tune, report, as far as the step `last`.
+    """Prepare, pretrain, fine-tune, report, as far as the step `last`; return the names of cells that failed for good.
 
-    Args:
-        study: the experiment.
-        last: the step to end with.
-        verify: read all sources and all stored volumes and compare digests, whatever their times say.
-
-    Returns:
-        Names of the grid's cells that failed for good.
+    With `verify`, all sources and stored volumes are read, also those whose times say that they have not changed.
 
     Raises:
         UserError: when something else was begun under the study's name, and for what is wrong with its places,
@@ -53,22 +45,21 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     prepared = prepare_cohorts(study, folders, cohorts, verify)
     if last == "prepare":
         return ()
-    with _tracking(study) as tracker:
+    tracker = tracker_of(study)
+    try:
         pretrained = _make_weights(study, folders, tracker, prepared) if needs_weights else None
         if last == "pretrain":
             return ()
-        grid = _run_grid(study, folders, tracker, cohorts.splits, prepared, pretrained)
+        grid = _run_grid(study, folders, tracker, cohorts[-1], prepared, pretrained)
         if last == "report":
             report(study, folders)
-    return grid.failed
+        return grid.failed
+    finally:
+        tracker.settle()
 
 
 def check_places(study: Study) -> Folders:
-    """The study's folders, before anything expensive starts.
-
-    Raises:
-        UserError: when one cannot be written to, or holds a study of this name with another configuration.
-    """
+    """The study's folders, once they can be written to and hold no study of this name with another configuration."""
     folders = folders_of(study)
     folders.check_writable()
     identity.check_unchanged(study, folders)
@@ -82,11 +73,7 @@ def check_places(study: Study) -> Folders:
 
 
 def report(study: Study, folders: Folders) -> None:
-    """Write table, figures and page from MLflow alone, and show the table.
-
-    Raises:
-        UserError: when MLflow has no experiment or no grid of this study.
-    """
+    """Write table, figures and page from MLflow alone, and show the table."""
     tracker = tracker_of(study, create=False)
     written = write_report(study, tracker, folders.study)
     for path in (written.markdown, written.html, folders.study / "figures"):
@@ -95,16 +82,6 @@ def report(study: Study, folders: Folders) -> None:
     say(f"\n{written.table}\n")
     say(f"report:  {written.html}")
     say(f"MLflow:  {server}   (experiment {tracker.experiment!r})")
-
-
-@contextmanager
-def _tracking(study: Study) -> Iterator[Tracker]:
-    """The study's MLflow experiment; at the end, also after an error, wait until MLflow has everything."""
-    tracker = tracker_of(study)
-    try:
-        yield tracker
-    finally:
-        tracker.settle()
 
 
 def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts) -> Pretrained:
