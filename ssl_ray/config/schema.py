@@ -4,7 +4,7 @@ Everything in it is checked here, before anything expensive starts; the checks t
 follow in `ssl_ray.data`. This module only describes; `ssl_ray.config.loading` goes from YAML to a `Study` and back.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -46,12 +46,10 @@ class LocalCluster(Section):
 class Study(Section):
     """One experiment file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: str = "output"
     cache: str | None = Field(None, description="store of prepared volumes; <output>/cache if left out")
-    scratch: str | None = Field(
-        None, description="folder on each machine's own disk, used when output or cache is remote"
-    )
+    scratch: str | None = Field(None, description="on each machine's own disk, for an output or cache that is remote")
     seed: Seed = 0
     on_bad_volume: Literal["fail", "skip"] = "fail"
     phantom: PhantomCohort | None = None

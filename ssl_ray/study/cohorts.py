@@ -14,6 +14,7 @@ from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import write_cohort
 from ssl_ray.search.cells import BAD_VOLUMES
+from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 
 Cohorts: TypeAlias = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
@@ -22,11 +23,12 @@ Cohorts: TypeAlias = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
 
 @dataclass(frozen=True)
 class PreparedCohorts:
-    """The stored volumes of a study; `labelled` by image path. Bad volumes that the study skips are missing."""
+    """The stored volumes of a study; `labelled` by image path. Bad volumes that it skips are in `splits` alone."""
 
     training: tuple[Volume, ...]
     validation: tuple[Volume, ...]
     labelled: dict[str, Volume]
+    splits: Splits
 
 
 def read_cohorts(study: Study) -> Cohorts:
@@ -63,7 +65,7 @@ def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bo
     _tell_bad([*bad, *bad_labelled], folders.study / BAD_VOLUMES, skip=study.on_bad_volume == "skip")
     _check_content(list(unlabelled.values()), labelled, splits)
     say(f"prepared {fresh + fresh_labelled} of {len(unlabelled) + len(labelled)} volumes now; the store is {store}")
-    return PreparedCohorts(_found(training, unlabelled), _found(validation, unlabelled), labelled)
+    return PreparedCohorts(_found(training, unlabelled), _found(validation, unlabelled), labelled, splits)
 
 
 def _found(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:
@@ -81,8 +83,7 @@ def _tell_bad(bad: Sequence[BadVolume], record: Path, skip: bool) -> None:
             f"{len(bad)} volumes cannot be used (on_bad_volume: skip goes on without them; the others are kept in the "
             f"store):\n{table}"
         )
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({one.id: one.reason for one in bad}, indent=1))
+    write_file(record, json.dumps({one.id: one.reason for one in bad}, indent=1).encode())
     say(f"going on without {len(bad)} volumes, recorded in {record}:\n{table}")
 
 

@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -18,7 +17,7 @@ import yaml
 from ssl_ray.config.loading import flatten
 from ssl_ray.config.schema import Finetune, Pretrain, Study
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import appearing
+from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import rename_experiment
 
@@ -34,19 +33,17 @@ def check_unchanged(study: Study, folders: Folders) -> None:
     Raises:
         UserError: with every difference.
     """
-    differences = []
+    before: dict[str, str] = {}
+    now: dict[str, str] = {}
     for stage in _MAY_CHANGE:
-        path = _record(folders, stage)
-        if not folders.output.pull(path):
-            continue
-        before, now = yaml.safe_load(path.read_text()), _settings(study, stage)
-        differences += [
-            f"  {key}: {before.get(key, '(not set)')} -> {now.get(key, '(not set)')}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-    if differences:
-        changes = "\n".join(dict.fromkeys(differences))  # a setting that both stages depend on is told once
+        path = folders.study / f"{stage}.yaml"
+        if folders.output.pull(path):
+            before |= yaml.safe_load(path.read_text())
+            now |= _settings(study, stage)
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if changed:
+        none = "(not set)"
+        changes = "\n".join(f"  {key}: {before.get(key, none)} -> {now.get(key, none)}" for key in changed)
         raise UserError(
             f"{folders.study}: {study.name!r} was begun with another configuration; give the study another name, or "
             f"--fresh to start again and keep the old one:\n{changes}"
@@ -55,10 +52,8 @@ def check_unchanged(study: Study, folders: Folders) -> None:
 
 def record(study: Study, folders: Folders, stage: Stage) -> None:
     """Write down with which settings a stage is begun."""
-    path = _record(folders, stage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as part:
-        part.write_text(yaml.safe_dump(_settings(study, stage)))
+    path = folders.study / f"{stage}.yaml"
+    write_file(path, yaml.safe_dump(_settings(study, stage)).encode())
     folders.output.push(path)
 
 
@@ -98,10 +93,6 @@ def only_one(folders: Folders) -> Iterator[None]:
         file.write(f"{socket.gethostname()}, process {os.getpid()}")
         file.flush()
         yield
-
-
-def _record(folders: Folders, stage: Stage) -> Path:
-    return folders.study / f"{stage}.yaml"
 
 
 def _settings(study: Study, stage: Stage) -> dict[str, str]:

@@ -9,7 +9,6 @@ from ssl_ray.cluster.connect import connect
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
-from ssl_ray.data.datalist import Splits
 from ssl_ray.errors import UserError
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
@@ -50,7 +49,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         pretrained = _make_weights(study, folders, tracker, prepared) if needs_weights else None
         if last == "pretrain":
             return ()
-        grid = _run_grid(study, folders, tracker, cohorts[-1], prepared, pretrained)
+        grid = _run_grid(study, folders, tracker, prepared, pretrained)
         if last == "report":
             report(study, folders)
         return grid.failed
@@ -92,30 +91,18 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     if not prepared.training or not prepared.validation:
         raise UserError("pretrain.sources: no usable volume is left for training or validation")
     identity.record(study, folders, "pretrain")
-    done = pretrain(
-        recipe_of(study),
-        prepared.training,
-        prepared.validation,
-        folders,
-        tracker,
-        run_params(study, "pretrain"),
-        dump(study),
-    )
+    recipe, params = recipe_of(study), run_params(study, "pretrain")
+    done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, params, dump(study))
     say(f"pretraining {'is done' if done.fresh else 'was done already'}: {done.weights}")
     return done
 
 
 def _run_grid(
-    study: Study,
-    folders: Folders,
-    tracker: Tracker,
-    splits: Splits,
-    prepared: PreparedCohorts,
-    pretrained: Pretrained | None,
+    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, pretrained: Pretrained | None
 ) -> GridResult:
     """Every cell of the fine-tuning grid."""
     identity.record(study, folders, "finetune")
-    job = grid_job(study.finetune, study.network, splits, prepared.labelled, pretrained, folders)
+    job = grid_job(study.finetune, study.network, prepared.splits, prepared.labelled, pretrained, folders)
     done = finetune(job, tracker, run_params(study, "finetune"), dump(study))
     say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
     for name in done.failed:
