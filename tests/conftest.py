@@ -52,6 +52,16 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def probe() -> Iterator[Any]:
+    """The process that reads the hostile input of one test module."""
+    from hostile import Probe
+
+    one = Probe()
+    yield one
+    one.close()
+
+
 @pytest.fixture(scope="session")
 def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> Any:
     """The small pretraining of tests/runs.py without any fault."""

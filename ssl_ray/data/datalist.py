@@ -4,24 +4,28 @@ Format: Medical Segmentation Decathlon (Antonelli et al., 2022) as the MONAI tut
 `training`, `validation` and `test`, whose entries are paths or `{"image": ..., "label": ...}`, and a `labels` mapping.
 """
 
-import json
 import os
 import re
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, FailFast, Field, NonNegativeInt, ValidationError
 
 from ssl_ray.config.schema import LabelledCohort, Source
+from ssl_ray.errors import UserError
 from ssl_ray.storage.files import read_file
 from ssl_ray.text import BREAKS, shown
 
-SECTIONS = ("training", "validation", "test")
 SUFFIXES = (".nii.gz", ".nii")
 _MOST_BYTES, _MOST_ENTRIES = 20_000_000, 250_000
-"""Of a list and of a section: terabytes of volumes, and still read within half a gigabyte and a minute."""
+"""Bytes of a list, and volumes of one of its sections: terabytes of volumes, and read within half a gigabyte."""
+_MOST_LABELS = 256
+"""A label is one byte."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Datalist:
 
 @dataclass(frozen=True)
 class Splits:
-    """The labelled cohort: nested training splits that share validation and test cases."""
+    """The labelled cohort: a training split for each size, and the validation and test cases that all splits share."""
 
     training: dict[int, tuple[Case, ...]]
     validation: tuple[Case, ...]
@@ -60,6 +64,37 @@ class Splits:
         return tuple({case.image: case for case in (*every, *self.validation, *self.test)}.values())
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    image: str
+    label: str | None = None
+
+
+def _path_alone(entry: Any) -> Any:
+    if not isinstance(entry, str | dict):
+        raise ValueError("must be a path or {image, label}")
+    return {"image": entry} if isinstance(entry, str) else entry
+
+
+def _few(labels: Any) -> Any:
+    if isinstance(labels, dict) and len(labels) > _MOST_LABELS:
+        raise ValueError(f"must name at most {_MOST_LABELS} label values")
+    return labels
+
+
+_Entries = list[Annotated[_Entry, BeforeValidator(_path_alone)]]
+_Section = Annotated[_Entries, Field(max_length=_MOST_ENTRIES), FailFast()]
+
+
+class _Json(BaseModel):
+    """What a file holds; other keys of the Decathlon's, such as `modality`, are ignored."""
+
+    training: Annotated[_Section, Field(min_length=1)]
+    validation: _Section = []
+    test: _Section = []
+    labels: Annotated[dict[NonNegativeInt, str], BeforeValidator(_few)] = {}
+
+
 def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> Datalist:
     """Read and check one list.
 
@@ -70,33 +105,30 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> 
             the published BTCV list names test images whose labels are not public.
 
     Raises:
-        ValueError: naming file, entry, rule and value.
+        UserError: naming file, entry, rule and value.
     """
     base = Path(os.path.abspath(root))
     path = base / datalist
-    tree = _read_json(path)
+    listed = _read_json(path)
     real = _resolver()
     cases = {
-        name: tuple(
-            _case(base, path, place, entry, labelled, real)
-            for place, entry in _entries(tree, name, path)
-            if name != "test" or not labelled or "label" in entry
+        section: tuple(
+            _case(base, f"{path}: {section}.{number}", entry, labelled, real)
+            for number, entry in enumerate(getattr(listed, section))
+            if section != "test" or not labelled or entry.label
         )
-        for name in SECTIONS
+        for section in ("training", "validation", "test")
     }
-    _check_repeats(path, cases, real)
-    _check_exists(path, cases)
-    named = _unique_ids(cases, base)
-    if not named["training"]:
-        raise ValueError(f"{path}: 'training' must list at least one volume")
-    return Datalist(path, named["training"], named["validation"], named["test"], _labels(tree, path))
+    _check_files(path, cases, real)
+    labels = {value: shown(name) for value, name in listed.labels.items()}
+    return Datalist(path, **_unique_ids(cases, base), labels=labels)
 
 
 def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """Training and validation cases of all sources together.
 
     Raises:
-        ValueError: also when two sources share a volume, or none has a validation volume.
+        UserError: also when two sources share a volume, or none has a validation volume.
     """
     training: list[Case] = []
     validation: list[Case] = []
@@ -106,11 +138,11 @@ def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[
         for case in (*listed.training, *listed.validation):
             other = owner.setdefault(os.path.realpath(case.image), listed)
             if other is not listed:
-                raise ValueError(f"{listed.path}: {case.image} is also in {other.path}; a volume belongs to one source")
+                raise UserError(f"{listed.path}: {case.image} is also in {other.path}; a volume belongs to one source")
         training += listed.training
         validation += listed.validation
     if not validation:
-        raise ValueError(f"{listed.path}: 'validation' must list a volume in at least one pretraining source")
+        raise UserError(f"{listed.path}: 'validation' must list a volume in at least one pretraining source")
     return tuple(training), tuple(validation)
 
 
@@ -118,7 +150,7 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     """The splits of the sizes asked for.
 
     Raises:
-        ValueError: also when a split does not have as many volumes as its name says, when the splits differ in
+        UserError: also when a split does not have as many volumes as its name says, when the splits differ in
             validation or test volumes, or when a list names more classes than the cohort has.
     """
     lists: dict[int, Datalist] = {}
@@ -132,15 +164,15 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     first = lists[sizes[0]]
     for size, listed in lists.items():
         if len(listed.training) != size:
-            raise ValueError(f"{listed.path}: the split of {size} volumes lists {len(listed.training)} for training")
+            raise UserError(f"{listed.path}: the split of {size} volumes lists {len(listed.training)} for training")
         for section in ("validation", "test"):
             if _files(getattr(listed, section)) != _files(getattr(first, section)):
-                raise ValueError(f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it")
+                raise UserError(f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it")
         if not listed.validation:
-            raise ValueError(f"{listed.path}: 'validation' must list at least one labelled volume")
+            raise UserError(f"{listed.path}: 'validation' must list at least one labelled volume")
         beyond = sorted(value for value in listed.labels if value >= cohort.classes)
         if beyond:
-            raise ValueError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
+            raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
     organs = tuple(first.labels.get(value, f"label {value}") for value in range(1, cohort.classes))
     training = {size: listed.training for size, listed in lists.items()}
     return Splits(training, first.validation, first.test, organs)
@@ -150,12 +182,12 @@ def check_held_out(unlabelled: Iterable[Case], splits: Splits) -> None:
     """Refuse labelled validation and test volumes among the unlabelled ones: the encoder would have seen them.
 
     Raises:
-        ValueError: naming the first such volume.
+        UserError: naming the first such volume.
     """
     seen = {os.path.realpath(case.image) for case in unlabelled}
     for case in (*splits.validation, *splits.test):
         if os.path.realpath(case.image) in seen:
-            raise ValueError(f"{case.image}: a labelled validation or test volume is among the unlabelled ones")
+            raise UserError(f"{case.image}: a labelled validation or test volume is among the unlabelled ones")
 
 
 def stem(path: Path) -> str:
@@ -167,47 +199,19 @@ def _files(cases: Iterable[Case]) -> list[tuple[Path, Path | None]]:
     return [(case.image, case.label) for case in cases]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> _Json:
     try:
-        tree = json.loads(read_file(path, _MOST_BYTES).decode(), object_pairs_hook=_unique_keys)
+        return _Json.model_validate_json(read_file(path, _MOST_BYTES))
     except OSError as error:
-        raise ValueError(f"{path}: cannot read the datalist: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a datalist is an object with the key 'training', got a {type(tree).__name__}")
-    return tree
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuses a key that stands twice, of which JSON would silently keep the last."""
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {shown(twice, 80)!r} stands twice")
-    return tree
-
-
-def _entries(tree: dict[str, Any], section: str, path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    entries = tree.get(section, [])
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: {section}: must be a list, got {type(entries).__name__}")
-    if len(entries) > _MOST_ENTRIES:
-        raise ValueError(f"{path}: {section}: must list at most {_MOST_ENTRIES} volumes, got {len(entries)}")
-    for number, entry in enumerate(entries):
-        place = f"{section}[{number}]"
-        fields = {"image": entry} if isinstance(entry, str) else entry
-        if not isinstance(fields, dict) or "image" not in fields:
-            raise ValueError(f"{path}: {place}: must be a path or {{image, label}}, got {shown(entry, 80)}")
-        for key in ("image", "label"):
-            if key in fields and not _is_path(fields[key]):
-                raise ValueError(f"{path}: {place}.{key}: must be a path, got {str(fields[key])[:80]!r}")
-        yield place, fields
-
-
-def _is_path(value: Any) -> bool:
-    """Whether the file system and one line of a message can take it: no other type, no control character."""
-    return isinstance(value, str) and bool(value) and not BREAKS.search(value)
+        raise UserError(f"{path}: cannot read the datalist: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "json_invalid":
+            raise UserError(f"{path}: not valid JSON: {first['ctx']['error']}") from None
+        key = ".".join(shown(part, 80) for part in first["loc"] if part != "[key]")
+        rule = first["msg"].removeprefix("Value error, ")
+        place = f"{path}: {key}" if key else str(path)
+        raise UserError(f"{place}: {rule[0].lower()}{rule[1:]}, got {reprlib.repr(first['input'])}") from None
 
 
 def _resolver() -> Callable[[str], str]:
@@ -223,72 +227,44 @@ def _resolver() -> Callable[[str], str]:
     return real
 
 
-def _case(
-    base: Path, path: Path, place: str, entry: dict[str, str], labelled: bool, real: Callable[[str], str]
-) -> Case:
-    if labelled and "label" not in entry:
-        raise ValueError(f"{path}: {place}: needs a 'label', got only {shown(entry['image'])}")
-    inside = {}
+def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[[str], str]) -> Case:
+    if labelled and not entry.label:
+        raise UserError(f"{place}: needs a 'label', got only {shown(entry.image)}")
+    inside = []
     for key in ("image", "label") if labelled else ("image",):
-        target = os.path.normpath(os.path.join(base, entry[key]))
-        # A link inside the root may point elsewhere only as a whole tree: what counts is where the file really is.
-        if not _is_below(target, str(base)) or not _is_below(real(target), real(os.path.join(base, ""))):
-            raise ValueError(f"{path}: {place}.{key}: {shown(entry[key])} leaves the root {base}")
-        if not target.endswith(SUFFIXES):
-            raise ValueError(f"{path}: {place}.{key}: {shown(entry[key])} must end in .nii or .nii.gz")
-        inside[key] = Path(target)
-    return Case(stem(inside["image"]), inside["image"], inside.get("label"))
+        path = getattr(entry, key)
+        if BREAKS.search(path) or not path.endswith(SUFFIXES):
+            raise UserError(f"{place}.{key}: '{shown(path)}' must end in .nii or .nii.gz, without control characters")
+        target = os.path.normpath(os.path.join(base, path))
+        # The root may itself be a link. What counts for a link inside of it is the place that it leads to.
+        if not real(target).startswith(real(os.path.join(base, ""))):
+            raise UserError(f"{place}.{key}: {shown(path)} leaves the root {base}")
+        inside.append(Path(target))
+    return Case(stem(inside[0]), *inside)
 
 
-def _is_below(path: str, folder: str) -> bool:
-    return path.startswith(os.path.join(folder, ""))
-
-
-def _check_repeats(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[[str], str]) -> None:
+def _check_files(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[[str], str]) -> None:
+    """Refuse images that are listed twice, also by a link to the other one, and files that do not exist."""
     where: dict[str, str] = {}
-    for section, listed in cases.items():
-        for case in listed:
-            file = real(str(case.image))  # a link is no other volume
-            before = where.get(file)
-            if before == section:
-                raise ValueError(f"{path}: {section}: {case.image} is listed twice")
-            if before:
-                raise ValueError(f"{path}: {case.image} is in both '{before}' and '{section}'")
-            where[file] = section
-
-
-def _check_exists(path: Path, cases: dict[str, tuple[Case, ...]]) -> None:
+    for section, case in ((section, case) for section, listed in cases.items() for case in listed):
+        if before := where.get(file := real(str(case.image))):
+            raise UserError(f"{path}: {case.image} is listed twice, in '{before}' and in '{section}'")
+        where[file] = section
     files = [file for listed in cases.values() for case in listed for file in (case.image, case.label) if file]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         more = f" (and {len(missing) - 1} more of {len(files)} files)" if len(missing) > 1 else ""
-        raise ValueError(f"{path}: no such file: {shown(missing[0])}{more}")
+        raise UserError(f"{path}: no such file: {shown(missing[0])}{more}")
 
 
 def _unique_ids(cases: dict[str, tuple[Case, ...]], base: Path) -> dict[str, tuple[Case, ...]]:
-    """File names as ids, or the path below the root where two files have the same name (.nii beside .nii.gz: all)."""
+    """A case is called by its file name, or by its path below the root where the list has that name twice."""
+    count = Counter(case.id for listed in cases.values() for case in listed)
 
-    def names(case: Case) -> tuple[str, str, str]:
-        below = str(case.image)[len(os.path.join(base, "")) :]
-        return case.id, os.path.join(os.path.dirname(below), case.id), below
+    def named(case: Case) -> Case:
+        return case if count[case.id] == 1 else replace(case, id=os.path.relpath(case.image, base))
 
-    count = Counter(name for listed in cases.values() for case in listed for name in set(names(case)))
-
-    def name(case: Case) -> Case:
-        return case if count[case.id] == 1 else replace(case, id=next(name for name in names(case) if count[name] == 1))
-
-    return {section: tuple(name(case) for case in listed) for section, listed in cases.items()}
-
-
-def _labels(tree: dict[str, Any], path: Path) -> dict[int, str]:
-    labels = tree.get("labels", {})
-    try:
-        named = {int(value): shown(name) for value, name in labels.items()}
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: labels: must map label values to names, got {shown(labels, 80)}") from error
-    if min(named, default=0) < 0:
-        raise ValueError(f"{path}: labels: must map label values to names, none negative, got {min(named)}")
-    return named
+    return {section: tuple(map(named, listed)) for section, listed in cases.items()}
 
 
 def _select(listed: Datalist, ids: Sequence[str], size: int) -> Datalist:
@@ -297,10 +273,8 @@ def _select(listed: Datalist, ids: Sequence[str], size: int) -> Datalist:
     wanted = [name for entry in ids for name in _expand(entry)]
     unknown = [name for name in wanted if name not in by_id]
     if unknown:
-        raise ValueError(f"{listed.path}: splits.{size}: no training volume has the id {unknown[0]!r}")
-    if len(set(wanted)) < len(wanted):
-        raise ValueError(f"{listed.path}: splits.{size}: an id stands twice")
-    return replace(listed, training=tuple(by_id[name] for name in wanted))
+        raise UserError(f"{listed.path}: splits.{size}: no training volume has the id {unknown[0]!r}")
+    return replace(listed, training=tuple(by_id[name] for name in dict.fromkeys(wanted)))
 
 
 def _expand(entry: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_ray.data.datalist import SUFFIXES, stem
+from ssl_ray.errors import UserError
 
 
 def write_datalists(
@@ -31,38 +32,26 @@ def write_datalists(
         Per file written, its numbers of training and validation volumes.
 
     Raises:
-        ValueError: where there are too few volumes for what is asked; nothing is written then.
+        UserError: where there are too few volumes for what is asked; nothing is written then.
     """
     images, labels = _find_volumes(folder)
-    if not images:
-        raise ValueError(f"{folder}: no .nii or .nii.gz file in it")
-    try:
-        pattern = re.compile(subject)
-    except re.error as error:
-        raise ValueError(f"--subject {subject}: not a regular expression: {error}") from error
-    people: dict[str, list[Path]] = defaultdict(list)
-    for image in images:
-        match = pattern.search(stem(image))
-        person = next((group for group in match.groups() if group), match[0]) if match else stem(image)
-        people[person].append(image)
     if sizes and not labels:
-        raise ValueError(f"{folder}: {max(sizes)} labelled training volumes asked for, but no image has a label")
-    order = sorted(people)
-    random.Random(str(seed)).shuffle(order)
+        raise UserError(f"{folder}: {max(sizes)} labelled training volumes asked for, but no image has a label")
+    people = _by_subject(images, subject, seed)
     held_out: set[str] = set()
     lists: dict[str, dict[str, Any]] = {}
-    for name in ("labelled", "unlabelled"):
-        groups = {one: [image for image in people[one] if (image in labels) == (name == "labelled")] for one in order}
-        persons = sorted((one for one in order if groups[one]), key=lambda one: one not in held_out)
+    for name, sought in (("labelled", sorted(sizes)), ("unlabelled", [])):
+        groups = {one: [image for image in found if (image in labels) == (name == "labelled")] for one, found in people}
+        persons = sorted((one for one in groups if groups[one]), key=lambda one: one not in held_out)
         if not persons:
             continue
         held = max(1, round(validation_share * len(persons)), len(held_out.intersection(persons)))
         held_out.update(persons[:held])
         validation = [_entry(folder, image, labels) for one in persons[:held] for image in groups[one]]
         training = [_entry(folder, image, labels) for one in persons[held:] for image in groups[one]]
-        for size in (name == "labelled" and sorted(sizes)) or [len(training)]:
+        for size in sought or [len(training)]:
             if not 0 < size <= len(training):
-                raise ValueError(
+                raise UserError(
                     f"{folder}: {size} {name} training volumes asked for, but {len(training)} are left after holding "
                     f"out {len(validation)} of {held} subjects for validation"
                 )
@@ -72,22 +61,39 @@ def write_datalists(
     texts = {folder / file: json.dumps(tree, indent=1) + "\n" for file, tree in lists.items()}
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{path}: a list with other content is there already; move it away first")
+            raise UserError(f"{path}: a list with other content is there already; move it away first")
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     return {file: (len(tree["training"]), len(tree["validation"])) for file, tree in lists.items()}
 
 
 def _find_volumes(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder")
+    """The images below a folder, and the label of each that has one."""
     found = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
     files = [path for path in found if not path.name.startswith("._")]  # macOS puts these into archives
     is_label = {path: any(part.startswith("labels") for part in path.relative_to(folder).parts[:-1]) for path in files}
     by_name = {_common_name(folder, path): path for path in files if is_label[path]}
     images = [path for path in files if not is_label[path]]
+    if not images:
+        raise UserError(f"{folder}: no .nii or .nii.gz file in it")
     named = {image: by_name.get(_common_name(folder, image)) for image in images}
     return images, {image: label for image, label in named.items() if label is not None}
+
+
+def _by_subject(images: Sequence[Path], subject: str, seed: int) -> list[tuple[str, list[Path]]]:
+    """Subjects and their images, in an order that the seed draws."""
+    try:
+        pattern = re.compile(subject)
+    except re.error as error:
+        raise UserError(f"--subject {subject}: not a regular expression: {error}") from error
+    people: dict[str, list[Path]] = defaultdict(list)
+    for image in images:
+        match = pattern.search(stem(image))
+        person = next((group for group in match.groups() if group), match[0]) if match else stem(image)
+        people[person].append(image)
+    order = sorted(people)
+    random.Random(str(seed)).shuffle(order)
+    return [(one, people[one]) for one in order]
 
 
 def _common_name(folder: Path, path: Path) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
-"""Linear resampling of one volume to its canonical grid, equal to MONAI's `Orientation` and `Spacing`.
+"""Resampling one volume to its canonical grid, as MONAI's `Orientation` and `Spacing` do it.
 
-MONAI interpolates in three dimensions at once, in float64 and at coordinates of every voxel. But its new grid has the
+MONAI interpolates in three dimensions at once, in float64, at the coordinates of every voxel. But its new grid has the
 axes of the old one, whatever their obliquity: source coordinates are a permutation, a scale and a shift of the new
-ones, so three interpolations in one dimension give the same, and what the crop to foreground will cut off need not be
-computed. That takes a tenth of the time. The grid itself is asked of MONAI.
+ones. So three interpolations in one dimension give the same, and what the crop to the foreground will cut off need not
+be computed: that takes a tenth of the time. The grid itself is MONAI's, and so is the rare volume that this cannot do.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,19 +16,22 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
 
 from ssl_ray.config.schema import Preparation
-from ssl_ray.data.nifti import AXIS_CODES
+from ssl_ray.data.nifti import Nifti
+
+AXIS_CODES = (("L", "R"), ("P", "A"), ("I", "S"))
+"""The codes of an orientation name where an axis points to, in nibabel's convention."""
 
 _UNCHANGED = 1e-3
-"""Affines closer than this are one to MONAI (`AFFINE_TOL`), and nothing is resampled."""
+"""MONAI takes affines that are closer than this for the same (`AFFINE_TOL`), and does not resample."""
 _STRAIGHT = 1e-7
-"""Voxels that a coordinate may be off by shear; rotations in float32, as headers have them, shear by up to 1e-5."""
+"""Voxels by which shear may move a coordinate; rotations in float32, as headers have them, shear by up to 1e-5."""
 
 
 @dataclass(frozen=True)
 class VoxelGrid:
     """The canonical grid of a volume.
 
-    Along its axis j runs the source's axis `axes[j]`, and index i lies at `scale[j] * i + shift[j]` there.
+    Its axis j runs along axis `axes[j]` of the source, where its index i lies at `scale[j] * i + shift[j]` voxels.
     `affine` (4, 4) maps its voxels to mm.
     """
 
@@ -38,10 +42,25 @@ class VoxelGrid:
     shift: tuple[float, float, float]
 
 
+def by_monai(volume: Nifti, preparation: Preparation, mode: Literal["bilinear", "nearest"]) -> Nifti:
+    """The volume oriented and resampled by MONAI's own transforms."""
+    data = MetaTensor(torch.from_numpy(volume.voxels)[None], affine=torch.from_numpy(volume.affine))
+    if preparation.orientation:
+        data = Orientation(preparation.orientation, labels=AXIS_CODES)(data)
+    data = Spacing(preparation.spacing, mode=mode)(data)
+    return Nifti(data[0].numpy(), data.affine.numpy().astype(np.float64))
+
+
 def canonical_grid(
     shape: tuple[int, ...], affine: npt.NDArray[np.float64], preparation: Preparation
 ) -> VoxelGrid | None:
-    """The grid that MONAI would resample to; None where its axes are not the source's, as after a sheared scan."""
+    """The grid that MONAI would resample to; None where its axes are not the source's, as after a sheared scan.
+
+    Args:
+        shape: of the source, in voxels.
+        affine: (4, 4), from voxels of the source to mm.
+        preparation: orientation and spacing of the new grid.
+    """
     there = MetaTensor(torch.empty(1).expand(1, *shape), affine=torch.from_numpy(affine))
     if preparation.orientation:
         there = Orientation(preparation.orientation, labels=AXIS_CODES, lazy=True)(there)
@@ -66,21 +85,22 @@ def canonical_grid(
 def resample(
     voxels: npt.NDArray[np.float32], grid: VoxelGrid, above: float | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Linear interpolation on the grid; beyond the source's edge its last voxel goes on.
+    """Interpolate linearly on the grid; beyond the source's edge its last voxel is repeated.
 
     Args:
         voxels: (X, Y, Z) of the source.
         grid: of `canonical_grid`.
-        above: what of the result holds only values up to this may be left out; None: nothing.
+        above: margins of the result that hold no value above this may be left out; None leaves out nothing.
 
     Returns:
-        A box of the resampled volume, and the grid's index of its first voxel; empty where nothing is above.
+        A box of the resampled volume, and the grid's index of its first voxel (3). The box is empty where no value is
+        above.
     """
-    # In the order of memory, slowest axis first: then neighbours are copied and interpolated in rows.
+    # Slowest axis of the memory first, so that neighbours are copied and interpolated in rows.
     memory = sorted(range(3), key=lambda axis: -voxels.strides[axis])
     data = torch.from_numpy(voxels.transpose(memory))
     reach = [(0, side) for side in data.shape] if above is None else _reach(data, above)
-    places: dict[int, npt.NDArray[np.float64]] = {}  # by axis of the data
+    places: dict[int, npt.NDArray[np.float64]] = {}  # key: axis of `data`
     first = []
     for side, axis, scale, shift in zip(grid.shape, grid.axes, grid.scale, grid.shift, strict=True):
         dim = memory.index(axis)
@@ -90,13 +110,14 @@ def resample(
             return np.zeros((0, 0, 0), np.float32), np.zeros(3, np.int64)
         places[dim] = place[used[0] : used[-1] + 1]
         first.append(int(used[0]))
-    for dim in sorted(places, key=lambda dim: len(places[dim]) / data.shape[dim]):  # what shrinks first leaves less
+    # The axis that shrinks most comes first: it leaves the least for the others.
+    for dim in sorted(places, key=lambda dim: len(places[dim]) / data.shape[dim]):
         data = _along(data, dim, places[dim])
     return data.numpy().transpose([memory.index(axis) for axis in grid.axes]), np.array(first, np.int64)
 
 
 def _reach(data: torch.Tensor, above: float) -> list[tuple[int, int]]:
-    """First and last + 1 index along each axis where anything is above a value."""
+    """First and last + 1 index along each axis where any value is above `above`."""
     ranges = []
     seen = data.amax(dim=0)
     for peaks in (data.flatten(1).amax(dim=1), seen.amax(dim=1), seen.amax(dim=0)):
@@ -106,12 +127,12 @@ def _reach(data: torch.Tensor, above: float) -> list[tuple[int, int]]:
 
 
 def _along(data: torch.Tensor, axis: int, place: npt.NDArray[np.float64]) -> torch.Tensor:
-    """Values at the places along one axis."""
+    """Linear interpolation of `data` at the places (in voxels) along one axis."""
     low = np.minimum(place.astype(np.int64), data.shape[axis] - 1)
     high = np.minimum(low + 1, data.shape[axis] - 1)
     weight = torch.from_numpy((place - low).astype(np.float32))
     near, far = (data.index_select(axis, torch.from_numpy(index)) for index in (low, high))
     shape = [1, 1, 1]
     shape[axis] = -1
-    # Between equal values it gives that value: what is at the edge of the window stays there.
+    # `lerp` between equal values gives exactly that value, so a voxel at the window's lower end does not rise above it.
     return near.lerp_(far, weight.view(shape))

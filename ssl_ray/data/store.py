@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from ssl_ray.data.nifti import CanonicalVolume
+from ssl_ray.data.canonical import CanonicalVolume
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import MANIFEST, remove_stale, settle, write_file
 from ssl_ray.storage.mirror import Mirror

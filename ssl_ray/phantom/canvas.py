@@ -75,6 +75,14 @@ class Canvas:
         self.label = np.zeros(self.grain.shape, np.uint8)
         self.whole: Box = self.box(np.full(3, -1e4), np.full(3, 1e4))
 
+    def near(self, x: float, y: float, z: float, spread: float = 4.0) -> Array:
+        """A point scattered about (x, y, z) with a standard deviation of `spread` mm."""
+        return np.array([x, y, z]) + self.rng.normal(0, spread, 3)
+
+    def size(self, low: float = 0.85, high: float = 1.18) -> float:
+        """A random factor for lengths."""
+        return float(np.exp(self.rng.uniform(np.log(low), np.log(high))))
+
     def box(self, low: Array, high: Array) -> Box:
         """The part of the grid that can hold body points between `low` and `high` (mm)."""
         corners = np.stack(np.meshgrid(*np.stack([low - self.margin, high + self.margin], 1), indexing="ij"), -1)

@@ -1,16 +1,14 @@
 """A synthetic labelled CT cohort, written as NIfTI with Decathlon datalists: something to try the whole study on.
 
-Nothing here is a patient: `anatomy` draws the bodies, this module puts them into a scanner (field of view, pose,
-spacing, table, blur, correlated noise, stored axes) and the volumes into a folder.
+Nothing here is a patient: `body` and `anatomy` draw the bodies, this module puts them into a scanner (field of view,
+pose, spacing, table, blur, correlated noise, stored axes) and the volumes into a folder.
 """
 
 import gzip
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,13 @@ from nibabel import orientations
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
+from ssl_ray.errors import UserError
 from ssl_ray.phantom.anatomy import ORGANS, draw
 from ssl_ray.phantom.canvas import Array, Canvas
-from ssl_ray.storage.places import Place
-
-__all__ = ["ORGANS", "VERSION", "synthesize", "write_cohort"]
+from ssl_ray.storage.files import remove_stale, write_file
 
 VERSION = 1
-"""Kept in phantom.json: raise it when the same parameters give other bytes."""
+"""Part of phantom.json: raise it when the same parameters give other bytes."""
 
 _STALE_SECONDS = 24 * 3600
 _STORED_AXES = ("RAS", "LAS", "LPS", "RPS", "LPI", "PIR", "ASL")
@@ -37,9 +34,9 @@ def synthesize(seed: int, index: int, *, spacing: float | None = None) -> tuple[
     """Volume `index` of the cohort `seed`: a pure function of both.
 
     Args:
-        seed: Of the cohort, >= 0.
-        index: Of the volume, >= 0.
-        spacing: Isotropic voxel size in mm, instead of the volume's own (3.3 to 4.3 mm in plane, 4 to 6 mm along the
+        seed: of the cohort, >= 0.
+        index: of the volume, >= 0.
+        spacing: isotropic voxel size in mm, instead of the volume's own (3.3 to 4.3 mm in plane, 4 to 6 mm along the
             body). The patient, the pose and the stored axes stay the same.
 
     Returns:
@@ -98,17 +95,6 @@ def _nifti(array: Array, affine: Array, turn: Array) -> nib.Nifti1Image:
     return image
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1).encode() + b"\n"
-    if not path.exists() or path.read_bytes() != text:
-        Place.parse(path).write_bytes(text)
-
-
-def _write_volume(paths: dict[str, Path], seed: int, index: int) -> None:
-    for nifti, path in zip(synthesize(seed, index), paths.values(), strict=False):
-        Place.parse(path).write_bytes(gzip.compress(nifti.to_bytes(), 6, mtime=0))
-
-
 def validation_share(unlabelled: int) -> int:
     """How many of the unlabelled volumes `write_cohort` holds out for validation."""
     return max(2, round(unlabelled / 8))
@@ -133,61 +119,73 @@ def write_cohort(
     is among the unlabelled. Each volume takes about half a second on one core; all cores are used.
 
     Args:
-        root: Folder; made where missing.
-        unlabelled: Number of volumes without labels, at least 3.
-        labelled: Number of labelled volumes to train on.
-        validation: Number of labelled volumes to select by, at least 1.
-        test: Number of labelled volumes to report, at least 1.
-        splits: Numbers of labelled training volumes, each from 1 to `labelled`.
-        seed: Of the cohort, >= 0.
-        progress: Wraps the sequence of volumes that are still to be written, as tqdm does.
+        root: folder; made where missing.
+        unlabelled: number of volumes without labels, at least 3.
+        labelled: number of labelled volumes to train on.
+        validation: number of labelled volumes to select by, at least 1.
+        test: number of labelled volumes to report, at least 1.
+        splits: numbers of labelled training volumes, each from 1 to `labelled`.
+        seed: of the cohort, >= 0.
+        progress: wraps the sequence of volumes that are still to be written, as tqdm does.
 
     Raises:
-        ValueError: A number is out of its range, or `root` holds a cohort of other parameters.
+        UserError: when a number is out of its range, or `root` holds a cohort of other parameters.
     """
     for key, value, least in (("unlabelled", unlabelled, 3), ("validation", validation, 1), ("test", test, 1)):
         if value < least:
-            raise ValueError(f"phantom: {key} must be at least {least}, got {value}")
+            raise UserError(f"phantom: {key} must be at least {least}, got {value}")
     splits = sorted(set(splits))
     if not splits or splits[0] < 1 or splits[-1] > labelled:
-        raise ValueError(f"phantom: splits must lie between 1 and labelled = {labelled}, got {splits}")
+        raise UserError(f"phantom: splits must lie between 1 and labelled = {labelled}, got {splits}")
     counts = {"unlabelled": unlabelled, "labelled": labelled, "validation": validation, "test": test}
     parameters = {"version": VERSION, "seed": seed, **counts, "splits": splits}
     record = root / "phantom.json"
     if record.exists() and (found := json.loads(record.read_text())) != parameters:
-        raise ValueError(f"phantom: {root} holds the cohort {found}, not the one asked for, {parameters}")
-    for folder in (root / "images", root / "labels"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.part"):  # of a call that was killed; a newer one may be of a call that goes on
-            with suppress(FileNotFoundError):
-                if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
-                    stale.unlink()
-    _write_json(record, parameters)
-
+        raise UserError(f"phantom: {root} holds the cohort {found}, not the one asked for, {parameters}")
     # The unlabelled volumes come last: a cohort with more of them keeps every other volume as it was.
     ends = np.cumsum([test, validation, labelled, unlabelled]).tolist()
     cases = [
         {key: f"{key}s/phantom{i:04d}.nii.gz" for key in ("image", "label")[: 2 if i < ends[2] else 1]}
         for i in range(ends[3])
     ]
-    files = [{key: root / name for key, name in case.items()} for case in cases]
-    missing = {i: paths for i, paths in enumerate(files) if not all(path.exists() for path in paths.values())}
-    if missing:
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, len(missing))) as pool:
-            futures = [pool.submit(_write_volume, paths, seed, i) for i, paths in missing.items()]
-            try:
-                for future in futures if progress is None else progress(futures):
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    header = {"name": f"phantom {seed}", "modality": {"0": "CT"}}
-    names = {str(i): name for i, name in enumerate(("background", *ORGANS))}
+    for folder in ("images", "labels"):
+        remove_stale(root / folder, "*.part", _STALE_SECONDS)
+    _write_json(record, parameters)
+    _write_missing(root, cases, seed, progress)
     tests, validations, trainings, rest = (cases[a:b] for a, b in zip([0, *ends], ends, strict=False))
-    held_out = validation_share(unlabelled)
+    header = {"name": f"phantom {seed}", "modality": {"0": "CT"}}
+    labels = {str(i): name for i, name in enumerate(("background", *ORGANS))}
     for n in splits:
         parts = {"training": trainings[:n], "validation": validations, "test": tests}
-        _write_json(root / f"labelled_{n}.json", {**header, "labels": names, **parts})
-    parts = {"training": rest[:-held_out], "validation": rest[-held_out:]}
-    _write_json(root / "unlabelled.json", {**header, **parts})
+        _write_json(root / f"labelled_{n}.json", {**header, "labels": labels, **parts})
+    held_out = validation_share(unlabelled)
+    _write_json(root / "unlabelled.json", {**header, "training": rest[:-held_out], "validation": rest[-held_out:]})
+
+
+def _write_missing(
+    root: Path, cases: list[dict[str, str]], seed: int, progress: Callable[[Iterable[Any]], Iterable[Any]] | None
+) -> None:
+    """Synthesize the volumes of which a file is missing, on all cores."""
+    files = [[root / name for name in case.values()] for case in cases]
+    missing = {i: paths for i, paths in enumerate(files) if not all(path.exists() for path in paths)}
+    if not missing:
+        return
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(missing))) as pool:
+        futures = [pool.submit(_write_volume, paths, seed, i) for i, paths in missing.items()]
+        try:
+            for future in progress(futures) if progress else futures:
+                future.result()
+        except BaseException:  # Ctrl-C must not wait for hundreds of volumes
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_volume(paths: Sequence[Path], seed: int, index: int) -> None:
+    for nifti, path in zip(synthesize(seed, index), paths, strict=False):
+        write_file(path, gzip.compress(nifti.to_bytes(), 6, mtime=0))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1).encode() + b"\n"
+    if not path.exists() or path.read_bytes() != text:
+        write_file(path, text)

@@ -83,7 +83,7 @@ def pretrain(
     folder = folders.study / f"pretrain-{key}"
     weights = folder / "best.safetensors"
     if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
-        return Pretrained(weights, key, done.info.run_id)
+        return Pretrained(weights, key, done)
     config = recipe.settings
     workers = config.worker_range[0]
     check_resources("pretrain.workers", f"{workers} workers", workers * config.cpus_per_worker, workers * config.gpu)

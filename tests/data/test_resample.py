@@ -13,8 +13,7 @@ from nibabel.affines import apply_affine
 from volumes import oblique_affine, smooth_ct
 
 from ssl_ray.config.schema import Preparation
-from ssl_ray.data.nifti import AXIS_CODES
-from ssl_ray.data.resample import canonical_grid, resample
+from ssl_ray.data.resample import AXIS_CODES, canonical_grid, resample
 
 sides = st.floats(0.4, 4.0)
 

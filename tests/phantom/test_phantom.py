@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from ssl_ray.phantom.anatomy import ORGANS
 from ssl_ray.phantom.canvas import Canvas
-from ssl_ray.phantom.cohort import ORGANS, synthesize, write_cohort
+from ssl_ray.phantom.cohort import synthesize, write_cohort
 
 Array = npt.NDArray[Any]
 Volume = tuple[nib.Nifti1Image, nib.Nifti1Image]  # image and label

@@ -1,0 +1,95 @@
+"""A volume as it comes from the scanner -> the canonical volume that is stored: oriented, resampled, windowed, cropped.
+
+The result is what MONAI's own chain of deterministic transforms gives (`Orientation`, `Spacing`,
+`ScaleIntensityRange`, `CropForeground`), rounded to 8 or 16 bits.
+"""
+
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from ssl_ray.config.schema import Preparation
+from ssl_ray.data.nifti import Nifti
+from ssl_ray.errors import UserError
+
+VERSION = 3
+"""Part of the key in the store: raise it whenever `prepare` gives another result for the same input."""
+
+_MOST_VOXELS = 2**29
+"""Voxels of a resampled volume, more than a whole body at 1 mm: an affine in the wrong unit would fill the memory."""
+
+
+@dataclass(frozen=True)
+class CanonicalVolume:
+    """A volume on its canonical grid.
+
+    `image` (X, Y, Z) holds 0 to `levels` for the window's lower to upper HU; `affine` (4, 4) maps its voxels to mm.
+    `box` is the start and end of the foreground, in voxels of the resampled grid before it was cropped to them.
+    """
+
+    image: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+    label: npt.NDArray[np.uint8] | None
+    levels: int
+    affine: npt.NDArray[np.float64]
+    box: tuple[tuple[int, ...], tuple[int, ...]]
+    original_shape: tuple[int, ...]
+    original_affine: npt.NDArray[np.float64]
+
+
+def levels(window: tuple[float, float]) -> int:
+    """Largest stored value: 255 where the HU window has at most 256 integer levels, else 65535."""
+    return 255 if window[1] - window[0] <= 255 else 65535
+
+
+def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> CanonicalVolume:
+    """Bring an image, and its label on the same grid, to the canonical grid.
+
+    Raises:
+        UserError: when no voxel lies above the window's lower end, or the new grid would be too large.
+    """
+    # Imported here, as MONAI takes seconds to import and a run that finds all volumes in the store does without.
+    from ssl_ray.data.resample import by_monai, canonical_grid, resample
+
+    _check_size(image, preparation)
+    low, high = preparation.hu_window
+    target = canonical_grid(image.voxels.shape, image.affine, preparation)
+    if target is None:
+        found = by_monai(image, preparation, "bilinear")
+        voxels, affine, first = found.voxels, found.affine, np.zeros(3, np.int64)
+        whole = voxels.shape
+    else:
+        voxels, first = resample(image.voxels, target, low if preparation.crop_foreground else None)
+        affine, whole = target.affine.copy(), target.shape
+    start, end = np.zeros(3, np.int64), np.array(whole)
+    if preparation.crop_foreground:
+        body = [np.flatnonzero((voxels > low).any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+        if not all(map(len, body)):
+            raise UserError(f"no voxel lies above {low:g} HU, the lower end of the window: nothing to crop to")
+        start, end = first + [hit[0] for hit in body], first + [hit[-1] + 1 for hit in body]
+    affine[:3, 3] += affine[:3, :3] @ start
+    top = levels(preparation.hu_window)
+    # The order of operations of MONAI's `ScaleIntensityRange`, so that float32 rounds as it does there.
+    scaled = np.clip((voxels[_slices(start - first, end - first)] - np.float32(low)) / np.float32(high - low), 0, 1)
+    stored = (scaled * np.float32(top)).round().astype(np.uint8 if top == 255 else np.uint16, order="C")
+    stored_label = None
+    if label:
+        resampled = by_monai(label, preparation, "nearest").voxels
+        stored_label = resampled[_slices(start, end)].astype(np.uint8, order="C")
+    box = tuple(map(int, start)), tuple(map(int, end))
+    return CanonicalVolume(stored, stored_label, top, affine, box, image.voxels.shape, image.affine)
+
+
+def _check_size(image: Nifti, preparation: Preparation) -> None:
+    extent = np.array(image.voxels.shape) * nib.affines.voxel_sizes(image.affine)
+    grid = float(np.maximum(extent / preparation.spacing, 1).prod())
+    if grid > _MOST_VOXELS:
+        raise UserError(
+            f"{' x '.join(f'{side:.4g}' for side in extent)} mm are {grid:.3g} voxels at spacing "
+            f"{list(preparation.spacing)}, more than {_MOST_VOXELS}: is the affine in mm?"
+        )
+
+
+def _slices(start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in zip(start, end, strict=True))
