@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ssl_ray import console
 from ssl_ray.console import Bar
-from ssl_ray.pretrain.driver import _facts
+from ssl_ray.pretrain.collector import progress
 from ssl_ray.training import meters
 from ssl_ray.training.meters import ObjectStore, arithmetic_rate, as_system, peak_memory
 
@@ -150,5 +150,5 @@ def test_a_narrow_terminal_keeps_the_numbers(monkeypatch: pytest.MonkeyPatch) ->
 def test_waiting_is_told_where_it_matters() -> None:
     """A few percent are not worth the space."""
     record = {"loss": 0.5, "patches_per_second": 99.6, "data_wait_share": 0.2}
-    assert _facts(record) == "loss 0.5000, 100 patches/s, waits for data 20%"
-    assert "waits" not in _facts(record | {"data_wait_share": 0.01})
+    assert progress(record) == "loss 0.5000, 100 patches/s, waits for data 20%"
+    assert "waits" not in progress(record | {"data_wait_share": 0.01})
