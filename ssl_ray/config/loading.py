@@ -32,9 +32,9 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
         raise UserError("\n".join(_explain(name, mistake) for mistake in error.errors())) from None
 
 
-def dump(study: Study) -> str:
+def dump(experiment: BaseModel) -> str:
     """The experiment as YAML, every default written out; `parse` of it gives the same study."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
 
 
 def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, str]:
