@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
 from ssl_ray.errors import UserError
-from ssl_ray.study.experiment import load
+from ssl_ray.study.experiment import Step, load
 from ssl_ray.training.devices import DEVICES
 
 TRACEBACK = "SSL_RAY_TRACEBACK"
@@ -210,9 +210,7 @@ def _sizes(text: str) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def _carry_out(
-    study: Study, last: Literal["prepare", "pretrain", "finetune", "report"], fresh: bool = False, verify: bool = False
-) -> None:
+def _carry_out(study: Study, last: Step, fresh: bool = False, verify: bool = False) -> None:
     from ssl_ray.study.identity import only_one, set_aside
     from ssl_ray.study.parts import folders_of
     from ssl_ray.study.runner import carry_out

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
@@ -17,7 +16,7 @@ from ssl_ray.search.cells import BAD_VOLUMES
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 
-Cohorts: TypeAlias = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
+Cohorts = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
 """The cases of a study: unlabelled ones to train and to validate on, and the labelled splits."""
 
 

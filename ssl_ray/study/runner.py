@@ -3,7 +3,6 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Literal
 
 from ssl_ray.cluster.connect import connect
 from ssl_ray.config.loading import dump
@@ -18,10 +17,9 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.places import is_uri
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
+from ssl_ray.study.experiment import Step
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.tracking.tracker import Tracker
-
-Step = Literal["prepare", "pretrain", "finetune", "report"]
 
 
 def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]:
