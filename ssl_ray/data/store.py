@@ -18,19 +18,17 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from ssl_ray.data.canonical import CanonicalVolume
-from ssl_ray.errors import UserError
 from ssl_ray.storage.files import MANIFEST, remove_stale, settle, write_file
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.places import Place
@@ -223,50 +221,6 @@ def foreground_index(label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """Flat indices of all labelled voxels, sorted by label value; `Volume.label_voxels` has the counts."""
     found = np.flatnonzero(label)
     return found[np.argsort(label.ravel()[found], kind="stable")].astype(np.int64)
-
-
-@lru_cache(maxsize=512)
-def open_array(
-    store: Store | Path | str, key: str, name: Literal["image", "label", "foreground"] = "image"
-) -> npt.NDArray[Any]:
-    """Memory-mapped array of a stored volume; only the pages that a patch touches are read.
-
-    Raises:
-        OSError: where the file cannot be had.
-        UserError: where it is not a whole array.
-    """
-    path = (store if isinstance(store, Store) else Store(store)).fetch(key, f"{name}.npy")
-    try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({error}); preparing the cohort again mends it") from error
-    return array
-
-
-def read_patch(
-    array: npt.NDArray[Any], origin: Sequence[int], size: Sequence[int], out: npt.NDArray[Any] | None = None
-) -> npt.NDArray[Any]:
-    """One patch, without loading its volume.
-
-    A volume shorter than the patch counts as padded with zeros on both sides, the smaller half first, like MONAI's
-    `SpatialPad`; `origin` (3 voxels) is meant in the padded volume.
-
-    Raises:
-        ValueError: where the patch leaves the padded volume.
-    """
-    if out is None:
-        out = np.empty(tuple(size), dtype=array.dtype)
-    source, target = [], []
-    for start, side, length in zip(origin, size, array.shape, strict=True):
-        before = max(side - length, 0) // 2
-        if not 0 <= start <= max(length - side, 0):
-            raise ValueError(f"origin {tuple(origin)} of a {tuple(size)} patch leaves the volume of {array.shape}")
-        source.append(slice(start, start + min(side, length)))
-        target.append(slice(before, before + min(side, length)))
-    if any(length < side for side, length in zip(size, array.shape, strict=True)):
-        out.fill(0)
-    out[tuple(target)] = array[tuple(source)]
-    return out
 
 
 def _write_array(path: Path, array: npt.NDArray[Any]) -> tuple[int, str]:

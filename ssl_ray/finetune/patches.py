@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ssl_ray.config.schema import Augmentation, Finetune
-from ssl_ray.data.store import Store, Volume, open_array, read_patch
+from ssl_ray.data.patch import open_array, read_patch
+from ssl_ray.data.store import Store, Volume
 from ssl_ray.random import generator
 
 _ORDER, _PATCH = 11, 12

@@ -31,8 +31,9 @@ from volumes import (
 
 from ssl_ray.data import store as store_module
 from ssl_ray.data.datalist import Case
+from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case
-from ssl_ray.data.store import Store, Volume, foreground_index, open_array, read_patch
+from ssl_ray.data.store import Store, Volume, foreground_index
 from ssl_ray.storage.places import Place
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ssl_ray.data.store import Store, read_patch
+from ssl_ray.data.patch import read_patch
+from ssl_ray.data.store import Store
 from ssl_ray.pretrain import stream as streaming
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed, Stream, open_segment, segments

@@ -18,8 +18,9 @@ from volumes import PREPARATION, make_case, small_disk
 
 from ssl_ray.data.canonical import prepare
 from ssl_ray.data.nifti import read_label, read_nifti
+from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
-from ssl_ray.data.store import Store, Volume, open_array, read_patch
+from ssl_ray.data.store import Store, Volume
 from ssl_ray.storage import places as storage
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.places import Place
