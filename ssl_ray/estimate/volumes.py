@@ -17,7 +17,7 @@ from nibabel.spatialimages import HeaderDataError
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.canonical import levels
 from ssl_ray.data.datalist import Case, check_held_out, read_datalist, read_labelled, read_unlabelled
-from ssl_ray.data.store import Store, Volume
+from ssl_ray.data.store import VOLUME_JSON, Store
 from ssl_ray.phantom.cohort import validation_share
 from ssl_ray.storage.files import MANIFEST
 from ssl_ray.storage.folders import Folders
@@ -215,7 +215,7 @@ def _stored(folders: Folders) -> dict[Any, Any] | None:
         if time.monotonic() > until:
             break
         with suppress(OSError, ValueError):  # a damaged one is as good as none
-            volume = Volume.from_json(path.read_bytes())
+            volume = VOLUME_JSON.validate_json(path.read_bytes())
             key = volume.image_source, volume.spacing, volume.hu_window, bool(volume.label_source)
             size = sum(size for size, _ in volume.files.values())
             found[key] = size, volume.shape, math.prod(volume.original_shape)

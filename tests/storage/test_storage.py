@@ -335,12 +335,7 @@ def test_processes_fill_the_mirror_at_once(uri: str, tmp_path: Path) -> None:
     for run in runs:
         run.join()
     assert first == second == {name: array.tobytes() for name, array in files_of(store, volume).items()}
-    assert sorted(path.name for path in store.path(volume.key).iterdir()) == [
-        "foreground.npy",
-        "image.npy",
-        "label.npy",
-        "manifest.json",
-    ]
+    assert sorted(path.name for path in store.path(volume.key).iterdir()) == sorted(f"{name}.npy" for name in NAMES)
 
 
 def flip(place: Place) -> None:
