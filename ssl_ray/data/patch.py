@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,16 +12,12 @@ from ssl_ray.errors import UserError
 
 
 @lru_cache(maxsize=512)
-def open_array(
-    store: Store | Path | str, key: str, name: Literal["image", "label", "foreground"] = "image"
-) -> npt.NDArray[Any]:
+def open_array(store: Store, key: str, name: Literal["image", "label", "foreground"] = "image") -> npt.NDArray[Any]:
     """Memory-mapped array of a stored volume; only the pages that a patch touches are read.
 
-    Raises:
-        OSError: where the file cannot be had.
-        UserError: where it is not a whole array.
+    A file that cannot be had is an OSError, one that is not a whole array a UserError.
     """
-    path = (store if isinstance(store, Store) else Store(store)).fetch(key, f"{name}.npy")
+    path = store.fetch(key, f"{name}.npy")
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -36,10 +31,7 @@ def read_patch(
     """One patch, without loading its volume.
 
     A volume shorter than the patch counts as padded with zeros on both sides, the smaller half first, like MONAI's
-    `SpatialPad`; `origin` (3 voxels) is meant in the padded volume.
-
-    Raises:
-        ValueError: where the patch leaves the padded volume.
+    `SpatialPad`; `origin` (3 voxels) is meant in the padded volume, which the patch may not leave.
     """
     if out is None:
         out = np.empty(tuple(size), dtype=array.dtype)

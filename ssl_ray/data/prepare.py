@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.config.schema import Preparation
-from ssl_ray.data.canonical import VERSION, CanonicalVolume, prepare
+from ssl_ray.data.canonical import VERSION, prepare
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import check_same_grid, read_label, read_nifti
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import read_file, write_file
+from ssl_ray.storage.files import read_file, remove_stale, write_file
 
+_STALE_SECONDS = 24 * 3600
 _SETTLED_NS = 2 * 10**9
-"""A younger file could be written to again within the grain of its time of modification, so its digest is not kept."""
+"""A younger file could be written to again within the grain of its time of modification, so it is not remembered."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
             raise UserError(f"{error.filename}: cannot read: {error.strerror}") from error
     recipe = {"version": VERSION, "preparation": preparation.model_dump(mode="json"), **digests}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
+    # The name and place that it has in this study, which its key does not cover.
+    label_source = str(case.label) if case.label else None
+    named: dict[str, Any] = {"id": case.id, "image_source": str(case.image), "label_source": label_source}
     if found := store.get(key, verify):
-        # Under the name and place that it has in this study, which its key does not cover.
-        label_source = str(case.label) if case.label else None
-        return replace(found, id=case.id, image_source=str(case.image), label_source=label_source), False
+        return replace(found, **named), False
     if None in content.values():  # the sources are known, but the store has no volume of them
         return prepare_case(case, preparation, store, verify=True)
     image, label = read_nifti(case.image, content["image"]), None
@@ -66,8 +68,24 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
         canonical = prepare(image, label, preparation)
     except ValueError as error:
         raise UserError(f"{case.image}: {error}") from error
-    largest = int(label.voxels.max()) if label else 0
-    return store.put(_manifest(key, case, digests["image"], canonical, preparation, largest), canonical), True
+    x, y, z = image.voxels.shape
+    counts = np.bincount(canonical.label.ravel()) if canonical.label is not None else np.zeros(0, np.int64)
+    volume = Volume(
+        key=key,
+        image_sha256=digests["image"],
+        **named,
+        shape=canonical.image.shape,
+        spacing=preparation.spacing,
+        affine=tuple(map(tuple, canonical.affine.tolist())),
+        dtype=str(canonical.image.dtype),
+        levels=canonical.levels,
+        hu_window=preparation.hu_window,
+        original_shape=(x, y, z),
+        label_voxels={str(value): int(count) for value, count in enumerate(counts) if count},
+        largest_label=int(label.voxels.max()) if label else 0,
+        files={},
+    )
+    return store.put(volume, canonical), True
 
 
 def prepare_cohort(
@@ -83,25 +101,22 @@ def prepare_cohort(
     Args:
         cases: with or without labels; ids may repeat between cohorts but not within `cases`.
         preparation: parameters of the canonical array.
-        store: where it goes; a folder that all nodes share, or an object store.
+        store: in a folder that all nodes share, or in an object store; a UserError says why it cannot be written.
         classes: for labelled cases, labels must be in 0..classes-1.
-        progress: wraps the iterator over finished volumes, e.g. into a progress bar.
+        progress: wraps the iterator over finished volumes, e.g. into a progress bar; called with their number as well.
         verify: as for `prepare_case`.
 
     Returns:
         Volumes by image path, the volumes that cannot be used, and how many were prepared now.
-
-    Raises:
-        UserError: when the store cannot be read or written; the volumes that it has already are kept.
     """
     import ray  # not above: it takes a second, and `prepare_case` does without
 
-    store.remove_stale()
-    rows = [{"place": place, "case": pickle.dumps(case)} for place, case in enumerate(cases)]
+    remove_stale(store.folder, "tmp-*", _STALE_SECONDS)
+    rows = [{"case": pickle.dumps(case)} for case in cases]
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
-        outcome = _attempt(pickle.loads(row["case"]), preparation, store, verify)
-        return {"place": row["place"], "outcome": pickle.dumps(outcome)}
+        case = pickle.loads(row["case"])
+        return {"outcome": pickle.dumps((case, _attempt(case, preparation, store, verify)))}
 
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(work, num_cpus=1)
     finished: Iterator[Any] = iter(dataset.iter_rows())
@@ -109,7 +124,7 @@ def prepare_cohort(
     bad: list[BadVolume] = []
     prepared = 0
     for row in progress(finished, len(rows)) if progress else finished:
-        case, outcome = cases[row["place"]], pickle.loads(row["outcome"])
+        case, outcome = pickle.loads(row["outcome"])
         if isinstance(outcome, OSError):  # of the store, not of the volume
             raise UserError(str(outcome))
         if isinstance(outcome, Exception):
@@ -151,29 +166,3 @@ def _read_source(file: Path, store: Store, verify: bool) -> tuple[str, bytes | N
         with suppress(OSError):  # without it, the next run reads the source again
             write_file(known, digest.encode())
     return digest, content
-
-
-def _manifest(
-    key: str, case: Case, sha256: str, canonical: CanonicalVolume, preparation: Preparation, largest_label: int
-) -> Volume:
-    x, y, z = canonical.original_shape
-    counts = np.bincount(canonical.label.ravel()) if canonical.label is not None else np.zeros(0, np.int64)
-    return Volume(
-        key=key,
-        id=case.id,
-        image_source=str(case.image),
-        label_source=str(case.label) if case.label else None,
-        image_sha256=sha256,
-        shape=canonical.image.shape,
-        spacing=preparation.spacing,
-        affine=tuple(map(tuple, canonical.affine.tolist())),
-        dtype=str(canonical.image.dtype),
-        levels=canonical.levels,
-        hu_window=preparation.hu_window,
-        box=canonical.box,
-        original_shape=(x, y, z),
-        original_affine=tuple(map(tuple, canonical.original_affine.tolist())),
-        label_voxels={str(value): int(count) for value, count in enumerate(counts) if count},
-        largest_label=largest_label,
-        files={},
-    )

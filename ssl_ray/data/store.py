@@ -28,18 +28,16 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from ssl_ray.data.canonical import CanonicalVolume
-from ssl_ray.storage.files import MANIFEST, remove_stale, settle, write_file
+from ssl_ray.storage.files import MANIFEST, settle, write_file
 from ssl_ray.storage.mirror import Mirror
-
-_STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Manifest of one stored volume. Lengths in voxels, spacing in mm, affines map voxels to mm (RAS+).
+    """Manifest of one stored volume. Lengths in voxels, spacing in mm, the affine (4, 4) maps voxels to mm (RAS+).
 
-    `label_voxels` counts the stored label; `largest_label` is that of the file, where a structure may be too small to
-    survive the resampling, but is still part of the evaluation. `files` has bytes and sha256 of each.
+    `largest_label` is that of the file, where a structure may be too small to survive the resampling, but is still part
+    of the evaluation. `files` has bytes and sha256 of each.
     """
 
     key: str
@@ -53,9 +51,7 @@ class Volume:
     dtype: str
     levels: int
     hu_window: tuple[float, float]
-    box: tuple[tuple[int, ...], tuple[int, ...]]
     original_shape: tuple[int, int, int]
-    original_affine: tuple[tuple[float, ...], ...]
     label_voxels: dict[str, int]
     largest_label: int
     files: dict[str, tuple[int, str]]
@@ -69,10 +65,8 @@ VOLUME_JSON = TypeAdapter(Volume)
 class Store:
     """The store at one place, shared by all ranks, trials and reruns.
 
-    Args:
-        place: a folder that all machines share, or a URI of `ssl_ray.storage.places`.
-        scratch: for a URI, the folder on this machine's disk under which the mirror lies; it needs room for every
-            volume that is read on the machine.
+    `place` is a folder that all machines share, or a URI of `ssl_ray.storage.places`. For a URI, the mirror lies under
+    the folder `scratch` on this machine's disk, which needs room for every volume that is read on the machine.
     """
 
     place: str | Path
@@ -80,7 +74,7 @@ class Store:
 
     @cached_property
     def mirror(self) -> Mirror:
-        """Of the store in a folder, that folder; of a store in an object store, its copy on this machine."""
+        """The store itself if it is a folder, else its copy on this machine."""
         return Mirror.of(self.place, self.scratch, "cache")
 
     @property
@@ -124,11 +118,7 @@ class Store:
     def put(self, volume: Volume, prepared: CanonicalVolume) -> Volume:
         """Write the arrays of a volume, in place of a damaged one or of the equal one of a run that was faster.
 
-        Returns:
-            The volume with its `files`.
-
-        Raises:
-            OSError: naming the place, when the disk is full or the like; nothing of the volume is left.
+        Returns the volume with its `files`. An OSError names the place; nothing of the volume is left then.
         """
         scratch = self.folder / f"tmp-{uuid.uuid4().hex}"
         arrays: dict[str, npt.NDArray[Any]] = {"image": prepared.image}
@@ -151,21 +141,13 @@ class Store:
         return volume
 
     def fetch(self, key: str, name: str) -> Path:
-        """A file of a volume on this machine; out of an object store, its checked copy in the mirror.
-
-        Raises:
-            OSError: where it cannot be had, or does not match its digest.
-        """
+        """A file of a volume on this machine; out of an object store, its copy in the mirror, checked by its digest."""
         path = self.path(key, name)
         if self.mirror.origin and not path.is_file():
             home = self.mirror.kept(self.path(key))
             _, sha256 = VOLUME_JSON.validate_json((home / MANIFEST).read_bytes()).files[name]
             (home / name).download(path, sha256)
         return path
-
-    def remove_stale(self) -> None:
-        """Remove what runs that were killed a day or more ago had begun to write."""
-        remove_stale(self.folder, "tmp-*", _STALE_SECONDS)
 
 
 def foreground_index(label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:

@@ -16,11 +16,7 @@ MANIFEST = "manifest.json"
 
 
 def open_file(path: Path, most: int | None = None) -> BufferedReader:
-    """Open a regular file for reading.
-
-    Args:
-        path: a file, or a link to one.
-        most: bytes that the file may have.
+    """Open a regular file, or a link to one, for reading; `most` is the bytes that it may have.
 
     Raises:
         OSError: also for a FIFO, on which reading would wait for ever, and for a device, which may have no end.

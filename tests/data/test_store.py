@@ -34,6 +34,7 @@ from ssl_ray.data.datalist import Case
 from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store, Volume, foreground_index
+from ssl_ray.storage.files import remove_stale
 from ssl_ray.storage.places import Place
 
 
@@ -95,11 +96,11 @@ def test_a_killed_put_leaves_no_volume(store: Store, case: Case) -> None:
     assert left.name.startswith("tmp-")
     volume, fresh = prepare_case(case, PREPARATION, store)
     assert fresh
-    store.remove_stale()
+    remove_stale(store.folder, "tmp-*", 24 * 3600)
     assert left.is_dir(), "it might be the work of a run that goes on"
     yesterday = time.time() - 25 * 3600
     os.utime(left, (yesterday, yesterday))
-    store.remove_stale()
+    remove_stale(store.folder, "tmp-*", 24 * 3600)
     assert not left.exists()
     assert store.get(volume.key) == volume
 
@@ -281,7 +282,7 @@ def test_a_label_without_organs_can_be_opened(store: Store, tmp_path: Path) -> N
     assert case.label
     write_nifti(case.label, np.zeros(SHAPE, np.uint8), AFFINE)
     volume, _ = prepare_case(case, PREPARATION, store)
-    assert open_array(store.folder, volume.key, "foreground").shape == (0,)
+    assert open_array(store, volume.key, "foreground").shape == (0,)
     assert set(volume.label_voxels) == {"0"}
 
 
@@ -289,7 +290,7 @@ def test_open_arrays_are_mapped_and_read_only(store: Store, case: Case) -> None:
     """An array is not read until it is used, and nobody can change the store through it."""
     volume, _ = prepare_case(case, PREPARATION, store)
     for name in ("image", "label", "foreground"):
-        array = open_array(store.folder, volume.key, name)  # type: ignore[arg-type]
+        array = open_array(store, volume.key, name)  # type: ignore[arg-type]
         assert isinstance(array, np.memmap)
         assert not array.flags.writeable
         np.testing.assert_array_equal(array, stored(store, volume)[name])
