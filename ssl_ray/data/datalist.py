@@ -221,11 +221,9 @@ def _check_files(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[
         if before := where.get(file := real(str(case.image))):
             raise UserError(f"{path}: {case.image} is listed twice, in '{before}' and in '{section}'")
         where[file] = section
-    files = [file for listed in cases.values() for case in listed for file in (case.image, case.label) if file]
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        more = f" (and {len(missing) - 1} more of {len(files)} files)" if len(missing) > 1 else ""
-        raise UserError(f"{path}: no such file: {shown(missing[0])}{more}")
+        for volume in filter(None, (case.image, case.label)):
+            if not os.path.isfile(volume):
+                raise UserError(f"{path}: no such file: {shown(volume)}")
 
 
 def _unique_ids(cases: dict[str, tuple[Case, ...]], base: Path) -> dict[str, tuple[Case, ...]]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ class PatchSampler:
     """Draws patch *i* of a trial out of `(seed, i)` alone: which volume, which centre, which augmentation."""
 
     volumes: tuple[Volume, ...]
-    store: Store | Path
+    store: Store
     config: Finetune
     seed: int
 

@@ -23,15 +23,12 @@ def open_file(path: Path, most: int | None = None) -> BufferedReader:
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     status = os.fstat(file.fileno())
-    reason = None
+    if stat.S_ISREG(status.st_mode) and (most is None or status.st_size <= most):
+        return file
+    file.close()
     if not stat.S_ISREG(status.st_mode):
-        reason = (errno.EINVAL, "not a regular file")
-    elif most is not None and status.st_size > most:
-        reason = (errno.EFBIG, f"{status.st_size} bytes are more than the {most} that it may have")
-    if reason:
-        file.close()
-        raise OSError(*reason, str(path))
-    return file
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    raise OSError(errno.EFBIG, f"{status.st_size} bytes are more than the {most} that it may have", str(path))
 
 
 @contextmanager
