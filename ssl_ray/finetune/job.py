@@ -15,7 +15,7 @@ from ssl_ray.finetune.trial_folder import TrialFolder
 class TrialData:
     """Prepared volumes that a trial reads; trials of one split share them."""
 
-    store: Store | Path
+    store: Store
     training: tuple[Volume, ...]
     validation: tuple[Volume, ...]
     test: tuple[Volume, ...]
