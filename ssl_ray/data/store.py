@@ -4,6 +4,7 @@
                                  label.npy       (X, Y, Z) uint8, labelled volumes only
                                  foreground.npy  flat indices of labelled voxels, organ by organ
                                  manifest.json   what the volume is, size and digest of each array
+    <cache>/sources/<digest of path, size, time>  SHA-256 of a source file, so that it is not read again
 
 The key covers the source bytes, every preparation parameter and the preparation's version, so whatever is found under a
 key is right, and runs that prepare at the same time can only write the same thing. A local volume appears by one
