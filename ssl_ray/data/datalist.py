@@ -221,9 +221,9 @@ def _check_files(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[
         if before := where.get(file := real(str(case.image))):
             raise UserError(f"{path}: {case.image} is listed twice, in '{before}' and in '{section}'")
         where[file] = section
-        for volume in filter(None, (case.image, case.label)):
-            if not os.path.isfile(volume):
-                raise UserError(f"{path}: no such file: {shown(volume)}")
+    for volume in (volume for listed in cases.values() for case in listed for volume in (case.image, case.label)):
+        if volume and not os.path.isfile(volume):
+            raise UserError(f"{path}: no such file: {shown(volume)}")
 
 
 def _unique_ids(cases: dict[str, tuple[Case, ...]], base: Path) -> dict[str, tuple[Case, ...]]:
