@@ -24,7 +24,8 @@ from monai.networks.nets import UNETR
 from timing import Bench, Elsewhere, main
 
 from ssl_ray.config.schema import Network, Study
-from ssl_ray.data.store import Store, Volume, open_array
+from ssl_ray.data.patch import open_array
+from ssl_ray.data.store import Store, Volume
 from ssl_ray.finetune.job import TrialData, TrialJob
 from ssl_ray.finetune.trial import Trial
 from ssl_ray.training.prefetch import ahead

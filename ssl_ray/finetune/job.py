@@ -31,7 +31,7 @@ Record = tuple[int, dict[str, float]]
 class TrialData:
     """Prepared volumes that a trial reads; trials of one split share them. The classes 1, 2, ... are the organs."""
 
-    store: Store | Path
+    store: Store
     training: tuple[Volume, ...]
     validation: tuple[Volume, ...]
     test: tuple[Volume, ...]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ssl_ray.config.schema import Augmentation, Finetune
-from ssl_ray.data.store import Store, Volume, open_array, read_patch
+from ssl_ray.data.patch import open_array, read_patch
+from ssl_ray.data.store import Store, Volume
 from ssl_ray.random import generator
 
 _ORDER, _PATCH = 11, 12
@@ -24,7 +24,7 @@ class PatchSampler:
     """Draws patch *i* of a trial out of `(seed, i)` alone: which volume, which centre, which augmentation."""
 
     volumes: tuple[Volume, ...]
-    store: Store | Path
+    store: Store
     config: Finetune
     seed: int
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ssl_ray.data.nifti import read_label
-from ssl_ray.data.store import Volume, open_array
+from ssl_ray.data.patch import open_array
+from ssl_ray.data.store import Volume
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.finetune.job import Record, TrialJob

@@ -67,7 +67,7 @@ def data(study: Study, tmp_path_factory: pytest.TempPathFactory) -> TrialData:
         label = write_nifti(tmp_path / f"label{number}.nii.gz", organ_labels((24, 22, 16), 3, number), affine)
         case = Case(f"case{number}", image, label)
         volumes.append(prepare_case(case, study.finetune.preparation, store)[0])
-    return TrialData(store.folder, tuple(volumes[:2]), (volumes[2],), (volumes[3],), ("first", "second"))
+    return TrialData(store, tuple(volumes[:2]), (volumes[2],), (volumes[3],), ("first", "second"))
 
 
 KEY = "key of the cell"
