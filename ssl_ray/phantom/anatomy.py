@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.linalg import norm
 
 Array = npt.NDArray[Any]
 Box = tuple[slice, ...]
-Form = tuple[tuple[float, ...], ...]
-"""The knots of a tube (x, y, z and radius each), or one ellipsoid (x, y, z and three radii), mm."""
+Form = tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""An ellipsoid (x, y, z and three radii), or the knots of a tube (x, y, z and radius each), mm."""
 
 ORGANS = (
     "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
@@ -29,8 +30,9 @@ class Structure:
 
     `hu` is the mean of all patients, or four: without contrast medium, and in its arterial, portal venous and delayed
     phase. A structure is the union of its `forms`, or all of `within`: an earlier structure that it does not leave, and
-    under whose surface it stays by `inset` mm. A part of an organ has the organ's label. Its place has a standard
-    deviation of `jitter` mm; `fat` is a margin of fat around it, mm; `chance` of the patients have it.
+    under whose surface it stays by `inset` mm. A part of an organ has the organ's label. The place has a standard
+    deviation of `jitter` mm; without it the size is the same for all, too. `fat` is a margin of fat around it, mm;
+    `chance` of the patients have it.
     """
 
     name: str
@@ -50,10 +52,6 @@ _VERTEBRAE = tuple((-47 + 9 * (1 - ((z + 70) / 120) ** 2), z) for z in range(-15
 """y and z of their centres: lumbar lordosis, thoracic kyphosis."""
 
 
-def _ball(*numbers: float) -> Form:
-    return (numbers,)
-
-
 def _column(x: float, y: float, radius: float) -> Form:
     """A tube along the spine, `y` mm in front of it."""
     return tuple((x, ahead + y, z, radius) for ahead, z in _VERTEBRAE)
@@ -66,31 +64,29 @@ def _renal(side: str, x: int, z: float) -> tuple[Structure, ...]:
     ends = ((x * 52, -44, z + 22, 24), (x * 62, -38, z - 22, 25))
     return (
         Structure(kidney, (33, 180, 180, 140), "cavity", 3, jitter=4, fat=5, forms=(ends,)),
-        Structure("renal cyst", 8, kidney, jitter=12, chance=0.3, forms=(_ball(x * 70, -36, z - 6, 10, 10, 10),)),
-        Structure("renal pelvis", FAT, jitter=2, forms=(_ball(x * 36, -30, z, 15, 10, 17),)),
+        Structure("renal cyst", 8, kidney, jitter=12, chance=0.3, forms=((x * 70, -36, z - 6, 10, 10, 10),)),
+        Structure("renal pelvis", FAT, jitter=2, forms=((x * 36, -30, z, 15, 10, 17),)),
         Structure(f"{side} adrenal gland", (28, 70, 68, 52), jitter=2, fat=2, forms=tuple((apex, p) for p in limbs)),
     )
 
 
 TRUNK = (
-    Structure("wall", _MUSCLE, forms=(_ball(0, 6, -20, 134, 106, 700),)),
+    Structure("wall", _MUSCLE, forms=((0, 6, -20, 134, 106, 700),)),
     Structure("cavity", FAT, "wall", 13),
-    Structure("lungs", -850, "cavity", 4, forms=(_ball(60, 4, 80, 80, 110, 200), _ball(-60, 4, 80, 80, 110, 200))),
+    Structure("lungs", -850, "cavity", 4, forms=((60, 4, 80, 80, 110, 200), (-60, 4, 80, 80, 110, 200))),
     Structure("mediastinum", FAT, "cavity", forms=(((-3, -30, 50, 32), (-3, -30, 220, 32)),)),
-    Structure("heart", _VEIN, "cavity", 4, jitter=5, fat=6, forms=(_ball(-22, 36, 126, 54, 42, 42),)),
-    Structure("diaphragm", _MUSCLE, "cavity", jitter=3, forms=(
-        _ball(58, 6, -30, 78, 92, 132), _ball(-56, 4, -35, 76, 90, 120))),
+    Structure("heart", _VEIN, "cavity", 4, jitter=5, fat=6, forms=((-22, 36, 126, 54, 42, 42),)),
+    Structure("diaphragm", _MUSCLE, "cavity", jitter=3, forms=((58, 6, -30, 78, 92, 132), (-56, 4, -35, 76, 90, 120))),
     Structure("abdomen", FAT, "diaphragm", 3),
-    Structure("lower abdomen", FAT, "cavity", forms=(_ball(0, 4, -150, 130, 110, 150),)),
+    Structure("lower abdomen", FAT, "cavity", forms=((0, 4, -150, 130, 110, 150),)),
     Structure("back", _MUSCLE, "wall", jitter=2, forms=(_column(33, -38, 27), _column(-33, -38, 27))),
     Structure("psoas", _MUSCLE, jitter=2, forms=tuple(
         ((x * 24, -36, 25, 6), (x * 38, -40, -40, 16), (x * 60, -15, -190, 21)) for x in (1, -1))),
-    Structure("discs", 90, forms=(_column(0, 0, 18),)),
-    Structure("vertebrae", 420, forms=tuple(_ball(0, y, z, 26, 21, 15) for y, z in _VERTEBRAE)),
+    Structure("vertebrae", 420, forms=tuple((0, y, z, 26, 21, 19) for y, z in _VERTEBRAE)),
     Structure("marrow", 210, "vertebrae", 3),
-    Structure("arches", 380, forms=(_column(0, -29, 15), *(_ball(0, y - 32, z, 40, 6, 8) for y, z in _VERTEBRAE))),
+    Structure("arches", 380, forms=(_column(0, -29, 15), *((0, y - 32, z, 40, 6, 8) for y, z in _VERTEBRAE))),
     Structure("spinal canal", 30, forms=(_column(0, -27, 9),)),
-    Structure("pelvis", 450, "wall", jitter=3, forms=tuple(_ball(x, -25, -185, 22, 58, 75) for x in (88, -88))),
+    Structure("pelvis", 450, "wall", jitter=3, forms=tuple((x, -25, -185, 22, 58, 75) for x in (88, -88))),
 )  # fmt: skip
 """What holds the organs, from the wall inwards. Skin and ribs follow from the wall, and are not in the table."""
 
@@ -99,22 +95,20 @@ INNER = (
         ((-60, 20, -60, 14), (10, 40, -75, 14), (55, 20, -90, 14), (-10, 30, -105, 14), (-60, 15, -125, 14)),
         ((-50, 50, -90, 14), (20, 60, -110, 14), (60, 40, -130, 14), (0, 50, -150, 14), (-50, 45, -180, 14)),
         ((-20, 0, -75, 14), (-70, 20, -95, 14), (-20, 10, -140, 14), (50, 10, -160, 14), (-10, 20, -190, 14)))),
-    Structure("colon", _WALL, "cavity", 3, jitter=5, fat=2, forms=(
-        ((92, -22, -160, 22), (94, -20, -90, 22), (90, 0, -45, 20), (84, 32, -34, 18), (40, 62, -58, 17)),
-        ((40, 62, -58, 17), (0, 66, -72, 17), (-50, 58, -52, 17), (-92, 12, -4, 16)),
-        ((-92, 10, -4, 15), (-98, -22, -50, 14), (-98, -24, -100, 14), (-80, 0, -165, 15)))),
-    Structure("stool", 25, "colon", 3),
-    Structure("colon gas", GAS, "colon", 4, jitter=12, forms=(_ball(0, 72, -70, 60, 14, 14),)),
+    Structure("colon", _BOWEL, "cavity", 3, jitter=5, fat=2, forms=(
+        ((92, -22, -160, 22), (94, -20, -90, 22), (88, 10, -40, 19), (40, 62, -58, 17), (0, 66, -72, 17)),
+        ((0, 66, -72, 17), (-50, 58, -52, 17), (-92, 12, -4, 16), (-98, -22, -60, 14), (-80, 0, -165, 15)))),
+    Structure("colon gas", GAS, "colon", 4, jitter=12, forms=((0, 72, -70, 60, 14, 14),)),
     Structure("liver", (56, 68, 106, 88), "abdomen", 2, jitter=4, fat=1, forms=(
-        _ball(72, 2, 38, 70, 82, 76), _ball(4, 44, 50, 76, 36, 36), _ball(90, -2, -18, 30, 44, 62))),
-    Structure("liver lesion", 35, "liver", jitter=25, chance=0.5, forms=(_ball(75, 0, 40, 13, 13, 13),)),
-    Structure("spleen", (48, 118, 116, 92), "abdomen", 2, jitter=4, fat=1, forms=(_ball(-86, -32, 38, 36, 54, 58),)),
+        (72, 2, 38, 70, 82, 76), (4, 44, 50, 76, 36, 36), (90, -2, -18, 30, 44, 62))),
+    Structure("liver lesion", 35, "liver", jitter=25, chance=0.5, forms=((75, 0, 40, 13, 13, 13),)),
+    Structure("spleen", (48, 118, 116, 92), "abdomen", 2, jitter=4, fat=1, forms=((-86, -32, 38, 36, 54, 58),)),
     Structure("esophagus", _WALL, jitter=2, fat=2, forms=(
         ((-36, 2, 72, 9), (-20, -2, 84, 8.5), (-9, 0, 100, 9), (-9, -12, 150, 9), (-9, -28, 220, 9)),)),
     Structure("stomach", _WALL, "cavity", 6, jitter=4, fat=2, forms=(
         ((-50, -8, 60, 29), (-57, 22, 46, 31), (-50, 46, 16, 27), (-20, 54, -14, 21), (32, 34, -8, 11)),)),
     Structure("meal", 40, "stomach", 4),
-    Structure("stomach gas", GAS, "stomach", 4, jitter=6, chance=0.7, forms=(_ball(-50, 68, 30, 34, 24, 40),)),
+    Structure("stomach gas", GAS, "stomach", 4, jitter=6, chance=0.7, forms=((-50, 68, 30, 34, 24, 40),)),
     Structure("duodenum", _BOWEL, jitter=2, fat=2, forms=(
         ((32, 34, -8, 11), (52, 22, -14, 11), (54, 8, -42, 11), (34, 2, -66, 11), (-6, 4, -64, 11)),)),
     Structure("gallbladder", 10, jitter=4, fat=1, forms=(((57, 34, -4, 9), (58, 46, -14, 13), (60, 58, -24, 14)),)),
@@ -126,15 +120,8 @@ INNER = (
     Structure("portal and splenic veins", _PORTAL, jitter=1, fat=1, forms=(
         ((14, 12, -2, 6), (-12, 10, 4, 5.5), (-28, 10, 8, 5.5), (-50, -9, 13, 5), (-78, -24, 30, 4.5)),
         ((14, 12, -2, 7.5), (28, 15, 12, 7.5), (44, 16, 26, 7.5)))),
-    Structure("mesenteric vein", _PORTAL, jitter=1, forms=(((16, 14, -22, 5), (6, 26, -110, 5)),)),
-    Structure("hepatic veins", _VEIN, "liver", jitter=3, forms=tuple(
-        ((25, 4, 74, 5), end) for end in ((78, 20, 66, 3), (50, 40, 70, 3), (60, -30, 60, 3)))),
-    Structure("iliac veins", _VEIN, jitter=1, forms=tuple(
-        ((21, -14, -104, 8), (x * 40, -30, -155, 8), (x * 64, 2, -210, 8)) for x in (1, -1))),
     Structure("inferior vena cava", _VEIN, jitter=2, fat=1, forms=(
         ((21, -12, -108, 11.5), (21, -11, -10, 11.5), (22, -9, 30, 12), (25, 0, 62, 12), (24, 14, 104, 12)),)),
-    Structure("iliac arteries", _ARTERY, jitter=1, forms=tuple(
-        ((-10, -8, -100, 7), (x * 38, -24, -150, 7), (x * 62, 8, -210, 6)) for x in (1, -1))),
     Structure("aorta", _ARTERY, jitter=2, fat=1, forms=(
         ((-10, -9, -100, 8), (-10, -11, -10, 9.5), (-10, -16, 40, 10.5), (-10, -24, 90, 11), (-10, -56, 215, 12)),)),
 )  # fmt: skip
@@ -149,7 +136,7 @@ def draw(rng: np.random.Generator, axes: list[Array], to_body: Array, shift: Arr
     spacing does not change the patient.
     """
     painter = _Painter(rng, axes, to_body, shift)
-    wall = painter.depth(np.array(TRUNK[0].forms[0]), ())
+    wall = painter.depth(np.atleast_2d(TRUNK[0].forms[0]), ())
     painter.paint(wall - fat - 2, 0)
     painter.paint(wall - fat, FAT)
     for row in TRUNK:
@@ -170,8 +157,8 @@ class _Painter:
         warp = [4 * _noise(rng, axes, to_body, 110) + _noise(rng, axes, to_body, 40) for _ in range(3)]
         body = np.einsum("ij,jxyz->ixyz", to_body, grid) + shift[:, None, None, None]
         self.points = (body + warp).astype(np.float32)
-        others = (1, 2), (0, 2), (0, 1)
-        self.spans = [(p.min(axis=rest), p.max(axis=rest)) for p, rest in zip(self.points, others, strict=True)]
+        slabs = [np.moveaxis(p, i, 0).reshape(len(axes[i]), -1) for i, p in enumerate(self.points)]
+        self.spans = [(slab.min(1), slab.max(1)) for slab in slabs]
         self.grain = _noise(rng, axes, to_body, 14)
         self.voxel = float(np.mean([axis[1] - axis[0] for axis in axes]))
         self.hu, self.label = np.full(self.grain.shape, -1000, np.float32), np.zeros(self.grain.shape, np.uint8)
@@ -180,10 +167,11 @@ class _Painter:
 
     def add(self, row: Structure) -> None:
         """Paint a structure with the patient's own place, size and HU."""
-        move, size, drift = self.rng.normal(0, row.jitter, 3), self.rng.uniform(0.87, 1.15), self.rng.normal(0, 4)
+        move, drift = self.rng.normal(0, row.jitter, 3), self.rng.normal(0, 4)
+        size = 1 + self.rng.uniform(-0.13, 0.15) * (row.jitter > 0)
         if self.rng.random() > row.chance:
             return
-        forms = [np.hstack([form[:, :3] + move, form[:, 3:] * size]) for form in map(np.array, row.forms)]
+        forms = [np.hstack([form[:, :3] + move, form[:, 3:] * size]) for form in map(np.atleast_2d, row.forms)]
         box = self.around(forms, row.fat + self.voxel) if forms else ()
         depth = np.minimum.reduce([self.depth(form, box) for form in forms] or [np.full(self.hu.shape, -1000, "f4")])
         if row.fat:
@@ -211,18 +199,16 @@ class _Painter:
 
     def depth(self, form: Array, box: Box) -> Array:
         """Depth of an ellipsoid or a tube on a part of the grid."""
-        points, form = [axis[box] for axis in self.points], form.astype(np.float32)
-        if form.shape[1] == 6:
-            q = [(p - c) / r for p, c, r in zip(points, form[0, :3], form[0, 3:], strict=True)]
-            far = np.sqrt(sum(a * a for a in q))
-            steep = np.sqrt(sum((a / r) ** 2 for a, r in zip(q, form[0, 3:], strict=True)))
-            return np.asarray(far * (far - 1) / np.maximum(steep, 1e-6))
+        points, form = self.points[:, *box], form.astype(np.float32)[..., None, None, None]
+        if len(form[0]) == 6:
+            q, radii = (points - form[0, :3]) / form[0, 3:], form[0, 3:]
+            far = norm(q, axis=0)
+            return np.asarray(far * (far - 1) / np.maximum(norm(q / radii, axis=0), 1e-6))
         depth = np.full(points[0].shape, 1000, np.float32)
         for start, way in zip(form, np.diff(form, axis=0), strict=False):
-            p = [a - c for a, c in zip(points, start[:3], strict=True)]
-            along = np.clip(sum(a * d for a, d in zip(p, way, strict=False)) / (way[:3] @ way[:3]), 0, 1)
-            far = np.sqrt(sum((a - along * d) ** 2 for a, d in zip(p, way, strict=False)))
-            np.minimum(depth, far - start[3] - along * way[3], out=depth)
+            p, d = points - start[:3], way[:3]
+            along = np.clip((p * d).sum(0) / (d * d).sum(), 0, 1)
+            np.minimum(depth, norm(p - along * d, axis=0) - start[3] - along * way[3], out=depth)
         return depth
 
 

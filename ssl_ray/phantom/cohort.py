@@ -1,12 +1,10 @@
 """A synthetic labelled CT cohort, written as NIfTI with Decathlon datalists: something to try the whole study on.
 
-Nothing here is a patient: `anatomy` draws the bodies, this module puts them into a scanner (field of view, pose,
-spacing, blur, correlated noise, stored axes) and the volumes into a folder.
+`anatomy` draws the bodies, this module puts them into a scanner, and the volumes into a folder.
 """
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
@@ -26,7 +24,6 @@ from ssl_ray.storage.files import remove_stale, write_file
 VERSION = 2
 """Part of phantom.json: raise it when the same parameters give other bytes."""
 
-_STALE_SECONDS = 24 * 3600
 _STORED_AXES = ("RAS", "LAS", "LPS", "RPS", "LPI", "PIR", "ASL")
 
 
@@ -41,15 +38,15 @@ def synthesize(seed: int, index: int, *, spacing: float | None = None) -> tuple[
 
     scale, fat = scanner.uniform((0.9, 0.9, 0.92), (1.1, 1.08, 1.08)), 5 + 26 * scanner.beta(1.7, 1.7)
     head, foot = scanner.uniform(125, 150), scanner.uniform(-185, -155)
-    width, depth = 2 * (np.array([138, 110]) + fat) + scanner.uniform(15, 45)
+    width, depth = 2 * (np.array([140, 115]) + fat) + scanner.uniform(15, 45)
     voxel = np.append(np.full(2, scanner.uniform(3.3, 4.3)), scanner.uniform(4, 6))
     if spacing is not None:
         voxel = np.full(3, spacing)
     shape = np.round(scale * (width, depth, head - foot) / voxel).astype(int)
     axes = [(np.arange(n) - (n - 1) / 2) * v for n, v in zip(shape, voxel, strict=True)]
 
-    straight = scanner.random() < 0.4
-    gantry = Rotation.from_euler("xyz", scanner.normal(0, 4, 3) * (not straight), degrees=True).as_matrix()
+    tilt = scanner.normal(0, 4, 3) * (scanner.random() < 0.6)
+    gantry = Rotation.from_euler("xyz", tilt, degrees=True).as_matrix()
     pose = Rotation.from_euler("xyz", scanner.normal(0, (3, 3, 7)), degrees=True).as_matrix()
     shift = scanner.normal((0, -4, (head + foot) / 2), (4, 4, 0))
     hu, label = draw(patient, axes, np.diag(1 / scale) @ pose.T @ gantry, shift, fat)
@@ -92,62 +89,57 @@ def write_cohort(
     Raises:
         UserError: when a number is out of its range, or `root` holds a cohort of other parameters.
     """
-    for key, value, least in (("unlabelled", unlabelled, 3), ("validation", validation, 1), ("test", test, 1)):
-        if value < least:
-            raise UserError(f"phantom: {key} must be at least {least}, got {value}")
     splits = sorted(set(splits))
+    if unlabelled < 3:
+        raise UserError(f"phantom: unlabelled must be at least 3, got {unlabelled}")
     if not splits or splits[0] < 1 or splits[-1] > labelled:
         raise UserError(f"phantom: splits must lie between 1 and labelled = {labelled}, got {splits}")
     counts = {"unlabelled": unlabelled, "labelled": labelled, "validation": validation, "test": test}
     parameters = {"version": VERSION, "seed": seed, **counts, "splits": splits}
     record = root / "phantom.json"
-    if record.exists() and (found := json.loads(record.read_text())) != parameters:
+    if not record.exists():
+        write_file(record, json.dumps(parameters).encode())
+    elif (found := json.loads(record.read_text())) != parameters:
         raise UserError(f"phantom: {root} holds the cohort {found}, not the one asked for, {parameters}")
-    for folder in ("images", "labels"):
-        remove_stale(root / folder, "*.part", _STALE_SECONDS)
-    _write_json(record, parameters)
 
     # The unlabelled volumes come last: a cohort with more of them keeps every other volume as it was.
     ends = np.cumsum([0, test, validation, labelled, unlabelled]).tolist()
-    cases = [
-        {key: f"{key}s/phantom{i:04d}.nii.gz" for key in ("image", "label")[: 2 if i < ends[3] else 1]}
-        for i in range(ends[4])
-    ]
+    names = [f"phantom{i:04d}.nii.gz" for i in range(ends[4])]
+    cases = [{"image": f"images/{name}", "label": f"labels/{name}"} for name in names[: ends[3]]]
+    cases += [{"image": f"images/{name}"} for name in names[ends[3] :]]
     _write_volumes(root, cases, seed, progress)
+
     tests, validations, trainings, rest = (cases[a:b] for a, b in pairwise(ends))
-    header = {"name": f"phantom {seed}", "modality": {"0": "CT"}}
+    held_out = validation_share(unlabelled)
+    lists: dict[str, Any] = {"unlabelled": {"training": rest[:-held_out], "validation": rest[-held_out:]}}
     labels = {str(i): name for i, name in enumerate(("background", *ORGANS))}
     for n in splits:
-        parts = {"training": trainings[:n], "validation": validations, "test": tests}
-        _write_json(root / f"labelled_{n}.json", {**header, "labels": labels, **parts})
-    held_out = validation_share(unlabelled)
-    _write_json(root / "unlabelled.json", {**header, "training": rest[:-held_out], "validation": rest[-held_out:]})
+        split = {"training": trainings[:n], "validation": validations, "test": tests}
+        lists[f"labelled_{n}"] = {"labels": labels, **split}
+    for name, content in lists.items():
+        if not (path := root / f"{name}.json").exists():
+            header = {"name": f"phantom {seed}", "modality": {"0": "CT"}}
+            write_file(path, json.dumps({**header, **content}, indent=1).encode())
 
 
-def _write_volumes(
-    root: Path, cases: list[dict[str, str]], seed: int, progress: Callable[[Iterable[Any]], Iterable[Any]]
-) -> None:
+def _write_volumes(root: Path, cases: list[dict[str, str]], seed: int, progress: Callable[[Any], Any]) -> None:
     """Synthesize the volumes of which a file is missing."""
-    files = [[root / name for name in case.values()] for case in cases]
-    missing = {i: paths for i, paths in enumerate(files) if not all(path.exists() for path in paths)}
-    if not missing:
-        return
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(missing))) as pool:
-        futures = [pool.submit(_write_volume, paths, seed, i) for i, paths in missing.items()]
+    for folder in ("images", "labels"):
+        remove_stale(root / folder, "*.part", 24 * 3600)
+    with ProcessPoolExecutor() as pool:
+        futures = [
+            pool.submit(_write_volume, root, case, seed, i)
+            for i, case in enumerate(cases)
+            if not all((root / name).exists() for name in case.values())
+        ]
         try:
-            for future in progress(futures):
+            for future in progress(futures) if futures else ():
                 future.result()
         except BaseException:  # Ctrl-C must not wait for hundreds of volumes
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _write_volume(paths: Sequence[Path], seed: int, index: int) -> None:
-    for nifti, path in zip(synthesize(seed, index), paths, strict=False):
-        write_file(path, gzip.compress(nifti.to_bytes(), 6, mtime=0))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1).encode() + b"\n"
-    if not path.exists() or path.read_bytes() != text:
-        write_file(path, text)
+def _write_volume(root: Path, case: dict[str, str], seed: int, index: int) -> None:
+    for name, nifti in zip(case.values(), synthesize(seed, index), strict=False):
+        write_file(root / name, gzip.compress(nifti.to_bytes(), 6, mtime=0))
