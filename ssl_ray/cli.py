@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -22,8 +23,8 @@ from typer.core import TyperGroup
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
 from ssl_ray.errors import UserError
-from ssl_ray.networks.flops import DEVICES
 from ssl_ray.study.experiment import load
+from ssl_ray.training.devices import DEVICES
 
 TRACEBACK = "SSL_RAY_TRACEBACK"
 """Environment variable: where it is set, an error shows where in the code it happened."""
@@ -147,7 +148,7 @@ def plan(
 ) -> None:
     """Tell what a run will take, and what will limit it; nothing is started or written."""
     study = load(experiment, [*overrides, *([f"pretrain.workers={workers}"] if workers else [])])
-    from ssl_ray.estimate.study import make_plan
+    from ssl_ray.estimate.study import estimate_study
     from ssl_ray.estimate.text import render
     from ssl_ray.study import identity
     from ssl_ray.study.parts import folders_of
@@ -155,8 +156,8 @@ def plan(
     folders = folders_of(study)
     if folders.output.origin is None:
         identity.check_unchanged(study, folders)
-    found = make_plan(study, folders, gpu, with_probe=not no_probe)
-    say(json.dumps(found.tree()) if as_json else render(found))
+    found = asdict(estimate_study(study, folders, gpu, with_probe=not no_probe))
+    say(json.dumps(found) if as_json else render(found))
 
 
 @app.command(epilog="Example: ssl-ray prepare my_study.yaml --set on_bad_volume=skip")

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
+from studies import small_tree, write_study
 from torch import Tensor
 
 from ssl_ray.networks.weight_files import load_weights
@@ -38,37 +38,9 @@ class Outcome:
 
 def write(folder: Path, cohort: Path, study: dict[str, Any] | None = None, **pretrain: Any) -> Path:
     """The experiment's YAML: 240 steps of a tiny network, each logged, in float32."""
-    preparation = {"spacing": 9, "hu_window": [-175, 250]}
-    tree = {
-        "name": "faults",
-        "output": str(folder / "output"),
-        "cache": str(cohort / "store"),
-        "tracking": {"uri": f"sqlite:///{folder / 'mlflow.db'}"},
-        "cluster": {"object_store_gigabytes": 0.3},
-        "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
-        "pretrain": {
-            "sources": [{"root": str(cohort), "datalist": "unlabelled.json"}],
-            "preparation": preparation,
-            "patch_size": 16,
-            "batch_size": 4,
-            "epochs": 120,
-            "validate_every": 30,
-            "log_every": 1,
-            "checkpoint_every": SAVED,
-            "block_megabytes": 0.08,
-            "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
-            "precision": "float32",
-        }
-        | pretrain,
-        "finetune": {
-            "cohort": {"root": str(cohort), "classes": 14, "splits": {2: "labelled_2.json"}},
-            "preparation": preparation,
-            "patch_size": 16,
-        },
-    }
-    path = folder / "faults.yaml"
-    path.write_text(yaml.safe_dump(tree | (study or {})))
-    return path
+    steps = {"batch_size": 4, "epochs": 120, "validate_every": 30, "log_every": 1, "checkpoint_every": SAVED}
+    changes = {"name": "faults", "pretrain": steps | {"block_megabytes": 0.08} | pretrain}
+    return write_study(folder / "faults.yaml", small_tree(folder, cohort, **changes) | (study or {}))
 
 
 def start(
@@ -80,7 +52,8 @@ def start(
     """
     out = (log or path.with_suffix(".log")).open("ab")
     environment = {**os.environ, "RAY_ADDRESS": address, "SSL_RAY_TRACEBACK": "1"}
-    patched = f"import sys\nfrom ssl_ray import cli\nfrom ssl_ray.pretrain import train\n{patch}\nsys.exit(cli.main())"
+    imports = "import sys\nfrom ssl_ray import cli\nfrom ssl_ray.pretrain import driver as train"
+    patched = f"{imports}\n{patch}\nsys.exit(cli.main())"
     program = ["-c", patched] if patch else ["-m", "ssl_ray"]
     return subprocess.Popen(
         [sys.executable, *program, "pretrain", str(path), *more],
@@ -150,7 +123,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> A
 
 def saved(folder: Path) -> list[int]:
     """Steps of the whole checkpoints under a folder."""
-    manifests = folder.glob("**/checkpoints/*/manifest.json")
+    manifests = folder.glob("**/checkpoints/[!.]*/manifest.json")
     return sorted(json.loads(path.read_text())["step"] for path in manifests)
 
 

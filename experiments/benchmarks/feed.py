@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python experiments/benchmarks/feed.py [--quick]
 
-Ours is the stream of a pretraining: the plan, Ray Data's tasks over the store, the coordinator, and in the consumer the
-copy, the scaling to float32 and the corruption; the CPU time of all its processes counts, the start of the stream
+Ours is the stream of a pretraining: sample table, Ray Data's tasks over the store, the coordinator, and in the consumer
+the copy, the scaling to float32 and the corruption; the CPU time of all its processes counts, the start of the stream
 included. MONAI's and TorchIO's caches are filled before the clock starts. Their transforms are those of the tutorial:
 two crops a volume, one or two corrupted views. The consumer, which keeps the memory that it frees, is one for all.
 
@@ -35,8 +35,9 @@ from ssl_ray.config.schema import Corruption
 from ssl_ray.data.store import Store, Volume, open_array, read_patch
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import Feed, Stream, open_segment, segments
-from ssl_ray.pretrain.tasks.restoration import corrupt, draw
+from ssl_ray.pretrain.stream import Feed, batches, open_segment, segments
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
+from ssl_ray.pretrain.tasks.restoration.draws import draw
 
 FLOORS = {"clean": 1.8, "one view": 2.0, "two views": 2.0}
 BATCH = 8
@@ -51,16 +52,16 @@ def ours(volumes: Sequence[Volume], store: Store, side: int, views: int, count: 
 
     def call() -> int:
         shapes = np.array([volume.shape for volume in volumes], dtype=np.int64)
-        plan = SampleTable(0, shapes, size, 2, BATCH, -(-count // (2 * len(volumes))))
+        table = SampleTable(0, shapes, size, 2, BATCH, -(-count // (2 * len(volumes))))
         keys = tuple(volume.key for volume in volumes)
-        feed = Feed(plan, store, keys, keys, volumes[0].dtype, volumes[0].levels)
+        feed = Feed(table, store, keys, keys, volumes[0].dtype, volumes[0].levels)
         shared = ray.put(feed)
-        schedule = segments(plan, 0, 1, 64 * 2**20 if side == 96 else 2**20, 1)
-        for batch in Stream(plan, 0, schedule, lambda segment: open_segment(shared, segment, 0, 1)):
+        schedule = segments(table, 0, 1, 64 * 2**20 if side == 96 else 2**20, 1)
+        for batch in batches(table, 0, schedule, lambda segment: open_segment(shared, segment, 0, 1)):
             clean = scale(torch.from_numpy(batch.images), feed.levels)
             for view in range(views):
                 corrupt(clean, draw(config, size, 0, batch.indices, view))
-        return plan.steps * BATCH
+        return table.steps * BATCH
 
     return call
 

@@ -140,8 +140,9 @@ def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
     """What carries the patches, piece by piece: reading on one core, Ray Data, and pinned memory behind it."""
     import ray
 
-    from ssl_ray.pretrain.driver import _feed
-    from ssl_ray.pretrain.stream import Segment, Stream, _pin, open_segment, segments
+    from ssl_ray.pretrain.driver import feed_of
+    from ssl_ray.pretrain.stream import Segment, open_segment, pin, segments
+    from ssl_ray.pretrain.stream import batches as stream_batches
 
     batch = 4 if bench.quick else 64
     config = made(bench, folder, "feed", batch, 1000)
@@ -150,14 +151,14 @@ def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
     bench.put("feed", "seconds_to_start_ray", value=time.monotonic() - start)
     resources = {key: value for key, value in ray.cluster_resources().items() if not key.startswith("node")}
     bench.put("feed", "cluster", value=resources)
-    feed = _feed(config, volumes)
+    feed = feed_of(recipe_of(config), folders_of(config), volumes)
     samples = [feed.table.sample(index) for index in range(batch)]
     patch_mb = float(np.prod(config.pretrain.patch_size)) / 1e6
     feed.read(samples)
     seconds = bench.seconds(lambda: feed.read(samples))
     bench.put("feed", "read_patches_per_second_core", value=batch / seconds)
     array = feed.read(samples)
-    seconds = bench.seconds(lambda: _pin(array))
+    seconds = bench.seconds(lambda: pin(array))
     bench.put("feed", "pin_gb_s", value=batch * patch_mb / 1000 / seconds)
     seconds = bench.seconds(lambda: ray.put(array))
     bench.put("feed", "ray_put_gb_s", value=batch * patch_mb / 1000 / seconds)
@@ -199,7 +200,7 @@ def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
         def opener(segment: Segment) -> Any:
             return open_segment(reference, segment, 0, held)
 
-        batches: Iterator[Any] = iter(Stream(feed.table, 0, schedule, opener))
+        batches: Iterator[Any] = stream_batches(feed.table, 0, schedule, opener)
         bench.put("feed", "stream", value=consume(batches, lambda item: len(item.indices)))
 
     for name, call in (("stream", stream), ("ray_data", raw)):

@@ -20,7 +20,8 @@ from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
-from ssl_ray.pretrain.tasks import restoration as corruption
+from ssl_ray.pretrain.tasks.restoration import corruption
+from ssl_ray.pretrain.tasks.restoration.draws import draw
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import folders_of, recipe_of
 from ssl_ray.training.optimizer import take_step
@@ -65,8 +66,8 @@ def learner(bench: Bench, batch: int, **pretrain: Any) -> PretrainingLearner:
     bench.clean()
     made = study(bench, Path(tempfile.gettempdir()), batch, **pretrain)
     patch = made.pretrain.patch_size
-    plan = SampleTable(0, np.array([[side * 2 for side in patch]] * 4), patch, 2, batch, 1)
-    feed = Feed(plan, folders_of(made).cache, ("a",) * 4, ("a",) * 4, "uint8", 221)
+    table = SampleTable(0, np.array([[side * 2 for side in patch]] * 4), patch, 2, batch, 1)
+    feed = Feed(table, folders_of(made).cache, ("a",) * 4, ("a",) * 4, "uint8", 221)
     folder = folders_of(made).study
     job = Job(recipe_of(made), feed, feed, folder, Mirror(folder), "key", None)  # type: ignore[arg-type]
     return PretrainingLearner(job, bench.device)
@@ -139,7 +140,7 @@ def correct(bench: Bench) -> None:
     side, batch, steps = (32, 4, 6) if bench.quick else (96, 8, 50)
     config = study(bench, Path(tempfile.gettempdir()), batch).pretrain.corruption
     clean = scale(torch.from_numpy(patches(bench, batch, pin=False)), 221)
-    drawn = corruption.draw(config, (side,) * 3, 3, np.arange(batch))
+    drawn = draw(config, (side,) * 3, 3, np.arange(batch))
     there = corruption.corrupt(clean.to(bench.device), drawn).cpu()
     here = corruption.corrupt(clean, drawn)
     worst = float((there - here).abs().max())
@@ -264,8 +265,8 @@ def breakdown(bench: Bench) -> None:
             config, side, indices = made.config.corruption, made.config.patch_size, np.arange(batch)
             stored = torch.from_numpy(array).to(bench.device)
             clean = scale(stored, 221)
-            drawn = corruption.draw(config, side, 0, indices)
-            there = corruption.upload(drawn, bench.device)
+            drawn = draw(config, side, 0, indices)
+            there = drawn.to(bench.device)
             view = corruption.corrupt(clean, drawn)
             painted = view.squeeze(1).clone()
             tokens = torch.randn(batch, (side[0] // 16) ** 3, made.job.recipe.network.hidden_size, device=bench.device)
@@ -302,8 +303,8 @@ def breakdown(bench: Bench) -> None:
             pieces: dict[str, Callable[[], Any]] = {
                 "upload pinned": lambda: torch.from_numpy(array).to(bench.device, non_blocking=True),
                 "scale": lambda: scale(stored, 221),
-                "draw (host)": lambda: corruption.draw(config, side, 0, indices),
-                "upload draws": lambda: corruption.upload(drawn, bench.device),
+                "draw (host)": lambda: draw(config, side, 0, indices),
+                "upload draws": lambda: drawn.to(bench.device),
                 "paint, torch": lambda: corruption._paint_masks(clean.squeeze(1), there),
                 "shuffle": lambda: corruption._shuffle_(painted, there),
                 "forward": forward,

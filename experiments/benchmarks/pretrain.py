@@ -180,8 +180,8 @@ def ceiling(bench: Bench, case: Case, root: Path, name: str) -> Any:
     path.write_text(yaml.safe_dump(experiment(bench, case, root, name)))
     study = load(path, [])
     size = study.pretrain.patch_size
-    plan = SampleTable(0, np.array([[side * 2 for side in size]] * case.training), size, 2, case.batch, case.epochs)
-    feed = Feed(plan, "", ("",) * case.training, ("",) * case.training, "uint8", 255)  # type: ignore[arg-type]
+    table = SampleTable(0, np.array([[side * 2 for side in size]] * case.training), size, 2, case.batch, case.epochs)
+    feed = Feed(table, "", ("",) * case.training, ("",) * case.training, "uint8", 255)  # type: ignore[arg-type]
     learner = PretrainingLearner(
         Job(recipe_of(study), feed, feed, bench.folder, Mirror(bench.folder), "key", None), torch.device("cpu")
     )  # type: ignore[arg-type]

@@ -7,7 +7,7 @@
 2. Step: 1 to 8 processes of DDP, each on as many patches as the one alone; CPU time of a rank's step, as there are more
    ranks than cores, and how much of it the exchange of gradients adds.
 3. Volumes: 100 to 100,000 of them and 300 epochs planned, through `pretrain()` itself: seconds to the first batch, rate
-   over many windows, memory of driver, worker and coordinator. Every volume has a key and a folder of its own, which
+   over many segments, memory of driver, worker and coordinator. Every volume has a key and a folder of its own, which
    are links to a few real ones: the page cache is warmer than it would be, the metadata are not.
 4. Model: what limits a run on up to 256 GPUs, out of the figures above, those of no more ranks than there are cores.
 """
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ssl_ray.data.store import Store
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import WINDOW_BLOCKS, Feed, Stream, open_segment, segments
+from ssl_ray.pretrain.stream import SEGMENT_BLOCKS, Feed, batches, open_segment, segments
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
 
@@ -56,17 +57,17 @@ def feed(bench: Bench) -> dict[str, float]:
     results: dict[str, float] = {}
 
     def stream(world: int, blocks: int) -> dict[str, float]:
-        plan = SampleTable(0, shapes, (side,) * 3, 2, batch * world, blocks)  # 8 patches an epoch
-        made = Feed(plan, store, keys, keys, "uint8", volumes[0].levels)
+        table = SampleTable(0, shapes, (side,) * 3, 2, batch * world, blocks)  # 8 patches an epoch
+        made = Feed(table, store, keys, keys, "uint8", volumes[0].levels)
         shared = ray.put(made)
-        schedule = segments(plan, 0, world, batch * side**3, 1)
+        schedule = segments(table, 0, world, batch * side**3, 1)
         before, coordinating, start = ledger().seconds(), coordinator_seconds(), time.perf_counter()
         ranks = [
-            Stream(plan, rank, schedule, lambda segment, rank=rank: open_segment(shared, segment, rank, 0))  # type: ignore[misc]
+            batches(table, rank, schedule, lambda segment, rank=rank: open_segment(shared, segment, rank, 0))  # type: ignore[misc]
             for rank in range(world)
         ]
         first = 0.0
-        for _ in range(plan.steps):
+        for _ in range(table.steps):
             for rank in ranks:
                 scale(torch.from_numpy(next(rank).images), made.levels)
             first = first or time.perf_counter() - start
@@ -119,8 +120,8 @@ def step_rank(rank: int, world: int, folder: str, count: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     made = study(Path(folder), 1, batch=8 * world, network=WIDE)
     size = made.pretrain.patch_size
-    plan = SampleTable(0, np.array([size]), size, 1, 8 * world, 1)
-    source = Feed(plan, Store(Path(folder)), ("",), ("",), "uint8", 221)
+    table = SampleTable(0, np.array([size]), size, 1, 8 * world, 1)
+    source = Feed(table, Store(Path(folder)), ("",), ("",), "uint8", 221)
     learner = PretrainingLearner(
         Job(recipe_of(made), source, source, Path(folder), Mirror(Path(folder)), "", None), torch.device("cpu")
     )  # type: ignore[arg-type]
@@ -214,7 +215,8 @@ def cohort(count: int, folder: Path) -> None:
     """A child of part 3: `pretrain()` on `count` volumes, with a line for every record."""
     from ssl_ray.cluster.connect import connect
     from ssl_ray.config.loading import dump
-    from ssl_ray.pretrain import driver as train
+    from ssl_ray.pretrain.driver import pretrain
+    from ssl_ray.tracking.tracker import Run
 
     made = study(folder, count)
     store = Store(folders_of(made).cache)
@@ -224,16 +226,18 @@ def cohort(count: int, folder: Path) -> None:
     def line(what: str, **facts: Any) -> None:
         lines.write(json.dumps({"what": what, "time": time.time(), **facts}) + "\n")
 
-    class Collector(train._Collector):
-        def _log(self, step: int, record: dict[str, Any]) -> None:
-            line("record", patches=step * made.pretrain.batch_size)
-            super()._log(step, record)
+    metrics = Run.metrics
 
-    train._Collector = Collector  # type: ignore[misc]
+    def noted(run: Run, values: Mapping[str, float], step: int) -> None:
+        if "patches_per_second" in values:
+            line("record", patches=step * made.pretrain.batch_size)
+        metrics(run, values, step)
+
+    Run.metrics = noted  # type: ignore[method-assign,assignment]
     connect(made.cluster)
     tracker = tracker_of(made)
     line("pretrain")
-    train.pretrain(recipe_of(made), training, training[:2], folders_of(made), tracker, {}, dump(made))
+    pretrain(recipe_of(made), training, training[:2], folders_of(made), tracker, {}, dump(made))
 
 
 def study(folder: Path, count: int, batch: int = 8, network: Any = None) -> Any:
@@ -285,7 +289,7 @@ def model(bench: Bench, found: dict[str, float]) -> None:
     )
     for gpus in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         needed = gpus * H100
-        length = WINDOW_BLOCKS * gpus * block
+        length = SEGMENT_BLOCKS * gpus * block
         # The next segment opens when half of this one is consumed.
         limits = {"coordinator": gpus * block / coordinator, "windows": length / 2 / opening}
         seconds = 2 * 4 * PARAMETERS * (gpus - 1) / gpus / (NETWORK if gpus > 8 else 200e9)
@@ -303,9 +307,9 @@ def read_seconds(bench: Bench) -> float:
     """CPU seconds of reading one patch of 96³ out of the page cache."""
     store = Store(bench.folder / "large")
     made = fill(store, 1, (180, 170, 150))
-    plan = SampleTable(0, np.array([made[0].shape]), (96,) * 3, 2, 8, 20)
-    source = Feed(plan, store, (made[0].key,), ("0",), "uint8", 221)
-    samples = [plan.sample(index) for index in range(40)]
+    table = SampleTable(0, np.array([made[0].shape]), (96,) * 3, 2, 8, 20)
+    source = Feed(table, store, (made[0].key,), ("0",), "uint8", 221)
+    samples = [table.sample(index) for index in range(40)]
     source.read(samples)
     start = time.process_time()
     source.read(samples)

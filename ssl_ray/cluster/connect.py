@@ -6,26 +6,13 @@ import re
 import signal
 import threading
 import warnings
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from ssl_ray.cluster import malloc
+from ssl_ray.cluster.private import LOG_LEVELS
 from ssl_ray.config.schema import LocalCluster
-
-_LEVELS = {
-    # Routine messages; from warnings on they stay audible.
-    "ray.data._internal.execution.streaming_executor": logging.WARNING,
-    "ray.data._internal.progress": logging.ERROR,
-    "ray.train": logging.WARNING,
-    "ray.tune": logging.WARNING,
-    # Warns at every start that token authentication is on, which it is by default.
-    "ray._private.authentication.authentication_token_setup": logging.ERROR,
-    # Warns every second that a cluster without a dashboard has no state API, and at the end that it could not stop.
-    "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
-    "ray.train.v2._internal.callbacks.placement_group_callback": logging.CRITICAL,
-}
 
 
 def connect(settings: LocalCluster) -> None:
@@ -72,10 +59,7 @@ def runtime_env() -> dict[str, Any]:
 
 def quiet() -> None:
     """Silence the routine messages of Ray's loggers; runs in the driver and at the start of every worker process."""
-    for name, level in _LEVELS.items():
+    for name, level in LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
-    # This logger of Ray Train, which prints every report, is named after the path of its source file.
-    context = Path(ray.__file__).parent / "train/v2/_internal/execution/context.py"
-    logging.getLogger(str(context)).setLevel(logging.WARNING)
     # Batches lie in Ray's object store, which is read-only: they are copied before anything writes.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -1,48 +1,49 @@
-"""What `ssl-ray plan` finds out about a study."""
+"""What `ssl-ray plan` finds out about a study, before anything is started or written."""
 
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ssl_ray.config.schema import Study
 from ssl_ray.estimate import probe
-from ssl_ray.estimate import work as estimate
-from ssl_ray.estimate.text import duration, size
-from ssl_ray.estimate.volumes import Survey, preparation_seconds, survey
-from ssl_ray.estimate.work import Cluster, GridEstimate, PretrainingEstimate
-from ssl_ray.networks.flops import DEVICES, Device
+from ssl_ray.estimate.text import size
+from ssl_ray.estimate.volumes import Survey, survey
+from ssl_ray.estimate.work import Cluster, GridEstimate, PretrainingEstimate, estimate_grid, estimate_pretraining
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.places import Place, default_scratch
+from ssl_ray.training.devices import DEVICES, Device
+
+_MFU = {8: 0.16, 64: 0.31, 128: 0.34}
+"""Share of an H100's bfloat16 peak that steps of ViT-B reached, by patches of 96³ a step: docs/performance.md.
+Measured with `compile: true` on one worker. No other GPU, no UNETR and no float32 was measured."""
+_PATCH_FLOPS = 119e9
+"""FLOPs of training ViT-B on one such patch."""
 
 
 @dataclass(frozen=True)
 class StudyEstimate:
-    """Everything about a study that is not run yet; bytes, seconds, FLOP/s. `basis`: where the times come from."""
+    """Everything about a study that is not run yet.
+
+    `total_seconds` is None where a part is not known; `basis` tells where times come from, and what is not in them.
+    """
 
     name: str
     volumes: Survey
-    cache_bytes: float | None
-    preparation_core_seconds: float | None
     cluster: Cluster
     pretraining: PretrainingEstimate | None
     grid: GridEstimate
-    seconds: float | None
+    total_seconds: float | None
     basis: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-    def tree(self) -> dict[str, Any]:
-        """For JSON: what is taken as enough, such as the CPUs around a named GPU, is None."""
-        tree: dict[str, Any] = _finite(asdict(self))
-        return tree
+    warnings: tuple[str, ...] = ()
 
 
-def make_plan(study: Study, folders: Folders, gpu: str | None = None, with_probe: bool = True) -> StudyEstimate:
+def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_probe: bool = True) -> StudyEstimate:
     """Read what is needed and time a few steps; nothing is written or started.
 
     Args:
@@ -52,37 +53,47 @@ def make_plan(study: Study, folders: Folders, gpu: str | None = None, with_probe
         with_probe: time steps, if no GPU is named.
 
     Raises:
-        ValueError: for all that a run would refuse before it prepares volumes.
+        UserError: for all that a run would refuse before it prepares volumes.
     """
-    pretrains = study.pretrains
-    volumes = survey(study, folders, pretrains)
+    volumes, readable = survey(study, folders)
     if study.finetune.weights:
-        from ssl_ray.search.grid import check_transfer
+        from ssl_ray.search.grid import check_transfer  # it loads Ray Tune
 
         check_transfer(study.finetune, study.network, Path(study.finetune.weights))
     device = DEVICES[gpu] if gpu else None
     cluster = _cluster(study, device)
-    basis: list[str] = []
+    config, trial = study.pretrain, study.finetune
     warnings: list[str] = []
-    timing, timings = None, None
-    if device:
-        basis += _named(study, device, pretrains)
-    elif with_probe:
-        timing, timings = _probe(study, pretrains, cluster, basis, warnings)
-    pretraining = estimate.plan_pretraining(study, volumes, device, timing, cluster) if pretrains else None
-    grid = estimate.plan_grid(study, volumes, device, timings, cluster)
-    known = [part.seconds for part in (pretraining, grid) if part]
-    core = preparation_seconds(volumes)
-    total = sum(seconds for seconds in known if seconds is not None) if None not in known else None
-    if total is not None and core is not None and math.isfinite(cluster.cpus):
-        total += core / cluster.cpus
-    plan = StudyEstimate(study.name, volumes, volumes.bytes, core, cluster, pretraining, grid, total, tuple(basis), ())
-    warnings += _warnings(study, folders, plan, device)
-    return replace(plan, warnings=tuple(warnings))
+    trained = tuned = pretraining = None
+    if with_probe and not device:
+        if study.pretrains:
+            call = partial(probe.probe_pretraining, study, folders, readable)
+            trained = probe.attempt("pretraining", call, config.cpus_per_worker, config.gpu, cluster.gpus, warnings)
+        call = partial(probe.probe_finetuning, study)
+        tuned = probe.attempt("fine-tuning", call, trial.cpus_per_trial, trial.gpus_per_trial, cluster.gpus, warnings)
+    basis = [
+        f"{title}: {found.steps} steps on random patches, alone on {cluster.where} ({found.device}, {found.dtype})"
+        for title, found in (("pretraining", trained), ("fine-tuning", tuned))
+        if found
+    ]
+    if trained and trained.read_seconds is None:
+        basis.append("pretraining: reading was not measured, as the store has none of the volumes here")
+    if study.pretrains:
+        pretraining = estimate_pretraining(study, volumes, cluster, trained)
+        if device:
+            pretraining, said = _on_device(pretraining, device, config.precision)
+            basis.append(said)
+    basis += ["fine-tuning: no hours, as UNETR was not measured on any GPU"] if device else []
+    grid = estimate_grid(study, volumes, cluster, tuned)
+    parts = [part.total_seconds for part in (pretraining, grid) if part]
+    total = None if None in parts else sum(seconds for seconds in parts if seconds)
+    if any(parts):
+        basis.append("not counted: preparation, start-up, exchange between workers, metrics, the report")
+    estimate = StudyEstimate(study.name, volumes, cluster, pretraining, grid, total, tuple(basis))
+    return replace(estimate, warnings=(*warnings, *_warnings(study, estimate), *_room(study, folders, estimate)))
 
 
 def _cluster(study: Study, device: Device | None) -> Cluster:
-    world = study.pretrain.worker_range[1]
     if os.environ.get("RAY_ADDRESS"):
         import ray
 
@@ -90,139 +101,73 @@ def _cluster(study: Study, device: Device | None) -> Cluster:
 
         connect(study.cluster)
         found = ray.cluster_resources()
-        nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-        return Cluster(
-            f"the Ray cluster in RAY_ADDRESS ({nodes} node{'s' * (nodes > 1)})",
-            found.get("CPU", 0.0),
-            found.get("GPU", 0.0),
-            found.get("object_store_memory", 0.0),
-            found.get("memory", 0.0),
-            nodes,
-        )
+        cpus, gpus, store = (found.get(key, 0.0) for key in ("CPU", "GPU", "object_store_memory"))
+        return Cluster("the Ray cluster in RAY_ADDRESS", cpus, gpus, store)
     if device:
-        return Cluster(
-            f"{world} x {device.name}, one a worker, with CPUs and memory as needed",
-            math.inf,
-            world,
-            math.inf,
-            math.inf,
-        )
+        world = study.pretrain.worker_range[1]
+        return Cluster(f"{world} x {device.name}, with CPUs and memory as needed", None, world, None)
     cpus = study.cluster.cpus or os.cpu_count() or 1
-    store = study.cluster.object_store_gigabytes * 2**30
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Cluster("this machine", cpus, torch.cuda.device_count(), store, memory)
+    return Cluster("this machine", cpus, torch.cuda.device_count(), study.cluster.object_store_gigabytes * 2**30)
 
 
-def _named(study: Study, device: Device, pretrains: bool) -> Iterator[str]:
-    vit = "vit compiled" if study.pretrain.compile else "vit"
-    parts = [("pretraining", vit, study.pretrain.precision)] if pretrains else []
-    parts.append(("fine-tuning", "unetr", study.finetune.precision))
-    for title, network, precision in parts:
-        share, peak, dtype = estimate.utilisation(device, precision, network)
-        graphed = network == vit and study.pretrain.worker_range[1] == 1
-        yield (
-            f"{title}: {share:.0%} of {peak / 1e12:g} TFLOP/s ({device.name}, dense, {dtype}), and at least "
-            f"{duration(estimate.GRAPH_SECONDS if graphed else estimate.LAUNCH_SECONDS)} a step"
-        )
+def _on_device(work: PretrainingEstimate, device: Device, precision: str) -> tuple[PretrainingEstimate, str]:
+    """With times at a measured share of a named device's peak, and what they are based on."""
+    mfu = max((share for patches, share in _MFU.items() if patches * _PATCH_FLOPS <= work.flops_per_step), default=None)
+    if mfu is None or device.dtype(precision) != "bfloat16":
+        return work, "pretraining: no hours, as neither float32 nor steps of so few FLOPs were measured"
+    speed = mfu * device.peak("bfloat16")
+    step, total = work.flops_per_step / speed, work.flops / speed / work.workers
+    timed = replace(work, step_seconds=step, patches_per_second=work.patches_per_step / step, total_seconds=total)
+    return timed, (
+        f"pretraining: {mfu:.0%} of {device.name}'s {device.peak('bfloat16') / 1e12:g} TFLOP/s (dense, bfloat16), as "
+        "measured with ViT-B on one H100, compiled, with one worker, in steps of no more FLOPs"
+    )
 
 
-def _probe(study: Study, pretrains: bool, cluster: Cluster, basis: list[str], warnings: list[str]) -> tuple[Any, Any]:
-    """Timings of both networks, or None where there is no device or no room for a probe."""
-    config = study.pretrain
-    remote = bool(os.environ.get("RAY_ADDRESS"))
-    found: dict[str, Any] = {"pretraining": None, "fine-tuning": None}
-    tasks: list[tuple[str, Callable[[Study], Any], float, float]] = [
-        ("fine-tuning", probe.probe_finetuning, study.finetune.cpus_per_trial, study.finetune.gpus_per_trial)
-    ]
-    if pretrains:
-        tasks.insert(0, ("pretraining", probe.probe_pretraining, config.cpus_per_worker, float(config.gpu)))
-    for title, function, cpus, gpus in tasks:
-        if gpus > cluster.gpus:
-            basis.append(f"{title}: no times, as there is no GPU to probe; name one with --gpu")
-            continue
-        try:
-            found[title] = probe.on_worker(function, study, cpus, gpus) if remote else function(study)
-        except TimeoutError as error:
-            warnings.append(str(error))
-            continue
-        except torch.OutOfMemoryError as error:
-            warnings.append(f"{title}: a step does not fit into the device's memory: {str(error).partition('. ')[0]}")
-            continue
-        timing = found[title] if title == "pretraining" else found[title][0]
-        where = "a worker of the cluster" if remote else "this machine"
-        basis.append(
-            f"{title}: {timing.calls} steps on random patches on {where} ({timing.device}, {timing.dtype}): "
-            f"{duration(timing.seconds)} each"
-        )
-    return found["pretraining"], found["fine-tuning"]
-
-
-def _warnings(study: Study, folders: Folders, plan: StudyEstimate, device: Device | None) -> Iterator[str]:
-    config, work, cluster = study.pretrain, plan.pretraining, plan.cluster
-    for group in plan.volumes.groups:
+def _warnings(study: Study, found: StudyEstimate) -> Iterator[str]:
+    """Headers that cannot be read, and what of the machine is too small or too slow."""
+    config, trial, work, cluster = study.pretrain, study.finetune, found.pretraining, found.cluster
+    cpus = math.inf if cluster.cpus is None else cluster.cpus
+    for name, group in found.volumes.groups.items():
         if group.bad:
-            yield f"{group.name}: {len(group.bad)} of {group.sampled} headers cannot be read, e.g. {group.bad[0]}"
+            read = group.headers + len(group.bad)
+            yield f"{name}: {len(group.bad)} of {read} headers cannot be read, e.g. {group.bad[0]}"
     if work:
-        cpus = work.workers * config.cpus_per_worker
-        if cluster.cpus < cpus:
-            yield f"{work.workers} workers need {cpus:g} CPUs, there are {cluster.cpus:g}: the study will not start"
-        if config.gpu and cluster.gpus < work.workers:
-            yield f"{work.workers} workers need a GPU each, there are {cluster.gpus:g}: the study will not start"
-        if work.reader_cores_needed and work.reader_rate < (work.arithmetic_rate or 0):
+        least = config.worker_range[0]
+        if cpus < (needed := least * config.cpus_per_worker):
+            yield f"{least} workers need {needed:g} CPUs, there are {cpus:g}: the study will not start"
+        if config.gpu and cluster.gpus < least:
+            yield f"{least} workers need a GPU each, there are {cluster.gpus:g}: the study will not start"
+        if work.bottleneck == "reading":
             yield (
-                f"the workers could train {work.arithmetic_rate:,.0f} patches/s, but the cores that they leave read "
-                f"about {work.reader_rate:,.0f}: "
-                f"{math.ceil(work.reader_cores_needed)} cores beyond the workers' are needed"
+                f"reading: the cores that the workers leave read {work.read_patches_per_second:,.0f} patches/s, which "
+                "is less than the workers train: more cores would make it faster"
             )
-        if work.storage_rate and plan.cache_bytes:
+        if cluster.object_store_bytes is not None and cluster.object_store_bytes < work.object_store_bytes:
             yield (
-                f"the store of {size(plan.cache_bytes)} does not fit into the memory of {size(cluster.memory)}: at "
-                f"{size(estimate.DISK_BYTES)}/s a machine, storage gives {work.storage_rate:,.0f} patches/s"
-            )
-        if cluster.object_store < work.object_store_bytes:
-            yield (
-                f"the object store ({size(cluster.object_store)}) is smaller than the "
+                f"the object store ({size(cluster.object_store_bytes)}) is smaller than the "
                 f"{size(work.object_store_bytes)} of blocks in flight and may spill to disk: raise "
                 "cluster.object_store_gigabytes, or lower pretrain.block_megabytes"
             )
-        if device and work.workers > 1:
-            full = estimate.full_share(work.flops_per_patch, device, config.precision)
-            if work.share < full:
-                yield (
-                    f"{work.share} patches a worker and step leave a GPU waiting for the host, {full} would take as "
-                    "long: fewer workers, or a larger pretrain.batch_size, which changes the recipe, cost less"
-                )
-    trial = study.finetune
-    if cluster.gpus < trial.gpus_per_trial or cluster.cpus < trial.cpus_per_trial:
+    if cluster.gpus < trial.gpus_per_trial or cpus < trial.cpus_per_trial:
         yield (
             f"a trial needs {trial.cpus_per_trial:g} CPUs and {trial.gpus_per_trial:g} GPUs, there are "
-            f"{cluster.cpus:g} and {cluster.gpus:g}: the grid will not start"
+            f"{cpus:g} and {cluster.gpus:g}: the grid will not start"
         )
-    yield from _room(study, folders, plan)
 
 
-def _room(study: Study, folders: Folders, plan: StudyEstimate) -> Iterator[str]:
-    """Warnings about disks, as far as they can be seen from here."""
-    stored = sum(group.stored for group in plan.volumes.groups) / max(1, plan.volumes.volumes)
-    needed = (plan.cache_bytes or 0.0) * (1 - stored)
-    place = Place.parse(folders.cache)
-    folder, key = (place.local, "cache") if place.local else (Path(study.scratch or default_scratch()), "scratch")
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        yield f"{key}: {there} has {size(free)} free, the prepared volumes need up to {size(needed)} more"
-    if plan.pretraining and folders.output.origin is None:
-        kept = (plan.pretraining.checkpoints_kept + 1) * plan.pretraining.checkpoint_bytes
-        kept += plan.grid.cells * plan.grid.checkpoint_bytes
-        there = next(parent for parent in (folders.study, *folders.study.absolute().parents) if parent.exists())
+def _room(study: Study, folders: Folders, found: StudyEstimate) -> Iterator[str]:
+    """Disks without room, as far as they can be seen from here."""
+    place, work, grid = Place.parse(folders.cache), found.pretraining, found.grid
+    cache = ("cache", place.local) if place.local else ("scratch", Path(study.scratch or default_scratch()))
+    needs = [(*cache, "prepared volumes", found.volumes.missing_bytes or 0)]
+    if folders.output.origin is None:
+        kept = grid.trials * (2 * grid.weights_bytes + grid.optimizer_bytes)  # of now, and the best weights
+        if work:  # a new checkpoint is written before an old one goes
+            kept += (study.pretrain.keep_checkpoints + 1) * (work.weights_bytes + work.optimizer_bytes)
+        needs.append(("output", folders.study, "checkpoints", kept))
+    for key, folder, what, needed in needs:
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(there).free
-        if kept > free:
-            yield f"output: {there} has {size(free)} free, checkpoints need up to {size(kept)}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        if needed > free:
+            yield f"{key}: {there} has {size(free)} free, {what} need up to {size(needed)} more"

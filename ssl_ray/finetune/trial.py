@@ -18,7 +18,7 @@ from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks.flops import unetr_flops
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
-from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch
+from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.prefetch import ahead
 
@@ -128,19 +128,15 @@ class Trial:
         step, sampler = fault.what, self.sampler
         patches = [{"patch": index, "volume": volume.id, "key": volume.key} for index, volume in sampler.patches(step)]
         volumes = ", ".join(dict.fromkeys(str(patch["volume"]) for patch in patches))
-        text = (
-            f"step {step + 1}: loss {fault.loss:g}, gradient norm {fault.norm:g}; patches {patches[0]['patch']} to "
-            f"{patches[-1]['patch']} of seed {sampler.seed}, volumes {volumes}"
-        )
-        facts = {"step": step + 1, "loss": str(fault.loss), "gradient_norm": str(fault.norm), "seed": sampler.seed}
+        origin = f"patches {patches[0]['patch']} to {patches[-1]['patch']} of seed {sampler.seed}, volumes {volumes}"
+        facts = {"seed": sampler.seed, "patches": patches, "precision": str(self.learner.dtype)}
         facts |= {"lr": learning_rate(self.learner.optimizer_config, step, self.config.steps)}
-        facts |= {"precision": str(self.learner.dtype)}
         # On a GPU the next step is already done: if it was finite, these are the weights after it.
         images, labels = sampler.batch(step)
         tensors = {f"model.{name}": value for name, value in self.learner.network.state_dict().items()}
         tensors |= {"images": images, "labels": labels}
-        kept = self.job.folder.keep_fault(step + 1, tensors, facts | {"patches": patches})
-        text += f"; kept in {kept}" if kept else ""
+        kept = keep(fault, self.job.folder.path / "faults", step + 1, origin, tensors, facts)
+        text = f"step {step + 1}: {kept}"
         if self.watch.fatal(fault):
             raise FloatingPointError(f"{fault.row} step(s) in a row were not finite, the last one was {text}")
         logging.getLogger(__name__).warning("skipped %s", text)

@@ -2,7 +2,7 @@
 
 checkpoint/<step>/             training states, the newest two
 best/<step>/                   weights that did best on validation so far; a checkpoint names their step
-faults/step_<n>.safetensors    what reproduces a step that was not finite, and .json beside it
+faults/step_<n>.safetensors    what reproduces a step that was not finite, for the first three
 unetr.safetensors              the result: the weights that did best on validation
 evaluation.json                and their scores, volume by volume
 """
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.training import nonfinite
 from ssl_ray.training.checkpoint import load_latest, load_state, save_latest
 
 
@@ -63,11 +62,6 @@ class TrialFolder:
         if known:
             log.warning("%s: no checkpoint can be used; the trial starts from step 0", self.checkpoints)
         return None
-
-    def keep_fault(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path | None:
-        """Write what reproduces a step: `faults/step_<n>.safetensors` and `.json`; None for all but the first three."""
-        path = self.path / "faults" / f"step_{step:07d}.safetensors"
-        return path if nonfinite.keep(path, "step_*.json", tensors, facts) else None
 
     def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any]) -> None:
         """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""

@@ -15,7 +15,7 @@ from ssl_ray.storage.mirror import Mirror
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the pretrained weights depend on, beside the volumes."""
+    """What the pretrained weights depend on, except the volumes."""
 
     settings: Pretrain
     network: Network
@@ -26,8 +26,8 @@ class Recipe:
 class Job:
     """What a worker is given.
 
-    Rank 0 sends log records through `reports`, a Ray queue that the driver empties: unlike `ray.train.report`, which is
-    a barrier that the controller serves every two seconds, that costs a step nothing.
+    Rank 0 sends records through `reports`, a Ray queue that the driver empties. That costs a step nothing, while
+    `ray.train.report` is a barrier that the controller serves every two seconds.
     """
 
     recipe: Recipe
@@ -40,17 +40,10 @@ class Job:
 
     @property
     def checkpoints(self) -> Path:
-        """Training states by step."""
+        """Folder of the training states, by step."""
         return self.folder / "checkpoints"
 
     @property
     def weights(self) -> Path:
         """The autoencoder that did best on validation so far, written by rank 0."""
         return self.folder / "best.safetensors"
-
-
-def work(job: Job) -> None:
-    """The training loop."""
-    from ssl_ray.pretrain.worker import train_loop
-
-    train_loop(job)

@@ -2,37 +2,37 @@
 
 import logging
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.networks.nets import ViTAutoEnc
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from ssl_ray.config.schema import VIT_PATCH, Contrastive
 from ssl_ray.networks.faster import use_fast_attention, use_patch_products
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
-from ssl_ray.pretrain.gpu.step_graph import StepGraph
 from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.picture import draw_restoration
 from ssl_ray.pretrain.samples import Sample
-from ssl_ray.pretrain.tasks.restoration import DeviceDraws, Draws, contrastive_loss, corrupt, draw, take
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
+from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw, pack, unpack
+from ssl_ray.pretrain.tasks.restoration.objective import Restoration
+from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
 from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.optimizer import build_optimizer, take_step
-from ssl_ray.training.parallel import gathered, load, parallel
+from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
 from ssl_ray.training.precision import autocast, resolve
+from ssl_ray.training.step_graph import StepGraph
+from ssl_ray.training.upload import Upload
 
 
 class PretrainingLearner:
-    """Model, optimizer and one step of them."""
+    """The autoencoder, its optimizer, and what one step of training and a validation do."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, job.recipe.settings, device
@@ -57,10 +57,10 @@ class PretrainingLearner:
         self._go = torch.ones((), dtype=torch.bool, device=device)
         self._upload = Upload(device)
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned on rank 0. All ranks must call it; the others need no more than `best`."""
         load(self.network, self.optimizer, state)
-        self._graph = None  # it writes to the state that was
+        self._graph = None  # it writes to the tensors from before
         self.best = state["best"]
 
     def state(self) -> dict[str, Any]:
@@ -68,9 +68,7 @@ class PretrainingLearner:
 
         With `shard`, all ranks must call it, and rank 0 gets the tensors.
         """
-        state = {"best": self.best, "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        whole: dict[str, Any] = gathered(state, here=not distributed.is_initialized() or distributed.get_rank() == 0)
-        return whole
+        return {"best": self.best, **whole_state(self.network, self.optimizer)}
 
     def step(
         self, images: npt.NDArray[Any], indices: npt.NDArray[np.int64], world: int, lr: float
@@ -88,12 +86,10 @@ class PretrainingLearner:
         if self.graphs and self._graph is None:
             self._record(stored, draws, world)
         if self._graph and self._graph.fits(stored):
-            return self._graph(stored, draws, lr)
+            return self._graph(stored, [pack(drawn) for drawn in draws], lr)
         return self._step(stored, draws, world, lr)
 
-    def _step(
-        self, stored: Tensor, draws: Sequence[Draws | DeviceDraws], world: int, lr: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _step(self, stored: Tensor, draws: Sequence[Draws], world: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
         largest = -(-self.config.batch_size // world)
         size = self.config.microbatch or largest
@@ -106,22 +102,24 @@ class PretrainingLearner:
             weight = counted * world / self.config.batch_size
             with nullcontext() if start == starts[-1] else self._no_sync():
                 clean = scale(part, self.job.training.levels)
-                corrupted = torch.cat([corrupt(clean, take(drawn, rows)) for drawn in draws])  # (views * B, 1, X, Y, Z)
+                corrupted = torch.cat([corrupt(clean, drawn.take(rows)) for drawn in draws])  # (views * B, 1, X, Y, Z)
                 with autocast(self.device, self.dtype):
                     own, total = self.model(corrupted, clean)
-                # A loss that is not finite need not have such gradients; this way they have, on every rank.
+                # A NaN loss can still give finite gradients. Multiply by NaN, so that every rank sees it in the
+                # gradient norm and skips the step.
                 (total * weight).backward(torch.where(torch.isfinite(total) & self._go, 1.0, torch.nan))
             loss += own.detach() * (counted / len(stored))
         return loss, take_step(self.optimizer, self.config.optimizer, lr)
 
     def _record(self, stored: Tensor, draws: Sequence[Draws], world: int) -> None:
-        """From now on a step is one CUDA graph; where that fails, one warning says why, and it goes on as before."""
+        """Record the step as one CUDA graph; where that fails, one warning says why, and steps stay as they were."""
 
-        def body(patches: Tensor, there: Sequence[DeviceDraws], lr: Tensor) -> tuple[Tensor, Tensor]:
+        def body(patches: Tensor, packed: Sequence[Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
+            there = [unpack(flat, drawn) for flat, drawn in zip(packed, draws, strict=True)]
             return self._step(patches, there, world, lr)
 
         try:
-            self._graph = StepGraph(body, self.optimizer, self._go, stored, draws)
+            self._graph = StepGraph(body, self.optimizer, self._go, stored, [pack(drawn) for drawn in draws])
         except Exception as error:  # out of memory, or an operator that cannot be recorded
             self.graphs = False
             logging.getLogger(__name__).warning(
@@ -149,7 +147,8 @@ class PretrainingLearner:
         size = min(self.config.microbatch or share, share)  # as much as a training step of this rank
         for start in range(0, -(-len(samples) // world), size):
             counted = len(mine[start : start + size])
-            indices = mine[start : start + size] if counted else np.zeros(1, np.int64)  # as in `_step`
+            # A rank without patches left restores sample 0 with no weight, as with `shard` the others wait for it.
+            indices = mine[start : start + size] if counted else np.zeros(1, np.int64)
             clean = scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels)
             corrupted = corrupt(clean, draw(self.config.corruption, self.config.patch_size, 0, indices))
             # Other shapes than in training: compiling for them would cost more than it saves.
@@ -163,22 +162,26 @@ class PretrainingLearner:
         if world > 1:
             distributed.all_reduce(sums)
         if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # of what is in no block, which FSDP leaves whole for a backward pass
+            self.model.reshard()  # FSDP leaves what is in no block whole, for a backward pass that does not come
         self.model.train()
         loss, identity = float(sums[0] / sums[2]), float(sums[1] / sums[2])
         if loss < self.best:
             self.best = loss
-            weights = gathered(self.network.state_dict(), here=rank == 0)
-            if rank == 0:
-                facts = {"step": str(step), "validation_loss": f"{loss:.6f}", "key": self.job.key}
-                described = describe(self.job.recipe.network, self.config.patch_size)
-                export(self.job.weights, weights, described | facts)
-                self.job.mirror.push(self.job.weights)
+            self._export(step)
         report: dict[str, float | str] = {"validation_loss": loss, "validation_identity_loss": identity}
         return report | ({"picture": shown} if shown else {})
 
+    def _export(self, step: int) -> None:
+        """Write the weights, as the best on validation so far, for fine-tuning; all ranks must call it."""
+        weights = whole_weights(self.network)
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            facts = {"step": str(step), "validation_loss": f"{self.best:.6f}", "key": self.job.key}
+            described = describe(self.job.recipe.network, self.config.patch_size)
+            export(self.job.weights, weights, described | facts)
+            self.job.mirror.push(self.job.weights)
+
     def _picture(self, step: int, clean: Tensor, corrupted: Tensor, restored: Tensor) -> str:
-        # The patch with the most structure of the first batch says most about restoration.
+        # The patch of the first batch with the most structure says most about restoration.
         chosen = int(clean.flatten(1).std(dim=1).argmax())
         truth, broken, mended = (stack[chosen, 0].float().cpu().numpy() for stack in (clean, corrupted, restored))
         path = self.job.folder / "pictures" / f"restored_{step:07d}.png"
@@ -188,97 +191,13 @@ class PretrainingLearner:
         return str(path)
 
     def _try(self) -> None:
-        """Forward and backward in the shapes of a training step; leaves no gradient behind."""
+        """Forward and backward pass in the shapes of a training step; no gradient is left."""
         share = -(-self.config.batch_size // self.config.worker_range[0])
         clean = torch.zeros(min(self.config.microbatch or share, share), 1, *self.config.patch_size, device=self.device)
         with autocast(self.device, self.dtype):
             total = self.restoration(torch.cat([clean] * (2 if self.config.contrastive.enabled else 1)), clean)[1]
         total.backward()
         self.network.zero_grad(set_to_none=True)
-
-
-class Restoration(nn.Module):
-    """The autoencoder in training: corrupted views and their clean patches in, losses out.
-
-    It computes what `ViTAutoEnc.forward` does, in parts that can be compiled one by one: all blocks share one graph.
-    """
-
-    def __init__(self, network: ViTAutoEnc, contrastive: Contrastive) -> None:
-        super().__init__()
-        self.embedding, self.blocks = network.patch_embedding, network.blocks
-        self.objective = _Objective(network, contrastive)
-
-    def parts(self) -> list[nn.Module]:
-        """What is worth compiling."""
-        return [self.embedding, *self.blocks, self.objective]
-
-    def forward(self, corrupted: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """(views * B, 1, X, Y, Z) and (B, 1, X, Y, Z) -> mean L1 of the first view, and what is minimised."""
-        losses = self.objective(self._tokens(corrupted), clean)
-        return losses[0], losses[-1]
-
-    def restore(self, corrupted: Tensor) -> Tensor:
-        """(B, 1, X, Y, Z) -> the same, float32, as `ViTAutoEnc.forward` restores it."""
-        restored: Tensor = self.objective.restore(self._tokens(corrupted), corrupted.shape[2:])
-        return restored
-
-    def _tokens(self, corrupted: Tensor) -> Tensor:
-        tokens: Tensor = self.embedding(corrupted)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return tokens
-
-
-class _Objective(nn.Module):
-    """From the tokens of the last block on."""
-
-    def __init__(self, network: ViTAutoEnc, contrastive: Contrastive) -> None:
-        super().__init__()
-        self.norm, self.contrastive = network.norm, contrastive
-        self.up, self.up_1 = network.conv3d_transpose, network.conv3d_transpose_1
-
-    def forward(self, tokens: Tensor, clean: Tensor) -> tuple[Tensor, ...]:
-        restored = self.restore(tokens, clean.shape[2:])
-        loss = (restored[: len(clean)] - clean).abs().mean()
-        if not self.contrastive.enabled:
-            return (loss,)
-        first, second = restored.flatten(1).chunk(2)
-        return loss, loss + contrastive_loss(first, second, self.contrastive.temperature) * loss
-
-    def restore(self, tokens: Tensor, side: Sequence[int]) -> Tensor:
-        grid = [length // VIT_PATCH for length in side]
-        volumes = self.norm(tokens).transpose(1, 2).reshape(len(tokens), -1, *grid)
-        restored: Tensor = self.up_1(self.up(volumes)).float()
-        return restored
-
-
-class Upload:
-    """Host -> device, beside the step that the device is busy with.
-
-    The copy has a CUDA stream of its own, and while the host is a step ahead of the device it costs no time: provided
-    that the memory is pinned, as `Stream` gives it. From other memory a large copy waits for the steps before it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._held: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-
-    def __call__(self, array: npt.NDArray[Any]) -> Tensor:
-        """The array on the device, in the order of the current stream; it may be dropped at once, not overwritten."""
-        host = torch.from_numpy(array)
-        if self._stream is None:
-            return host.to(self._device)
-        with torch.cuda.stream(self._stream):
-            there = host.to(self._device, non_blocking=True)
-            copied = self._stream.record_event()
-        while self._held and self._held[0][1].query():
-            self._held.popleft()
-        self._held.append((host, copied))  # pinned memory that is let go is given to the next batch
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(copied)
-        there.record_stream(current)
-        return there
 
 
 def scale(stored: Tensor, levels: int) -> Tensor:

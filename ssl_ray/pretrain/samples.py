@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ssl_ray.random import generator
 
 _ORDER, _ORIGIN, _VALIDATION = 1, 2, 3
-"""Streams of random numbers of one seed that must not overlap."""
+"""What random numbers are for: numbers of one seed for different purposes must not overlap."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class SampleTable:
         start = step * self.batch_size + rank * share + min(rank, more)
         return range(start, start + share + (rank < more))
 
-    def _origin(self, volume: int, seed: int, stream: int, index: int) -> tuple[int, int, int]:
+    def _origin(self, volume: int, seed: int, purpose: int, index: int) -> tuple[int, int, int]:
         room = np.maximum(self.shapes[volume] - self.patch_size, 0) + 1
-        x, y, z = generator(seed, stream, index).integers(0, room)
+        x, y, z = generator(seed, purpose, index).integers(0, room)
         return int(x), int(y), int(z)
 
 

@@ -10,7 +10,7 @@ consumed.
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -21,16 +21,20 @@ import numpy.typing as npt
 from ssl_ray.data.store import Store, open_array, read_patch
 from ssl_ray.pretrain.samples import Sample, SampleTable
 
-WINDOW_BLOCKS = 256
-"""Blocks a segment of a rank: start-up costs 2 to 3 ms a block, measured."""
+SEGMENT_BLOCKS = 256
+"""Number of blocks in a segment of one rank: start-up costs 2 to 3 ms a block, measured."""
 
 _DEPTH = 2
-"""Batches that wait in front of the training step, beyond the block that Ray Data has already fetched."""
+"""Number of batches that wait for the training step, besides the block that Ray Data has already fetched."""
 
 
 @dataclass(frozen=True)
 class Feed:
-    """What a data task needs to read any sample: the table, and where its volumes lie."""
+    """What a data task needs to read any sample: the table, and where its volumes lie.
+
+    keys, ids: of the volumes, in the table's order; the key addresses the store, the id is for people.
+    dtype, levels: of stored voxels; an intensity of 1 is stored as `levels`.
+    """
 
     table: SampleTable
     store: Store
@@ -47,6 +51,12 @@ class Feed:
                 open_array(self.store, self.keys[sample.volume]), sample.origin, self.table.patch_size, out=out[row]
             )
         return out
+
+    def place(self, index: int) -> dict[str, Any]:
+        """Where sample `index` of the table is from: its volume's name and key, and its origin in voxels."""
+        sample = self.table.sample(index)
+        names = {"volume": self.ids[sample.volume], "key": self.keys[sample.volume]}
+        return {"sample": index, **names, "origin": sample.origin}
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def segments(table: SampleTable, start: int, world: int, block_bytes: float, ite
     """The segments of a run from step `start` on."""
     batch_bytes = len(table.rank_samples(0, 0, world)) * int(np.prod(table.patch_size)) * itemsize
     block_steps = max(1, int(block_bytes // batch_bytes))
-    length = WINDOW_BLOCKS * block_steps
+    length = SEGMENT_BLOCKS * block_steps
     return [
         Segment(first, min(first + length, table.steps), block_steps, world)
         for first in range(start, table.steps, length)
@@ -98,8 +108,8 @@ def open_segment(feed: Any, segment: Segment, rank: int, held: float) -> Any:
         feed: reference to a `Feed` in the object store.
         segment: the steps to stream.
         rank: whose batches.
-        held: CPUs that the training workers hold. Where they leave none, e.g. after a node was lost, the reading tasks
-            ask for none and run beside them: they would wait for ever.
+        held: number of CPUs that the training workers hold. Where they leave none, e.g. after a node was lost, the
+            reading tasks ask for none and run beside them; else they would wait for ever.
     """
     import pyarrow as pa
     import ray  # the tasks import this module only to read patches
@@ -136,92 +146,72 @@ class Pace:
         time.sleep(0.01)
 
     def before_execution_starts(self, executor: Any) -> None:
-        """Nothing."""
+        """Not needed."""
 
     def after_execution_succeeds(self, executor: Any) -> None:
-        """Nothing."""
+        """Not needed."""
 
     def after_execution_fails(self, executor: Any, error: Exception) -> None:
-        """Nothing."""
+        """Not needed."""
 
 
-class Stream:
-    """Batches of one rank from a step on; iterate it step by step on all ranks alike."""
+def batches(
+    table: SampleTable, rank: int, schedule: Sequence[Segment], opener: Callable[[Segment], Any]
+) -> Iterator[Batch]:
+    """Batches of one rank, step by step; all ranks must take equally many.
 
-    def __init__(
-        self, table: SampleTable, rank: int, schedule: Sequence[Segment], opener: Callable[[Segment], Any]
-    ) -> None:
-        """Args:
+    Args:
         table: of the run.
         rank: whose batches.
         schedule: segments to stream, in order.
-        opener: gives the iterator of this rank for a segment.
-        """
-        self._table, self._rank, self._schedule, self._open = table, rank, list(schedule), opener
-        self._step = schedule[0].start if schedule else table.steps
-        self._current = self._start_next()
-        self._next: _Reader | None = None
+        opener: gives the Ray Data iterator of this rank for a segment.
 
-    def __iter__(self) -> "Stream":
-        return self
-
-    def __next__(self) -> Batch:
-        if self._current is None:
-            raise StopIteration
-        segment = self._current.segment
-        if self._next is None and self._schedule and self._step >= (segment.start + segment.stop) // 2:
-            self._next = self._start_next()
-        images, indices, waited = self._current.get()
-        share = self._table.rank_samples(self._step, self._rank, segment.world)
-        if indices.tolist() != list(share):
-            raise RuntimeError(
-                f"rank {self._rank} got samples {indices[0]}..{indices[-1]} at step {self._step}, the table has "
-                f"{share[0]}..{share[-1]}: Ray Data did not keep the order of blocks"
-            )
-        batch = Batch(self._step, images, indices, waited)
-        self._step += 1
-        if self._step == segment.stop:
-            self._current, self._next = self._next or self._start_next(), None
-        return batch
-
-    def _start_next(self) -> "_Reader | None":
-        if not self._schedule:
-            return None
-        segment = self._schedule.pop(0)
-        share = len(self._table.rank_samples(segment.start, self._rank, segment.world))
-        return _Reader(segment, self._open(segment), share)
+    Raises:
+        RuntimeError: when Ray Data did not keep the order of blocks, or lost some.
+    """
+    reading = ((segment, _read_ahead(table, rank, segment, opener(segment))) for segment in schedule)
+    current = next(reading, None)
+    while current:
+        (segment, waiting), following = current, None
+        for step in range(segment.start, segment.stop):
+            if following is None and step >= (segment.start + segment.stop) // 2:
+                following = next(reading, None)  # opens it
+            asked = time.perf_counter()
+            item = waiting.get()
+            waited = time.perf_counter() - asked
+            if isinstance(item, BaseException):
+                raise item
+            indices, share = item["index"], table.rank_samples(step, rank, segment.world)
+            if indices.tolist() != list(share):
+                raise RuntimeError(
+                    f"rank {rank} got samples {indices[0]}..{indices[-1]} at step {step}, the table has "
+                    f"{share[0]}..{share[-1]}: Ray Data did not keep the order of blocks"
+                )
+            yield Batch(step, item["image"], indices, waited)
+        current = following
 
 
-class _Reader:
-    """Drains one segment's iterator in a thread, a few batches ahead of the training step."""
+def _read_ahead(table: SampleTable, rank: int, segment: Segment, iterator: Any) -> "queue.Queue[Any]":
+    """Batches of a segment, or an error, from a thread that is a few of them ahead of the training step."""
+    waiting: queue.Queue[Any] = queue.Queue(_DEPTH)
+    size = len(table.rank_samples(segment.start, rank, segment.world))
 
-    def __init__(self, segment: Segment, iterator: Any, batch_size: int) -> None:
-        self.segment = segment
-        self._queue: queue.Queue[Any] = queue.Queue(_DEPTH)
-        threading.Thread(target=self._drain, args=(iterator, batch_size), daemon=True).start()
-
-    def get(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], float]:
-        start = time.perf_counter()
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item["image"], item["index"], time.perf_counter() - start
-
-    def _drain(self, iterator: Any, batch_size: int) -> None:
+    def drain() -> None:
         try:
-            for batch in iterator.iter_batches(batch_size=batch_size, batch_format="numpy", prefetch_batches=1):
-                self._queue.put(batch | {"image": _pin(batch["image"])})
-            self._queue.put(
-                RuntimeError(f"the stream of steps {self.segment.start} to {self.segment.stop} ended early")
-            )
+            for batch in iterator.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=1):
+                waiting.put(batch | {"image": pin(batch["image"])})
+            waiting.put(RuntimeError(f"the stream of steps {segment.start} to {segment.stop} ended early"))
         except Exception as error:  # the training thread raises it where it asks for the next batch
-            self._queue.put(error)
+            waiting.put(error)
+
+    threading.Thread(target=drain, daemon=True).start()
+    return waiting
 
 
-def _pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A copy in page-locked memory where this process trains on a GPU, which then fetches it without being waited for.
 
-    Torch keeps such memory for reuse once nothing refers to it: getting it anew costs more than the copy.
+    Torch keeps such memory for reuse once nothing refers to it: a new allocation costs more than the copy.
     """
     import torch  # the tasks do without
 

@@ -3,11 +3,9 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ssl_ray.tracking.delivery import Away, Delivery
+from ssl_ray.tracking.delivery import REFERENCE, Delivery
 from ssl_ray.tracking.journal import Journal
-from ssl_ray.tracking.sender import REFERENCE
 
 
 class Run:
@@ -16,7 +14,6 @@ class Run:
     def __init__(self, delivery: Delivery, journal: Journal) -> None:
         self._delivery, self._journal = delivery, journal
         self._steps = journal.steps()
-        self._asked: set[str] = set()
 
     @property
     def id(self) -> str:
@@ -24,18 +21,9 @@ class Run:
         return self._journal.run_id or REFERENCE + self._journal.name
 
     def logged(self, metric: str) -> set[int]:
-        """Steps of a metric so far, in the journal and, where it answers within seconds, in MLflow."""
-        delivery, journal = self._delivery, self._journal
-        if metric not in self._asked:
-            delivery.catch_up(10, journal)
-            if journal.run_id and not delivery.sender.is_new(journal):
-                try:
-                    points = delivery.ask(lambda: delivery.sender.client.get_metric_history(journal.run_id, metric), 20)
-                    self._steps[metric] |= {point.step for point in points}
-                except Away:
-                    return self._steps[metric]
-            self._asked.add(metric)
-        return self._steps[metric]
+        """A new set: steps of a metric so far, in the journal and, where it answers within seconds, in MLflow."""
+        self._delivery.catch_up(10, self._journal)
+        return self._steps[metric] | (self._journal.had or {}).get(metric, set())
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log metrics of a step; what the run has of that step already stays, so that replayed steps count once."""
@@ -43,27 +31,24 @@ class Run:
         if new:
             for key in new:
                 self._steps[key].add(step)
-            self._append(do="metrics", at=now(), step=step, values=new)
+            self._journal.append({"do": "metrics", "at": now(), "step": step, "values": new})
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags."""
-        self._append(do="tags", values=dict(values))
+        """Set tags; a value that is another run's `id` becomes MLflow's id of that run."""
+        self._journal.append({"do": "tags", "values": dict(values)})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file as it is now."""
-        self._append(do="file", path=self._journal.keep_file(path), folder=folder)
+        self._journal.append({"do": "file", "folder": folder}, file=path)
 
     def text(self, text: str, name: str) -> None:
         """Log a text file."""
         path = self._journal.keep_text(text, name)
-        self._append(do="file", path=path, folder=name.rpartition("/")[0] or None)
+        self._journal.append({"do": "file", "path": path, "folder": name.rpartition("/")[0] or None})
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run. `Tracker.settle` tells what MLflow has not got or not taken."""
-        self._append(do="end", at=now(), status=status)
-
-    def _append(self, **record: Any) -> None:
-        self._delivery.append(self._journal, record)
+        self._journal.append({"do": "end", "at": now(), "status": status})
 
 
 def now() -> int:

@@ -6,8 +6,6 @@ to MLflow: neither a slow server nor one that is away slows or stops a training.
 """
 
 import hashlib
-import json
-import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,154 +13,145 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from ssl_ray.tracking.sender import KEY as KEY  # first: it sets what MLflow reads when it is imported
-from ssl_ray.tracking.sender import REFERENCE, reason
-
-# isort: split
-from mlflow.entities import Experiment, RunData, RunInfo
-from mlflow.entities import Run as MlflowRun
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-
 from ssl_ray.config.schema import Tracking
 from ssl_ray.console import say
+from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.delivery import Away, Delivery
-from ssl_ray.tracking.journal import Journal
+from ssl_ray.tracking.client import KEY as KEY
+from ssl_ray.tracking.client import (
+    PARENT,
+    Away,
+    Client,
+    MlflowException,
+    MlflowRun,
+    Patience,
+    reason,
+)
+from ssl_ray.tracking.delivery import Delivery
 from ssl_ray.tracking.run import Run as Run
 from ssl_ray.tracking.run import now
 
-# Tells of every table that it creates, and shows a traceback every time that a database does not answer.
-logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-
 T = TypeVar("T")
 PRETRAINING_RUN = "ssl_ray.pretraining_run"
-"""Lineage: on a trial that started from pretrained weights, the id of the run that made them."""
-
-_CONTACT_SECONDS = 10.0
-"""How long a server that a study names for the first time may take to answer."""
+"""Tag of a trial that started from pretrained weights: the id of the run that made them."""
 
 _deliveries: dict[Path, Delivery] = {}
 """One thread a journal and process: the report's tracker reads what the training's tracker still writes."""
 
 
-class MissingExperiment(ValueError):  # noqa: N818
+class MissingExperiment(UserError):  # noqa: N818
     """MLflow answers, but has no experiment of that name."""
 
 
 class Tracker:
     """The study's MLflow experiment. Whatever is read has what was written before, unless MLflow is away."""
 
-    def __init__(self, settings: Tracking, folders: Folders, create: bool = True, deliver: bool | None = None) -> None:
+    def __init__(
+        self,
+        settings: Tracking,
+        folders: Folders,
+        create: bool = True,
+        deliver: bool | None = None,
+        patience: Patience = Patience(),  # noqa: B008
+    ) -> None:
         """Args:
         settings: tracking URI and experiment; the study's own database and name where they are left out.
-        folders: of the study; the journal lies in `<study>/journal`.
+        folders: of the study; the journals lie in `<study>/journal`.
         create: make the experiment where it does not exist yet; if not, MLflow has to answer.
         deliver: deliver what an earlier process left behind; as `create` says if left out. Only one process may.
+        patience: how long MLflow gets.
 
         Raises:
-            ValueError: when the experiment does not exist and is not to be made, or when MLflow does not answer, unless
+            UserError: when the experiment does not exist and is not to be made, or when MLflow does not answer, unless
                 it did so before and the journal therefore knows that the address is right.
         """
         self.uri = settings.uri or f"sqlite:///{folders.output.folder / 'mlflow.db'}"
         self.experiment, self._create = settings.experiment or folders.name, create
-        # Another server or experiment begins another journal: run ids of one mean nothing to the other.
-        name = hashlib.sha256(f"{self.uri} {self.experiment}".encode()).hexdigest()[:12]
+        self._artifacts = folders.output.folder / "artifacts" / self.experiment
+        # Another server, experiment or format begins another journal: run ids of one mean nothing to the other.
+        name = hashlib.sha256(f"format 2 {self.uri} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
-
-        def find(client: MlflowClient) -> str | None:
-            experiment = client.get_experiment_by_name(self.experiment)
-            if experiment is not None:
-                return str(experiment.experiment_id)
-            if not create:
-                return None
-            # A local store would put artifacts under the current directory; a server decides for itself.
-            artifacts = (folders.output.folder / "artifacts" / self.experiment).as_uri()
-            return str(client.create_experiment(self.experiment, None if self.uri.startswith("http") else artifacts))
-
-        self._delivery = delivery = _deliveries.get(home) or Delivery(self.uri, home, find)
-        self._contact(find, home / "known.json")
+        self._delivery = delivery = _deliveries.get(home) or Delivery(self.uri, home, self._find, patience)
+        self._contact(home / "experiment_id", patience.contact)
         if deliver if deliver is not None else create:
             _deliveries[home] = delivery
             delivery.start()
         elif delivery.left and not delivery.running:
             say(f"{delivery.left} records for MLflow are still in {home}; the next run of the study delivers them")
 
-    def _contact(self, find: Callable[[MlflowClient], str | None], known: Path) -> None:
+    def _find(self, client: Client) -> str:
+        """MLflow's id of the experiment, which is made if need be."""
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None:
+            if not self._create:
+                raise MissingExperiment(
+                    f"{self._delivery.place}: no MLflow experiment named {self.experiment!r}; run the study first"
+                )
+            # A local store would put artifacts under the current directory; a server decides for itself.
+            artifacts = None if self.uri.startswith("http") else self._artifacts.as_uri()
+            return str(client.create_experiment(self.experiment, artifacts))
+        if found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"{self._delivery.place}: the MLflow experiment {self.experiment!r} is deleted; restore it, or name "
+                "another one in tracking.experiment"
+            )
+        return str(found.experiment_id)
+
+    def _contact(self, known: Path, seconds: float) -> None:
         delivery = self._delivery
-
-        def question() -> Experiment | None:
-            found = find(delivery.sender.client)
-            return None if found is None else delivery.sender.client.get_experiment(found)
-
-        # A server that is there answers soon; a database on this disk may have to be made first.
-        seconds = _CONTACT_SECONDS if self.uri.startswith("http") else 300.0
+        if not self.uri.startswith("http"):
+            seconds = 300.0  # a database on this disk may have to be made first
         try:
             if self.uri.startswith("sqlite:///"):
                 Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            found = delivery.ask(question, seconds)
+            delivery.experiment_id = delivery.ask(self._find, seconds)
         except (Away, MlflowException, OSError) as error:
+            delivery.away = delivery.away or reason(error)
             if not self._create or not known.is_file():
-                raise self._silent(reason(error)) from error
-            delivery.sender.experiment_id = json.loads(known.read_text())["experiment_id"]
-            delivery.lost(reason(error), say_it=True)
-            return
-        if found is None:
-            raise MissingExperiment(
-                f"{delivery.place}: no MLflow experiment named {self.experiment!r}; run the study first"
-            )
-        if found.lifecycle_stage == "deleted":
-            raise ValueError(
-                f"{delivery.place}: the MLflow experiment {self.experiment!r} is deleted; restore it, or name another "
-                "one in tracking.experiment"
-            )
-        delivery.sender.experiment_id = found.experiment_id
-        if self._create:
-            known.parent.mkdir(parents=True, exist_ok=True)
-            known.write_text(json.dumps({"experiment_id": found.experiment_id}))
+                raise UserError(
+                    f"tracking.uri: MLflow at {delivery.place} does not answer ({delivery.away})"
+                ) from error
+            delivery.experiment_id = known.read_text()
+            delivery.tell_away()
+        else:
+            if self._create:
+                known.parent.mkdir(parents=True, exist_ok=True)
+                known.write_text(delivery.experiment_id)
 
     @property
-    def client(self) -> MlflowClient:
+    def client(self) -> Client:
         """MLflow's own client."""
         self._delivery.catch_up(30)
-        return self._delivery.sender.client
-
-    @property
-    def experiment_id(self) -> str | None:
-        """MLflow's id of the experiment."""
-        return self._delivery.sender.experiment_id
+        return self._delivery.client
 
     def runs(self, **tags: str) -> list[MlflowRun]:
         """Runs whose tags (`kind`, `key`, `parent`) match, newest first; none while MLflow is away from a training."""
         try:
-            return self._ask(lambda: self._delivery.sender.find(**tags))
-        except ValueError:
+            return self._ask(lambda client: client.find(self._delivery.experiment_id, **tags))
+        except Away:
             if self._delivery.running and self._create:
                 return []
             raise
 
-    def finished(self, kind: str, key: str) -> MlflowRun | None:
-        """The finished run of a key, or None; from the journal where MLflow is away or has not heard of it yet."""
-        journal = self._delivery.journal(_name(kind, key))
-        finished = journal is not None and journal.status == "FINISHED"
-        self._delivery.catch_up(10, journal)
-        if not (finished and journal and journal.left):
+    def finished(self, kind: str, key: str) -> str | None:
+        """Id of the finished run of a key; by the journal where MLflow is away or has not heard of the run yet."""
+        delivery, journal = self._delivery, self._delivery.journal(_name(kind, key))
+        done = journal is not None and journal.status == "FINISHED"
+        delivery.catch_up(10, journal)
+        if not (done and journal and (journal.left or journal.run_id is None)):
             with suppress(Away):  # the journal answers
-                runs = self._delivery.ask(lambda: self._delivery.sender.find(kind=kind, key=key), 20)
-                return next((run for run in runs if run.info.status == "FINISHED"), None)
-        if not finished or journal is None:
-            return None
-        run_id = journal.run_id or REFERENCE + journal.name
-        return MlflowRun(RunInfo(run_id, self.experiment_id or "", "", "FINISHED", 0, None, "active"), RunData())
+                runs = delivery.ask(lambda client: client.find(self._delivery.experiment_id, kind=kind, key=key), 20)
+                return next((run.info.run_id for run in runs if run.info.status == "FINISHED"), None)
+        return Run(delivery, journal).id if done and journal else None
 
     def history(self, run_id: str, metric: str) -> dict[int, float]:
         """Values of a metric by step, ascending."""
-        points = self._ask(lambda: self._delivery.sender.client.get_metric_history(self._real(run_id), metric))
+        points = self._ask(lambda client: client.get_metric_history(self._real(run_id), metric))
         return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
 
     def files(self, run_id: str, folder: str | None = None) -> list[str]:
         """Paths of a run's artifacts in one folder, sorted by name."""
-        items = self._ask(lambda: self._delivery.sender.client.list_artifacts(self._real(run_id), folder))
+        items = self._ask(lambda client: client.list_artifacts(self._real(run_id), folder))
         return sorted(item.path for item in items if not item.is_dir)
 
     def read(self, run_id: str, path: str) -> bytes | None:
@@ -171,22 +160,21 @@ class Tracker:
             if path not in self.files(run_id, path.rpartition("/")[0] or None):
                 return None
             with tempfile.TemporaryDirectory() as folder:
-                client = self._delivery.sender.client
-                got = self._ask(lambda: client.download_artifacts(self._real(run_id), path, folder))
+                got = self._ask(lambda client: client.download_artifacts(self._real(run_id), path, folder))
                 return Path(got).read_bytes()
-        except ValueError:
-            journal = self._journal(run_id)
+        except Away:
+            journal = self._delivery.journal(run_id)
             if journal is None or not self._create:
                 raise
             return journal.text(path)
 
     def attach(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file with a run that may have ended long ago."""
-        journal = self._journal(run_id)
+        journal = self._delivery.journal(run_id)
         if journal and self._delivery.running:
             Run(self._delivery, journal).artifact(path, folder)
         else:
-            self._delivery.sender.client.log_artifact(run_id, str(path), folder)
+            self._delivery.client.log_artifact(run_id, str(path), folder)
 
     def open(
         self,
@@ -196,7 +184,7 @@ class Tracker:
         params: Mapping[str, Any],
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
-    ) -> "Run":
+    ) -> Run:
         """The run of a key, new or taken up again.
 
         Args:
@@ -210,9 +198,11 @@ class Tracker:
         journal = self._delivery.journal(_name(kind, key), create=True)
         assert journal is not None
         run = Run(self._delivery, journal)
-        record = {"do": "open", "at": now(), "kind": kind, "key": key, "name": name, "parent": parent}
-        record |= {"params": {key: str(value)[:6000] for key, value in params.items()}, "tags": dict(tags or {})}
-        self._delivery.append(journal, record)
+        texts = {key: str(value)[:6000] for key, value in params.items()}  # MLflow's limit
+        all_tags = {**(tags or {}), **({PARENT: parent} if parent else {})}
+        journal.append(
+            {"do": "open", "at": now(), "kind": kind, "key": key, "name": name, "params": texts, "tags": all_tags}
+        )
         return run
 
     def settle(self, timeout: float = 60) -> int:
@@ -234,31 +224,20 @@ class Tracker:
         self._delivery.stop()
         _deliveries.pop(self._delivery.folder, None)
 
-    def _journal(self, run_id: str) -> Journal | None:
-        return self._delivery.journal(run_id.removeprefix(REFERENCE))
-
     def _real(self, run_id: str) -> str:
-        journal = self._journal(run_id)
-        if run_id.startswith(REFERENCE) and journal and journal.run_id:
-            return journal.run_id
-        return run_id
+        journal = self._delivery.journal(run_id)
+        return journal.run_id if journal and journal.run_id else run_id
 
-    def _ask(self, question: Callable[[], T]) -> T:
+    def _ask(self, question: Callable[[Client], T]) -> T:
         self._delivery.catch_up(30)
-        try:
-            return self._delivery.ask(question, 60)
-        except Away as error:
-            raise self._silent(str(error)) from error
-
-    def _silent(self, why: str) -> ValueError:
-        return ValueError(f"tracking.uri: MLflow at {self._delivery.place} does not answer ({why})")
+        return self._delivery.ask(question)
 
 
 def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
     """Give the study's MLflow experiment another name, once it has everything -> whether there was one.
 
     Raises:
-        ValueError: when MLflow does not answer or refuses, or does not have everything yet.
+        UserError: when MLflow does not answer or refuses, or does not have everything yet.
     """
     try:
         tracker = Tracker(settings, folders, create=False, deliver=True)
@@ -266,10 +245,10 @@ def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
         return False
     try:
         if left := tracker.settle(30):
-            raise ValueError(f"{folders.study}: MLflow has yet to get {left} records; it has to have them first")
-        tracker.client.rename_experiment(tracker.experiment_id, name)
+            raise UserError(f"{folders.study}: MLflow has yet to get {left} records; it has to have them first")
+        tracker.client.rename_experiment(tracker._delivery.experiment_id, name)
     except MlflowException as error:
-        raise ValueError(f"tracking.experiment: MLflow does not rename it ({reason(error)})") from error
+        raise UserError(f"tracking.experiment: MLflow does not rename it ({reason(error)})") from error
     finally:
         tracker.stop()
     return True

@@ -1,1 +1,1 @@
-"""What pretraining and fine-tuning share: optimizer, precision, parallel ranks, checkpoints, meters."""
+"""What pretraining and fine-tuning share: optimizer, precision, parallel ranks, checkpoints, faults, meters."""

@@ -1,4 +1,4 @@
-"""Training state <-> directory, with a digest that is verified on load."""
+"""Training state <-> folder, with a digest that is verified on load."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ _STALE_SECONDS = 3600
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings and containers of them) to a directory, which appears whole.
+    """Write `state` (tensors, numbers, strings and containers of them) to a folder, which appears whole.
 
-    A worker whose driver was killed may write for some seconds more, beside the one that has taken its place: both
-    write the same, each into a directory of its own that is then renamed.
+    A worker whose driver was killed goes on writing for some seconds, beside the worker that has taken its place. Both
+    write the same state, each into a folder of its own that is then renamed.
     """
     scratch = folder.with_name(f".{folder.name}-{uuid4().hex}")
     scratch.mkdir(parents=True)
@@ -60,16 +60,16 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: Mirror | None = None) -> None:
-    """`save_state` into `<folder>/<step>`; the newest `keep` whole checkpoints up to this one stay, older ones go.
+    """Write a checkpoint to `<folder>/<step>` and remove old ones: the newest `keep` whole ones up to this one stay.
 
     Args:
         folder: of the checkpoints.
-        state: as for `save_state`.
-        keep: how many.
+        state: as for `save_state`, with its `step`.
+        keep: number of checkpoints.
         mirror: of the output, where that is in an object store.
 
     Raises:
-        OSError: when the checkpoint could not be kept; the ones before are still there.
+        OSError: when the checkpoint could not be written or uploaded; the ones before are still there.
     """
     mirror = mirror or Mirror(folder)
     path = folder / f"{state['step']:08d}"
@@ -84,7 +84,7 @@ def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: M
 
 
 def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:
-    """The newest checkpoint of `save_latest` that is whole and, where a key is given, was saved under it; or None."""
+    """The newest checkpoint of `save_latest` that is whole and, where a key is given, has that key; or None."""
     mirror = mirror or Mirror(folder)
     for name in sorted((name for name in mirror.names(folder) if not name.startswith(".")), reverse=True):
         path = folder / name
@@ -120,22 +120,26 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Begin to write a snapshot of `state`, once the one before is written.
+        """Begin to write a copy of `state`, once the checkpoint before is written.
 
         Raises:
-            OSError: when the one before could not be written.
+            OSError: when the checkpoint before could not be written.
         """
         self.wait()
         self._pending = self._pool.submit(save_latest, self._folder, snapshot(state), self._keep, self._mirror)
 
     def wait(self) -> None:
-        """Until everything is written."""
+        """Return when everything is written.
+
+        Raises:
+            OSError: when the last checkpoint could not be written.
+        """
         if self._pending:
             self._pending.result()
 
 
 def digest(*parts: Any) -> str:
-    """Short digest of JSON-able values: names what a run depends on."""
+    """Short digest of values that JSON can hold; as a key it stands for all that a result depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

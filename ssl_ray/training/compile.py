@@ -1,4 +1,4 @@
-"""torch.compile where it works."""
+"""torch.compile, on machines where it works."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -8,22 +8,23 @@ import torch
 from torch import nn
 
 from ssl_ray.text import reason
+from ssl_ray.training.private import uncompile
 
 
 def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], setting: str, **options: Any) -> bool:
-    """Compile modules in place, if that works here: the names in their state dicts stay what they were.
+    """Compile modules in place, if that works here; the names in their state dicts stay as they are.
 
     Compiling block by block takes a twelfth of the time of a whole ViT, whose blocks share one graph, and DDP can begin
     to exchange the gradients of one block while the next one's are computed.
 
     Args:
-        modules: to compile, each on its own.
-        attempt: uses them, forward and backward, in the shapes of a training step: what fails, fails here.
-        setting: for the warning.
+        modules: each is compiled on its own.
+        attempt: a forward and backward pass in the shapes of a training step. An error of the compiler comes here.
+        setting: the configuration's key, which the warning names.
         options: of `torch.compile`.
 
     Returns:
-        Whether they are compiled; if not, one warning says why, and they work as before.
+        Whether the modules are compiled. If not, one warning says why, and they work as before.
     """
     modules = list(modules)
     for module in modules:
@@ -31,8 +32,7 @@ def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], set
     try:
         attempt()
     except Exception as error:  # a missing compiler, an operator that it does not know: any library's own error
-        for module in modules:
-            module._compiled_call_impl = None
+        uncompile(modules)
         torch.compiler.reset()
         logging.getLogger(__name__).warning(
             "%s: torch.compile does not work here, going on without: %s", setting, reason(error)

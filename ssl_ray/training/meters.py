@@ -1,7 +1,7 @@
-"""What a running training uses, under the names of MLflow's system metrics: `system/...` has a tab of its own there.
+"""What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of their own.
 
-What a worker or a trial uses is sampled where a step is logged, in microseconds. The object store is asked for by the
-driver, in the thread that writes to MLflow, every ten seconds at most.
+A worker or a trial takes its own figures where it logs a step, in microseconds. The driver asks for the object store's,
+in the thread that writes to MLflow.
 """
 
 import logging
@@ -12,17 +12,17 @@ from collections.abc import Mapping
 
 import torch
 
+from ssl_ray.cluster.private import object_store_statistics
 from ssl_ray.console import say
-from ssl_ray.networks.flops import known_device
+from ssl_ray.training.devices import known_device
 
 PREFIX = "system/"
 WORKER_MEMORY = f"{PREFIX}worker_memory_peak_megabytes"
 _SAMPLE_SECONDS, _SILENT_SECONDS = 10.0, 60.0
-_REPLY_SECONDS = 5.0
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that this process has had allocated on its GPU, or on a CPU its largest resident set."""
+    """The most bytes that this process has had allocated on its GPU, or on a CPU its largest resident set."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -30,13 +30,13 @@ def peak_memory(device: torch.device) -> float:
 
 
 def arithmetic_rate(flops: float, workers: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s as metrics: per worker, and as the share of its GPU's peak (MFU) where that is known.
+    """FLOP/s of a worker as metrics; also as a share of its GPU's peak (MFU) where that is known.
 
     Args:
-        flops: a second, over all workers, of the model's own matrix products and convolutions, forward and backward.
-        workers: how many, each with a device of the same kind.
+        flops: FLOP/s of all workers, of the model's own matrix products and convolutions, forward and backward.
+        workers: their number; all have the same kind of device.
         device: of one of them.
-        dtype: that it computes in.
+        dtype: that they compute in.
     """
     metrics = {f"{PREFIX}teraflops_per_second_per_worker": flops / workers / 1e12}
     found = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -46,7 +46,7 @@ def arithmetic_rate(flops: float, workers: int, device: torch.device, dtype: tor
 
 
 def as_system(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What of a record of the training belongs beside the system metrics as well: its rate, and its wait for data."""
+    """The rate of a training record and its wait for data once more, under `system/`."""
     return {
         f"{PREFIX}patches_per_second": metrics["patches_per_second"],
         f"{PREFIX}data_wait_percentage": 100 * metrics["data_wait_share"],
@@ -57,32 +57,32 @@ class ObjectStore:
     """The object store of the cluster that this process is connected to."""
 
     def __init__(self) -> None:
-        self._next = 0.0
-        self._before: float | None = None
-        self._told, self._silent = False, False
+        self._next = 0.0  # no sample before this time
+        self._spilled_before: float | None = None
+        self._said_spilling = self._said_no_answer = False
 
     def sample(self) -> dict[str, float]:
-        """Use of all nodes' object stores, and what was spilled from them to disk since the first sample.
+        """Use of all nodes' object stores together, and what they spilled to disk since the first sample.
 
-        Empty when the last sample is less than ten seconds ago, and for a minute after Ray gave no answer. Spilling is
-        said once, with the setting to change.
+        Empty when the last sample is less than ten seconds ago, and for a minute after Ray gave no answer. The first
+        spilling prints a warning that names the setting to change.
         """
         if time.monotonic() < self._next:
             return {}
         self._next = time.monotonic() + _SAMPLE_SECONDS
         try:
-            stats = _stats()
-        except Exception as error:  # a part of Ray that may change; to do without it is better than to stop a training
-            if not self._silent:
+            found = object_store_statistics()
+        except Exception as error:  # whatever a later version of Ray raises, a training must not stop for its metrics
+            if not self._said_no_answer:
                 logging.getLogger(__name__).warning("no figures of the object store: %s", error)
-            self._silent, self._next = True, time.monotonic() + _SILENT_SECONDS
+            self._said_no_answer, self._next = True, time.monotonic() + _SILENT_SECONDS
             return {}
-        used, capacity, spilled = stats["used"], stats["capacity"], stats["spilled"]
-        if self._before is None:
-            self._before = spilled
-        spilled -= self._before
-        if spilled > 0 and not self._told:
-            self._told = True
+        used, capacity, spilled = found["used"], found["capacity"], found["spilled"]
+        if self._spilled_before is None:
+            self._spilled_before = spilled
+        spilled -= self._spilled_before
+        if spilled > 0 and not self._said_spilling:
+            self._said_spilling = True
             say(
                 f"WARNING: Ray's object store ({capacity / 1e9:.3g} GB) is too small and spills to disk, which slows "
                 "the feed: raise cluster.object_store_gigabytes (on a cluster that is there already, `ray start "
@@ -93,16 +93,3 @@ class ObjectStore:
             f"{PREFIX}object_store_usage_percentage": 100 * used / capacity if capacity else 0.0,
             f"{PREFIX}object_store_spilled_megabytes": spilled / 1e6,
         }
-
-
-def _stats() -> Mapping[str, float]:
-    """Bytes used, there, and spilled since the cluster started. What `ray memory --stats-only` prints."""
-    from ray._private import internal_api
-    from ray._private.state import state
-
-    found = internal_api.get_memory_info_reply(state, timeout_seconds=_REPLY_SECONDS).store_stats
-    return {
-        "used": float(found.object_store_bytes_used),
-        "capacity": float(found.object_store_bytes_avail),
-        "spilled": float(found.spilled_bytes_total),
-    }

@@ -1,4 +1,4 @@
-"""Finds training steps whose loss or gradient is not finite, without making a GPU wait, and keeps them."""
+"""Steps whose loss or gradient is not finite: found without making a GPU wait, counted, and kept to reproduce them."""
 
 import json
 import math
@@ -12,62 +12,67 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.config.schema import OnNonfinite
-from ssl_ray.storage.files import appearing
+from ssl_ray.storage.files import write_file
 
 _KEPT = 3
-"""Faults of one kind that are kept on disk; those that follow have the same cause."""
+"""Number of faults that are kept in a folder: those that follow have the same cause."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Fault(Generic[T]):
-    """One step that `take_step` skipped on the device; `what` names it, `row` is how many such steps it ends."""
+    """A step that `take_step` skipped on the device.
+
+    what: whatever names the step to its training.
+    loss, norm: of the step; at least the gradient norm is not finite.
+    row: number of consecutive non-finite steps, this one included.
+    """
 
     what: T
     loss: float
     norm: float
     row: int
 
+    def __str__(self) -> str:
+        return f"loss {self.loss:g}, gradient norm {self.norm:g}"
+
 
 class FiniteSum:
-    """Sum of the losses that are finite, and what they are the losses of; both stay on the device until they are taken.
-
-    Reading one at a step would wait for that step.
-    """
+    """Sum over the losses that are finite. It stays on the device: reading one loss would wait for its step."""
 
     def __init__(self) -> None:
         self._sum: Tensor | float = 0.0
         self._count: Tensor | int = 0
 
     def add(self, loss: Tensor, count: int = 1) -> None:
-        """Count a loss, a mean over `count`."""
+        """Add a loss that is the mean over `count` patches."""
         finite = torch.isfinite(loss)
         self._sum = self._sum + torch.where(finite, loss, 0.0) * count
         self._count = self._count + finite * count
 
     def take(self) -> tuple[float, float]:
-        """Sum and count, and begin anew."""
+        """The sum and the number of patches in it, which both start again from zero."""
         taken = float(self._sum), float(self._count)
         self._sum, self._count = 0.0, 0
         return taken
 
 
 class Watch(Generic[T]):
-    """Looks at every step's loss and gradient norm: on the CPU at once, on a GPU while the next step runs."""
+    """Looks at every step's loss and gradient norm: on a CPU at once, on a GPU while the next step runs."""
 
     def __init__(self, policy: OnNonfinite, limit: int) -> None:
         """Args:
-        policy: `skip`, or `stop` at the first.
-        limit: how many in a row may be skipped.
+        policy: `stop` at the first fault, or `skip` up to `limit` of them in a row.
+        limit: number of consecutive steps that may be skipped.
         """
         self._limit = 0 if policy == "stop" else limit
         self.row = 0
-        """Faults in a row so far; belongs into a checkpoint."""
+        """Number of consecutive non-finite steps so far. Checkpoints carry it."""
         self._pending: tuple[T, Tensor, Any] | None = None
 
     def look(self, what: T, loss: Tensor, norm: Tensor) -> Fault[T] | None:
-        """The fault of this step, or on a GPU of the one before.
+        """The fault of this step, or on a GPU that of the step before; None where that one was finite.
 
         Args:
             what: handed back in the fault.
@@ -80,24 +85,21 @@ class Watch(Generic[T]):
         host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        before, self._pending = self._pending, (what, host, copied)
-        return self._settle(before)
+        before = self.last()
+        self._pending = what, host, copied
+        return before
 
     def last(self) -> Fault[T] | None:
-        """The fault of the last step, where that has not been looked at yet."""
-        before, self._pending = self._pending, None
-        return self._settle(before)
-
-    def fatal(self, fault: Fault[T]) -> bool:
-        """Whether the policy ends the training here."""
-        return fault.row > self._limit
-
-    def _settle(self, pending: tuple[T, Tensor, Any] | None) -> Fault[T] | None:
-        if pending is None:
+        """The fault of the newest step, where `look` has not judged it yet."""
+        if self._pending is None:
             return None
-        what, values, copied = pending
+        (what, values, copied), self._pending = self._pending, None
         copied.synchronize()
         return self._judge(what, values)
+
+    def fatal(self, fault: Fault[T]) -> bool:
+        """Whether more consecutive steps were skipped than the policy allows."""
+        return fault.row > self._limit
 
     def _judge(self, what: T, values: Tensor) -> Fault[T] | None:
         loss, norm = values.tolist()
@@ -105,26 +107,26 @@ class Watch(Generic[T]):
         return Fault(what, loss, norm, self.row) if self.row else None
 
 
-def keep(path: Path, others: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bool:
-    """Write what reproduces a step, as safetensors and JSON.
+def keep(
+    fault: Fault[Any], folder: Path, step: int, origin: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> str:
+    """Write what reproduces a step to `<folder>/step_<n>.safetensors`, for the first three faults of a folder.
 
     Args:
-        path: ends with `.safetensors`.
-        others: pattern of the JSON files beside it of which three are enough.
-        tensors: patches and weights.
-        facts: where they come from.
+        fault: of the step.
+        folder: of the faults of one rank or trial.
+        step: number of the step, counted from 1.
+        origin: which patches these are, in words.
+        tensors: patches, and weights as `model.<name>`.
+        facts: whatever else the step depends on; JSON under `facts` in the file's metadata.
 
     Returns:
-        Whether it is there; False for all but the first three.
+        Loss, gradient norm, origin and file, for people.
     """
-    if not path.is_file() and len(list(path.parent.glob(others))) >= _KEPT:
-        return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contents = {
-        path: save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}),
-        path.with_suffix(".json"): json.dumps(facts, indent=1).encode(),
-    }
-    for target, content in contents.items():
-        with appearing(target) as part:
-            part.write_bytes(content)
-    return True
+    text, path = f"{fault}; {origin}", folder / f"step_{step:07d}.safetensors"
+    if not path.is_file() and len(list(folder.glob("*.safetensors"))) >= _KEPT:
+        return text
+    content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    facts = {"step": step, "loss": str(fault.loss), "gradient_norm": str(fault.norm), **facts}
+    write_file(path, save(content, {"facts": json.dumps(facts)}))
+    return f"{text}; kept in {path}"

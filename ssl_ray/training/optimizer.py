@@ -31,12 +31,12 @@ def learning_rate(config: Optimizer, step: int, steps: int) -> float:
 
 
 def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float | torch.Tensor) -> torch.Tensor:
-    """Clip, step and clear the gradients; where one is not finite, nothing changes but that they are cleared.
+    """Clip gradients, update the weights and clear the gradients; where one is not finite, only clear them.
 
     Args:
         optimizer: of `build_optimizer`.
         config: says where gradients are clipped.
-        lr: of this step; a tensor on the device is read there, by the kernel.
+        lr: of this step; a tensor on the device is read by the optimizer's kernel, and nothing waits for it.
 
     Returns:
         The gradients' global norm before clipping, still on the device; not finite if the step was skipped.
@@ -44,13 +44,13 @@ def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float | t
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):  # of this rank's shards until now; all ranks must decide alike
+    if isinstance(norm, DTensor):  # the norm of this rank's shards alone; all ranks must decide alike
         norm = norm.full_tensor()
     if config.clip_norm:
         nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # Torch's fused kernels look at this on the device, as for its gradient scaler: no waiting for the norm.
+    # Torch's fused kernels read this on the device, as they do for its gradient scaler: the host need not wait for it.
     optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

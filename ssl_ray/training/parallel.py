@@ -1,17 +1,18 @@
 """One model on several workers: DDP, or FSDP2, which spreads weights, gradients and the optimizer's state over them.
 
-What is saved is the same for both and for one worker, whole tensors in torch's own state dicts, so that a run may go on
-in another way than it was begun.
+What is saved is the same for both and for one worker: whole tensors by the names of their parameters, so that a run may
+go on with another number of workers, sharded or not.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -19,13 +20,13 @@ def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device
     """The model as every worker trains it: gradients are the mean over workers, where there are several.
 
     Sharded, weights are gathered in float32 and autocast rounds them as everywhere else. FSDP's own mixed precision
-    would round what autocast does not (norms, position embeddings), so that results were no longer DDP's.
+    would also round what autocast does not (norms, position embeddings), and results would not be those of DDP.
 
     Args:
         model: on the device; has a method `restore` beside `forward`.
         blocks: parts of it whose weights are gathered one after the other, each when it is computed.
         device: of this worker.
-        shard: FSDP2 instead of DDP. Forward and backward passes are then collective.
+        shard: FSDP2 instead of DDP. Forward and backward passes then need all ranks.
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return model
@@ -39,36 +40,26 @@ def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device
     return model
 
 
-def gathered(state: Any, here: bool) -> Any:
-    """Nested containers in which sharded tensors are whole, on the CPU; where any are sharded, all ranks must call it.
+def whole_weights(network: nn.Module) -> dict[str, Any]:
+    """Weights by name. Sharded ones are gathered on the CPU of rank 0; all ranks must ask, and the others get none."""
+    return states.get_model_state_dict(network, options=_options(network))
 
-    Args:
-        state: dicts and lists of tensors and plain values.
-        here: whether this rank wants the whole tensors; if not, None is in their place.
-    """
-    if isinstance(state, DTensor):
-        whole = state.full_tensor()
-        return whole.cpu() if here else None
-    if isinstance(state, Mapping):
-        return {key: gathered(value, here) for key, value in state.items()}
-    if isinstance(state, list):
-        return [gathered(value, here) for value in state]
-    return state
+
+def whole_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`model` and `optimizer`, both by the names of parameters; sharded ones as for `whole_weights`."""
+    model, moments = states.get_state_dict(network, optimizer, options=_options(network))
+    return {"model": model, "optimizer": moments}
 
 
 def load(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take over `model` and `optimizer` of a gathered state, of which each rank keeps its shard; all ranks must."""
-    own = network.state_dict()
-    network.load_state_dict({name: _scattered(value, own.get(name)) for name, value in state["model"].items()})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        number: {name: _scattered(value, parameters[number]) for name, value in values.items()}
-        for number, values in state["optimizer"]["state"].items()
-    }
-    optimizer.load_state_dict({**state["optimizer"], "state": moments})
+    """Take over what `whole_state` returned. All ranks must call it; they get what rank 0 has, each its shard of it."""
+    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed.is_initialized())
+    # Not `set_state_dict`: a rank without a model's state would leave out its part of the broadcast, for which the
+    # others then wait for ever (torch 2.13).
+    states.set_model_state_dict(network, dict(state.get("model", {})), options=options)
+    states.set_optimizer_state_dict(network, optimizer, dict(state.get("optimizer", {})), options=options)
 
 
-def _scattered(whole: Tensor, like: Tensor | None) -> Tensor:
-    if isinstance(like, DTensor) and whole.shape == like.shape:  # the optimizer's count of steps is a number
-        return distribute_tensor(whole, like.device_mesh, like.placements)
-    return whole
+def _options(network: nn.Module) -> states.StateDictOptions:
+    sharded = any(isinstance(weight, DTensor) for weight in network.parameters())
+    return states.StateDictOptions(full_state_dict=True, cpu_offload=sharded)

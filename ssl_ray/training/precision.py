@@ -5,20 +5,19 @@ from contextlib import AbstractContextManager
 import torch
 
 from ssl_ray.config.schema import Precision
+from ssl_ray.training.private import cpu_computes_bfloat16
 
 
 def resolve(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of `precision` on a device; `auto` is bfloat16 where the hardware multiplies in it, else float32.
 
-    Float32 is what torch takes for it: matrix products in full, cuDNN's convolutions in TF32. TF32 for all is not
-    offered: where it exists bfloat16 does too, in a third of the time (ViT-B, 64 patches a step on an H100: 226 ms in
-    float32, 108 in TF32, 32 in bfloat16).
+    Float32 means what torch means by it: matrix products in float32, cuDNN's convolutions in TF32. TF32 for all is not
+    offered: a GPU that has it has bfloat16 too, which takes a third of its time (ViT-B, 64 patches a step on an H100:
+    226 ms in float32, 108 in TF32, 32 in bfloat16).
     """
     if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+        on_gpu = device.type == "cuda"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_computes_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 

@@ -10,18 +10,18 @@ R = TypeVar("R")
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
-    """`map`, with the next items in the works while the caller has the result of one.
+    """`map` that already works on the next items while the caller uses a result.
 
     Threads, not processes: numpy, scipy, torch and zlib give up Python's lock while they compute, and what they work on
     need not be copied or sent.
 
     Args:
-        function: called in the threads.
+        function: runs in the threads.
         items: taken in the caller's thread; at most `threads` + 1 of them and of their results are held at once.
-        threads: 0 calls the function in the caller's.
+        threads: how many; with 0 the function runs in the caller's thread.
 
     Raises:
-        Exception: that of the first item that has one, in its turn; nothing runs on afterwards.
+        Exception: the error of the first item that failed, when its result is asked for. No thread runs on afterwards.
     """
     if threads == 0:
         yield from map(function, items)

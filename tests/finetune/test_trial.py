@@ -17,6 +17,7 @@ import pytest
 import torch
 from events import after_steps, in_network, on_open, on_rename
 from monai.networks.nets import UNETR
+from safetensors import safe_open
 from safetensors.torch import load_file
 from studies import small_study
 from torch import Tensor, nn
@@ -364,7 +365,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert "skipped step 6: loss nan, gradient norm nan; patches 10 to 11 of seed 2, volumes case" in caplog.text
 
     kept = load_file(tmp_path / "faults" / "step_0000006.safetensors")
-    facts = json.loads((tmp_path / "faults" / "step_0000006.json").read_text())
+    with safe_open(tmp_path / "faults" / "step_0000006.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
     assert [patch["patch"] for patch in facts["patches"]] == [10, 11]
     assert {patch["volume"] for patch in facts["patches"]} <= {"case0", "case1"}
     again = make(study, data, tmp_path / "again")
@@ -420,7 +422,7 @@ def test_the_policy_says_when_a_trial_ends(
         with pytest.raises(FloatingPointError, match=rf"the last one was step {last + 1}: loss nan.*volumes case"):
             seen.extend(step for step, _ in trial.train())
         assert seen[-1] == last
-    assert len(list((tmp_path / "faults").glob("*.json"))) == min(
+    assert len(list((tmp_path / "faults").glob("*.safetensors"))) == min(
         3, len(steps) if last is None else sum(s <= last for s in steps)
     )
 

@@ -1,86 +1,121 @@
 """After a fault, a pretraining ends exactly as it would have without it."""
 
-import os
+import json
 import re
-import signal
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import Popen
 
+import psutil
 import pytest
-import torch
-from runs import SAVED, STEPS, assert_close, assert_same, kill, outcome, saved, start, wait_for, write
+from runs import SAVED, STEPS, Outcome, assert_close, assert_same, kill, outcome, saved, start, wait_for, workers, write
+from safetensors import safe_open
 
 from ssl_ray.cli import main
 
 pytestmark = pytest.mark.slow
 
 
-def sabotage(monkeypatch, markers: Path) -> None:
-    """Have a process killed once at each of four places in the code; a file says which were reached."""
-    from ssl_ray.pretrain import driver as train
-
-    def disturbed(job):
-
-        from ssl_ray.pretrain import learner, stream
-        from ssl_ray.pretrain import worker as loop
-        from ssl_ray.training import checkpoint
-
-        def deadly(module, name, place, due):
-            genuine, calls = getattr(module, name), []
-
-            def killed(*args, **kwargs):
-                calls.append(args)
-                if due(args, len(calls)) and not (markers / place).exists():
-                    (markers / place).touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return genuine(*args, **kwargs)
-
-            setattr(module, name, killed)
-
-        deadly(loop, "learning_rate", "in mid-epoch", lambda args, calls: args[1] == 90)
-        deadly(learner, "corrupt", "in a validation", lambda args, calls: calls > 1 and not torch.is_grad_enabled())
-        deadly(checkpoint, "_digest", "in a checkpoint", lambda args, calls: calls == 2)
-        deadly(stream, "_read_block", "in a data task", lambda args, calls: int(args[0]["id"][0]) == 3)
-        loop.train_loop(job)
-
-    monkeypatch.setattr(train, "work", disturbed)
+def run(path: Path) -> None:
+    assert main(["pretrain", str(path)]) == 0
 
 
-def run(path: Path, *more: str) -> None:
-    assert main(["pretrain", str(path), *more]) == 0
+def worker_of(driver: "Popen[bytes]") -> psutil.Process:
+    """A training worker of a driver, one that lives."""
+
+    def alive() -> list[psutil.Process]:
+        assert driver.poll() is None, "the run has ended already"
+        return [found for found in workers(psutil.Process(driver.pid)) if found.status() != psutil.STATUS_ZOMBIE]
+
+    found: psutil.Process = wait_for(alive, "a training worker")[0]
+    return found
 
 
-def test_workers_and_a_data_task_killed(undisturbed, cohort, tmp_path, monkeypatch):
+def kill_when(driver: "Popen[bytes]", seen: Callable[[], bool]) -> None:
+    """SIGKILL to a training worker at the moment when something can be seen from outside.
+
+    The worker is stopped first, and killed only if that can still be seen: a checkpoint is written in milliseconds.
+    """
+    while True:
+        worker = worker_of(driver)
+        while not seen():
+            assert worker.is_running(), "the worker ended by itself"
+        worker.suspend()
+        if seen():
+            worker.kill()
+            worker.wait(60)
+            return
+        worker.resume()
+
+
+def kill_a_reading_task(driver: "Popen[bytes]") -> None:
+    """SIGKILL to a process that reads patches right now, as its title says."""
+
+    def reading() -> psutil.Process | None:
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            try:
+                if "_read_block" in " ".join(process.cmdline()):
+                    process.suspend()
+                    if "_read_block" in " ".join(process.cmdline()):
+                        return process
+                    process.resume()
+            except psutil.NoSuchProcess:
+                continue
+        return None
+
+    wait_for(reading, "a task that reads").kill()
+
+
+def in_a_validation(folder: Path) -> Callable[[], bool]:
+    """A validation draws a picture before it ends."""
+    return lambda: any(folder.glob("output/*/*/pictures/*.png"))
+
+
+def in_a_checkpoint(folder: Path) -> Callable[[], bool]:
+    """Between its content and its manifest."""
+
+    def unfinished() -> bool:
+        written = folder.glob("output/*/*/checkpoints/.0*/state.pt")
+        return any(not state.with_name("manifest.json").exists() for state in written)
+
+    return unfinished
+
+
+def test_workers_and_a_data_task_killed(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:
     """SIGKILL to the worker in mid-epoch, in a validation and between a checkpoint's content and its manifest, and to
-    a process that reads patches, which does not even make the training start anew: all ends as without."""
+    a process that reads patches, after which the training does not even start again: all ends as without."""
     path = write(tmp_path, cohort, max_failures=3)
-    markers = tmp_path / "markers"
-    markers.mkdir()
-    sabotage(monkeypatch, markers)
-    run(path)
-    places = {"in mid-epoch", "in a validation", "in a checkpoint", "in a data task"}
-    assert {marker.name for marker in markers.iterdir()} == places
+    driver = start(path)
+    try:
+        kill_a_reading_task(driver)
+        kill_when(driver, lambda: bool(saved(tmp_path)))
+        kill_when(driver, in_a_validation(tmp_path))
+        kill_when(driver, in_a_checkpoint(tmp_path))
+        assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+    finally:
+        kill(driver)
     found = outcome(path)
     assert len(found.started) == 4, "once and after each killed worker"
     assert_same(found, undisturbed)
 
 
-def test_a_sharded_run(undisturbed, cohort, tmp_path, monkeypatch):
+def test_a_sharded_run(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:
     """With FSDP, one of two workers killed in a validation, where both are needed: the run goes on from what rank 0
     gathered, to the losses and the whole weights of one worker."""
     path = write(tmp_path, cohort, workers=2, shard=True)
-    markers = tmp_path / "markers"
-    markers.mkdir()
-    for place in ("in mid-epoch", "in a checkpoint", "in a data task"):
-        (markers / place).touch()  # as if it had been killed there already
-    sabotage(monkeypatch, markers)
-    run(path)
+    driver = start(path)
+    try:
+        kill_when(driver, in_a_validation(tmp_path))
+        assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
+    finally:
+        kill(driver)
     found = outcome(path)
     assert set(found.workers) == {2}
     assert found.started == [0, SAVED]
     assert_close(found, undisturbed)
 
 
-def test_the_end_of_a_job(undisturbed, cohort, tmp_path):
+def test_the_end_of_a_job(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:
     """SIGTERM (`ray job stop`), as Ctrl-C: exit code 1, one clear line, and the same command goes on."""
     path = write(tmp_path, cohort)
     first = start(path)
@@ -94,7 +129,7 @@ def test_the_end_of_a_job(undisturbed, cohort, tmp_path):
     assert_same(outcome(path), undisturbed)
 
 
-def test_the_driver_killed_and_its_checkpoint_torn(undisturbed, cohort, tmp_path):
+def test_the_driver_killed_and_its_checkpoint_torn(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:
     """After SIGKILL, and with its newest checkpoint cut off, the same command goes on from the one before; MLflow has
     every step once, those before the kill too."""
     path = write(tmp_path, cohort)
@@ -111,7 +146,7 @@ def test_the_driver_killed_and_its_checkpoint_torn(undisturbed, cohort, tmp_path
     assert_same(found, undisturbed)
 
 
-def test_a_result_is_not_made_twice(cohort, tmp_path, ray_cluster):
+def test_a_result_is_not_made_twice(cohort: Path, tmp_path: Path, ray_cluster: None) -> None:
     """A finished run given again does nothing; its weights deleted, they come back from the last checkpoint.
 
     Without `checkpoint_every`, one is written whenever `checkpoint_minutes` have passed, and the newest two stay.
@@ -130,19 +165,24 @@ def test_a_result_is_not_made_twice(cohort, tmp_path, ray_cluster):
     assert outcome(path).started == [0, STEPS]
 
 
-def test_a_loss_that_explodes(cohort, tmp_path, ray_cluster, capfd):
+def test_a_loss_that_explodes(
+    cohort: Path, tmp_path: Path, ray_cluster: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A divergent training stops with the step, the rank and the samples, keeps them, and is not tried again."""
     path = write(tmp_path, cohort, max_skipped=2, optimizer={"lr": 1e30})
     assert main(["pretrain", str(path)]) == 1
     text = capfd.readouterr().err
     assert "rank 0: loss" in text
     assert "samples" in text
-    kept = sorted(tmp_path.glob("**/faults/step_*_rank_0.safetensors"))
+    kept = sorted(tmp_path.glob("**/faults/rank_0/step_*.safetensors"))
     assert len(kept) == 3
-    assert all(part.with_suffix(".json").is_file() for part in kept)
+    with safe_open(kept[0], "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        assert set(file.keys()) > {"images", "indices", "model.norm.weight"}
+    assert [place["sample"] for place in facts["samples"]] == [4 * (facts["step"] - 1) + row for row in range(4)]
 
 
-def test_two_at_once(cohort, tmp_path, capfd):
+def test_two_at_once(cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A second process on the same study is refused with the first one's host and process."""
     path = write(tmp_path, cohort)
     first = start(path)

@@ -9,75 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_learner import BATCH, CPU, LEVELS, SIDE, make, same, steps, weights
 
-from ssl_ray.config.schema import Study
+from ssl_ray.config.schema import Corruption
 from ssl_ray.pretrain import learner as module
-from ssl_ray.pretrain.job import Job
-from ssl_ray.pretrain.learner import PretrainingLearner, scale
-from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import Feed
-from ssl_ray.pretrain.tasks.restoration import corrupt, draw, pack, take, unpack
-from ssl_ray.storage.mirror import Mirror
-from ssl_ray.study.parts import recipe_of
+from ssl_ray.pretrain.learner import scale
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
+from ssl_ray.pretrain.tasks.restoration.draws import draw, pack, unpack
 from ssl_ray.training import compile as compiled
 from ssl_ray.training.precision import autocast
-
-BATCH, SIDE, LEVELS = 4, 16, 221
-CPU = torch.device("cpu")
-
-
-def make(tmp_path: Path, device: torch.device = CPU, **pretrain: Any) -> PretrainingLearner:
-    """A tiny learner outside Ray."""
-    preparation = {"spacing": 2, "hu_window": [-57, 164]}
-    settings = {
-        "sources": [{"root": "data", "datalist": "none.json"}],
-        "preparation": preparation,
-        "patch_size": SIDE,
-        "batch_size": BATCH,
-        "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
-        "precision": "float32",
-    }
-    study = Study.model_validate(
-        {
-            "name": "learner",
-            "output": str(tmp_path),
-            "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3},
-            "pretrain": settings | pretrain,
-            "finetune": {
-                "cohort": {"root": "data", "classes": 14, "splits": {1: "none.json"}},
-                "preparation": preparation,
-                "patch_size": SIDE,
-            },
-        }
-    )
-    plan = SampleTable(0, np.array([[32] * 3] * 4), (SIDE,) * 3, 2, BATCH, 1)
-    feed = Feed(plan, tmp_path, ("a",) * 4, ("a",) * 4, "uint8", LEVELS)
-    return PretrainingLearner(Job(recipe_of(study), feed, feed, tmp_path, Mirror(tmp_path), "key", None), device)  # type: ignore[arg-type]
-
-
-def steps(made: PretrainingLearner, first: int, last: int) -> list[float]:
-    """Losses of the steps [first, last) on patches that depend on the step alone."""
-    losses = []
-    for step in range(first, last):
-        images = np.random.default_rng(step).integers(0, LEVELS + 1, (BATCH,) + (SIDE,) * 3, dtype=np.uint8)
-        indices = np.arange(step * BATCH, (step + 1) * BATCH)
-        losses.append(float(made.step(images, indices, 1, 1e-3 / (1 + step))[0]))
-    return losses
-
-
-def weights(made: PretrainingLearner) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in made.network.state_dict().items()}
-
-
-def same(one: Any, other: Any) -> bool:
-    """Bit by bit, and of the same types."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other) and one.dtype == other.dtype
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and bool(one == other)
 
 
 @pytest.mark.parametrize("two_views", [False, True])
@@ -178,20 +118,13 @@ def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
 
 def test_packed_draws_come_back_and_parts_of_them_are_theirs() -> None:
     """What travels to the device in one copy is what was drawn, and the draws of some samples are those samples'."""
-    config = make_config()
+    config = Corruption(inpaint_size=(2, 6), outpaint_size=(4, 10), shuffle_size=3)
     drawn = draw(config, (SIDE,) * 3, 3, np.arange(6))
     there = unpack(pack(drawn), drawn)
     some = draw(config, (SIDE,) * 3, 3, np.arange(2, 5))
     for name in ("key", "outpaint", "start", "stop", "shuffle", "shuffle_start"):
-        np.testing.assert_array_equal(getattr(there, name).numpy(), getattr(drawn, name))
-        np.testing.assert_array_equal(getattr(take(drawn, slice(2, 5)), name), getattr(some, name))
-        np.testing.assert_array_equal(getattr(take(there, slice(2, 5)), name).numpy(), getattr(some, name))
-
-
-def make_config() -> Any:
-    from ssl_ray.config.schema import Corruption
-
-    return Corruption(inpaint_size=(2, 6), outpaint_size=(4, 10), shuffle_size=3)
+        assert same(getattr(there, name), getattr(drawn, name))
+        assert same(getattr(drawn.take(slice(2, 5)), name), getattr(some, name))
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

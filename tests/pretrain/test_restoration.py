@@ -10,8 +10,10 @@ from scipy import stats
 from torch import Tensor
 
 from ssl_ray.config.schema import Corruption
-from ssl_ray.pretrain.tasks import restoration as module
-from ssl_ray.pretrain.tasks.restoration import Draws, contrastive_loss, corrupt, draw
+from ssl_ray.pretrain.tasks.restoration import corruption as module
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
+from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw
+from ssl_ray.pretrain.tasks.restoration.objective import contrastive_loss
 
 SIZE = (48, 32, 64)
 SMALL = Corruption(inpaint_size=(3, 14), outpaint_size=(10, 30), inpaint_boxes=4, outpaint_boxes=5, shuffle_size=7)
@@ -31,18 +33,18 @@ def make_patches(count: int, size: tuple[int, int, int] = SIZE, low: float = 0.2
     return patches
 
 
-def box_mask(start: np.ndarray, stop: np.ndarray, size: tuple[int, int, int] = SIZE) -> Tensor:
+def box_mask(start: Tensor, stop: Tensor, size: tuple[int, int, int] = SIZE) -> Tensor:
     """(K, 3) corners -> (X, Y, Z) bool, voxel by voxel."""
     x, y, z = np.indices(size)[..., None]
     inside = np.ones((*size, len(start)), bool)
     for axis, voxel in enumerate((x, y, z)):
-        inside &= (start[:, axis] <= voxel) & (voxel < stop[:, axis])
+        inside &= (start[:, axis].numpy() <= voxel) & (voxel < stop[:, axis].numpy())
     return torch.from_numpy(inside.any(-1))
 
 
 def shuffle_only(patches: Tensor, draws: Draws) -> Tensor:
     views = patches[:, 0].clone()
-    module._shuffle_(views, module.upload(draws, views.device))
+    module._shuffle_(views, draws)
     return views[:, None]
 
 
@@ -61,8 +63,8 @@ def test_another_seed_view_or_sample_is_another_corruption(change: dict[str, Any
     """The boxes and the key change with each of seed, view and index."""
     arguments: dict[str, Any] = {"seed": 5, "indices": np.array([3]), "view": 0}
     one, other = draw(SMALL, SIZE, **arguments), draw(SMALL, SIZE, **(arguments | change))
-    assert not np.array_equal(one.start, other.start)
-    assert one.key != other.key
+    assert not torch.equal(one.start, other.start)
+    assert not torch.equal(one.key, other.key)
 
 
 def test_the_input_stays_as_it_is_and_its_memory_layout_does_not_matter() -> None:
@@ -95,9 +97,7 @@ def test_masks_and_boxes_paint_the_same(size: tuple[int, int, int], sides: tuple
     draws = draw(SMALL.model_copy(update={"inpaint_size": sides, "outpaint_size": sides}), size, 5, indices(12))
     assert 0 < draws.outpaint.sum() < 12
     volumes = make_patches(12, size)[:, 0]
-    assert torch.equal(
-        module._paint_masks(volumes, module.upload(draws, volumes.device)), module._paint_boxes(volumes, draws)
-    )
+    assert torch.equal(module._paint_masks(volumes, draws), module._paint_boxes(volumes, draws))
 
 
 def test_nothing_on_the_device_waits_for_data() -> None:
@@ -129,7 +129,7 @@ def test_inpainting_keeps_every_voxel_outside_its_boxes() -> None:
         inside = box_mask(start, stop)
         assert torch.equal(patch[0][~inside], view[0][~inside])
         assert (patch[0][inside] != view[0][inside]).float().mean() > 0.999
-        assert (np.prod(stop - start, axis=1) > 0).sum() == INPAINT.inpaint_boxes
+        assert ((stop - start).prod(dim=1) > 0).sum() == INPAINT.inpaint_boxes
 
 
 def test_outpainting_keeps_every_voxel_inside_its_boxes() -> None:
@@ -139,7 +139,7 @@ def test_outpainting_keeps_every_voxel_inside_its_boxes() -> None:
         inside = box_mask(start, stop)
         assert torch.equal(patch[0][inside], view[0][inside])
         assert (patch[0][~inside] != view[0][~inside]).float().mean() > 0.999
-        assert (np.prod(stop - start, axis=1) > 0).sum() == OUTPAINT.outpaint_boxes
+        assert ((stop - start).prod(dim=1) > 0).sum() == OUTPAINT.outpaint_boxes
 
 
 def test_outpaint_prob_is_the_share_of_outpainted_samples() -> None:
@@ -166,7 +166,7 @@ def test_the_replacement_is_uniform_between_the_patch_minimum_and_maximum() -> N
 
 def test_noise_is_uncorrelated() -> None:
     """Neighbouring voxels, samples and views have noise that is unrelated: |r| < 4 standard errors."""
-    keys = torch.from_numpy(np.concatenate([draw(SMALL, SIZE, 2, indices(2), view).key for view in (0, 1)]))
+    keys = torch.cat([draw(SMALL, SIZE, 2, indices(2), view).key for view in (0, 1)])
     counters = torch.arange(20_000)
     noise = module._noise(keys[:, None], counters, torch.tensor(0.0), torch.tensor(1.0)).numpy()
     streams = [noise[0], noise[0], noise[0], noise[0], noise[1], noise[2], noise[3]]
@@ -200,11 +200,11 @@ def test_boxes_are_distributed_as_the_first_of_monai(config: Corruption) -> None
     start, stop = monai_boxes(low, high, 1, 2000)
     ours = draw(config, SIZE, 0, indices(2000))
     used = config.outpaint_boxes if config is OUTPAINT else config.inpaint_boxes
-    sides = ours.stop - ours.start
+    sides = (ours.stop - ours.start).numpy()
     assert sides[:, :used].min() == low
     assert sides[:, :used].max() == high
     assert ours.start.min() == 0
-    assert (ours.stop.max((0, 1)) == SIZE).all()
+    assert (ours.stop.numpy().max((0, 1)) == SIZE).all()
     for box in range(used):
         for axis in range(3):
             assert stats.ks_2samp((stop - start)[:, 0, axis], sides[:, box, axis]).pvalue > 0.001
@@ -217,7 +217,7 @@ def test_boxes_do_not_grow_as_those_of_monai_do() -> None:
     drifting = (stop - start).mean((0, 2))
     config = Corruption(inpaint_size=(5, 30), outpaint_size=(20, 30), outpaint_prob=0)
     draws = draw(config, SIZE, 0, indices(1000))
-    sides = draws.stop - draws.start
+    sides = (draws.stop - draws.start).numpy()
     assert (np.diff(drifting) > 0).all()
     assert drifting[-1] > 29
     np.testing.assert_allclose(sides.mean((0, 2)), 17.5, atol=0.6)
@@ -259,7 +259,7 @@ def test_shuffling_moves_voxels_within_their_box_only() -> None:
 def test_shuffling_comes_after_painting() -> None:
     """The view is the shuffled in- or out-painted patch, as in MONAI's tutorial."""
     patches, draws = make_patches(6), draw(SHUFFLE, SIZE, 1, indices(6))
-    painted = corrupt(patches, replace(draws, shuffle=np.zeros(6, bool)))
+    painted = corrupt(patches, replace(draws, shuffle=torch.zeros(6, dtype=torch.bool)))
     assert torch.equal(corrupt(patches, draws), shuffle_only(painted, draws))
     assert not torch.equal(corrupt(patches, draws), painted)
 

@@ -1,16 +1,19 @@
 """Ray Data hands every rank exactly the batches of the table."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from ssl_ray.data.store import Store, read_patch
 from ssl_ray.pretrain import stream as streaming
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import Feed, Stream, open_segment, segments
+from ssl_ray.pretrain.stream import Batch, Feed, Segment, batches, open_segment, segments
 
 
 @pytest.fixture
-def feed(tmp_path):
+def feed(tmp_path: Path) -> Feed:
     """Three stored volumes of known content; the second is shorter than the patch."""
     random = np.random.default_rng(0)
     shapes = [(24, 20, 22), (12, 30, 18), (20, 16, 40)]
@@ -22,25 +25,29 @@ def feed(tmp_path):
     return Feed(table, Store(tmp_path), ("aa1", "bb2", "cc3"), ("a", "b", "c"), "uint8", 255)
 
 
-def streams(feed, world, start=0, block_bytes=3 * 4 * 16**3, held=0.0):
+def streams(
+    feed: Feed, world: int, start: int = 0, block_bytes: float = 3 * 4 * 16**3, held: float = 0.0
+) -> tuple[list[Iterator[Batch]], list[Segment]]:
     import ray
 
     reference = ray.put(feed)
     schedule = segments(feed.table, start, world, block_bytes, 1)
 
-    def stream(rank):
-        return Stream(feed.table, rank, schedule, lambda segment: open_segment(reference, segment, rank, held))
+    def stream(rank: int) -> Iterator[Batch]:
+        return batches(feed.table, rank, schedule, lambda segment: open_segment(reference, segment, rank, held))
 
     return [stream(rank) for rank in range(world)], schedule
 
 
 @pytest.mark.parametrize(("world", "held"), [(1, 0), (2, 0), (3, 0), (3, 2)])
-def test_every_rank_gets_its_samples_of_the_plan(ray_cluster, feed, world, held, monkeypatch):
-    """Over several windows the batches are those of the table, patch by patch, and end with the table.
+def test_every_rank_gets_its_samples_of_the_table(
+    ray_cluster: None, feed: Feed, world: int, held: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several segments the batches are those of the table, patch by patch, and end with the table.
 
     Three ranks share a batch of four unevenly; where training holds all CPUs, the patches are read all the same.
     """
-    monkeypatch.setattr(streaming, "WINDOW_BLOCKS", 2)
+    monkeypatch.setattr(streaming, "SEGMENT_BLOCKS", 2)
     ranks, schedule = streams(feed, world, held=held)
     assert len(schedule) > 1
     for step in range(feed.table.steps):
@@ -57,7 +64,7 @@ def test_every_rank_gets_its_samples_of_the_plan(ray_cluster, feed, world, held,
             next(stream)
 
 
-def test_a_stream_from_the_middle_goes_on_where_another_stopped(ray_cluster, feed):
+def test_a_stream_from_the_middle_goes_on_where_another_stopped(ray_cluster: None, feed: Feed) -> None:
     """Resuming at a step gives the batches that an undisturbed stream gives from there on."""
     (whole,), _ = streams(feed, 1)
     (rest,), _ = streams(feed, 1, start=6)
@@ -69,7 +76,7 @@ def test_a_stream_from_the_middle_goes_on_where_another_stopped(ray_cluster, fee
         np.testing.assert_array_equal(batch.indices, everything[step].indices)
 
 
-def test_blocks_are_not_cut_in_two(ray_cluster, feed, monkeypatch):
+def test_blocks_are_not_cut_in_two(ray_cluster: None, feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
     """However small Ray Data would like its blocks, every block stays whole and so with its rank."""
     from ray.data import DataContext
 
@@ -80,7 +87,7 @@ def test_blocks_are_not_cut_in_two(ray_cluster, feed, monkeypatch):
             assert next(stream).indices.tolist() == list(feed.table.rank_samples(step, rank, 2))
 
 
-def test_a_failing_read_reaches_the_training_thread(ray_cluster, feed):
+def test_a_failing_read_reaches_the_training_thread(ray_cluster: None, feed: Feed) -> None:
     """A volume that vanished from the store stops the step that needs it, with its name."""
     feed.store.path("cc3", "image.npy").unlink()
     (stream,), _ = streams(feed, 1)
@@ -89,6 +96,6 @@ def test_a_failing_read_reaches_the_training_thread(ray_cluster, feed):
             pass
 
 
-def test_a_finished_plan_gives_nothing(feed):
+def test_a_finished_table_gives_nothing(feed: Feed) -> None:
     """A run that resumes after its last step trains no further."""
-    assert list(Stream(feed.table, 0, [], lambda segment: [])) == []
+    assert list(batches(feed.table, 0, [], lambda segment: [])) == []

@@ -24,7 +24,7 @@ from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import CaseScores, aggregate
-from ssl_ray.pretrain.picture import draw_restoration
+from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
 from ssl_ray.report.answers import answer, notes
 from ssl_ray.report.measures import FOREGROUND, HD95
 from ssl_ray.report.results import read_results

@@ -1,44 +1,31 @@
 """MLflow runs: found again by key, complete, in order."""
 
 import shutil
+import socket
+import threading
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
-from mlflow.tracking import MlflowClient
+from outside import Said
 
-from ssl_ray.config.schema import Study
-from ssl_ray.study.parts import folders_of, run_params, tracker_of
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, rename_experiment
+from ssl_ray.config.schema import Tracking
+from ssl_ray.errors import UserError
+from ssl_ray.storage.folders import Folders
+from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker, rename_experiment
 
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """An empty database of MLflow's, which takes seconds to make."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+Track = Callable[..., Tracker]
 
 
-@pytest.fixture
-def study(tmp_path, database):
-    (tmp_path / "output").mkdir()
-    shutil.copyfile(database, tmp_path / "output" / "mlflow.db")
-    preparation = {"spacing": 2, "hu_window": [0, 1]}
-    tree = {
-        "name": "tracked",
-        "output": str(tmp_path / "output"),
-        "pretrain": {"sources": [{"root": "x", "datalist": "x.json"}], "preparation": preparation},
-        "finetune": {"cohort": {"root": "x", "classes": 2, "splits": {1: "x.json"}}, "preparation": preparation},
-    }
-    return Study.model_validate(tree)
-
-
-def test_everything_arrives_in_order(study, tmp_path):
-    """Two thousand points of two metrics, tags, a file and a text are there when the run is closed."""
-    tracker = tracker_of(study)
-    run = tracker.open("pretraining", "key", "name", run_params(study, "pretrain"))
+def test_everything_arrives_in_order(track: Track, tmp_path: Path) -> None:
+    """Two thousand points of two metrics, 150 parameters, tags, a file and a text are there when the run is closed."""
+    tracker = track()
+    run = tracker.open("pretraining", "key", "name", {f"param{number}": [number, "x"] for number in range(150)})
     for step in range(2000):
         run.metrics({"loss": 1 / (step + 1), "lr": 0.1}, step)
     run.tags({"colour": "blue"})
@@ -49,36 +36,33 @@ def test_everything_arrives_in_order(study, tmp_path):
     found = tracker.client.get_run(run.id)
     assert found.info.status == "FINISHED"
     assert found.data.tags["colour"] == "blue"
-    assert found.data.params["pretrain.patch_size"] == "[96, 96, 96]"
+    assert found.data.params == {f"param{number}": f"[{number}, 'x']" for number in range(150)}
     history = tracker.client.get_metric_history(run.id, "loss")
     assert [(point.step, point.value) for point in history] == [(step, 1 / (step + 1)) for step in range(2000)]
+    assert tracker.files(run.id, "folder") == ["folder/file.txt"]
     assert tracker.read(run.id, "folder/file.txt") == b"content"
     assert tracker.read(run.id, "words.txt") == b"words"
 
 
-def test_a_run_is_found_again_by_its_key(study):
+def test_a_run_is_found_again_by_its_key(track: Track) -> None:
     """Opened again, it is the same run, with its last step known and its parameters as they were."""
-    tracker = tracker_of(study)
+    tracker = track()
     first = tracker.open("trial", "key", "name", {"split": 6, "workers": 1})
     first.metrics({"loss": 1.0}, 7)
     first.close("FAILED")
     assert tracker.finished("trial", "key") is None
-    again = tracker_of(study).open("trial", "key", "name", {"split": 6, "workers": 2, "new": "x"})
+    again = track().open("trial", "key", "name", {"split": 6, "workers": 2, "new": "x"})
     assert again.id == first.id
-    assert max(again.logged("loss")) == 7
+    assert again.logged("loss") == {7}
     assert again.logged("never") == set()
     again.close()
-    done = tracker.finished("trial", "key")
-    assert done.info.run_id == first.id
-    assert done.data.params == {"split": "6", "workers": "1", "new": "x"}
+    assert tracker.finished("trial", "key") == first.id
+    assert tracker.client.get_run(first.id).data.params == {"split": "6", "workers": "1", "new": "x"}
 
 
-def test_what_mlflow_refuses_is_told_and_the_rest_goes_on(study, monkeypatch, tmp_path):
+def test_what_mlflow_refuses_is_told_and_the_rest_goes_on(track: Track, said: Said, tmp_path: Path) -> None:
     """Of a batch with a name and of tags with a value that MLflow does not take, all the others arrive."""
-    said = []
-    monkeypatch.setattr("ssl_ray.tracking.delivery.say", said.append)
-    monkeypatch.setattr("ssl_ray.tracking.tracker.say", said.append)
-    tracker = tracker_of(study)
+    tracker = track()
     run = tracker.open("trial", "bad", "bad", {"long": "x" * 9000})
     for step in range(50):
         run.metrics({"good": step, "no$name" if step == 20 else "fine": 1.0}, step)
@@ -94,18 +78,20 @@ def test_what_mlflow_refuses_is_told_and_the_rest_goes_on(study, monkeypatch, tm
     assert found.data.tags["colour"] == "blue"
     assert len(found.data.params["long"]) == 6000
     assert tracker.read(run.id, "words.txt") == b"words"
-    assert sum("MLflow refused something of run trial-bad" in line for line in said) == 2, "when it happens, at the end"
+    assert said.count("MLflow refused something of run trial-bad") == 2, "when it happens, and at the end"
 
 
-def test_what_was_refused_is_tried_again_by_the_next_process(study, monkeypatch):
+def test_what_was_refused_is_tried_again_by_the_next_process(
+    track: Track, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once the server takes it, it arrives, and the journal of the run is dropped."""
-    tracker = tracker_of(study)
-    refuse = {"log_batch": tracker.client.log_batch}
+    tracker = track()
+    log_batch = tracker.client.log_batch
 
-    def picky(run_id, metrics=(), **rest):
+    def picky(run_id: str, metrics: Sequence[Metric] = (), **rest: Any) -> None:
         if any(metric.step == 3 for metric in metrics):
             raise MlflowException("step 3 is unlucky", INVALID_PARAMETER_VALUE)
-        refuse["log_batch"](run_id, metrics, **rest)
+        log_batch(run_id, metrics, **rest)
 
     monkeypatch.setattr(tracker.client, "log_batch", picky)
     run = tracker.open("trial", "key", "name", {})
@@ -115,39 +101,86 @@ def test_what_was_refused_is_tried_again_by_the_next_process(study, monkeypatch)
     assert tracker.settle() == 0
     assert list(tracker.history(run.id, "loss")) == [0, 1, 2, 4, 5]
     tracker.stop()
-    again = tracker_of(study)
-    again.settle()
-    deadline = time.monotonic() + 20
-    while len(again.history(run.id, "loss")) < 6 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    again = track()
+    assert again.settle() == 0
     assert list(again.history(run.id, "loss")) == [0, 1, 2, 3, 4, 5]
-    (records,) = folders_of(study).study.glob("journal/*/trial-key/records.jsonl")
+    (records,) = folders.study.glob("journal/*/trial-key/records.jsonl")
     assert records.stat().st_size == 0
 
 
-def test_a_step_is_logged_once(study):
+def test_a_run_that_mlflow_does_not_make_blocks_no_other(
+    track: Track, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as finished all the same, and the next process makes it, with all that it has."""
+    tracker = track()
+    create_run = tracker.client.create_run
+
+    def picky(experiment: str, at: int, tags: dict[str, str], name: str) -> Any:
+        if name == "unlucky":
+            raise MlflowException("an unlucky name", INVALID_PARAMETER_VALUE)
+        return create_run(experiment, at, tags, name)
+
+    monkeypatch.setattr(tracker.client, "create_run", picky)
+    for name in ("unlucky", "lucky"):
+        run = tracker.open("trial", name, name, {"a": 1})
+        run.metrics({"loss": 1.0}, 1)
+        run.close()
+    assert tracker.settle() == 0
+    assert tracker.history(run.id, "loss") == {1: 1.0}
+    assert said.count("run trial-unlucky: an unlucky name") == 2
+    assert tracker.finished("trial", "unlucky")
+    tracker.stop()
+    again = track()
+    assert again.settle() == 0
+    made = again.finished("trial", "unlucky")
+    assert made
+    assert again.history(made, "loss") == {1: 1.0}
+
+
+def test_a_file_that_cannot_be_stored_blocks_nothing(
+    track: Track, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where MLflow answers and the library for its object store is missing, the file is named after some tries."""
+    tracker = track()
+
+    def missing(*_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'boto3'")
+
+    monkeypatch.setattr(tracker.client, "log_artifact", missing)
+    run = tracker.open("trial", "key", "name", {})
+    run.text("words", "words.txt")
+    run.metrics({"loss": 1.0}, 1)
+    run.close()
+    assert tracker.settle() == 0
+    assert tracker.history(run.id, "loss") == {1: 1.0}
+    assert said.count("refused something of run trial-key: No module named 'boto3'") == 2
+
+
+def test_a_step_is_logged_once(track: Track) -> None:
     """Replayed steps are dropped, within a process and in the next one; new metrics of an old step are not."""
-    tracker = tracker_of(study)
+    tracker = track()
     run = tracker.open("trial", "key", "name", {})
     for step in (1, 2, 3, 2, 3, 4):
         run.metrics({"loss": step}, step)
     run.close("FAILED")
     tracker.settle()
     tracker.stop()
-    again = tracker_of(study).open("trial", "key", "name", {})
-    assert again.logged("loss") == {1, 2, 3, 4}
+    again = track().open("trial", "key", "name", {})
+    known = again.logged("loss")
+    assert known == {1, 2, 3, 4}
+    known.add(5)  # the caller's own book
     for step in (3, 4, 5):
         again.metrics({"loss": -step, "dice": step}, step)
     again.close()
-    reader = tracker_of(study)
+    reader = track()
     points = reader.client.get_metric_history(again.id, "loss")
     assert [(point.step, point.value) for point in points] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, -5)]
     assert list(reader.history(again.id, "dice")) == [3, 4, 5]
 
 
-def test_a_finished_run_taken_up_without_its_journal_has_no_step_twice(study):
-    """What the journal has dropped is asked of MLflow before anything is sent."""
-    tracker = tracker_of(study)
+def test_a_finished_run_taken_up_without_its_journal_has_no_step_twice(track: Track, folders: Folders) -> None:
+    """What the journal has dropped, or another machine has logged, is asked of MLflow before anything is sent."""
+    tracker = track()
     run = tracker.open("grid", "key", "name", {})
     run.metrics({"share": 1.0}, 0)
     run.close()
@@ -158,34 +191,89 @@ def test_a_finished_run_taken_up_without_its_journal_has_no_step_twice(study):
     again.close()
     assert [point.step for point in tracker.client.get_metric_history(again.id, "share")] == [0, 1]
     assert again.id == run.id
-    shutil.rmtree(folders_of(study).study / "journal")
     tracker.stop()
-    elsewhere = tracker_of(study).open("grid", "key", "name", {})
+    shutil.rmtree(folders.study / "journal")
+    elsewhere = track().open("grid", "key", "name", {})
+    elsewhere.metrics({"share": 1.0}, 0)
     assert elsewhere.logged("share") == {0, 1}
     elsewhere.close()
+    assert [point.step for point in track().client.get_metric_history(run.id, "share")] == [0, 1]
 
 
-def test_references_become_ids(study):
+@pytest.mark.parametrize("lost", ["the note", "the answer"])
+def test_a_run_is_made_once(track: Track, folders: Folders, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """Also where the driver dies between MLflow's making it and writing its id, or where MLflow's answer gets lost."""
+    tracker = track()
+    create_run, cut = tracker.client.create_run, [ConnectionError("cut")] if lost == "the answer" else []
+
+    def create(*what: Any) -> Any:
+        run = create_run(*what)
+        if cut:
+            raise cut.pop()
+        return run
+
+    monkeypatch.setattr(tracker.client, "create_run", create)
+    run = tracker.open("trial", "key", "name", {"a": 1})
+    run.metrics({"loss": 1.0}, 1)
+    assert run.logged("loss") == {1}
+    if lost == "the note":
+        assert tracker.settle() == 0
+        tracker.stop()
+        for note in folders.study.glob("journal/*/*/state.json"):
+            note.unlink()
+        tracker = track()
+    tracker.open("trial", "key", "name", {"a": 1}).close()
+    assert tracker.settle() == 0
+    (found,) = tracker.runs(kind="trial")
+    assert tracker.client.get_run(found.info.run_id).info.status == "FINISHED"
+    assert len(tracker.client.get_metric_history(found.info.run_id, "loss")) == 1
+
+
+def test_what_arrived_although_the_request_failed_is_there_once(track: Track, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a batch, then a whole one, are stored by requests that fail; points keep their order."""
+    tracker = track()
+    log_batch, failures = tracker.client.log_batch, [ConnectionError("cut"), ConnectionError("cut")]
+
+    def cut(run_id: str, metrics: Sequence[Metric] = (), **rest: Any) -> None:
+        log_batch(run_id, metrics[: len(metrics) // len(failures)] if failures else metrics, **rest)
+        if metrics and failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(tracker.client, "log_batch", cut)
+    run = tracker.open("trial", "key", "name", {})
+    for step in range(500):
+        run.metrics({"loss": step, "lr": 0.1}, step)
+    run.close()
+    assert tracker.settle() == 0
+    assert not failures
+    for metric in ("loss", "lr"):
+        points = tracker.client.get_metric_history(run.id, metric)
+        assert [point.step for point in points] == list(range(500))
+
+
+def test_references_become_ids(track: Track) -> None:
     """A parent and a tag that name runs which MLflow has not made yet end up as MLflow's ids of them."""
-    tracker = tracker_of(study)
-    tracker._delivery.stop()
+    tracker = track()
+    tracker.stop()
     grid, pretraining = tracker.open("grid", "g", "g", {}), tracker.open("pretraining", "p", "p", {})
     trial = tracker.open("trial", "t", "t", {}, grid.id, {PRETRAINING_RUN: pretraining.id})
     assert "/" not in grid.id
     for run in (trial, pretraining, grid):
         run.close()
-    assert tracker.finished("trial", "t").info.run_id == trial.id
-    tracker.stop()
-    again = tracker_of(study)
+    assert tracker.finished("trial", "t") == trial.id
+    again = track()
     (found,) = again.runs(kind="trial", key="t")
-    assert found.data.tags["mlflow.parentRunId"] == again.finished("grid", "g").info.run_id
-    assert found.data.tags[PRETRAINING_RUN] == again.finished("pretraining", "p").info.run_id
+    parent = again.finished("grid", "g")
+    assert parent
+    assert found.data.tags["mlflow.parentRunId"] == parent
+    assert found.data.tags[PRETRAINING_RUN] == again.finished("pretraining", "p")
     assert found.info.status == "FINISHED"
+    assert [run.info.run_id for run in again.runs(parent=parent)] == [found.info.run_id]
 
 
-def test_a_run_deleted_in_mlflow_is_made_again(study):
+def test_a_run_deleted_in_mlflow_is_made_again(track: Track) -> None:
     """With everything that its journal has, when it is taken up."""
-    tracker = tracker_of(study)
+    tracker = track()
     run = tracker.open("trial", "key", "name", {"a": 1})
     run.metrics({"loss": 1.0}, 1)
     run.text("words", "words.txt")
@@ -203,44 +291,88 @@ def test_a_run_deleted_in_mlflow_is_made_again(study):
     assert tracker.read(again.id, "words.txt") == b"words"
 
 
-def test_an_artifact_is_logged_as_it_was(study, tmp_path):
+def test_an_artifact_is_logged_as_it_was(track: Track, tmp_path: Path) -> None:
     """A file that changes or vanishes before it is delivered arrives as it was when it was logged."""
-    tracker = tracker_of(study)
-    tracker._delivery.stop()
+    tracker = track()
+    tracker.stop()
     run = tracker.open("trial", "key", "name", {})
     for content in ("first", "second"):
         (tmp_path / "file.txt").write_text(content)
         run.artifact(tmp_path / "file.txt", content)
     (tmp_path / "file.txt").unlink()
     run.close()
-    tracker.stop()
-    again = tracker_of(study)
+    again = track()
     assert [again.read(run.id, f"{folder}/file.txt") for folder in ("first", "second")] == [b"first", b"second"]
 
 
-def test_an_experiment_gets_another_name(study):
-    """What was still to be delivered is there under the new name, and the old name is free."""
-    assert not rename_experiment(study.tracking, folders_of(study), "before")
-    tracker = tracker_of(study)
-    tracker._delivery.stop()
-    run = tracker.open("trial", "key", "name", {})
+def test_an_artifact_that_is_logged_while_its_run_is_finished(
+    track: Track, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow gets the end of the run between the copying of the report and the note of it: the report arrives."""
+    tracker = track()
+    ending, copied, ended = threading.Event(), threading.Event(), threading.Event()
+    copyfile, set_terminated = shutil.copyfile, tracker.client.set_terminated
+
+    def copy(*paths: Any) -> None:
+        copyfile(*paths)
+        copied.set()
+        assert ended.wait(20)
+        time.sleep(0.5)  # the journal would be dropped by now
+
+    def end(*what: Any) -> None:
+        ending.set()
+        assert copied.wait(20)
+        set_terminated(*what)
+        ended.set()
+
+    monkeypatch.setattr(tracker.client, "set_terminated", end)
+    run = tracker.open("grid", "key", "grid", {})
+    run.metrics({"share": 1.0}, 0)
+    (tmp_path / "report.html").write_text("report")
     run.close()
+    assert ending.wait(20)
+    with monkeypatch.context() as during:
+        during.setattr(shutil, "copyfile", copy)
+        tracker.attach(run.id, tmp_path / "report.html", "report")
+    assert tracker.settle() == 0
+    assert tracker.read(run.id, "report/report.html") == b"report"
+    assert said.count("refused") == 0
+
+
+def test_an_experiment_gets_another_name(track: Track, folders: Folders) -> None:
+    """What was still to be delivered is there under the new name, and the old name is free."""
+    tracker = track()
     tracker.stop()
-    assert rename_experiment(study.tracking, folders_of(study), "before")
-    assert not rename_experiment(study.tracking, folders_of(study), "again")
-    assert tracker_of(study).finished("trial", "key") is None
+    tracker.open("trial", "key", "name", {}).close()
+    assert rename_experiment(Tracking(), folders, "before")
+    assert not rename_experiment(Tracking(), folders, "again")
+    assert track().finished("trial", "key") is None
 
 
-def test_a_missing_experiment_is_named(study):
+def test_a_missing_experiment_is_named(track: Track) -> None:
     """The report of a study that never ran is a clear error."""
-    with pytest.raises(ValueError, match="no MLflow experiment named 'tracked'"):
-        tracker_of(study, create=False)
+    with pytest.raises(UserError, match="no MLflow experiment named 'test_a_missing_experiment"):
+        track(create=False)
 
 
-def test_a_deleted_experiment_is_named(study):
+def test_a_deleted_experiment_is_named(track: Track) -> None:
     """Before a training begins of which MLflow would take nothing."""
-    tracker = tracker_of(study)
-    tracker.client.delete_experiment(tracker.experiment_id)
+    tracker = track()
+    client = tracker.client
+    client.delete_experiment(client.get_experiment_by_name(tracker.experiment).experiment_id)
     tracker.stop()
-    with pytest.raises(ValueError, match="experiment 'tracked' is deleted"):
-        tracker_of(study)
+    with pytest.raises(UserError, match=r"experiment .* is deleted; restore it"):
+        track()
+
+
+def test_an_address_that_never_answered_is_refused(track: Track) -> None:
+    """Nobody listens, somebody stays silent or is not MLflow: an error within seconds that names setting and value."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"
+        says = rf"tracking\.uri: MLflow at {uri.replace('user:secret@', '')} does not answer"
+        with pytest.raises(UserError, match=rf"{says} \(no answer within 1 s"):
+            track(uri, contact=1.0)
+    with pytest.raises(UserError, match=rf"{says} \(Connection refused"):
+        track(uri)
+    with pytest.raises(UserError, match=r"tracking\.uri: MLflow at nonsense://x does not answer"):
+        track("nonsense://x")

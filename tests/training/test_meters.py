@@ -8,38 +8,38 @@ import torch
 
 from ssl_ray import console
 from ssl_ray.console import Bar
-from ssl_ray.pretrain.driver import _facts
-from ssl_ray.training import meters as system
+from ssl_ray.pretrain.collector import progress
+from ssl_ray.training import meters
 from ssl_ray.training.meters import ObjectStore, arithmetic_rate, as_system, peak_memory
 
 H100 = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still until it is told to go on."""
     time = SimpleNamespace(now=1000.0)
     fake = SimpleNamespace(monotonic=lambda: time.now)
     monkeypatch.setattr(console, "time", fake)
-    monkeypatch.setattr(system, "time", fake)
+    monkeypatch.setattr(meters, "time", fake)
     return time
 
 
-def store(monkeypatch, *answers):
+def store(monkeypatch: pytest.MonkeyPatch, *answers: tuple[float, float, float] | Exception) -> ObjectStore:
     """An object store whose statistics are these, in turn; an exception is raised."""
     left = list(answers)
 
-    def stats():
+    def statistics() -> dict[str, float]:
         answer = left.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return dict(zip(("used", "capacity", "spilled"), answer, strict=True))
 
-    monkeypatch.setattr(system, "_stats", stats)
+    monkeypatch.setattr(meters, "object_store_statistics", statistics)
     return ObjectStore()
 
 
-def test_memory_is_that_of_this_process():
+def test_memory_is_that_of_this_process() -> None:
     """In bytes: at least what it holds now, and it grows with what is allocated."""
     before = peak_memory(torch.device("cpu"))
     held = torch.ones(64 * 2**20)
@@ -47,7 +47,7 @@ def test_memory_is_that_of_this_process():
     assert peak_memory(torch.device("cpu")) >= max(before, 4.0 * len(held))
 
 
-def test_utilisation_is_a_share_of_the_known_peak(monkeypatch):
+def test_utilisation_is_a_share_of_the_known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """989 TFLOP/s at 200 of them on each of two workers; of an unknown device and of a CPU only the rate."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
     found = arithmetic_rate(400e12, 2, torch.device("cuda"), torch.bfloat16)
@@ -62,13 +62,15 @@ def test_utilisation_is_a_share_of_the_known_peak(monkeypatch):
         }
 
 
-def test_the_rate_and_the_wait_are_system_metrics_too():
+def test_the_rate_and_the_wait_are_system_metrics_too() -> None:
     """What MLflow's system tab should show beside memory."""
     record = {"patches_per_second": 210.0, "data_wait_share": 0.03, "loss": 1.0}
     assert as_system(record) == {"system/patches_per_second": 210.0, "system/data_wait_percentage": 3.0}
 
 
-def test_the_object_store_is_asked_every_ten_seconds_at_most(monkeypatch, clock):
+def test_the_object_store_is_asked_every_ten_seconds_at_most(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
     """What was spilled before the first sample is not this run's."""
     samples = store(monkeypatch, (5e6, 1e8, 7e6), (9e7, 1e8, 7e6))
     first = samples.sample()
@@ -80,7 +82,9 @@ def test_the_object_store_is_asked_every_ten_seconds_at_most(monkeypatch, clock)
     assert samples.sample()["system/object_store_usage_megabytes"] == 90
 
 
-def test_spilling_is_said_once_with_the_setting(monkeypatch, clock, capsys):
+def test_spilling_is_said_once_with_the_setting(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And counted in the metrics all the time."""
     samples = store(monkeypatch, *((1e8, 1e8, spilled) for spilled in (1e6, 3e6, 9e6)))
     spilled = []
@@ -93,7 +97,9 @@ def test_spilling_is_said_once_with_the_setting(monkeypatch, clock, capsys):
     assert "cluster.object_store_gigabytes" in said
 
 
-def test_a_ray_that_does_not_answer_stops_nothing(monkeypatch, clock, caplog):
+def test_a_ray_that_does_not_answer_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
     """One warning; it is asked again a minute later."""
     samples = store(monkeypatch, RuntimeError("gone"), RuntimeError("gone"), (1e6, 1e8, 0.0))
     with caplog.at_level(logging.WARNING):
@@ -104,7 +110,7 @@ def test_a_ray_that_does_not_answer_stops_nothing(monkeypatch, clock, caplog):
     assert samples.sample()
 
 
-def test_ray_itself_tells_of_its_object_store(ray_cluster):
+def test_ray_itself_tells_of_its_object_store(ray_cluster: None) -> None:
     """Through the part of Ray that is not public: a new version that lacks it must not go unnoticed."""
     import ray
 
@@ -115,7 +121,9 @@ def test_ray_itself_tells_of_its_object_store(ray_cluster):
     assert found["system/object_store_usage_percentage"] == pytest.approx(100 * used / total, abs=0.1)
 
 
-def test_the_time_that_is_left_counts_from_where_the_work_started(clock, capsys):
+def test_the_time_that_is_left_counts_from_where_the_work_started(
+    clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run that goes on in its middle has not done the first half in no time."""
     with Bar("pretraining", 1000) as bar:
         bar.update(480, "old")  # a record of the run before
@@ -126,7 +134,7 @@ def test_the_time_that_is_left_counts_from_where_the_work_started(clock, capsys)
     assert line == "pretraining 600/1000, 0:50, 3:20 left: loss 0.1"
 
 
-def test_a_narrow_terminal_keeps_the_numbers(monkeypatch):
+def test_a_narrow_terminal_keeps_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """On 80 columns the step, the time and the loss can be read; only what is behind them is cut."""
     from rich.console import Console
 
@@ -142,8 +150,8 @@ def test_a_narrow_terminal_keeps_the_numbers(monkeypatch):
     assert "loss 0.0912, 264 patches/s" in last
 
 
-def test_waiting_is_told_where_it_matters():
+def test_waiting_is_told_where_it_matters() -> None:
     """A few percent are not worth the space."""
     record = {"loss": 0.5, "patches_per_second": 99.6, "data_wait_share": 0.2}
-    assert _facts(record) == "loss 0.5000, 100 patches/s, waits for data 20%"
-    assert "waits" not in _facts(record | {"data_wait_share": 0.01})
+    assert progress(record) == "loss 0.5000, 100 patches/s, waits for data 20%"
+    assert "waits" not in progress(record | {"data_wait_share": 0.01})

@@ -1,5 +1,7 @@
 """Learning rate and optimizer step against torch's own."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from ssl_ray.training.optimizer import build_optimizer, learning_rate, take_step
 from ssl_ray.training.precision import autocast, resolve
 
 
-def test_warm_up_then_cosine_equals_torch():
+def test_warm_up_then_cosine_equals_torch() -> None:
     """The cosine after the warm-up is that of torch's CosineAnnealingLR."""
     config = Optimizer(lr=0.1, schedule="cosine", warmup_steps=5)
     reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -23,14 +25,14 @@ def test_warm_up_then_cosine_equals_torch():
         cosine.step()
 
 
-def test_a_constant_rate_stays():
+def test_a_constant_rate_stays() -> None:
     """Without a schedule every step after the warm-up has the rate asked for."""
     config = Optimizer(lr=0.1, warmup_steps=2)
     assert [learning_rate(config, step, 6) for step in range(6)] == [0.05, 0.1, 0.1, 0.1, 0.1, 0.1]
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_steps_equal_torch_with_clipping(name):
+def test_steps_equal_torch_with_clipping(name: Literal["adam", "adamw"]) -> None:
     """Five clipped steps give the weights of torch's optimizer and `clip_grad_norm_`; frozen parameters stay."""
     torch.manual_seed(0)
     ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -54,7 +56,7 @@ def test_steps_equal_torch_with_clipping(name):
     assert torch.equal(frozen, torch.ones(2))
 
 
-def test_precision_is_what_was_asked_for():
+def test_precision_is_what_was_asked_for() -> None:
     """float32 computes in float32, bfloat16 in bfloat16, and auto in one of them."""
     cpu = torch.device("cpu")
     weight, batch = torch.randn(3, 3), torch.randn(3, 3)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_learner import BATCH, LEVELS, SIDE, make, same
+from tiny_learner import BATCH, LEVELS, SIDE, make, same
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
@@ -17,7 +17,6 @@ from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.training.nonfinite import Watch
-from ssl_ray.training.parallel import gathered
 
 pytestmark = pytest.mark.slow
 
@@ -58,8 +57,8 @@ def train(made: PretrainingLearner, first: int, last: int, rank: int = 0, world:
 
 def validating(made: PretrainingLearner) -> PretrainingLearner:
     """With three validation patches: the second of two ranks has one less."""
-    plan = SampleTable(0, np.array([[32] * 3] * 3), (SIDE,) * 3, 1, BATCH, 1)
-    made.job = replace(made.job, validation=Blobs(plan, Path(), ("a",) * 3, ("a",) * 3, "uint8", LEVELS))
+    table = SampleTable(0, np.array([[32] * 3] * 3), (SIDE,) * 3, 1, BATCH, 1)
+    made.job = replace(made.job, validation=Blobs(table, Path(), ("a",) * 3, ("a",) * 3, "uint8", LEVELS))
     return made
 
 
@@ -67,7 +66,7 @@ def work(rank: int, folder: Path) -> None:
     """One of two workers: everything that the tests look at, in one go, since starting them takes seconds."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=WORLD)
-    found: dict[str, Any] = {}
+    found: dict[Any, Any] = {}
     for kind, shard in {"ddp": False, "fsdp": True}.items():
         for name, settings in SETTINGS.items():
             made = make(folder, shard=shard, **settings)
@@ -81,7 +80,8 @@ def work(rank: int, folder: Path) -> None:
     for kind, shard in {"ddp": False, "fsdp": True}.items():
         for origin in ("ddp", "fsdp", "one"):
             made = make(folder, shard=shard)
-            made.load(torch.load(folder / origin / "state.pt"))
+            state = torch.load(folder / origin / "state.pt")
+            made.load(state if rank == 0 else {"best": state["best"]})
             found[kind, "from", origin] = copy.deepcopy(made.state())
             if origin == kind:
                 found[kind, "resumed"] = train(made, 3, 6, rank, WORLD), made.state()
@@ -100,10 +100,9 @@ def work(rank: int, folder: Path) -> None:
         handle = made.restoration.embedding.register_forward_hook(poisoned)
         loss, norm = made.step(batch(2, 2), np.arange(2), WORLD, 1e-3)
         handle.remove()
-        kept = copy.deepcopy(gathered(made.network.state_dict(), here=rank == 1))
         after = copy.deepcopy(made.state())
         ends = [train(one, 2, 4, rank, WORLD) for one in (made, other)]
-        found[kind, "skipped"] = float(loss), watch.look("step", loss, norm) is not None, before, after, kept, ends
+        found[kind, "skipped"] = float(loss), watch.look("step", loss, norm) is not None, before, after, ends
 
     moments = [value for values in made.optimizer.state.values() for value in values.values() if value.ndim]
     found["local"] = [sum(value.to_local().numel() for value in kind) for kind in (made.network.parameters(), moments)]
@@ -172,16 +171,14 @@ def test_a_resumed_run_goes_on_bit_by_bit(found: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(found: Any, kind: str) -> None:
     """Both see it, though the loss of one is finite; weights and moments stay to the bit, and the next step is as if it
-    had not been. Either rank can have the whole weights."""
+    had not been."""
     for rank in range(WORLD):
-        loss, noticed, before, after, kept, (made, other) = found[rank][kind, "skipped"]
+        loss, noticed, before, after, (made, other) = found[rank][kind, "skipped"]
         assert np.isfinite(loss) == (rank == 0)
         assert noticed
         assert same(after["model"], before["model"])
-        assert same(after["optimizer"]["state"], before["optimizer"]["state"])
+        assert same(after["optimizer"].get("state"), before["optimizer"].get("state"))  # FSDP: rank 0 has all
         assert made == other
-        if rank == 1:
-            assert same(kept, found[0][kind, "skipped"][2]["model"])
 
 
 def test_the_weights_that_did_best_are_exported_whole(found: Any) -> None:

@@ -1,1 +1,1 @@
-"""Self-supervised tasks."""
+"""What the network learns without labels, one package a task."""

@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ssl_ray.pretrain.tasks.restoration import DeviceDraws, Draws, pack, unpack
-
-Body = Callable[[Tensor, Sequence[DeviceDraws], Tensor], tuple[Tensor, Tensor]]
-"""Patches (B, X, Y, Z) as stored, the draws of each view, the learning rate -> loss, gradient norm."""
+Body = Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
+"""Patches (B, X, Y, Z) as stored, what is drawn for them, the learning rate -> loss, gradient norm."""
 
 
 class StepGraph:
@@ -21,7 +19,7 @@ class StepGraph:
     """
 
     def __init__(
-        self, body: Body, optimizer: torch.optim.Optimizer, go: Tensor, stored: Tensor, draws: Sequence[Draws]
+        self, body: Body, optimizer: torch.optim.Optimizer, go: Tensor, stored: Tensor, drawn: Sequence[Tensor]
     ) -> None:
         """Warm up and record; neither changes weights or the optimizer's state.
 
@@ -30,16 +28,12 @@ class StepGraph:
             optimizer: fused.
             go: bool on the device; while it is False, the body must change nothing.
             stored: patches of the shape to come.
-            draws: of each view of them.
+            drawn: tensors on the host, of the shapes to come.
         """
         self._optimizer = optimizer
         self._stored = stored.clone()
-        self._packed = [pack(drawn).to(stored.device) for drawn in draws]
+        self._drawn = [values.to(stored.device) for values in drawn]
         self._lr = torch.zeros((), device=stored.device)
-
-        def once() -> tuple[Tensor, Tensor]:
-            there = [unpack(flat, drawn) for flat, drawn in zip(self._packed, draws, strict=True)]
-            return body(self._stored, there, self._lr)
 
         go.fill_(False)
         try:
@@ -47,14 +41,14 @@ class StepGraph:
             aside.wait_stream(current)
             with torch.cuda.stream(aside):
                 for _ in range(3):  # builds kernels and plans, which cannot be done while recording
-                    once()
+                    body(self._stored, self._drawn, self._lr)
             current.wait_stream(aside)
             for group in optimizer.param_groups:
                 group["capturable"] = True
             self._graph = torch.cuda.CUDAGraph()
             # Not "global": another thread of this process pins memory for the batches to come.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._loss, self._norm = once()
+                self._loss, self._norm = body(self._stored, self._drawn, self._lr)
         finally:
             for group in optimizer.param_groups:
                 group["capturable"] = False  # as in a checkpoint of any other step
@@ -65,11 +59,11 @@ class StepGraph:
         """Whether patches have the recorded shape."""
         return stored.shape == self._stored.shape
 
-    def __call__(self, stored: Tensor, draws: Sequence[Draws], lr: float) -> tuple[Tensor, Tensor]:
-        """One step; loss and norm are the caller's."""
+    def __call__(self, stored: Tensor, drawn: Sequence[Tensor], lr: float) -> tuple[Tensor, Tensor]:
+        """One step; loss and norm are the caller's, the next step does not overwrite them."""
         self._stored.copy_(stored)
-        for flat, drawn in zip(self._packed, draws, strict=True):
-            flat.copy_(pack(drawn).pin_memory(), non_blocking=True)
+        for there, values in zip(self._drawn, drawn, strict=True):
+            there.copy_(values.pin_memory(), non_blocking=True)
         self._lr.fill_(lr)
         self._graph.replay()
         for group in self._optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""What the network restores, for people to look at."""
+"""The picture of one restored patch."""
 
 from pathlib import Path
 from typing import Any

@@ -1,16 +1,17 @@
-"""In- and out-painting as one Triton kernel; bit for bit what `ssl_ray.pretrain.tasks.restoration` does in torch."""
+"""In- and out-painting as one Triton kernel; bit for bit the views that `corruption` paints in torch."""
 
 import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-from ssl_ray.pretrain.tasks.restoration import DeviceDraws
+from ssl_ray.pretrain.tasks.restoration.draws import Draws
 
 _BLOCK = 1024
+"""Voxels that one program of the kernel paints."""
 
 
-def paint(volumes: Tensor, draws: DeviceDraws) -> Tensor:
+def paint(volumes: Tensor, draws: Draws) -> Tensor:
     """A painted copy of (B, X, Y, Z) float32 volumes on a GPU; `draws` as for `corrupt`."""
     volumes = volumes.contiguous()
     views = torch.empty_like(volumes)
@@ -19,7 +20,7 @@ def paint(volumes: Tensor, draws: DeviceDraws) -> Tensor:
     grid = (triton.cdiv(volumes[0].numel(), _BLOCK), batch)
     boxes = draws.start.shape[1]
     start, stop = draws.start.contiguous(), draws.stop.contiguous()
-    # Without fused multiply-add, as the CPU rounds.
+    # No fused multiply-add: the CPU rounds twice, and the noise must be the same.
     _paint[grid](
         *(volumes, views, draws.key, draws.outpaint, start, stop, low, high, *sides),
         boxes=boxes,

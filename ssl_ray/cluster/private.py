@@ -1,0 +1,45 @@
+"""Everything of Ray that we use and that Ray does not promise to keep: names with `_private` or `_internal`, and paths.
+
+Each entry says what happens when a version of Ray no longer has it.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import ray
+
+_REPLY_SECONDS = 5.0
+
+LOG_LEVELS = {
+    # Routine messages; warnings and errors are still shown.
+    "ray.data._internal.execution.streaming_executor": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.train": logging.WARNING,
+    "ray.tune": logging.WARNING,
+    # This module names its logger by its file, and prints every report.
+    str(Path(ray.__file__).parent / "train/v2/_internal/execution/context.py"): logging.WARNING,
+    # Warns at every start that token authentication is on, which it is by default.
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
+    # Warns every second that a cluster without a dashboard has no state API, and at the end that it could not stop.
+    "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
+    "ray.train.v2._internal.callbacks.placement_group_callback": logging.CRITICAL,
+}
+"""Least level that is printed, by name of the logger. Where Ray renames one, its messages are printed again."""
+
+
+def object_store_statistics() -> Mapping[str, float]:
+    """Bytes of all nodes' object stores: `used`, `capacity`, and `spilled` to disk since the cluster started.
+
+    They are what `ray memory --stats-only` prints; Ray has no public function for them. Where the names are gone, this
+    raises ImportError or AttributeError, and `training.meters.ObjectStore` goes on without these metrics.
+    """
+    from ray._private import internal_api
+    from ray._private.state import state
+
+    found = internal_api.get_memory_info_reply(state, timeout_seconds=_REPLY_SECONDS).store_stats
+    return {
+        "used": float(found.object_store_bytes_used),
+        "capacity": float(found.object_store_bytes_avail),
+        "spilled": float(found.spilled_bytes_total),
+    }

@@ -1,1 +1,0 @@
-"""Faster ways to take a pretraining step on a GPU."""

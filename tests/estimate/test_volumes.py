@@ -1,0 +1,154 @@
+"""Volumes and their bytes, out of datalists, manifests and headers."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import pytest
+from planned import write
+from volumes import oblique_affine, smooth_ct, write_nifti
+
+from ssl_ray.config.schema import Preparation, Study
+from ssl_ray.data.canonical import prepare
+from ssl_ray.data.datalist import Case
+from ssl_ray.data.nifti import Nifti
+from ssl_ray.data.prepare import prepare_case
+from ssl_ray.data.store import Store
+from ssl_ray.estimate.volumes import Survey, prepared_shape, survey
+from ssl_ray.study.experiment import load
+from ssl_ray.study.parts import folders_of
+
+_HEADER = 128
+"""Bytes that `.npy` has before its array."""
+
+
+def found(study: Study) -> Survey:
+    return survey(study, folders_of(study))[0]
+
+
+def images(cohort: Path, section: str = "training", listed: str = "unlabelled.json") -> list[Path]:
+    return [cohort / entry["image"] for entry in json.loads((cohort / listed).read_text())[section]]
+
+
+def prepare_all(study: Study, paths: list[Path], place: Path | str) -> int:
+    """Put volumes into a store as a run does, and return their bytes there."""
+    store, size = Store(place), 0
+    for path in paths:
+        volume, _ = prepare_case(Case(path.name, path), study.pretrain.preparation, store)
+        size += sum(count for count, _ in volume.files.values())
+    return size
+
+
+def test_a_cohort_is_counted_by_section(cohort: Path, tmp_path: Path) -> None:
+    """A labelled volume that is in both splits counts once."""
+    groups = found(load(write(tmp_path, cohort), [])).groups
+    assert {name: group.volumes for name, group in groups.items()} == {
+        "unlabelled training": 4,
+        "unlabelled validation": 2,
+        "labelled training": 4,
+        "labelled validation": 2,
+        "labelled test": 1,
+    }
+
+
+@pytest.mark.parametrize("orientation", ["RAS", None])
+def test_the_prepared_grid_is_told_by_the_header_alone(orientation: Literal["RAS"] | None) -> None:
+    """Oblique, flipped, stored along other axes: the shape is what the preparation makes."""
+    preparation = Preparation(
+        orientation=orientation, spacing=(2.0, 3.0, 5.0), hu_window=(-1000, 200), crop_foreground=False
+    )
+    for order in ([0, 1, 2], [2, 0, 1]):
+        affine = oblique_affine((1.5, 2.0, 3.0), 12, flip=True)[:, [*order, 3]]
+        voxels = np.ascontiguousarray(smooth_ct((20, 24, 28)).transpose(order)).astype(np.float32)
+        assert (
+            prepared_shape(voxels.shape, affine, preparation)
+            == prepare(Nifti(voxels, affine), None, preparation).image.shape
+        )
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_headers_tell_the_bytes_before_the_crop(cohort: Path, tmp_path: Path, crop: bool) -> None:
+    """To the byte where nothing is cropped, for oblique volumes of any stored axes; an upper bound where it is."""
+    options = [f"pretrain.preparation.crop_foreground={json.dumps(crop)}"]
+    study = load(write(tmp_path, cohort), options)
+    group = found(study).groups["unlabelled training"]
+    size = prepare_all(study, images(cohort), tmp_path / "elsewhere") - 4 * _HEADER
+    assert group.missing_bytes is not None
+    assert (group.stored, group.headers) == (0, 4)
+    assert (0.5 * group.missing_bytes < size < group.missing_bytes) if crop else size == group.missing_bytes
+
+
+def test_what_the_store_holds_is_exact(cohort: Path, tmp_path: Path) -> None:
+    """Bytes of the manifests instead of headers; with another preparation they do not count."""
+    path = write(tmp_path, cohort)
+    study = load(path, [])
+    size = prepare_all(study, images(cohort), folders_of(study).cache)
+    group = found(study).groups["unlabelled training"]
+    assert (group.stored, group.stored_bytes, group.missing_bytes, group.headers) == (4, size, 0, 0)
+    assert [volume.shape for volume in survey(study, folders_of(study))[1]]
+    other = found(load(path, ["pretrain.preparation.spacing=5"])).groups["unlabelled training"]
+    assert (other.stored, other.headers) == (0, 4)
+
+
+def test_a_synthetic_cohort_is_measured_before_it_is_made(cohort: Path, tmp_path: Path) -> None:
+    """Its numbers are known, and about its sizes; once made, the volumes say the same."""
+    numbers = {"unlabelled": 6, "labelled": 4, "validation": 2, "test": 1, "splits": [2, 4], "seed": 1}
+    before, after = (
+        found(load(write(tmp_path, root, phantom={"root": str(root), **numbers}), []))
+        for root in (tmp_path / "absent", cohort)
+    )
+    assert before.to_make
+    assert not after.to_make
+    assert [group.volumes for group in before.groups.values()] == [group.volumes for group in after.groups.values()]
+    assert before.missing_bytes is not None
+    assert after.missing_bytes is not None
+    assert 0.7 < before.missing_bytes / after.missing_bytes < 1.4
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_bad_header_is_named(cohort: Path, tmp_path: Path) -> None:
+    """The others are measured all the same."""
+    root = tmp_path / "bad"
+    for path in images(cohort) + images(cohort, "validation"):
+        target = root / path.relative_to(cohort)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    broken = root / images(cohort)[0].relative_to(cohort)
+    broken.write_bytes(gzip.compress(b"not a NIfTI"))
+    (root / "unlabelled.json").write_text((cohort / "unlabelled.json").read_text())
+    study = load(
+        write(tmp_path, cohort, pretrain={"sources": [{"root": str(root), "datalist": "unlabelled.json"}]}), []
+    )
+    group = found(study).groups["unlabelled training"]
+    assert len(group.bad) == 1
+    assert group.bad[0].startswith(str(broken))
+    assert group.missing_bytes is not None
+    assert group.missing_bytes > 0
+
+
+def test_few_headers_are_read_of_many_volumes(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow share is asked 200 times a section at most, however long it is."""
+    root = tmp_path / "many"
+    first = write_nifti(root / "v0000.nii", smooth_ct((20, 20, 20)), oblique_affine((2, 2, 2), 0))
+    names = [f"v{index:04d}.nii" for index in range(500)]
+    for name in names[1:]:
+        (root / name).write_bytes(first.read_bytes()[:400])  # a header is enough
+    (root / "unlabelled.json").write_text(json.dumps({"training": names[:400], "validation": names[400:]}))
+    path = write(tmp_path, cohort, pretrain={"sources": [{"root": str(root), "datalist": "unlabelled.json"}]})
+    read: list[Any] = []
+    load_header = nib.load
+
+    def load_and_note(path: Path) -> Any:
+        read.append(path)
+        return load_header(path)
+
+    monkeypatch.setattr(nib, "load", load_and_note)
+    training = found(load(path, [])).groups["unlabelled training"]
+    assert (training.volumes, training.headers, training.bad) == (400, 200, ())
+    assert len([path for path in read if "many" in str(path)]) == 300
+    assert training.shape is not None
+    assert training.missing_bytes == pytest.approx(2 * 400 * math.prod(training.shape))  # 425 HU need 16 bits

@@ -1,0 +1,69 @@
+"""Trackers that are stopped after the test, a real MLflow server, and what the user was told."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from outside import Said, Server
+
+from ssl_ray.config.schema import Tracking
+from ssl_ray.storage.folders import Folders
+from ssl_ray.tracking.client import Patience
+from ssl_ray.tracking.tracker import Tracker
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database of MLflow's, which takes seconds to make."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    """Of a study that has the name of the test, and so an experiment of its own on a shared server."""
+    return Folders.of(tmp_path.name, str(tmp_path / "output"))
+
+
+@pytest.fixture
+def track(folders: Folders, database: Path) -> Iterator[Callable[..., Tracker]]:
+    """Make a tracker of the study, on a server or its own database; one at a time delivers, as in a study."""
+    made: list[Tracker] = []
+
+    def make(uri: str | None = None, create: bool = True, contact: float = 10.0) -> Tracker:
+        own = folders.output.folder / "mlflow.db"
+        if uri is None and not own.exists():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(database, own)
+        made.append(Tracker(Tracking(uri=uri), folders, create, patience=Patience(contact, 0.1, 0.4)))
+        return made[-1]
+
+    yield make
+    for tracker in made:
+        tracker.stop()
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    return Said(capsys)
+
+
+@pytest.fixture(scope="session")
+def one_server(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(database, folder / "mlflow.db")
+    server = Server(folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(one_server: Server) -> Server:
+    """The server that all tests share, started again where the test before left it dead."""
+    if not one_server.answers():
+        one_server.start()
+    return one_server
