@@ -31,8 +31,7 @@ class Structure:
     `hu` is the mean of all patients, or four: without contrast medium, and in its arterial, portal venous and delayed
     phase. A structure is the union of its `forms`, or all of `within`: an earlier structure that it does not leave, and
     under whose surface it stays by `inset` mm. A part of an organ has the organ's label. The place has a standard
-    deviation of `jitter` mm; without it the size is the same for all, too. `fat` is a margin of fat around it, mm;
-    `chance` of the patients have it.
+    deviation of `jitter` mm; without it the size is the same for all, too. `fat` is a margin of fat around it, mm.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Structure:
     inset: float = 0.0
     jitter: float = 0.0
     fat: float = 0.0
-    chance: float = 1.0
     forms: tuple[Form, ...] = ()
 
 
@@ -64,7 +62,7 @@ def _renal(side: str, x: int, z: float) -> tuple[Structure, ...]:
     ends = ((x * 52, -44, z + 22, 24), (x * 62, -38, z - 22, 25))
     return (
         Structure(kidney, (33, 180, 180, 140), "cavity", 3, jitter=4, fat=5, forms=(ends,)),
-        Structure("renal cyst", 8, kidney, jitter=12, chance=0.3, forms=((x * 70, -36, z - 6, 10, 10, 10),)),
+        Structure("renal cyst", 8, kidney, jitter=18, forms=((x * 70, -36, z - 6, 10, 10, 10),)),
         Structure("renal pelvis", FAT, jitter=2, forms=((x * 36, -30, z, 15, 10, 17),)),
         Structure(f"{side} adrenal gland", (28, 70, 68, 52), jitter=2, fat=2, forms=tuple((apex, p) for p in limbs)),
     )
@@ -101,14 +99,14 @@ INNER = (
     Structure("colon gas", GAS, "colon", 4, jitter=12, forms=((0, 72, -70, 60, 14, 14),)),
     Structure("liver", (56, 68, 106, 88), "abdomen", 2, jitter=4, fat=1, forms=(
         (72, 2, 38, 70, 82, 76), (4, 44, 50, 76, 36, 36), (90, -2, -18, 30, 44, 62))),
-    Structure("liver lesion", 35, "liver", jitter=25, chance=0.5, forms=((75, 0, 40, 13, 13, 13),)),
+    Structure("liver lesion", 35, "liver", jitter=45, forms=((75, 0, 40, 13, 13, 13),)),
     Structure("spleen", (48, 118, 116, 92), "abdomen", 2, jitter=4, fat=1, forms=((-86, -32, 38, 36, 54, 58),)),
     Structure("esophagus", _WALL, jitter=2, fat=2, forms=(
         ((-36, 2, 72, 9), (-20, -2, 84, 8.5), (-9, 0, 100, 9), (-9, -12, 150, 9), (-9, -28, 220, 9)),)),
     Structure("stomach", _WALL, "cavity", 6, jitter=4, fat=2, forms=(
         ((-50, -8, 60, 29), (-57, 22, 46, 31), (-50, 46, 16, 27), (-20, 54, -14, 21), (32, 34, -8, 11)),)),
     Structure("meal", 40, "stomach", 4),
-    Structure("stomach gas", GAS, "stomach", 4, jitter=6, chance=0.7, forms=((-50, 68, 30, 34, 24, 40),)),
+    Structure("stomach gas", GAS, "stomach", 4, jitter=9, forms=((-50, 68, 30, 34, 24, 40),)),
     Structure("duodenum", _BOWEL, jitter=2, fat=2, forms=(
         ((32, 34, -8, 11), (52, 22, -14, 11), (54, 8, -42, 11), (34, 2, -66, 11), (-6, 4, -64, 11)),)),
     Structure("gallbladder", 10, jitter=4, fat=1, forms=(((57, 34, -4, 9), (58, 46, -14, 13), (60, 58, -24, 14)),)),
@@ -169,8 +167,6 @@ class _Painter:
         """Paint a structure with the patient's own place, size and HU."""
         move, drift = self.rng.normal(0, row.jitter, 3), self.rng.normal(0, 4)
         size = 1 + self.rng.uniform(-0.13, 0.15) * (row.jitter > 0)
-        if self.rng.random() > row.chance:
-            return
         forms = [np.hstack([form[:, :3] + move, form[:, 3:] * size]) for form in map(np.atleast_2d, row.forms)]
         box = self.around(forms, row.fat + self.voxel) if forms else ()
         depth = np.minimum.reduce([self.depth(form, box) for form in forms] or [np.full(self.hu.shape, -1000, "f4")])

@@ -112,10 +112,8 @@ def write_cohort(
     tests, validations, trainings, rest = (cases[a:b] for a, b in pairwise(ends))
     held_out = validation_share(unlabelled)
     lists: dict[str, Any] = {"unlabelled": {"training": rest[:-held_out], "validation": rest[-held_out:]}}
-    labels = {str(i): name for i, name in enumerate(("background", *ORGANS))}
-    for n in splits:
-        split = {"training": trainings[:n], "validation": validations, "test": tests}
-        lists[f"labelled_{n}"] = {"labels": labels, **split}
+    shared = {"labels": dict(enumerate(("background", *ORGANS))), "validation": validations, "test": tests}
+    lists |= {f"labelled_{n}": {**shared, "training": trainings[:n]} for n in splits}
     for name, content in lists.items():
         if not (path := root / f"{name}.json").exists():
             header = {"name": f"phantom {seed}", "modality": {"0": "CT"}}
