@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,7 @@ from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.samples import Sample
-from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
-from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw, pack, unpack
+from ssl_ray.pretrain.tasks.restoration.corruption import Draws, corrupt, draw
 from ssl_ray.pretrain.tasks.restoration.objective import Restoration
 from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
 from ssl_ray.text import reason
@@ -86,7 +86,7 @@ class PretrainingLearner:
         if self.graphs and self._graph is None:
             self._record(stored, draws, world)
         if self._graph and self._graph.fits(stored):
-            return self._graph(stored, [pack(drawn) for drawn in draws], lr)
+            return self._graph(stored, [drawn.table for drawn in draws], lr)
         return self._step(stored, draws, world, lr)
 
     def _step(self, stored: Tensor, draws: Sequence[Draws], world: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -114,12 +114,11 @@ class PretrainingLearner:
     def _record(self, stored: Tensor, draws: Sequence[Draws], world: int) -> None:
         """Record the step as one CUDA graph; where that fails, one warning says why, and steps stay as they were."""
 
-        def body(patches: Tensor, packed: Sequence[Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
-            there = [unpack(flat, drawn) for flat, drawn in zip(packed, draws, strict=True)]
-            return self._step(patches, there, world, lr)
+        def body(patches: Tensor, tables: Sequence[Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
+            return self._step(patches, [replace(draws[0], table=table) for table in tables], world, lr)
 
         try:
-            self._graph = StepGraph(body, self.optimizer, self._go, stored, [pack(drawn) for drawn in draws])
+            self._graph = StepGraph(body, self.optimizer, self._go, stored, [drawn.table for drawn in draws])
         except Exception as error:  # out of memory, or an operator that cannot be recorded
             self.graphs = False
             logging.getLogger(__name__).warning(

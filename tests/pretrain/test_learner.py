@@ -14,8 +14,7 @@ from tiny_learner import BATCH, CPU, LEVELS, SIDE, make, same, steps, weights
 from ssl_ray.config.schema import Corruption
 from ssl_ray.pretrain import learner as module
 from ssl_ray.pretrain.learner import scale
-from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
-from ssl_ray.pretrain.tasks.restoration.draws import draw, pack, unpack
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw
 from ssl_ray.training import compile as compiled
 from ssl_ray.training.precision import autocast
 
@@ -116,14 +115,12 @@ def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
     assert not made.graphs
 
 
-def test_packed_draws_come_back_and_parts_of_them_are_theirs() -> None:
-    """What travels to the device in one copy is what was drawn, and the draws of some samples are those samples'."""
+def test_the_draws_of_some_samples_are_those_samples() -> None:
+    """Whether they are drawn alone or taken from those of a batch."""
     config = Corruption(inpaint_size=(2, 6), outpaint_size=(4, 10), shuffle_size=3)
     drawn = draw(config, (SIDE,) * 3, 3, np.arange(6))
-    there = unpack(pack(drawn), drawn)
     some = draw(config, (SIDE,) * 3, 3, np.arange(2, 5))
     for name in ("key", "outpaint", "start", "stop", "shuffle", "shuffle_start"):
-        assert same(getattr(there, name), getattr(drawn, name))
         assert same(getattr(drawn.take(slice(2, 5)), name), getattr(some, name))
 
 

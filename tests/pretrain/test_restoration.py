@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ssl_ray.config.schema import Corruption
 from ssl_ray.pretrain.tasks.restoration import corruption as module
-from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
-from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw
+from ssl_ray.pretrain.tasks.restoration.corruption import Draws, corrupt, draw
 from ssl_ray.pretrain.tasks.restoration.objective import contrastive_loss
 
 SIZE = (48, 32, 64)
@@ -259,7 +258,9 @@ def test_shuffling_moves_voxels_within_their_box_only() -> None:
 def test_shuffling_comes_after_painting() -> None:
     """The view is the shuffled in- or out-painted patch, as in MONAI's tutorial."""
     patches, draws = make_patches(6), draw(SHUFFLE, SIZE, 1, indices(6))
-    painted = corrupt(patches, replace(draws, shuffle=torch.zeros(6, dtype=torch.bool)))
+    table = draws.table.clone()
+    table[:, 2] = 0  # no shuffling
+    painted = corrupt(patches, replace(draws, table=table))
     assert torch.equal(corrupt(patches, draws), shuffle_only(painted, draws))
     assert not torch.equal(corrupt(patches, draws), painted)
 
