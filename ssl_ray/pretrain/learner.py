@@ -24,11 +24,10 @@ from ssl_ray.pretrain.tasks.restoration.objective import Restoration
 from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
 from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
+from ssl_ray.training.gpu import StepGraph, Upload
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
 from ssl_ray.training.precision import autocast, resolve
-from ssl_ray.training.step_graph import StepGraph
-from ssl_ray.training.upload import Upload
 
 
 class PretrainingLearner:

@@ -62,12 +62,6 @@ def load_state(folder: Path) -> dict[str, Any]:
 def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: Mirror | None = None) -> None:
     """Write a checkpoint to `<folder>/<step>` and remove old ones: the newest `keep` whole ones up to this one stay.
 
-    Args:
-        folder: of the checkpoints.
-        state: as for `save_state`, with its `step`.
-        keep: number of checkpoints.
-        mirror: of the output, where that is in an object store.
-
     Raises:
         OSError: when the checkpoint could not be written or uploaded; the ones before are still there.
     """
@@ -120,20 +114,12 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Begin to write a copy of `state`, once the checkpoint before is written.
-
-        Raises:
-            OSError: when the checkpoint before could not be written.
-        """
+        """Begin to write a copy of `state`, once the checkpoint before is written; raises that one's OSError."""
         self.wait()
         self._pending = self._pool.submit(save_latest, self._folder, snapshot(state), self._keep, self._mirror)
 
     def wait(self) -> None:
-        """Return when everything is written.
-
-        Raises:
-            OSError: when the last checkpoint could not be written.
-        """
+        """Return when the last checkpoint is written; raises its OSError."""
         if self._pending:
             self._pending.result()
 

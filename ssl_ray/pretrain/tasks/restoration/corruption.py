@@ -1,7 +1,7 @@
 """The corrupted view of every patch: boxes of noise, then small boxes whose voxels change places.
 
 Where the boxes lie is drawn on the host, for (seed, sample, view) alone: a view is the same in any batch, on any worker
-and after a resume. The device paints them. The noise of a voxel is a hash of the view's key and the voxel's place, never
+and after a resume. The device paints them. The noise of a voxel is a hash of the view's key and the voxel's place, not
 the state of a generator, so that it is the same on any device, with or without the kernel.
 
 One departure from MONAI: there (seen in 0.8.1, 1.0.1 and 1.6.1) a box's size is the lower bound of the next one's, so
@@ -77,7 +77,7 @@ class Draws:
         return replace(self, table=table.to(device, non_blocking=True))
 
     def _corners(self, first: int, last: int) -> Tensor:
-        return self.table[:, first:last].unflatten(1, (-1, 3))
+        return self.table[:, first:last].view(len(self.table), -1, 3)
 
 
 def draw(
