@@ -19,11 +19,9 @@ class Collector:
 
     def __init__(self, reports: Queue, run: Run, bar: Bar, mirror: Mirror) -> None:
         self._reports, self._run, self._bar, self._mirror = reports, run, bar, mirror
-        self._known = run.logged("lr")
-        self._starts = len(run.logged("started_at"))
+        self._known, self._starts = run.logged("lr"), len(run.logged("started_at"))
         self._store = ObjectStore()
-        self.fatal: list[str] = []
-        """What workers said about the steps that ended the training."""
+        self.fatal: list[str] = []  # what workers said about the steps that ended the training
         self._thread = threading.Thread(target=self._collect, daemon=True)
 
     def __enter__(self) -> "Collector":

@@ -28,18 +28,12 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest
 
-_RESIZE_SECONDS = 60.0
-"""How often Ray Train looks whether the cluster has room for more workers, where the experiment allows more."""
-
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Pretrained weights.
+    """The autoencoder that did best on validation, and the key of what it depends on.
 
-    weights: file of the autoencoder that did best on validation.
-    key: names what they depend on.
-    run_id: MLflow's id of the run that made them; None for weights that were made elsewhere.
-    fresh: whether they were trained just now.
+    `run_id` is MLflow's id of the run that made it, None where that was elsewhere; `fresh` means trained just now.
     """
 
     weights: Path
@@ -112,14 +106,12 @@ def pretrain(
 
 
 def _train(job: Job, folders: Folders, run: Run) -> None:
-    """Have Ray's workers train, and collect what they report."""
     config = job.recipe.settings
     trainer = TorchTrainer(
         work,
         train_loop_config=job,
         scaling_config=train.ScalingConfig(
             num_workers=config.workers,
-            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {}),
         ),
@@ -136,10 +128,7 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
     ):
         _fit(trainer)
     if collector.fatal:
-        raise FloatingPointError(
-            f"pretraining stopped after {config.max_skipped if config.on_nonfinite == 'skip' else 0} skipped steps "
-            f"in a row, the weights before them are kept: {'; '.join(collector.fatal)}"
-        )
+        raise FloatingPointError(f"pretraining stopped, the weights before are kept: {'; '.join(collector.fatal)}")
 
 
 def _fit(trainer: TorchTrainer) -> None:

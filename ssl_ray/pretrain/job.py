@@ -26,7 +26,7 @@ class Recipe:
 class Job:
     """What a worker is given.
 
-    Rank 0 sends records through `reports`, a Ray queue that the driver empties. That costs a step nothing, while
+    What it has to tell goes through `reports`, which the driver empties. That costs a step nothing, while
     `ray.train.report` is a barrier that the controller serves every two seconds.
     """
 

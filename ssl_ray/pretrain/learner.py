@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,7 @@ class PretrainingLearner:
         if self.dtype != torch.float32:
             use_patch_products(self.network)
         self.restoration = Restoration(self.network, self.config.contrastive)
+        self.views = 2 if self.config.contrastive.enabled else 1
         if self.config.compile:
             self.compiled = compile_or_not(self.restoration.parts(), self._try, "pretrain.compile")
         self.model = parallel(self.restoration, self.restoration.blocks, device, self.config.shard)
@@ -74,13 +75,11 @@ class PretrainingLearner:
     ) -> tuple[Tensor, Tensor]:
         """One optimizer step on this rank's (B, X, Y, Z) patches of the global batch.
 
-        Returns:
-            The mean loss of the rank's patches and the global gradient norm, both on the device. Where either is not
-            finite on any rank, the norm is not on all of them, and no rank has changed its weights.
+        Returns the mean loss of the rank's patches and the global gradient norm, both on the device. Where either is
+        not finite on any rank, the norm is not on all of them, and no rank has changed its weights.
         """
-        views = 2 if self.config.contrastive.enabled else 1
         seed, side = self.job.recipe.seed, self.config.patch_size
-        draws = [draw(self.config.corruption, side, seed, indices, view) for view in range(views)]
+        draws = [draw(self.config.corruption, side, seed, indices, view) for view in range(self.views)]
         stored = self._upload(images)
         if self.graphs and self._graph is None:
             self._record(stored, draws, world)
@@ -99,7 +98,8 @@ class PretrainingLearner:
             part, counted = stored[rows], len(stored[start : start + size])
             # Ranks, whose shares of the batch may differ by one, are averaged.
             weight = counted * world / self.config.batch_size
-            with nullcontext() if start == starts[-1] else self._no_sync():
+            ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
+            with ddp.no_sync() if ddp and start != starts[-1] else nullcontext():
                 clean = scale(part, self.job.training.levels)
                 corrupted = torch.cat([corrupt(clean, drawn.take(rows)) for drawn in draws])  # (views * B, 1, X, Y, Z)
                 with autocast(self.device, self.dtype):
@@ -124,16 +124,11 @@ class PretrainingLearner:
                 "the training step cannot be a CUDA graph here, going on without: %s", reason(error)
             )
 
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        model = self.model
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-
     @torch.no_grad()
     def validate(self, rank: int, world: int, step: int, picture: bool) -> dict[str, float | str]:
         """L1 on the fixed validation patches, each corrupted in its fixed way; every rank takes its share of them.
 
-        Returns:
-            `validation_loss`, and `validation_identity_loss` of predicting the corrupted input itself.
+        `validation_identity_loss` is that of predicting the corrupted input itself.
         """
         self.model.eval()
         feed = self.job.validation
@@ -166,8 +161,7 @@ class PretrainingLearner:
         if loss < self.best:
             self.best = loss
             self._export(step)
-        report: dict[str, float | str] = {"validation_loss": loss, "validation_identity_loss": identity}
-        return report | ({"picture": shown} if shown else {})
+        return {"validation_loss": loss, "validation_identity_loss": identity, "picture": shown}
 
     def _export(self, step: int) -> None:
         """Write the weights, as the best on validation so far, for fine-tuning; all ranks must call it."""
@@ -193,7 +187,7 @@ class PretrainingLearner:
         share = -(-self.config.batch_size // self.config.worker_range[0])
         clean = torch.zeros(min(self.config.microbatch or share, share), 1, *self.config.patch_size, device=self.device)
         with autocast(self.device, self.dtype):
-            total = self.restoration(torch.cat([clean] * (2 if self.config.contrastive.enabled else 1)), clean)[1]
+            total = self.restoration(torch.cat([clean] * self.views), clean)[1]
         total.backward()
         self.network.zero_grad(set_to_none=True)
 

@@ -13,15 +13,9 @@ from ssl_ray.training.nonfinite import FiniteSum
 
 
 class Totals:
-    """Sums over the steps since the last record."""
+    """Sums over the steps since the last record; `patch_flops` is the training on one patch, all its views included."""
 
     def __init__(self, world: int, patch_flops: float, device: torch.device, dtype: torch.dtype) -> None:
-        """Args:
-        world: number of ranks.
-        patch_flops: of training on one patch, all its views included.
-        device: of this rank.
-        dtype: that it computes in.
-        """
         self._world, self._flops, self._device, self._dtype = world, patch_flops, device, dtype
         self._losses = FiniteSum()
         self._patches, self._waited, self._start = 0, 0.0, time.perf_counter()
@@ -81,8 +75,9 @@ class Reporter:
             self._put(("records", [record]))
 
     def fault(self, text: str, fatal: bool) -> None:
-        """Send the line about a step that was not finite, from any rank."""
-        self._put(("fatal" if fatal else "skipped", text))
+        """Send the line about a step that was not finite, from any rank that has one."""
+        if text:
+            self._put(("fatal" if fatal else "skipped", text))
 
     def carry(self) -> list[dict[str, Any]]:
         """Records for a checkpoint that is written now; the driver gets them again, too."""

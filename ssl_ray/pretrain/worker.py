@@ -23,7 +23,6 @@ from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.parallel import whole_weights
 
 _PREEMPTION_SECONDS = 5.0
-"""How often Ray is asked whether a node is about to be taken away: the question is a barrier of all ranks."""
 
 
 def train_loop(job: Job) -> None:
@@ -34,8 +33,7 @@ def train_loop(job: Job) -> None:
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
-    views = 2 if config.contrastive.enabled else 1
-    flops = views * autoencoder_flops(job.recipe.network, config.patch_size).training
+    flops = learner.views * autoencoder_flops(job.recipe.network, config.patch_size).training
     totals = Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = Reporter(job.reports, rank), _Preemption()
     saver, saved = Saver(job.checkpoints, config.keep_checkpoints, job.mirror), time.monotonic()
@@ -55,7 +53,8 @@ def train_loop(job: Job) -> None:
         # an error here would have Ray start again, into the same fault.
         for fault in (watch.look(batch, loss, norm), watch.last() if last else None):
             if fault:
-                _report_fault(job, learner, reporter, fault, rank, {"lr": lr, "world": world}, watch.fatal(fault))
+                kept = _keep_fault(learner, fault, rank, {"lr": lr, "world": world})
+                reporter.fault(kept, watch.fatal(fault))
                 if watch.fatal(fault):
                     return
         totals.add(loss, len(batch.indices), batch.waited)
@@ -106,25 +105,17 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
     return batches(table, rank, segments(table, start, world, config.block_megabytes * 2**20, itemsize), opener)
 
 
-def _report_fault(
-    job: Job,
-    learner: PretrainingLearner,
-    reporter: Reporter,
-    fault: Fault[Batch],
-    rank: int,
-    facts: dict[str, Any],
-    fatal: bool,
-) -> None:
-    """Keep a step that was not finite and tell the driver: the ranks whose loss it was, and rank 0 of any.
+def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:
+    """Keep a step that was not finite, on the ranks whose loss it was and on rank 0; the line about it, else "".
 
     A rank's patches (B, X, Y, Z), before corruption, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
     rank 0's file has the weights before the step too (on a GPU possibly those after the next).
     """
-    model = whole_weights(learner.network)
+    model, job = whole_weights(learner.network), learner.job
     if rank > 0 and math.isfinite(fault.loss):
-        return
-    batch, feed = fault.what, job.training
-    places = [feed.place(int(index)) for index in batch.indices]
+        return ""
+    batch = fault.what
+    places = [job.training.place(int(index)) for index in batch.indices]
     volumes = ", ".join(sorted({place["volume"] for place in places}))
     origin = f"samples {', '.join(str(place['sample']) for place in places)} of volumes {volumes}"
     # Copies: the batch lies in Ray's object store, read-only.
@@ -133,11 +124,11 @@ def _report_fault(
         tensors |= {f"model.{name}": value for name, value in model.items()}
     facts = facts | {"rank": rank, "samples": places, "seed": job.recipe.seed, "precision": str(learner.dtype)}
     kept = keep(fault, job.folder / "faults" / f"rank_{rank}", batch.step + 1, origin, tensors, facts)
-    reporter.fault(f"step {batch.step + 1}, rank {rank}: {kept}", fatal)
+    return f"step {batch.step + 1}, rank {rank}: {kept}"
 
 
 class _Preemption:
-    """Asks Ray whether a node of this run is about to be taken away."""
+    """Asks Ray now and then whether a node of this run is about to be taken away: a barrier of all ranks."""
 
     def __init__(self) -> None:
         self._asked = time.monotonic()
@@ -145,7 +136,6 @@ class _Preemption:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to ask, by this rank's clock."""
         return time.monotonic() - self._asked >= _PREEMPTION_SECONDS
 
     def announced(self) -> bool:
