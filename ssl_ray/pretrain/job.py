@@ -39,11 +39,6 @@ class Job:
     reports: Queue
 
     @property
-    def checkpoints(self) -> Path:
-        """Folder of the training states, by step."""
-        return self.folder / "checkpoints"
-
-    @property
     def weights(self) -> Path:
         """The autoencoder that did best on validation so far, written by rank 0."""
         return self.folder / "best.safetensors"

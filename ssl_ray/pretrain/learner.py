@@ -31,14 +31,13 @@ from ssl_ray.training.precision import autocast, resolve
 
 
 class PretrainingLearner:
-    """The autoencoder, its optimizer, and what one step of training and a validation do."""
+    """Each rank has one; the module says what it is."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, job.recipe.settings, device
         torch.manual_seed(job.recipe.seed)
         self.network = build_autoencoder(job.recipe.network, self.config.patch_size).to(device)
         self.dtype = resolve(self.config.precision, device)
-        self.compiled = False
         if device.type == "cuda":
             torch.cuda.set_device(device)
             use_fast_attention(self.network)
@@ -46,12 +45,12 @@ class PretrainingLearner:
             use_patch_products(self.network)
         self.restoration = Restoration(self.network, self.config.contrastive)
         self.views = 2 if self.config.contrastive.enabled else 1
-        if self.config.compile:
-            self.compiled = compile_or_not(self.restoration.parts(), self._try, "pretrain.compile")
+        parts = [self.restoration.embedding, *self.restoration.blocks, self.restoration.objective]
+        self.compiled = self.config.compile and compile_or_not(parts, self._try, "pretrain.compile")
         self.model = parallel(self.restoration, self.restoration.blocks, device, self.config.shard)
         self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
         self.best = math.inf
-        # Under DDP and FSDP the hooks that exchange gradients would have to be recorded too.
+        # Under DDP and FSDP the hooks that exchange gradients would have to be recorded too, and batches differ in size.
         self.graphs = device.type == "cuda" and type(self.model) is Restoration
         self._graph: StepGraph | None = None
         self._go = torch.ones((), dtype=torch.bool, device=device)
@@ -64,10 +63,7 @@ class PretrainingLearner:
         self.best = state["best"]
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; samples, corruption and learning rate follow from the step.
-
-        With `shard`, all ranks must call it, and rank 0 gets the tensors.
-        """
+        """All that the rest of the run depends on beside the step; with `shard` all ranks must ask, rank 0 gets it."""
         return {"best": self.best, **whole_state(self.network, self.optimizer)}
 
     def step(
@@ -83,7 +79,7 @@ class PretrainingLearner:
         stored = self._upload(images)
         if self.graphs and self._graph is None:
             self._record(stored, draws, world)
-        if self._graph and self._graph.fits(stored):
+        if self._graph:
             return self._graph(stored, [drawn.table for drawn in draws], lr)
         return self._step(stored, draws, world, lr)
 
@@ -120,9 +116,7 @@ class PretrainingLearner:
             self._graph = StepGraph(body, self.optimizer, self._go, stored, [drawn.table for drawn in draws])
         except Exception as error:  # out of memory, or an operator that cannot be recorded
             self.graphs = False
-            logging.getLogger(__name__).warning(
-                "the training step cannot be a CUDA graph here, going on without: %s", reason(error)
-            )
+            logging.getLogger(__name__).warning("going on without a CUDA graph of the step: %s", reason(error))
 
     @torch.no_grad()
     def validate(self, rank: int, world: int, step: int, picture: bool) -> dict[str, float | str]:
@@ -182,8 +176,7 @@ class PretrainingLearner:
         self.job.mirror.push(path)
         return str(path)
 
-    def _try(self) -> None:
-        """Forward and backward pass in the shapes of a training step; no gradient is left."""
+    def _try(self) -> None:  # forward and backward pass in the shapes of a training step; no gradient is left
         share = -(-self.config.batch_size // self.config.worker_range[0])
         clean = torch.zeros(min(self.config.microbatch or share, share), 1, *self.config.patch_size, device=self.device)
         with autocast(self.device, self.dtype):

@@ -28,8 +28,6 @@ def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], set
         for module in modules:
             module._compiled_call_impl = None  # torch has no public way to undo `compile`
         torch.compiler.reset()
-        logging.getLogger(__name__).warning(
-            "%s: torch.compile does not work here, going on without: %s", setting, reason(error)
-        )
+        logging.getLogger(__name__).warning("%s: going on without torch.compile: %s", setting, reason(error))
         return False
     return True

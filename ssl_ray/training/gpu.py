@@ -51,10 +51,6 @@ class StepGraph:
             optimizer.zero_grad(set_to_none=True)
             go.fill_(True)
 
-    def fits(self, stored: Tensor) -> bool:
-        """Whether patches have the recorded shape."""
-        return stored.shape == self._stored.shape
-
     def __call__(self, stored: Tensor, drawn: Sequence[Tensor], lr: float) -> tuple[Tensor, Tensor]:
         """One step; loss and norm are the caller's, the next step does not overwrite them."""
         self._stored.copy_(stored)

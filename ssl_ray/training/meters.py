@@ -54,9 +54,8 @@ class ObjectStore:
     """The object store of the cluster that this process is connected to."""
 
     def __init__(self) -> None:
-        self._next = 0.0  # no sample before this time
+        self._next, self._said_spilling = 0.0, False  # no sample before this time
         self._spilled_before: float | None = None
-        self._said_spilling = False
 
     def sample(self) -> dict[str, float]:
         """Use of all nodes' object stores together, and what they spilled to disk since the first sample.

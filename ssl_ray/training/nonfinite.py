@@ -14,8 +14,7 @@ from torch import Tensor
 from ssl_ray.config.schema import OnNonfinite
 from ssl_ray.storage.files import write_file
 
-_KEPT = 3
-"""Number of faults that are kept in a folder: those that follow have the same cause."""
+_KEPT = 3  # faults in a folder: those that follow have the same cause
 
 T = TypeVar("T")
 
@@ -59,8 +58,7 @@ class Watch(Generic[T]):
     def __init__(self, policy: OnNonfinite, limit: int) -> None:
         """Stop at the first fault, or `skip` up to `limit` of them in a row."""
         self._limit = 0 if policy == "stop" else limit
-        self.row = 0
-        """Number of consecutive non-finite steps so far. Checkpoints carry it."""
+        self.row = 0  # number of consecutive non-finite steps so far; checkpoints carry it
         self._pending: tuple[T, Tensor, Any] | None = None
 
     def look(self, what: T, loss: Tensor, norm: Tensor) -> Fault[T] | None:

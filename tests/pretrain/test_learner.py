@@ -162,14 +162,3 @@ def test_a_recorded_run_resumes_from_a_checkpoint_of_either_kind(tmp_path: Path)
         steps(other, 5, 7)  # recorded before the state is loaded
         other.load(copy.deepcopy(one.state()))
         np.testing.assert_allclose(steps(other, 3, 6), steps(one, 3, 6), rtol=1e-4)
-
-
-@needs_gpu
-def test_a_batch_of_another_size_runs_without_the_graph(tmp_path: Path) -> None:
-    """Fewer patches than were recorded are a step of their own."""
-    made = make(tmp_path, torch.device("cuda", 0))
-    steps(made, 0, 2)
-    loss, norm = made.step(np.ones((2,) + (SIDE,) * 3, np.uint8), np.arange(2), 1, 1e-3)
-    assert torch.isfinite(loss)
-    assert torch.isfinite(norm)
-    assert np.isfinite(steps(made, 2, 4)).all()
