@@ -50,7 +50,7 @@ class PretrainingLearner:
         self.model = parallel(self.restoration, self.restoration.blocks, device, self.config.shard)
         self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
         self.best = math.inf
-        # Under DDP and FSDP the hooks that exchange gradients would have to be recorded too, and batches differ in size.
+        # Under DDP and FSDP the hooks that exchange gradients would have to be recorded too, and batches may differ.
         self.graphs = device.type == "cuda" and type(self.model) is Restoration
         self._graph: StepGraph | None = None
         self._go = torch.ones((), dtype=torch.bool, device=device)
