@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ssl_ray.config.schema import Precision
+from ssl_ray.config.common import Precision
 
 
 def resolve(precision: Precision, device: torch.device) -> torch.dtype:
