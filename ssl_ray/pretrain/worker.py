@@ -12,7 +12,8 @@ from ray import train
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
-from ssl_ray.networks.flops import autoencoder_flops
+from ssl_ray.networks.flops import network_cost
+from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.records import Reporter, Totals
@@ -35,7 +36,7 @@ def train_loop(job: Job) -> None:
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
     views = 2 if config.contrastive.enabled else 1
-    flops = views * autoencoder_flops(job.recipe.network, config.patch_size).training
+    flops = views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
     totals = Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = Reporter(job.reports, rank), _Preemption()
     saver, saved = Saver(job.checkpoints, config.keep_checkpoints, job.mirror), time.monotonic()
