@@ -89,11 +89,9 @@ def _cluster(study: Study, device: Device | None) -> Figures:
 
 def _step_seconds(work: Figures, device: Device, precision: str) -> float | None:
     """Of a pretraining step, at the measured share of a device's peak."""
-    flops = work["flops_per_step"] / work["workers"]
-    mfu = max((share for least, share in _MFU.items() if least <= flops), default=None)
-    if mfu is None or device.dtype(precision) != "bfloat16":
-        return None
-    return flops / (mfu * device.peak("bfloat16"))
+    flops: float = work["flops_per_step"] / work["workers"]
+    measured = [share for least, share in _MFU.items() if least <= flops and device.dtype(precision) == "bfloat16"]
+    return flops / (max(measured) * device.peak("bfloat16")) if measured else None
 
 
 def _lacks(

@@ -9,7 +9,7 @@ from typing import Any
 def render(tree: Mapping[str, Any]) -> str:
     """Totals first, then a block for each section; `-` stands for what is not known."""
     blocks = {
-        "total": {key: value for key, value in tree.items() if not isinstance(value, dict | list | tuple)},
+        "altogether": {key: value for key, value in tree.items() if not isinstance(value, dict | list | tuple)},
         **tree,
     }
     lines = []
