@@ -8,12 +8,9 @@ from typing import Any
 
 def render(tree: Mapping[str, Any]) -> str:
     """Totals first, then a block for each section; `-` stands for what is not known."""
-    blocks = {
-        "altogether": {key: value for key, value in tree.items() if not isinstance(value, dict | list | tuple)},
-        **tree,
-    }
+    totals = {key: value for key, value in tree.items() if not isinstance(value, dict | list | tuple)}
     lines = []
-    for title, block in blocks.items():
+    for title, block in {"study": totals, **tree}.items():
         if block and isinstance(block, list | tuple):
             lines += ["", title, *(f"  - {line}" for line in block)]
         elif block and isinstance(block, dict):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.canonical import levels
 from ssl_ray.data.datalist import Case, check_held_out, read_labelled, read_unlabelled
-from ssl_ray.data.store import Store, Volume
+from ssl_ray.data.store import VOLUME_JSON, Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import validation_share
 from ssl_ray.storage.files import MANIFEST
@@ -63,7 +63,7 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
     # By source and preparation, as the store's own keys would need the sources' content.
     for path in Store(folders.cache, folders.scratch).folder.glob(f"??/*/{MANIFEST}"):
         with suppress(OSError, ValueError):  # a damaged volume counts as missing
-            volume = Volume.from_json(path.read_bytes())
+            volume = VOLUME_JSON.validate_json(path.read_bytes())
             stored[volume.image_source, volume.spacing, volume.hu_window, bool(volume.label_source)] = volume
     for name, cases in zip(_GROUPS, sections, strict=True):
         part = config if name.startswith("labelled") else study.pretrain
