@@ -18,15 +18,7 @@ from ssl_ray.console import say
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.client import KEY as KEY
-from ssl_ray.tracking.client import (
-    PARENT,
-    Away,
-    Client,
-    MlflowException,
-    MlflowRun,
-    Patience,
-    reason,
-)
+from ssl_ray.tracking.client import PARENT, Away, Client, MlflowException, MlflowRun, reason, timeout
 from ssl_ray.tracking.delivery import Delivery
 from ssl_ray.tracking.run import Run as Run
 from ssl_ray.tracking.run import now
@@ -46,20 +38,13 @@ class MissingExperiment(UserError):  # noqa: N818
 class Tracker:
     """The study's MLflow experiment. Whatever is read has what was written before, unless MLflow is away."""
 
-    def __init__(
-        self,
-        settings: Tracking,
-        folders: Folders,
-        create: bool = True,
-        deliver: bool | None = None,
-        patience: Patience = Patience(),  # noqa: B008
-    ) -> None:
+    def __init__(self, settings: Tracking, folders: Folders, create: bool = True, longest_pause: float = 30.0) -> None:
         """Args:
         settings: tracking URI and experiment; the study's own database and name where they are left out.
         folders: of the study; the journals lie in `<study>/journal`.
-        create: make the experiment where it does not exist yet; if not, MLflow has to answer.
-        deliver: deliver what an earlier process left behind; as `create` says if left out. Only one process may.
-        patience: how long MLflow gets.
+        create: make the experiment where it does not exist yet, and deliver what this process and those before it have
+            logged, which only one process may; if not, MLflow has to answer.
+        longest_pause: seconds between two tries to reach MLflow, at most.
 
         Raises:
             UserError: when the experiment does not exist and is not to be made, or when MLflow does not answer, unless
@@ -69,11 +54,11 @@ class Tracker:
         self.experiment, self._create = settings.experiment or folders.name, create
         self._artifacts = folders.output.folder / "artifacts" / self.experiment
         # Another server, experiment or format begins another journal: run ids of one mean nothing to the other.
-        name = hashlib.sha256(f"format 2 {self.uri} {self.experiment}".encode()).hexdigest()[:12]
+        name = hashlib.sha256(f"format 3 {self.uri} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
-        self._delivery = delivery = _deliveries.get(home) or Delivery(self.uri, home, self._find, patience)
-        self._contact(home / "experiment_id", patience.contact)
-        if deliver if deliver is not None else create:
+        self._delivery = delivery = _deliveries.get(home) or Delivery(self.uri, home, self._find, longest_pause)
+        self._contact(home / "experiment_id")
+        if create:
             _deliveries[home] = delivery
             delivery.start()
         elif delivery.left and not delivery.running:
@@ -97,20 +82,17 @@ class Tracker:
             )
         return str(found.experiment_id)
 
-    def _contact(self, known: Path, seconds: float) -> None:
+    def _contact(self, known: Path) -> None:
         delivery = self._delivery
-        if not self.uri.startswith("http"):
-            seconds = 300.0  # a database on this disk may have to be made first
         try:
             if self.uri.startswith("sqlite:///"):
                 Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            delivery.experiment_id = delivery.ask(self._find, seconds)
+            with timeout(5):  # a wrong address is to be found out within seconds
+                delivery.experiment_id = delivery.ask(self._find)
         except (Away, MlflowException, OSError) as error:
             delivery.away = delivery.away or reason(error)
             if not self._create or not known.is_file():
-                raise UserError(
-                    f"tracking.uri: MLflow at {delivery.place} does not answer ({delivery.away})"
-                ) from error
+                raise UserError(delivery.silence) from error
             delivery.experiment_id = known.read_text()
             delivery.tell_away()
         else:
@@ -135,14 +117,14 @@ class Tracker:
 
     def finished(self, kind: str, key: str) -> str | None:
         """Id of the finished run of a key; by the journal where MLflow is away or has not heard of the run yet."""
-        delivery, journal = self._delivery, self._delivery.journal(_name(kind, key))
-        done = journal is not None and journal.status == "FINISHED"
-        delivery.catch_up(10, journal)
-        if not (done and journal and (journal.left or journal.run_id is None)):
+        run = self._delivery.run(_name(kind, key))
+        done = run is not None and run.status == "FINISHED"
+        self._delivery.catch_up(10, run)
+        if not (done and run and (run.waiting or run.run_id is None)):
             with suppress(Away):  # the journal answers
-                runs = delivery.ask(lambda client: client.find(self._delivery.experiment_id, kind=kind, key=key), 20)
-                return next((run.info.run_id for run in runs if run.info.status == "FINISHED"), None)
-        return Run(delivery, journal).id if done and journal else None
+                found = self._delivery.ask(lambda client: client.find(self._delivery.experiment_id, kind=kind, key=key))
+                return next((one.info.run_id for one in found if one.info.status == "FINISHED"), None)
+        return run.id if done and run else None
 
     def history(self, run_id: str, metric: str) -> dict[int, float]:
         """Values of a metric by step, ascending."""
@@ -155,7 +137,7 @@ class Tracker:
         return sorted(item.path for item in items if not item.is_dir)
 
     def read(self, run_id: str, path: str) -> bytes | None:
-        """Content of an artifact, or None where the run has none of that path; the journal's where MLflow is away."""
+        """Content of an artifact, or None where the run has none, or where MLflow is away from a training."""
         try:
             if path not in self.files(run_id, path.rpartition("/")[0] or None):
                 return None
@@ -163,16 +145,15 @@ class Tracker:
                 got = self._ask(lambda client: client.download_artifacts(self._real(run_id), path, folder))
                 return Path(got).read_bytes()
         except Away:
-            journal = self._delivery.journal(run_id)
-            if journal is None or not self._create:
-                raise
-            return journal.text(path)
+            if self._create:
+                return None
+            raise
 
     def attach(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file with a run that may have ended long ago."""
-        journal = self._delivery.journal(run_id)
-        if journal and self._delivery.running:
-            Run(self._delivery, journal).artifact(path, folder)
+        run = self._delivery.run(run_id)
+        if run and self._delivery.running:
+            run.artifact(path, folder)
         else:
             self._delivery.client.log_artifact(run_id, str(path), folder)
 
@@ -185,7 +166,7 @@ class Tracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> Run:
-        """The run of a key, new or taken up again.
+        """The run of a key, new or taken up again; one that was deleted in MLflow is a new one.
 
         Args:
             kind: what it is: pretraining, grid or trial.
@@ -195,22 +176,27 @@ class Tracker:
             parent: `id` of the run that this one belongs to.
             tags: further tags; a value that is another run's `id` becomes MLflow's id of it.
         """
-        journal = self._delivery.journal(_name(kind, key), create=True)
-        assert journal is not None
-        run = Run(self._delivery, journal)
-        texts = {key: str(value)[:6000] for key, value in params.items()}  # MLflow's limit
-        all_tags = {**(tags or {}), **({PARENT: parent} if parent else {})}
-        journal.append(
-            {"do": "open", "at": now(), "kind": kind, "key": key, "name": name, "params": texts, "tags": all_tags}
-        )
+        delivery, known = self._delivery, {}
+        run = delivery.run(_name(kind, key), create=True)
+        assert run is not None
+        delivery.catch_up(10, run)
+        with suppress(Away, MlflowException):  # the journal knows what this machine has logged
+            found = delivery.ask(lambda client: client.find(delivery.experiment_id, kind=kind, key=key))
+            if not found and run.run_id and not run.waiting:
+                run.forget()
+            if found and run.status is None:  # another machine's, or the journal was lost
+                known = delivery.ask(lambda client: client.steps(found[0].info.run_id))
+        run.append({"do": "open", "at": now(), "kind": kind, "key": key, "name": name})
+        if known:
+            run.append({"do": "known", "steps": known})
+        run.append({"do": "params", "values": {key: str(value)[:6000] for key, value in params.items()}})  # its limit
+        run.tags({**(tags or {}), **({PARENT: parent} if parent else {})})
         return run
 
     def settle(self, timeout: float = 60) -> int:
         """Wait at the end of a study until MLflow has everything, and say what it has not -> records that are left."""
         delivery = self._delivery
         delivery.catch_up(timeout, even_away=True)
-        for name, why in delivery.refused.items():
-            say(f"MLflow refused something of run {name}: {why}; it is kept in {delivery.folder / name}")
         if left := delivery.left:
             why = f" ({delivery.away})" if delivery.away else ""
             say(
@@ -225,8 +211,8 @@ class Tracker:
         _deliveries.pop(self._delivery.folder, None)
 
     def _real(self, run_id: str) -> str:
-        journal = self._delivery.journal(run_id)
-        return journal.run_id if journal and journal.run_id else run_id
+        run = self._delivery.run(run_id)
+        return run.run_id if run and run.run_id else run_id
 
     def _ask(self, question: Callable[[Client], T]) -> T:
         self._delivery.catch_up(30)
@@ -240,9 +226,10 @@ def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
         UserError: when MLflow does not answer or refuses, or does not have everything yet.
     """
     try:
-        tracker = Tracker(settings, folders, create=False, deliver=True)
+        tracker = Tracker(settings, folders, create=False)
     except MissingExperiment:
         return False
+    tracker._delivery.start()
     try:
         if left := tracker.settle(30):
             raise UserError(f"{folders.study}: MLflow has yet to get {left} records; it has to have them first")

@@ -75,7 +75,7 @@ def test_many_runs_while_the_server_is_killed(
         for step in range(400):
             run.metrics({"loss": number + step / 1000, "lr": 0.1}, step)
             if step == 150:
-                run.logged("loss")  # MLflow has what was written so far
+                tracker.files(run.id)  # MLflow has what was written so far
                 written.wait()
             time.sleep(0.001)
         run.artifact(tmp_path / "file.txt", "folder")
@@ -149,7 +149,7 @@ def test_a_server_that_never_comes_back(server: Server, track: Track, folders: F
     assert pretraining.logged("loss") == {1}
     assert tracker.finished("pretraining", "p") is None
     pretraining.close()
-    assert tracker.settle(0.5) == 3
+    assert tracker.settle(0.5) == 5
     tracker.stop()
 
     tracker = track(server.uri)
@@ -157,7 +157,7 @@ def test_a_server_that_never_comes_back(server: Server, track: Track, folders: F
     assert done == pretraining.id
     grid = tracker.open("grid", "g", "grid", {})
     grid.text("{}", "cells.json")
-    assert tracker.read(grid.id, "cells.json") == b"{}"
+    assert tracker.read(grid.id, "cells.json") is None
     assert tracker.runs(kind="trial") == []
     trial = tracker.open("trial", "t", "t", {}, grid.id, {PRETRAINING_RUN: done})
     assert trial.logged("loss") == set()
