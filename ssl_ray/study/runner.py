@@ -58,8 +58,8 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         if last == "pretrain":
             return ()
         grid = _run_grid(study, folders, tracker, cohorts.splits, prepared, pretrained)
-        if last == "report":
-            report(study, folders)
+    if last == "report":
+        report(study, folders)
     return grid.failed
 
 
@@ -105,6 +105,7 @@ def _tracking(study: Study) -> Iterator[Tracker]:
         yield tracker
     finally:
         tracker.settle()
+        tracker.stop()
 
 
 def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts) -> Pretrained:

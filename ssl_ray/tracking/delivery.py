@@ -5,10 +5,10 @@ point (same value, step and time stamp) for the same one; parameters, tags, file
 a run is looked up by its key before it is made.
 """
 
-import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from threading import Condition, Thread
 from typing import TypeVar
 
 from ssl_ray.console import say
@@ -35,85 +35,54 @@ _FILE_TRIES = 5
 """So often is a file tried that cannot be stored although MLflow answers, e.g. for want of a right or of a library."""
 
 
-class Delivery:
+class Delivery(Thread):
     """The runs of one MLflow experiment, and the thread that delivers what they log.
 
     Attributes:
         folder: of the runs' journals.
         place: MLflow's tracking URI without user name and password.
         experiment_id: MLflow's id of the experiment, None until it is known.
+        runs: by name, those that an earlier process left included.
         away: why MLflow does not answer; None while it does.
     """
 
     def __init__(self, uri: str, folder: Path, find_experiment: Callable[[Client], str], longest_pause: float) -> None:
         """`find_experiment` asks MLflow for the experiment's id, or makes it; the pause is in seconds."""
+        super().__init__(daemon=True, name="ssl-ray-mlflow")
         self._uri, self.folder, self._find_experiment, self._longest_pause = uri, folder, find_experiment, longest_pause
         self.place = without_password(uri)
         self.experiment_id: str | None = None
         self.away: str | None = None
-        self._told = self._stopped = False
+        self._told_away = self._stopped = False
         self._told_refused: set[str] = set()
-        self._wake = threading.Condition()
-        # By name, so that grid and pretraining come before the trials that refer to them.
-        self._runs = {path.name: Run(path, self._notify) for path in sorted(folder.glob("*/"))}
-        self._thread = threading.Thread(target=self._work, daemon=True, name="ssl-ray-mlflow")
+        self.wake = Condition()
+        # In this order grid and pretraining come before the trials that refer to them.
+        self.runs = {path.name: Run(path, self.wake) for path in sorted(folder.glob("*/"))}
 
     @cached_property
     def client(self) -> Client:
         """MLflow's client; making it may already need MLflow's database."""
         return Client(self._uri)
 
-    @property
-    def silence(self) -> str:
-        """What to tell the user while MLflow is away."""
-        return f"tracking.uri: MLflow at {self.place} does not answer ({self.away})"
-
-    @property
-    def running(self) -> bool:
-        """Whether what is logged is delivered, too."""
-        return self._thread.is_alive()
-
-    def start(self) -> None:
-        """Begin to deliver, until the process ends."""
-        if not self.running:
-            self._thread.start()
-
     def stop(self) -> None:
         """Deliver no more; what is left stays on disk."""
-        self._stopped = True
-        self._notify()
-        if self.running:
-            self._thread.join(10)
-
-    def run(self, run: str, create: bool = False) -> Run | None:
-        """A run by its name, a reference to it, or MLflow's id."""
-        name = run.removeprefix(REFERENCE)
-        with self._wake:
-            if create and name not in self._runs:
-                self._runs[name] = Run(self.folder / name, self._notify)
-            return self._runs.get(name) or next((one for one in self._runs.values() if one.run_id == name), None)
-
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify_all()
-
-    def _due(self, run: Run | None = None) -> list[Run]:
-        return [one for one in self._runs.values() if one.waiting and run in (None, one)]
+        with self.wake:
+            self._stopped = True
+            self.wake.notify_all()
+        if self.is_alive():
+            self.join(10)
 
     @property
     def left(self) -> int:
         """Number of records that MLflow has not got yet."""
-        with self._wake:
-            return sum(len(run.waiting) for run in self._due())
+        return sum(len(run.waiting) for run in list(self.runs.values()))
 
-    def catch_up(self, seconds: float, run: Run | None = None, even_away: bool = False) -> None:
-        """Wait until everything (of a run) is delivered, as long as there is hope."""
-
-        def settled() -> bool:
-            return not self.running or bool(self.away and not even_away) or not self._due(run)
-
-        with self._wake:
-            self._wake.wait_for(settled, seconds)
+    def catch_up(self, seconds: float, even_away: bool = False) -> None:
+        """Wait until everything is delivered, as long as there is hope."""
+        with self.wake:
+            self.wake.wait_for(
+                lambda: not self.is_alive() or (self.away and not even_away) or not self.left, timeout=seconds
+            )
 
     def ask(self, question: Callable[[Client], T]) -> T:
         """An answer from MLflow.
@@ -131,29 +100,30 @@ class Delivery:
                 if is_refusal(error):
                     raise
                 if last:
-                    self.away = reason(error)
-                    self._notify()  # the thread finds out when it is back
-        raise Away(self.silence)
+                    self.set_away(reason(error))
+        raise Away(f"tracking.uri: MLflow at {self.place} does not answer ({self.away})")
 
-    def tell_away(self) -> None:
-        """Tell the user that MLflow does not answer, once until it is back."""
-        if not self._told:
-            self._told = True
-            say(
-                f"MLflow at {self.place} does not answer ({self.away}); metrics are kept in {self.folder} and "
-                "delivered when it is back"
-            )
+    def set_away(self, why: str | None, tell: bool = False) -> None:
+        """Note why MLflow does not answer, or that it does, for all who wait; the user is told of each change once."""
+        with self.wake:
+            self.away = why
+            self.wake.notify_all()
+            if why and tell and not self._told_away:
+                say(f"MLflow at {self.place} does not answer ({why}); metrics are kept in {self.folder} until it does")
+            elif self._told_away and not why:
+                say(f"MLflow at {self.place} is back")
+            self._told_away = bool(why) and (tell or self._told_away)
 
-    def _work(self) -> None:
+    def run(self) -> None:
         """Send the oldest records of every run in turn, a request each, so that no run waits for another's backlog.
 
         What MLflow refuses as a whole is sent once more value by value, and what it refuses then is put aside.
         """
         pause = 0.0
         while not self._stopped:
-            with self._wake:
-                self._wake.wait_for(lambda: self._stopped or self.away or self._due())
-                due = self._due()
+            with self.wake:
+                self.wake.wait_for(lambda: self._stopped or self.away or self.left)
+                due = [run for run in self.runs.values() if run.waiting]
             try:
                 if self.away:
                     self.experiment_id = self._find_experiment(self.client)
@@ -164,15 +134,13 @@ class Delivery:
                         try:
                             if part[0]["do"] != "metrics":
                                 self._send(run, part[0])
-                            elif run.run_id is None:
-                                raise Refused("MLflow did not make the run")
                             else:
                                 points = [
                                     Metric(key, value, record["at"], record["step"])
                                     for record in part
                                     for key, value in record["values"].items()
                                 ]
-                                self.client.log_batch(run.run_id, points)
+                                self.client.log_batch(_known(run), points)
                         except Exception as error:
                             run.tries += 1
                             if not is_refusal(error) and not (part[0]["do"] == "file" and run.tries >= _FILE_TRIES):
@@ -187,42 +155,40 @@ class Delivery:
                         self._told_refused.add(run.name)
                         say(f"MLflow refused something of run {run.name}: {refused[0][1]}; it is kept in {run.folder}")
             except Exception as error:
-                self.away = reason(error)
-                if pause:  # a single failure is no news
-                    self.tell_away()
+                self.set_away(reason(error), tell=pause > 0)  # a single failure is no news
                 pause = min(2 * pause or 0.5, self._longest_pause)
-                with self._wake:
-                    self._wake.notify_all()
-                    self._wake.wait_for(lambda: self._stopped, pause)
+                with self.wake:
+                    self.wake.wait_for(lambda: self._stopped, pause)
             else:
                 pause = 0.0
-                self._back()
-
-    def _back(self) -> None:
-        with self._wake:
-            self.away = None
-            if self._told:
-                self._told = False
-                say(f"MLflow at {self.place} is back")
-            self._wake.notify_all()
+                self.set_away(None)
 
     def _send(self, run: Run, record: Record) -> None:
         """Send a record of anything but metrics."""
-        run_id = self._open(run, record) if record["do"] == "open" else run.run_id
-        if run_id is None:
-            raise Refused("MLflow did not make the run")
+        values: dict[str, str] = record.get("values", {})
+        if record["do"] == "open" and run.run_id is None:
+            kind, key = record["kind"], record["key"]
+            found = self.client.find(self.experiment_id, kind=kind, key=key)
+            made = found or [
+                self.client.create_run(self.experiment_id, record["at"], {KIND: kind, KEY: key}, record["name"])
+            ]
+            run.made(made[0].info.run_id)
+        run_id = _known(run)
         match record["do"]:
             case "open":
                 self.client.update_run(run_id, status="RUNNING")
             case "params":
                 # MLflow refuses to change a parameter; what does not affect the result may differ on taking up a run.
                 given = self.client.get_run(run_id).data.params
-                params = [Param(key, value) for key, value in record["values"].items() if key not in given]
+                params = [Param(key, value) for key, value in values.items() if key not in given]
                 for at in range(0, len(params), _PARAMS):
                     self.client.log_batch(run_id, params=params[at : at + _PARAMS])
             case "tags":
-                tags = [RunTag(key, self._resolve(value)) for key, value in record["values"].items()]
-                self.client.log_batch(run_id, tags=tags)
+                tags = {
+                    key: _known(self.runs.get(value.removeprefix(REFERENCE))) if value.startswith(REFERENCE) else value
+                    for key, value in values.items()
+                }
+                self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
             case "file":
                 self.client.log_artifact(run_id, str(run.folder / record["path"]), record["folder"])
             case "end":
@@ -230,24 +196,9 @@ class Delivery:
             case "unreadable":
                 raise Refused("the record cannot be read")
 
-    def _open(self, run: Run, record: Record) -> str:
-        """MLflow's id of the run, which is found or made."""
-        if run.run_id is None:
-            tags = {"kind": record["kind"], "key": record["key"]}
-            if found := self.client.find(self.experiment_id, **tags):
-                made = found[0]
-            else:
-                tags = {KIND: record["kind"], KEY: record["key"]}
-                made = self.client.create_run(self.experiment_id, record["at"], tags, record["name"])
-            run.made(made.info.run_id)
-        assert run.run_id
-        return run.run_id
 
-    def _resolve(self, value: str) -> str:
-        """A tag's value; where it is the reference of a run, which was opened before, MLflow's id of that."""
-        if not value.startswith(REFERENCE):
-            return value
-        run = self.run(value)
-        if run is None or run.run_id is None:
-            raise Refused(f"{value} is not in MLflow")
-        return run.run_id
+def _known(run: Run | None) -> str:
+    """MLflow's id of a run."""
+    if run is None or run.run_id is None:
+        raise Refused("MLflow did not make the run")
+    return run.run_id

@@ -11,12 +11,12 @@ A line without its end was cut off in mid-write and never acknowledged: it is ig
 
 import json
 import shutil
-import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Condition
 from typing import Any
 
 from ssl_ray.console import say
@@ -33,8 +33,6 @@ _VALUES = 1000
 class Run:
     """One MLflow run that is being written: nothing here waits for MLflow, and nothing raises for it.
 
-    One thread may log while another delivers.
-
     Attributes:
         run_id: MLflow's id of the run, None until MLflow has made it.
         status: RUNNING, FINISHED, FAILED or KILLED, as logged last; None before anything was.
@@ -42,14 +40,10 @@ class Run:
         tries: how often the oldest of them could not be delivered although MLflow had answered just before.
     """
 
-    def __init__(self, folder: Path, appended: Callable[[], None] = lambda: None) -> None:
-        """Args:
-        folder: of the journal; its name is the run's name.
-        appended: called after every append.
-        """
-        self.folder, self.name, self._appended = folder, folder.name, appended
+    def __init__(self, folder: Path, lock: Condition) -> None:
+        """The run whose journal is in `folder`, of which it has its name; the lock's waiters hear of each record."""
+        self.folder, self.name, self._lock = folder, folder.name, lock
         self._records, self._state = folder / "records.jsonl", folder / "state.json"
-        self._lock = threading.Lock()
         self._told_unwritable = False
         self._load()
 
@@ -144,7 +138,7 @@ class Run:
                 return
             self._end += len(line)
             self._note(record)
-        self._appended()
+            self._lock.notify_all()
 
     def pending(self) -> list[Record]:
         """The oldest records that MLflow has not got yet: metrics for one request, or one record of anything else."""

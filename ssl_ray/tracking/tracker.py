@@ -20,15 +20,12 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.client import KEY as KEY
 from ssl_ray.tracking.client import PARENT, Away, Client, MlflowException, MlflowRun, reason, timeout
 from ssl_ray.tracking.delivery import Delivery
+from ssl_ray.tracking.run import REFERENCE, now
 from ssl_ray.tracking.run import Run as Run
-from ssl_ray.tracking.run import now
 
 T = TypeVar("T")
 PRETRAINING_RUN = "ssl_ray.pretraining_run"
 """Tag of a trial that started from pretrained weights: the id of the run that made them."""
-
-_deliveries: dict[Path, Delivery] = {}
-"""One thread a journal and process: the report's tracker reads what the training's tracker still writes."""
 
 
 class MissingExperiment(UserError):  # noqa: N818
@@ -56,12 +53,21 @@ class Tracker:
         # Another server, experiment or format begins another journal: run ids of one mean nothing to the other.
         name = hashlib.sha256(f"format 3 {self.uri} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
-        self._delivery = delivery = _deliveries.get(home) or Delivery(self.uri, home, self._find, longest_pause)
-        self._contact(home / "experiment_id")
+        self._delivery = delivery = Delivery(self.uri, home, self._find, longest_pause)
+        try:
+            if self.uri.startswith("sqlite:///"):
+                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            with timeout(5):  # a wrong address is to be found out within seconds
+                delivery.experiment_id = delivery.ask(self._find)
+        except (Away, MlflowException, OSError) as error:
+            if not create or not home.is_dir():
+                why = delivery.away or reason(error)
+                raise UserError(f"tracking.uri: MLflow at {delivery.place} does not answer ({why})") from error
+            delivery.set_away(delivery.away or reason(error), tell=True)
         if create:
-            _deliveries[home] = delivery
+            home.mkdir(parents=True, exist_ok=True)
             delivery.start()
-        elif delivery.left and not delivery.running:
+        elif delivery.left:
             say(f"{delivery.left} records for MLflow are still in {home}; the next run of the study delivers them")
 
     def _find(self, client: Client) -> str:
@@ -82,24 +88,6 @@ class Tracker:
             )
         return str(found.experiment_id)
 
-    def _contact(self, known: Path) -> None:
-        delivery = self._delivery
-        try:
-            if self.uri.startswith("sqlite:///"):
-                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            with timeout(5):  # a wrong address is to be found out within seconds
-                delivery.experiment_id = delivery.ask(self._find)
-        except (Away, MlflowException, OSError) as error:
-            delivery.away = delivery.away or reason(error)
-            if not self._create or not known.is_file():
-                raise UserError(delivery.silence) from error
-            delivery.experiment_id = known.read_text()
-            delivery.tell_away()
-        else:
-            if self._create:
-                known.parent.mkdir(parents=True, exist_ok=True)
-                known.write_text(delivery.experiment_id)
-
     @property
     def client(self) -> Client:
         """MLflow's own client."""
@@ -111,20 +99,21 @@ class Tracker:
         try:
             return self._ask(lambda client: client.find(self._delivery.experiment_id, **tags))
         except Away:
-            if self._delivery.running and self._create:
+            if self._create:
                 return []
             raise
 
     def finished(self, kind: str, key: str) -> str | None:
         """Id of the finished run of a key; by the journal where MLflow is away or has not heard of the run yet."""
-        run = self._delivery.run(_name(kind, key))
-        done = run is not None and run.status == "FINISHED"
-        self._delivery.catch_up(10, run)
-        if not (done and run and (run.waiting or run.run_id is None)):
-            with suppress(Away):  # the journal answers
-                found = self._delivery.ask(lambda client: client.find(self._delivery.experiment_id, kind=kind, key=key))
-                return next((one.info.run_id for one in found if one.info.status == "FINISHED"), None)
-        return run.id if done and run else None
+        run = self._delivery.runs.get(_name(kind, key))
+        done = run.id if run and run.status == "FINISHED" else None
+        if done and run and (run.waiting or run.run_id is None):
+            return done
+        try:
+            found = self._delivery.ask(lambda client: client.find(self._delivery.experiment_id, kind=kind, key=key))
+        except Away:
+            return done
+        return next((one.info.run_id for one in found if one.info.status == "FINISHED"), None)
 
     def history(self, run_id: str, metric: str) -> dict[int, float]:
         """Values of a metric by step, ascending."""
@@ -151,11 +140,7 @@ class Tracker:
 
     def attach(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file with a run that may have ended long ago."""
-        run = self._delivery.run(run_id)
-        if run and self._delivery.running:
-            run.artifact(path, folder)
-        else:
-            self._delivery.client.log_artifact(run_id, str(path), folder)
+        self._ask(lambda client: client.log_artifact(self._real(run_id), str(path), folder))
 
     def open(
         self,
@@ -176,10 +161,9 @@ class Tracker:
             parent: `id` of the run that this one belongs to.
             tags: further tags; a value that is another run's `id` becomes MLflow's id of it.
         """
-        delivery, known = self._delivery, {}
-        run = delivery.run(_name(kind, key), create=True)
-        assert run is not None
-        delivery.catch_up(10, run)
+        delivery, journal, known = self._delivery, _name(kind, key), {}
+        with delivery.wake:
+            run = delivery.runs.setdefault(journal, Run(delivery.folder / journal, delivery.wake))
         with suppress(Away, MlflowException):  # the journal knows what this machine has logged
             found = delivery.ask(lambda client: client.find(delivery.experiment_id, kind=kind, key=key))
             if not found and run.run_id and not run.waiting:
@@ -208,11 +192,10 @@ class Tracker:
     def stop(self) -> None:
         """Deliver no more in this process; what is left stays on disk for the next tracker."""
         self._delivery.stop()
-        _deliveries.pop(self._delivery.folder, None)
 
     def _real(self, run_id: str) -> str:
-        run = self._delivery.run(run_id)
-        return run.run_id if run and run.run_id else run_id
+        run = self._delivery.runs.get(run_id.removeprefix(REFERENCE))
+        return run.id if run else run_id
 
     def _ask(self, question: Callable[[Client], T]) -> T:
         self._delivery.catch_up(30)

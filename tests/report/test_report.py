@@ -126,6 +126,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
             run.tags({FAILURE: outcome.failure})
         run.close(outcome.status)
     grid.close()
+    tracker.settle()
     return tracker
 
 

@@ -37,6 +37,8 @@ def track(folders: Folders, database: Path) -> Iterator[Callable[..., Tracker]]:
         if uri is None and not own.exists():
             own.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(database, own)
+        for tracker in made:
+            tracker.stop()
         made.append(Tracker(Tracking(uri=uri), folders, create, longest_pause=0.4))
         return made[-1]
 

@@ -4,8 +4,8 @@ import json
 import os
 import resource
 import shutil
-import threading
 from pathlib import Path
+from threading import Condition, Thread
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ def deliver(run: Run) -> list[Record]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    run = Run(tmp_path / "trial-key")
+    run = Run(tmp_path / "trial-key", Condition())
     for record in (OPEN, point(1), point(2)):
         run.append(record)
     return run
@@ -41,7 +41,7 @@ def test_what_was_appended_is_there_for_the_next_process(run: Run) -> None:
     """In order, non-finite numbers too."""
     last = point(3, loss=float("inf"), dice=float("-inf"))
     run.append(last)
-    again = Run(run.folder)
+    again = Run(run.folder, Condition())
     assert (len(again.waiting), again.status) == (4, "RUNNING")
     assert (again.logged("loss"), again.logged("dice")) == ({1, 2, 3}, {3})
     assert deliver(again) == [OPEN, point(1), point(2), last]
@@ -52,16 +52,16 @@ def test_a_torn_last_line_does_not_count(run: Run, cut: int) -> None:
     """Wherever it is cut off, and the next record is on a line of its own."""
     path = run.folder / "records.jsonl"
     os.truncate(path, path.stat().st_size - cut)
-    again = Run(run.folder)
+    again = Run(run.folder, Condition())
     assert len(again.waiting) == 2
     again.append(point(3))
-    assert deliver(Run(run.folder)) == [OPEN, point(1), point(3)]
+    assert deliver(Run(run.folder, Condition())) == [OPEN, point(1), point(3)]
 
 
 def test_a_line_that_cannot_be_read_hides_no_other(run: Run) -> None:
     with (run.folder / "records.jsonl").open("ab") as file:
         file.write(b"\0\0\0\n[1]\n")
-    again = Run(run.folder)
+    again = Run(run.folder, Condition())
     again.append(point(3))
     unreadable = {"do": "unreadable"}
     assert deliver(again) == [OPEN, point(1), point(2), unreadable, unreadable, point(3)]
@@ -71,11 +71,11 @@ def test_delivered_records_are_not_delivered_again(run: Run) -> None:
     """The next process goes on behind them, and from the start where the note of it got lost in a power cut."""
     run.made("id")
     run.delivered(run.pending())
-    again = Run(run.folder)
+    again = Run(run.folder, Condition())
     assert (again.run_id, len(again.waiting), again.logged("loss")) == ("id", 2, {1, 2})
     assert deliver(again) == [point(1), point(2)]
     (run.folder / "state.json").write_text("")
-    lost = Run(run.folder)
+    lost = Run(run.folder, Condition())
     assert (lost.run_id, len(lost.waiting), lost.status) == (None, 3, "RUNNING")
 
 
@@ -83,11 +83,11 @@ def test_delivered_records_are_not_delivered_again(run: Run) -> None:
 def test_an_ended_run_may_be_taken_up_again(run: Run, status: str) -> None:
     run.close(status)
     deliver(run)
-    again = Run(run.folder)
+    again = Run(run.folder, Condition())
     assert (again.status, len(again.waiting), again.logged("loss")) == (status, 0, {1, 2})
     again.append(OPEN)
     assert again.status == "RUNNING"
-    assert deliver(Run(run.folder)) == [OPEN]
+    assert deliver(Run(run.folder, Condition())) == [OPEN]
 
 
 @pytest.mark.parametrize("room", [0, 7])
@@ -103,7 +103,7 @@ def test_a_full_disk_is_told_once_and_stops_nothing(run: Run, room: int, capsys:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capsys.readouterr().out.count("File too large") == 1
     run.append(END)
-    assert deliver(Run(run.folder)) == deliver(run) == [OPEN, point(1), point(2), END]
+    assert deliver(Run(run.folder, Condition())) == deliver(run) == [OPEN, point(1), point(2), END]
 
 
 def test_a_file_is_copied_until_mlflow_has_it(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +131,7 @@ def test_an_artifact_that_is_logged_while_the_last_record_is_delivered(
         run.delivered(run.pending())
     (tmp_path / "report.html").write_text("report")
     copyfile = shutil.copyfile
-    delivery = threading.Thread(target=run.delivered, args=(run.pending(),))
+    delivery = Thread(target=run.delivered, args=(run.pending(),))
 
     def copy(*paths: Any) -> None:
         copyfile(*paths)

@@ -33,6 +33,7 @@ def test_everything_arrives_in_order(track: Track, tmp_path: Path) -> None:
     run.artifact(tmp_path / "file.txt", "folder")
     run.text("words", "words.txt")
     run.close()
+    assert tracker.settle() == 0
     found = tracker.client.get_run(run.id)
     assert found.info.status == "FINISHED"
     assert found.data.tags["colour"] == "blue"
@@ -50,12 +51,15 @@ def test_a_run_is_found_again_by_its_key(track: Track) -> None:
     first = tracker.open("trial", "key", "name", {"split": 6, "workers": 1})
     first.metrics({"loss": 1.0}, 7)
     first.close("FAILED")
+    assert tracker.settle() == 0
     assert tracker.finished("trial", "key") is None
-    again = track().open("trial", "key", "name", {"split": 6, "workers": 2, "new": "x"})
+    tracker = track()
+    again = tracker.open("trial", "key", "name", {"split": 6, "workers": 2, "new": "x"})
     assert again.id == first.id
     assert again.logged("loss") == {7}
     assert again.logged("never") == set()
     again.close()
+    assert tracker.settle() == 0
     assert tracker.finished("trial", "key") == first.id
     assert tracker.client.get_run(first.id).data.params == {"split": "6", "workers": "1", "new": "x"}
 
@@ -295,7 +299,7 @@ def test_an_artifact_that_is_logged_while_its_run_is_finished(
     assert ending.wait(20)
     with monkeypatch.context() as during:
         during.setattr(shutil, "copyfile", copy)
-        tracker.attach(run.id, tmp_path / "report.html", "report")
+        run.artifact(tmp_path / "report.html", "report")
     assert tracker.settle() == 0
     assert tracker.read(run.id, "report/report.html") == b"report"
     assert said.count("refused") == 0
