@@ -53,8 +53,7 @@ class Delivery(Thread):
         self.place = without_password(uri)
         self.experiment_id: str | None = None
         self.away: str | None = None
-        self._told_away = self._stopped = False
-        self._told_refused: set[str] = set()
+        self._stopped = False
         self.wake = Condition()
         # In this order grid and pretraining come before the trials that refer to them.
         self.runs = {path.name: Run(path, self.wake) for path in sorted(folder.glob("*/"))}
@@ -80,9 +79,7 @@ class Delivery(Thread):
     def catch_up(self, seconds: float, even_away: bool = False) -> None:
         """Wait until everything is delivered, as long as there is hope."""
         with self.wake:
-            self.wake.wait_for(
-                lambda: not self.is_alive() or (self.away and not even_away) or not self.left, timeout=seconds
-            )
+            self.wake.wait_for(lambda: not (self.left and self.is_alive()) or (self.away and not even_away), seconds)
 
     def ask(self, question: Callable[[Client], T]) -> T:
         """An answer from MLflow.
@@ -103,23 +100,18 @@ class Delivery(Thread):
                     self.set_away(reason(error))
         raise Away(f"tracking.uri: MLflow at {self.place} does not answer ({self.away})")
 
-    def set_away(self, why: str | None, tell: bool = False) -> None:
-        """Note why MLflow does not answer, or that it does, for all who wait; the user is told of each change once."""
+    def set_away(self, why: str | None) -> None:
+        """Note why MLflow does not answer, or that it does, for all who wait."""
         with self.wake:
             self.away = why
             self.wake.notify_all()
-            if why and tell and not self._told_away:
-                say(f"MLflow at {self.place} does not answer ({why}); metrics are kept in {self.folder} until it does")
-            elif self._told_away and not why:
-                say(f"MLflow at {self.place} is back")
-            self._told_away = bool(why) and (tell or self._told_away)
 
     def run(self) -> None:
         """Send the oldest records of every run in turn, a request each, so that no run waits for another's backlog.
 
         What MLflow refuses as a whole is sent once more value by value, and what it refuses then is put aside.
         """
-        pause = 0.0
+        failures = 0
         while not self._stopped:
             with self.wake:
                 self.wake.wait_for(lambda: self._stopped or self.away or self.left)
@@ -151,16 +143,15 @@ class Delivery(Thread):
                             else:
                                 refused.append((part[0], reason(error)))
                     run.delivered(batch, refused)
-                    if refused and run.name not in self._told_refused:
-                        self._told_refused.add(run.name)
-                        say(f"MLflow refused something of run {run.name}: {refused[0][1]}; it is kept in {run.folder}")
             except Exception as error:
-                self.set_away(reason(error), tell=pause > 0)  # a single failure is no news
-                pause = min(2 * pause or 0.5, self._longest_pause)
+                self.set_away(reason(error))
+                failures = min(failures + 1, 10)
+                if failures == 2:  # a single failure is no news
+                    say(f"MLflow at {self.place} does not answer ({self.away}); metrics are kept in {self.folder}")
                 with self.wake:
-                    self.wake.wait_for(lambda: self._stopped, pause)
+                    self.wake.wait_for(lambda: self._stopped, min(0.25 * 2**failures, self._longest_pause))
             else:
-                pause = 0.0
+                failures = 0
                 self.set_away(None)
 
     def _send(self, run: Run, record: Record) -> None:
@@ -169,10 +160,9 @@ class Delivery(Thread):
         if record["do"] == "open" and run.run_id is None:
             kind, key = record["kind"], record["key"]
             found = self.client.find(self.experiment_id, kind=kind, key=key)
-            made = found or [
-                self.client.create_run(self.experiment_id, record["at"], {KIND: kind, KEY: key}, record["name"])
-            ]
-            run.made(made[0].info.run_id)
+            new = self.experiment_id, record["at"], {KIND: kind, KEY: key}, record["name"]
+            run.run_id = (found[0] if found else self.client.create_run(*new)).info.run_id
+            run.save()
         run_id = _known(run)
         match record["do"]:
             case "open":

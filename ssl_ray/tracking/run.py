@@ -45,9 +45,6 @@ class Run:
         self.folder, self.name, self._lock = folder, folder.name, lock
         self._records, self._state = folder / "records.jsonl", folder / "state.json"
         self._told_unwritable = False
-        self._load()
-
-    def _load(self) -> None:
         try:
             state = json.loads(self._state.read_text())
         except (FileNotFoundError, ValueError):  # a power cut may leave it empty; sending everything again is harmless
@@ -74,11 +71,10 @@ class Run:
             case "metrics":
                 for metric in record["values"]:
                     self._steps[metric].add(record["step"])
-            case "known":
-                for metric, steps in record["steps"].items():
-                    self._steps[metric].update(steps)
             case "open" | "end":
                 self.status = record.get("status", "RUNNING")
+                for metric, steps in record.get("known", {}).items():
+                    self._steps[metric].update(steps)
         self.waiting.append(record)
 
     @property
@@ -113,10 +109,7 @@ class Run:
         self.append({"do": "end", "at": now(), "status": status})
 
     def append(self, record: Record, content: Path | str | None = None) -> None:
-        """Keep a record, with a copy of the file or text that it is about.
-
-        What cannot be written, for want of room on the disk, is lost to MLflow.
-        """
+        """Keep a record, with a copy of its file or text; what finds no room on the disk is lost to MLflow."""
         with self._lock:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,9 +124,7 @@ class Run:
                     file.write(line)
             except OSError as error:
                 if not self._told_unwritable:
-                    say(
-                        f"{error.filename or self._records}: {error.strerror}; MLflow does not get it (run {self.name})"
-                    )
+                    say(f"run {self.name}: MLflow does not get everything ({error.filename}: {error.strerror})")
                 self._told_unwritable = True
                 return
             self._end += len(line)
@@ -157,30 +148,21 @@ class Run:
         with self._lock:
             self.tries = 0
             self._sent += len(batch)
-            with suppress(OSError):  # a full disk: what is not noted is sent again by the next process
-                if refused:
-                    with (self.folder / "refused.jsonl").open("a") as file:
-                        file.writelines(json.dumps({"why": why, "record": record}) + "\n" for record, why in refused)
-                self._save()
+            if refused:
+                path = self.folder / "refused.jsonl"
+                if not path.exists():
+                    say(f"MLflow refused something of run {self.name}: {refused[0][1]}; it is kept in {path}")
+                with suppress(OSError), path.open("a") as file:
+                    file.writelines(json.dumps({"why": why, "record": record}) + "\n" for record, why in refused)
+            self.save()
             for record in batch:
                 self.waiting.popleft()
                 if "path" in record and not refused:
                     shutil.rmtree((self.folder / record["path"]).parent, ignore_errors=True)
 
-    def made(self, run_id: str) -> None:
-        """MLflow has made the run."""
-        with self._lock, suppress(OSError):  # a full disk: the next process finds the run by its key
-            self.run_id = run_id
-            self._save()
-
-    def forget(self) -> None:
-        """Begin the journal anew."""
-        with self._lock:
-            shutil.rmtree(self.folder)
-            self._load()
-
-    def _save(self) -> None:
-        with appearing(self._state) as part:
+    def save(self) -> None:
+        """Note what MLflow has; on a full disk the next process finds the run by its key and sends all of it again."""
+        with suppress(OSError), appearing(self._state) as part:
             part.write_text(json.dumps({"run_id": self.run_id, "sent": self._sent}))
 
 

@@ -6,6 +6,7 @@ to MLflow: neither a slow server nor one that is away slows or stops a training.
 """
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,7 +21,7 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.client import KEY as KEY
 from ssl_ray.tracking.client import PARENT, Away, Client, MlflowException, MlflowRun, reason, timeout
 from ssl_ray.tracking.delivery import Delivery
-from ssl_ray.tracking.run import REFERENCE, now
+from ssl_ray.tracking.run import REFERENCE, Record, now
 from ssl_ray.tracking.run import Run as Run
 
 T = TypeVar("T")
@@ -33,7 +34,11 @@ class MissingExperiment(UserError):  # noqa: N818
 
 
 class Tracker:
-    """The study's MLflow experiment. Whatever is read has what was written before, unless MLflow is away."""
+    """The study's MLflow experiment.
+
+    Whatever is read has what was written before. While MLflow is away, a training finds nothing, and anybody else gets
+    an error.
+    """
 
     def __init__(self, settings: Tracking, folders: Folders, create: bool = True, longest_pause: float = 30.0) -> None:
         """Args:
@@ -55,15 +60,14 @@ class Tracker:
         home = folders.study / "journal" / name
         self._delivery = delivery = Delivery(self.uri, home, self._find, longest_pause)
         try:
-            if self.uri.startswith("sqlite:///"):
-                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            folders.output.folder.mkdir(parents=True, exist_ok=True)
             with timeout(5):  # a wrong address is to be found out within seconds
                 delivery.experiment_id = delivery.ask(self._find)
         except (Away, MlflowException, OSError) as error:
             if not create or not home.is_dir():
                 why = delivery.away or reason(error)
                 raise UserError(f"tracking.uri: MLflow at {delivery.place} does not answer ({why})") from error
-            delivery.set_away(delivery.away or reason(error), tell=True)
+            delivery.set_away(delivery.away or reason(error))
         if create:
             home.mkdir(parents=True, exist_ok=True)
             delivery.start()
@@ -95,13 +99,8 @@ class Tracker:
         return self._delivery.client
 
     def runs(self, **tags: str) -> list[MlflowRun]:
-        """Runs whose tags (`kind`, `key`, `parent`) match, newest first; none while MLflow is away from a training."""
-        try:
-            return self._ask(lambda client: client.find(self._delivery.experiment_id, **tags))
-        except Away:
-            if self._create:
-                return []
-            raise
+        """Runs whose tags (`kind`, `key`, `parent`) match, newest first."""
+        return self._ask(lambda client: client.find(self._delivery.experiment_id, **tags), [])
 
     def finished(self, kind: str, key: str) -> str | None:
         """Id of the finished run of a key; by the journal where MLflow is away or has not heard of the run yet."""
@@ -117,30 +116,25 @@ class Tracker:
 
     def history(self, run_id: str, metric: str) -> dict[int, float]:
         """Values of a metric by step, ascending."""
-        points = self._ask(lambda client: client.get_metric_history(self._real(run_id), metric))
+        points: list[Any] = self._ask(lambda client: client.get_metric_history(self._real(run_id), metric), [])
         return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
 
     def files(self, run_id: str, folder: str | None = None) -> list[str]:
         """Paths of a run's artifacts in one folder, sorted by name."""
-        items = self._ask(lambda client: client.list_artifacts(self._real(run_id), folder))
+        items: list[Any] = self._ask(lambda client: client.list_artifacts(self._real(run_id), folder), [])
         return sorted(item.path for item in items if not item.is_dir)
 
     def read(self, run_id: str, path: str) -> bytes | None:
-        """Content of an artifact, or None where the run has none, or where MLflow is away from a training."""
-        try:
-            if path not in self.files(run_id, path.rpartition("/")[0] or None):
-                return None
-            with tempfile.TemporaryDirectory() as folder:
-                got = self._ask(lambda client: client.download_artifacts(self._real(run_id), path, folder))
-                return Path(got).read_bytes()
-        except Away:
-            if self._create:
-                return None
-            raise
+        """Content of an artifact, or None where the run has none of that path."""
+        if path not in self.files(run_id, path.rpartition("/")[0] or None):
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            got = self._ask(lambda client: client.download_artifacts(self._real(run_id), path, folder), None)
+            return Path(got).read_bytes() if got else None
 
     def attach(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file with a run that may have ended long ago."""
-        self._ask(lambda client: client.log_artifact(self._real(run_id), str(path), folder))
+        self._ask(lambda client: client.log_artifact(self._real(run_id), str(path), folder), None)
 
     def open(
         self,
@@ -154,25 +148,23 @@ class Tracker:
         """The run of a key, new or taken up again; one that was deleted in MLflow is a new one.
 
         Args:
-            kind: what it is: pretraining, grid or trial.
             key: digest of everything that its result depends on.
-            name: for the user.
-            params: parameters; those that the run has already stay as they are.
+            params: those that the run has already stay as they are.
             parent: `id` of the run that this one belongs to.
-            tags: further tags; a value that is another run's `id` becomes MLflow's id of it.
+            tags: a value that is another run's `id` becomes MLflow's id of it.
         """
-        delivery, journal, known = self._delivery, _name(kind, key), {}
+        delivery, journal = self._delivery, _name(kind, key)
+        record: Record = {"do": "open", "at": now(), "kind": kind, "key": key, "name": name}
         with delivery.wake:
             run = delivery.runs.setdefault(journal, Run(delivery.folder / journal, delivery.wake))
         with suppress(Away, MlflowException):  # the journal knows what this machine has logged
             found = delivery.ask(lambda client: client.find(delivery.experiment_id, kind=kind, key=key))
             if not found and run.run_id and not run.waiting:
-                run.forget()
+                shutil.rmtree(run.folder)
+                run = delivery.runs[journal] = Run(run.folder, delivery.wake)
             if found and run.status is None:  # another machine's, or the journal was lost
-                known = delivery.ask(lambda client: client.steps(found[0].info.run_id))
-        run.append({"do": "open", "at": now(), "kind": kind, "key": key, "name": name})
-        if known:
-            run.append({"do": "known", "steps": known})
+                record["known"] = delivery.ask(lambda client: client.steps(found[0].info.run_id))
+        run.append(record)
         run.append({"do": "params", "values": {key: str(value)[:6000] for key, value in params.items()}})  # its limit
         run.tags({**(tags or {}), **({PARENT: parent} if parent else {})})
         return run
@@ -197,9 +189,14 @@ class Tracker:
         run = self._delivery.runs.get(run_id.removeprefix(REFERENCE))
         return run.id if run else run_id
 
-    def _ask(self, question: Callable[[Client], T]) -> T:
+    def _ask(self, question: Callable[[Client], T], nothing: T) -> T:
         self._delivery.catch_up(30)
-        return self._delivery.ask(question)
+        try:
+            return self._delivery.ask(question)
+        except Away:
+            if self._create:
+                return nothing
+            raise
 
 
 def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:

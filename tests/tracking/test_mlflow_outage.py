@@ -105,7 +105,6 @@ def test_many_runs_while_the_server_is_killed(
         assert tracker.read(run.info.run_id, "folder/file.txt") == b"content"
         assert tracker.read(run.info.run_id, "words.txt") == b"words"
     assert said.count("metrics are kept in") == 1
-    assert said.count(f"MLflow at {server.uri} is back") == 1
 
 
 CUTS = ["experiments/create", "runs/create", "runs/log-batch", "PUT .*/artifacts/", "runs/update", "runs/search", "."]
@@ -143,7 +142,8 @@ def test_a_server_that_never_comes_back(server: Server, track: Track, folders: F
     track(server.uri).stop()
     server.kill()
     tracker = track(server.uri)
-    assert said.count(f"MLflow at {server.uri} does not answer (Connection refused); metrics are kept in") == 1
+    away = f"MLflow at {server.uri} does not answer (Connection refused); metrics are kept in"
+    runs.wait_for(lambda: said.count(away), "a line that MLflow is away", 20)
     pretraining = tracker.open("pretraining", "p", "p", {"a": 1})
     pretraining.metrics({"loss": 1.0}, 1)
     assert pretraining.logged("loss") == {1}

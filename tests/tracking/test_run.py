@@ -69,7 +69,7 @@ def test_a_line_that_cannot_be_read_hides_no_other(run: Run) -> None:
 
 def test_delivered_records_are_not_delivered_again(run: Run) -> None:
     """The next process goes on behind them, and from the start where the note of it got lost in a power cut."""
-    run.made("id")
+    run.run_id = "id"
     run.delivered(run.pending())
     again = Run(run.folder, Condition())
     assert (again.run_id, len(again.waiting), again.logged("loss")) == ("id", 2, {1, 2})
