@@ -72,24 +72,20 @@ class Tracker:
             home.mkdir(parents=True, exist_ok=True)
             delivery.start()
         elif delivery.left:
-            say(f"{delivery.left} records for MLflow are still in {home}; the next run of the study delivers them")
+            say(f"MLflow has not got everything: {delivery.left} records are in {home} for the study's next run")
 
     def _find(self, client: Client) -> str:
         """MLflow's id of the experiment, which is made if need be."""
         found = client.get_experiment_by_name(self.experiment)
+        where = f"{self._delivery.place}: MLflow experiment {self.experiment!r}"
+        if found is None and not self._create:
+            raise MissingExperiment(f"{where} does not exist; run the study first")
         if found is None:
-            if not self._create:
-                raise MissingExperiment(
-                    f"{self._delivery.place}: no MLflow experiment named {self.experiment!r}; run the study first"
-                )
             # A local store would put artifacts under the current directory; a server decides for itself.
             artifacts = None if self.uri.startswith("http") else self._artifacts.as_uri()
             return str(client.create_experiment(self.experiment, artifacts))
         if found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"{self._delivery.place}: the MLflow experiment {self.experiment!r} is deleted; restore it, or name "
-                "another one in tracking.experiment"
-            )
+            raise UserError(f"{where} is deleted; restore it, or name another one in tracking.experiment")
         return str(found.experiment_id)
 
     @property
@@ -106,7 +102,7 @@ class Tracker:
         """Id of the finished run of a key; by the journal where MLflow is away or has not heard of the run yet."""
         run = self._delivery.runs.get(_name(kind, key))
         done = run.id if run and run.status == "FINISHED" else None
-        if done and run and (run.waiting or run.run_id is None):
+        if run and done and (run.waiting or run.run_id is None):
             return done
         try:
             found = self._delivery.ask(lambda client: client.find(self._delivery.experiment_id, kind=kind, key=key))
@@ -174,11 +170,7 @@ class Tracker:
         delivery = self._delivery
         delivery.catch_up(timeout, even_away=True)
         if left := delivery.left:
-            why = f" ({delivery.away})" if delivery.away else ""
-            say(
-                f"MLflow at {delivery.place} has not got everything{why}: {left} records are kept in "
-                f"{delivery.folder}; the next run of the study delivers them"
-            )
+            say(f"MLflow has not got everything: {left} records are in {delivery.folder} for the study's next run")
         return left
 
     def stop(self) -> None:

@@ -317,7 +317,7 @@ def test_an_experiment_gets_another_name(track: Track, folders: Folders) -> None
 
 def test_a_missing_experiment_is_named(track: Track) -> None:
     """The report of a study that never ran is a clear error."""
-    with pytest.raises(UserError, match="no MLflow experiment named 'test_a_missing_experiment"):
+    with pytest.raises(UserError, match="MLflow experiment 'test_a_missing_experiment"):
         track(create=False)
 
 
