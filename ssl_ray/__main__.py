@@ -1,6 +1,8 @@
 """`python -m ssl_ray` is `ssl-ray`."""
 
-from ssl_ray.cli import entry
+import sys
+
+from ssl_ray.cli import main
 
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

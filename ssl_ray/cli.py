@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from typer.core import TyperGroup
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
 from ssl_ray.errors import UserError
-from ssl_ray.study.experiment import load
+from ssl_ray.study.experiment import Step, load
 from ssl_ray.training.devices import DEVICES
 
 TRACEBACK = "SSL_RAY_TRACEBACK"
@@ -74,27 +73,14 @@ def _about() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        arguments: the command line without the program's name; that of this process if left out.
-
-    Returns:
-        Exit code: 0, 2 for what the user can mend, 1 for the rest.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` then ends it as Ctrl-C does
+    """Run one command, by default that of this process's command line -> exit code, as the `epilog` has it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` then ends it as Ctrl-C does
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         typer.main.get_command(app).main(arguments, prog_name="ssl-ray")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0
-
-
-def entry() -> None:
-    """Console script."""
-    sys.exit(main())
 
 
 def _experiments(incomplete: str) -> list[str]:
@@ -108,25 +94,13 @@ Experiment = Annotated[
 ]
 Overrides = Annotated[
     list[str],
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Replace one value, e.g. pretrain.optimizer.lr=2e-4; may be repeated.",
-        default_factory=list,
-        show_default=False,
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", default_factory=list, show_default=False, help="Replace one value."),
 ]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Start again; what was done under this name is kept under another.")
-]
-Verify = Annotated[
-    bool,
-    typer.Option(
-        "--verify", help="Read all sources and stored volumes, even those whose times say that they have not changed."
-    ),
-]
+Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start again; the old is kept under another name.")]
+Verify = Annotated[bool, typer.Option("--verify", metavar="", help="Read all, whatever the times of files say.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", file_okay=False)]
-Seed = Annotated[int, typer.Option("--seed", metavar="S")]
+Sizes = Annotated[str, typer.Option(metavar="N,N", help="Labelled training volumes of nested splits.")]
+Seed = Annotated[int, typer.Option(metavar="S")]
 
 
 @app.command(epilog="Example: ssl-ray run experiments/demo.yaml --set output=/shared/output")
@@ -139,12 +113,10 @@ def run(experiment: Experiment, overrides: Overrides, fresh: Fresh = False) -> N
 def plan(
     experiment: Experiment,
     overrides: Overrides,
-    gpu: Annotated[
-        Gpu | None, typer.Option(case_sensitive=False, help="A GPU that each worker has, to estimate for.")
-    ] = None,
+    gpu: Annotated[Gpu | None, typer.Option(case_sensitive=False, help="Estimate for this GPU a worker.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Instead of pretrain.workers.")] = None,
-    no_probe: Annotated[bool, typer.Option("--no-probe", help="Time no steps here; without --gpu no hours.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+    no_probe: Annotated[bool, typer.Option("--no-probe", metavar="", help="Time no steps here.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Everything, for programs.")] = False,
 ) -> None:
     """Tell what a run will take, and what will limit it; nothing is started or written."""
     study = load(experiment, [*overrides, *([f"pretrain.workers={workers}"] if workers else [])])
@@ -194,7 +166,7 @@ def phantom(
     labelled: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled training volumes.")] = 24,
     validation: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled validation volumes.")] = 6,
     test: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled test volumes.")] = 8,
-    splits: Annotated[str, typer.Option(metavar="N,N", help="Sizes of nested training splits.")] = "6,12,24",
+    splits: Sizes = "6,12,24",
     seed: Seed = 0,
 ) -> None:
     """Write a synthetic labelled CT cohort with its datalists."""
@@ -217,22 +189,12 @@ def phantom(
 @app.command(epilog=r"Example: ssl-ray datalist my_ct --splits 6,12,24 --subject '(patient\d+)'")
 def datalist(
     folder: Folder,
-    splits: Annotated[
-        str, typer.Option(metavar="N,N", help="Labelled training volumes of nested splits.", show_default=False)
-    ] = "",
-    validation: Annotated[float, typer.Option(metavar="SHARE", help="Share of the subjects to hold out.")] = 0.2,
-    subject: Annotated[
-        str,
-        typer.Option(
-            metavar="REGEX",
-            help=r"What in a file name is the subject, e.g. '(A-\d+)'; by default each volume is its own.",
-        ),
-    ] = ".*",
+    splits: Sizes = "",
+    validation: Annotated[float, typer.Option(min=0, max=1, help="Share of the subjects to hold out.")] = 0.2,
+    subject: Annotated[str, typer.Option(metavar="REGEX", help=r"The subject in a file name, e.g. '(A-\d+)'.")] = ".*",
     seed: Seed = 0,
 ) -> None:
     """Write datalists for a folder of NIfTI files."""
-    if not 0 < validation < 1:
-        raise typer.BadParameter(f"must be between 0 and 1, got {validation}", param_hint="--validation")
     from ssl_ray.data.listing import write_datalists
 
     written = write_datalists(folder, _sizes(splits), validation, subject, seed)
@@ -248,11 +210,8 @@ def _sizes(text: str) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def _carry_out(
-    study: Study, last: Literal["prepare", "pretrain", "finetune", "report"], fresh: bool = False, verify: bool = False
-) -> None:
-    from ssl_ray.study.identity import set_aside
-    from ssl_ray.study.lock import only_one
+def _carry_out(study: Study, last: Step, fresh: bool = False, verify: bool = False) -> None:
+    from ssl_ray.study.identity import only_one, set_aside
     from ssl_ray.study.parts import folders_of
     from ssl_ray.study.runner import carry_out
 

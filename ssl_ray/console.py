@@ -1,13 +1,10 @@
 """What a person sees in the terminal: progress, and lines that read well in a log file too."""
 
-import sys
-import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 _LOG_SECONDS = 20.0
@@ -25,32 +22,28 @@ class Bar:
     """Progress of one long piece of work: a bar on a terminal, now and then a line in a log."""
 
     def __init__(self, title: str, total: int) -> None:
-        self._title, self._total, self._done = title, total, 0
-        self._facts = ""
-        self._printed = self._started = time.monotonic()
-        self._first: tuple[int, float] | None = None
-        self._progress: Progress | None = None
-        if sys.stdout.isatty():
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=10),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-                # On a narrow terminal these are cut, not the numbers before them.
-                TextColumn("{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-                console=console,
-                expand=True,
-            )
-            self._task = self._progress.add_task(title, total=total, left="", facts="")
+        self._columns: list[bars.ProgressColumn] = [
+            bars.TextColumn("{task.description}"),
+            *([bars.BarColumn(bar_width=10)] if console.is_terminal else []),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(compact=True),
+            bars.TextColumn("left"),
+            # On a narrow terminal these are cut, not the numbers before them.
+            bars.TextColumn("{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        ]
+        self._progress = bars.Progress(*self._columns, console=console, expand=True, speed_estimate_period=3600)
+        self._progress.add_task(title, start=False, total=total, facts="")
+        [self._task] = self._progress.tasks
+        self._printed = self._progress.get_time()
 
     def __enter__(self) -> "Bar":
-        if self._progress:
+        if console.is_terminal:
             self._progress.start()
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if self._progress:
+        if console.is_terminal:
             self._progress.stop()
         elif kind is None:
             self._line()
@@ -58,28 +51,19 @@ class Bar:
     def update(self, done: int, facts: str = "", again: bool = False) -> None:
         """Set how much is done, and what else is worth knowing, e.g. `loss 0.031, 210 patches/s`.
 
-        The time left follows from the speed since the first update, or since the last one with `again`: work that was
-        cut off does not start at 0, and may go back to a checkpoint.
+        Times count from the first update, or from the last one with `again`: work that was cut off does not start at 0,
+        and may go back to a checkpoint.
         """
-        self._done, self._facts = done, facts or self._facts
-        if again or self._first is None:
-            self._first = done, time.monotonic()
-        if self._progress:
-            self._progress.update(self._task, completed=done, left=self._left(), facts=self._facts)
-        elif time.monotonic() - self._printed > _LOG_SECONDS:
+        if again or not self._task.started:
+            self._progress.reset(self._task.id, completed=done)
+            self._progress.advance(self._task.id, 0)  # from here on speed is measured
+        self._progress.update(self._task.id, completed=done, facts=facts or self._task.fields["facts"])
+        if not console.is_terminal and self._progress.get_time() - self._printed > _LOG_SECONDS:
             self._line()
 
-    def _left(self) -> str:
-        done, start = self._first or (0, self._started)
-        if not done < self._done < self._total:
-            return ""
-        return f"{_clock((time.monotonic() - start) / (self._done - done) * (self._total - self._done))} left"
-
     def _line(self) -> None:
-        self._printed = time.monotonic()
-        times = ", ".join(filter(None, (_clock(self._printed - self._started), self._left())))
-        facts = f": {self._facts}" if self._facts else ""
-        say(f"{self._title} {self._done}/{self._total}, {times}{facts}")
+        self._printed = self._progress.get_time()
+        say(" ".join(str(column.render(self._task)).strip() for column in self._columns).rstrip())
 
 
 def track(title: str) -> Callable[..., Iterator[Any]]:
@@ -92,7 +76,3 @@ def track(title: str) -> Callable[..., Iterator[Any]]:
                 bar.update(done)
 
     return progress
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

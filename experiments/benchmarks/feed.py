@@ -32,7 +32,8 @@ from timing import Bench, main, start_ray
 from torch.utils.data import RandomSampler
 
 from ssl_ray.config.schema import Corruption
-from ssl_ray.data.store import Store, Volume, open_array, read_patch
+from ssl_ray.data.patch import open_array, read_patch
+from ssl_ray.data.store import Store, Volume
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed, batches, open_segment, segments

@@ -24,7 +24,8 @@ from monai.networks.nets import UNETR
 from timing import Bench, Elsewhere, main
 
 from ssl_ray.config.schema import Network, Study
-from ssl_ray.data.store import Store, Volume, open_array
+from ssl_ray.data.patch import open_array
+from ssl_ray.data.store import Store, Volume
 from ssl_ray.finetune.job import TrialData, TrialJob
 from ssl_ray.finetune.trial import Trial
 from ssl_ray.training.prefetch import ahead
@@ -158,7 +159,7 @@ def run(bench: Bench) -> None:
 
 
 def _folder(bench: Bench, name: str) -> Any:
-    from ssl_ray.finetune.trial_folder import TrialFolder
+    from ssl_ray.finetune.job import TrialFolder
     from ssl_ray.storage.mirror import Mirror
 
     return TrialFolder(bench.folder / f"trial-{name}", "key", Mirror.of(str(bench.folder), None))

@@ -38,14 +38,12 @@ def fill(store: Store, count: int, shape: tuple[int, int, int], first: int = 0) 
             dtype="uint8",
             levels=255,
             hu_window=(-57.0, 164.0),
-            box=((0, 0, 0), shape),
             original_shape=shape,
-            original_affine=tuple(map(tuple, np.eye(4).tolist())),
             label_voxels={},
             largest_label=0,
             files={},
         )
-        return store.put(volume, CanonicalVolume(image, None, 255, np.eye(4), volume.box, shape, np.eye(4)))
+        return store.put(volume, CanonicalVolume(image, None, 255, np.eye(4)))
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(write, range(first, first + count)))

@@ -19,9 +19,10 @@ from cohort import PREPARATION, write_scan
 from timing import Bench, Elsewhere, main
 
 from ssl_ray.data.datalist import Case
+from ssl_ray.data.patch import open_array
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.resample import AXIS_CODES
-from ssl_ray.data.store import Store, open_array
+from ssl_ray.data.store import Store
 
 FLOOR = 3.0
 

@@ -16,11 +16,7 @@ from ssl_ray.config.schema import LocalCluster
 
 
 def connect(settings: LocalCluster) -> None:
-    """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine.
-
-    Args:
-        settings: of the cluster that is started; a cluster that is there has its own.
-    """
+    """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray's new progress output prints a table even with verbose=0
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # with Tune's handler `fit` returns after Ctrl-C
@@ -43,11 +39,7 @@ def connect(settings: LocalCluster) -> None:
 
 
 def first_error(text: str) -> str | None:
-    """The cause of a remote error in one line, `ValueError: ...`; None where the text names none.
-
-    Args:
-        text: Ray's chain of tracebacks. Its first error that is not one of Ray's wrappers is the cause.
-    """
+    """The cause in Ray's chain of tracebacks, `ValueError: ...`: its first error that is not one of Ray's wrappers."""
     named = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b(?!.*ray::).*: .*$", text, re.MULTILINE)
     return named.group().strip() if named else None
 

@@ -6,16 +6,10 @@ from ssl_ray.errors import UserError
 
 
 def check_resources(key: str, what: str, cpus: float, gpus: float) -> None:
-    """Refuse a cluster that is too small.
-
-    Args:
-        key: of the configuration that asks for it.
-        what: is to run at the same time, e.g. "2 workers".
-        cpus: that all of it needs.
-        gpus: that all of it needs.
+    """Refuse a cluster that is too small for `what` (e.g. "2 workers"), which together need so many CPUs and GPUs.
 
     Raises:
-        UserError: with what is needed and what there is.
+        UserError: with the key of the configuration that asks for it, what is needed and what there is.
     """
     there = ray.cluster_resources()
     for name, needed in (("CPU", cpus), ("GPU", gpus)):

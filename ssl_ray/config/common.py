@@ -1,50 +1,47 @@
 """What the sections of an experiment share: types of fields, preparation, network, optimizer."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 VIT_PATCH = 16
 """Side of a ViT token in voxels: MONAI's UNETR fixes it, and ViTAutoEnc wants a square number."""
 VIT_LAYERS = 12
 """Transformer blocks: MONAI's UNETR takes its skip connections from the outputs of blocks 3, 6 and 9 of 12."""
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Precision = Literal["auto", "float32", "bfloat16"]
-OnNonfinite = Literal["skip", "stop"]
-"""What happens after a step whose loss or gradient is not finite; either way it does not change the weights."""
+
+def rule(holds: Callable[[Any], bool], text: str) -> AfterValidator:
+    """A check of a field with several values; `text` is what a user is told who breaks it."""
+
+    def check(values: Any) -> Any:
+        if not holds(values):
+            raise ValueError(f"{text}, got {list(values)}")
+        return values
+
+    return AfterValidator(check)
 
 
 def _three(value: Any) -> Any:
     return [value] * 3 if isinstance(value, int | float | str) else value
 
 
-def _whole_tokens(sides: tuple[int, int, int]) -> tuple[int, int, int]:
-    if any(side % VIT_PATCH for side in sides):
-        raise ValueError(f"every side must be a multiple of {VIT_PATCH} voxels, got {list(sides)}")
-    return sides
-
-
-def _below(ends: tuple[float, float]) -> tuple[float, float]:
-    if not ends[0] < ends[1]:
-        raise ValueError(f"the lower HU must be below the upper, got {list(ends)}")
-    return ends
-
-
+_Side = Annotated[int, Field(gt=0, multiple_of=VIT_PATCH)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Precision = Literal["auto", "float32", "bfloat16"]
+OnNonfinite = Literal["skip", "stop"]
+"""What happens after a step whose loss or gradient is not finite; either way it does not change the weights."""
 Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeValidator(_three)]
 """Millimetres along the three axes; one number in the YAML means three equal ones."""
-PatchSize = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_three), AfterValidator(_whole_tokens)]
+PatchSize = Annotated[tuple[_Side, _Side, _Side], BeforeValidator(_three)]
 """Voxels along the three axes; one number in the YAML means three equal ones."""
-HuWindow = Annotated[tuple[float, float], AfterValidator(_below)]
+HuWindow = Annotated[tuple[float, float], rule(lambda ends: ends[0] < ends[1], "the lower HU must be below the upper")]
+one_or_more = rule(lambda values: 0 < len(set(values)) == len(values), "at least one value, and none twice")
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A section of the YAML: unknown keys, NaN and infinity are refused, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Preparation(Section):
@@ -59,10 +56,10 @@ class Preparation(Section):
 class Network(Section):
     """Width of the ViT (768, 3072, 12: ViT-B) and of UNETR's convolutional decoder."""
 
-    hidden_size: Positive = 768
-    mlp_dim: Positive = 3072
-    num_heads: Positive = 12
-    feature_size: Positive = 16
+    hidden_size: PositiveInt = 768
+    mlp_dim: PositiveInt = 3072
+    num_heads: PositiveInt = 12
+    feature_size: PositiveInt = 16
 
     @model_validator(mode="after")
     def _divisible(self) -> "Network":
@@ -79,7 +76,21 @@ class Optimizer(Section):
     name: Literal["adam", "adamw"] = "adamw"
     lr: PositiveFloat = 1e-4
     betas: tuple[Share, Share] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: int = Field(0, ge=0)
     clip_norm: PositiveFloat | None = None
+
+
+class Stage(Section):
+    """What pretraining and fine-tuning have in common."""
+
+    HOW: ClassVar[set[str]] = {"compile", "on_nonfinite", "max_skipped", "max_failures", "checkpoint_minutes"}
+    """Fields that say how a stage is carried out, not what it computes: they may change before it goes on."""
+
+    preparation: Preparation
+    patch_size: PatchSize = (96, 96, 96)
+    precision: Precision = "auto"
+    compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
+    on_nonfinite: OnNonfinite = "skip"
+    max_skipped: PositiveInt = Field(10, description="steps in a row whose loss or gradient is not finite")

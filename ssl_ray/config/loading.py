@@ -2,9 +2,8 @@
 
 import difflib
 import re
-import types
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,12 +14,9 @@ from ssl_ray.text import shown
 
 
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
-    """Read and validate the text of an experiment.
+    """Read and validate the YAML of the file `name`.
 
-    Args:
-        text: YAML.
-        name: of its file, for messages.
-        overrides: `key.of.value=yaml` strings that replace or add single values, e.g. `pretrain.optimizer.lr=2e-4`.
+    Each of `overrides` replaces or adds one value, as `key.of.value=yaml`, e.g. `pretrain.optimizer.lr=2e-4`.
 
     Raises:
         UserError: with a line for each mistake: file, key, rule and value; for an unknown key, the nearest valid one.
@@ -33,20 +29,12 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
     try:
         return Study.model_validate(tree)
     except ValidationError as error:
-        mistakes = error.errors(include_url=False)
-        # pydantic counts a list whose only item is wrong as empty too, which is not what the user has to mend.
-        parents = {mistake["loc"][:length] for mistake in mistakes for length in range(len(mistake["loc"]))}
-        lines = [
-            _explain(name, mistake)
-            for mistake in mistakes
-            if mistake["type"] != "too_short" or mistake["loc"] not in parents
-        ]
-        raise UserError("\n".join(lines)) from None
+        raise UserError("\n".join(_explain(name, mistake) for mistake in error.errors())) from None
 
 
-def dump(study: Study) -> str:
+def dump(experiment: BaseModel) -> str:
     """The experiment as YAML, every default written out; `parse` of it gives the same study."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
 
 
 def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -86,22 +74,15 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
+    value = _read_yaml(text, f"--set {override}: the value is not valid YAML")
     *parents, last = key.strip().split(".")
     node: Any = tree
-    for parent in parents:
-        node = node[_place(node, parent, override)] if isinstance(node, list) else node.setdefault(parent, {})
-        if not isinstance(node, dict | list):
-            raise UserError(f"--set {override}: '{parent}' is a value, not a section")
-    node[_place(node, last, override)] = _read_yaml(text, f"--set {override}: the value is not valid YAML")
-
-
-def _place(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
-    """A key of a section, or an index into a list, as in `pretrain.sources.0.root`."""
-    if isinstance(node, dict):
-        return part
-    if not part.isdecimal() or int(part) >= len(node):
-        raise UserError(f"--set {override}: '{part}' is no place in a list of {len(node)}; they count from 0")
-    return int(part)
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"--set {override}: no such section, or no such place in a list (they count from 0)") from error
 
 
 _NO_KEY = re.compile(r"str|constrained-int|tuple\[.*\]|\[key\]")
@@ -114,30 +95,22 @@ def _explain(name: str, mistake: Any) -> str:
     place = f"{name}: {'.'.join(keys)}" if keys else name
     rule = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "extra_forbidden":
-        valid = _keys_of(Study, mistake["loc"][:-1])
+        valid = _keys_of_section(mistake["loc"][:-1])
         near = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.5)
-        text = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
+        rule = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
     elif mistake["type"] == "missing":
-        text = "this key is required"
-    elif mistake["type"] == "value_error":
-        text = rule
-    else:
-        text = f"{rule[0].lower()}{rule[1:]}, got {shown(repr(mistake['input']), 80)}"
-    return shown(f"{place}: {text}", 1000)
+        rule = "this key is required"
+    elif mistake["type"] != "value_error":
+        rule = f"{rule[0].lower()}{rule[1:]}, got {shown(repr(mistake['input']), 80)}"
+    return shown(f"{place}: {rule}", 1000)
 
 
-def _keys_of(model: type[BaseModel], location: Iterable[int | str]) -> list[str]:
+def _keys_of_section(location: Iterable[int | str]) -> list[str]:
     """Valid keys of the section that a pydantic error's location leads to."""
+    section: type[BaseModel] = Study
     for part in location:
-        field = model.model_fields.get(str(part))
-        if field is not None:
-            model = next(_sections_in(field.annotation), model)
-    return list(model.model_fields)
-
-
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
-        for argument in get_args(annotation):
-            yield from _sections_in(argument)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
+        if field := section.model_fields.get(str(part)):
+            # `Source` of `tuple[Source, ...]`, `PhantomCohort` of `PhantomCohort | None`
+            types = (field.annotation, *get_args(field.annotation))
+            section = next(kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(section.model_fields)

@@ -4,40 +4,28 @@ Everything in it is checked here, before anything expensive starts; the checks t
 follow in `ssl_ray.data`. This module only describes; `ssl_ray.config.loading` goes from YAML to a `Study` and back.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import (
-    VIT_LAYERS,
-    VIT_PATCH,
-    Network,
-    OnNonfinite,
-    Optimizer,
-    Positive,
-    PositiveFloat,
-    Precision,
-    Preparation,
-    Section,
-    Seed,
-)
-from ssl_ray.config.finetune import Augmentation, Finetune, Grid, LabelledCohort, SegmentationLoss
+from ssl_ray.config.common import VIT_LAYERS, VIT_PATCH, Network, Optimizer, Preparation, Section, Seed
+from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
 from ssl_ray.config.pretrain import Contrastive, Corruption, Pretrain, Source
 
-__all__ = ["VIT_LAYERS", "VIT_PATCH", "LocalCluster", "OnNonfinite", "PhantomCohort", "Precision", "Study", "Tracking"]
-__all__ += ["Augmentation", "Finetune", "Grid", "LabelledCohort", "Network", "Optimizer", "SegmentationLoss"]
-__all__ += ["Contrastive", "Corruption", "Preparation", "Pretrain", "Source"]
+__all__ = ["VIT_LAYERS", "VIT_PATCH", "LocalCluster", "Network", "Optimizer", "Preparation", "Study", "Tracking"]
+__all__ += ["Augmentation", "Contrastive", "Corruption", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss"]
+__all__ += ["Source"]
 
 
 class PhantomCohort(Section):
     """The synthetic cohort that a study makes for itself before it starts."""
 
     root: str
-    unlabelled: Positive
-    labelled: Positive
-    validation: Positive
-    test: Positive
-    splits: tuple[Positive, ...]
+    unlabelled: PositiveInt
+    labelled: PositiveInt
+    validation: PositiveInt
+    test: PositiveInt
+    splits: tuple[PositiveInt, ...]
     seed: Seed = 0
 
 
@@ -51,19 +39,17 @@ class Tracking(Section):
 class LocalCluster(Section):
     """The Ray cluster that is started where none is running; ignored on an existing one."""
 
-    cpus: Positive | None = None
+    cpus: PositiveInt | None = None
     object_store_gigabytes: PositiveFloat = 1.0
 
 
 class Study(Section):
     """One experiment file."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: str = "output"
     cache: str | None = Field(None, description="store of prepared volumes; <output>/cache if left out")
-    scratch: str | None = Field(
-        None, description="folder on each machine's own disk, used when output or cache is remote"
-    )
+    scratch: str | None = Field(None, description="on each machine's own disk, for an output or cache that is remote")
     seed: Seed = 0
     on_bad_volume: Literal["fail", "skip"] = "fail"
     phantom: PhantomCohort | None = None

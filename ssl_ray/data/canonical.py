@@ -26,16 +26,12 @@ class CanonicalVolume:
     """A volume on its canonical grid.
 
     `image` (X, Y, Z) holds 0 to `levels` for the window's lower to upper HU; `affine` (4, 4) maps its voxels to mm.
-    `box` is the start and end of the foreground, in voxels of the resampled grid before it was cropped to them.
     """
 
     image: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
     label: npt.NDArray[np.uint8] | None
     levels: int
     affine: npt.NDArray[np.float64]
-    box: tuple[tuple[int, ...], tuple[int, ...]]
-    original_shape: tuple[int, ...]
-    original_affine: npt.NDArray[np.float64]
 
 
 def levels(window: tuple[float, float]) -> int:
@@ -46,8 +42,7 @@ def levels(window: tuple[float, float]) -> int:
 def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> CanonicalVolume:
     """Bring an image, and its label on the same grid, to the canonical grid.
 
-    Raises:
-        UserError: when no voxel lies above the window's lower end, or the new grid would be too large.
+    Refused are an image without a voxel above the window's lower end, and one whose new grid would be too large.
     """
     # Imported here, as MONAI takes seconds to import and a run that finds all volumes in the store does without.
     from ssl_ray.data.resample import by_monai, canonical_grid, resample
@@ -77,8 +72,7 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Cano
     if label:
         resampled = by_monai(label, preparation, "nearest").voxels
         stored_label = resampled[_slices(start, end)].astype(np.uint8, order="C")
-    box = tuple(map(int, start)), tuple(map(int, end))
-    return CanonicalVolume(stored, stored_label, top, affine, box, image.voxels.shape, image.affine)
+    return CanonicalVolume(stored, stored_label, top, affine)
 
 
 def _check_size(image: Nifti, preparation: Preparation) -> None:

@@ -76,14 +76,13 @@ def _path_alone(entry: Any) -> Any:
     return {"image": entry} if isinstance(entry, str) else entry
 
 
-def _few(labels: Any) -> Any:
+def _few(labels: Any) -> Any:  # before each of them is checked, and each mistake kept
     if isinstance(labels, dict) and len(labels) > _MOST_LABELS:
         raise ValueError(f"must name at most {_MOST_LABELS} label values")
     return labels
 
 
-_Entries = list[Annotated[_Entry, BeforeValidator(_path_alone)]]
-_Section = Annotated[_Entries, Field(max_length=_MOST_ENTRIES), FailFast()]
+_Section = Annotated[list[Annotated[_Entry, BeforeValidator(_path_alone)]], Field(max_length=_MOST_ENTRIES), FailFast()]
 
 
 class _Json(BaseModel):
@@ -96,21 +95,18 @@ class _Json(BaseModel):
 
 
 def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> Datalist:
-    """Read and check one list.
+    """Read and check one list; an error names file, entry, rule and value.
 
     Args:
         root: folder that the paths in the list are relative to; none may lead out of it.
         datalist: the JSON file; a relative path is meant from `root`.
         labelled: whether training and validation entries need a label. Test entries without one are left out, as
             the published BTCV list names test images whose labels are not public.
-
-    Raises:
-        UserError: naming file, entry, rule and value.
     """
     base = Path(os.path.abspath(root))
     path = base / datalist
     listed = _read_json(path)
-    real = _resolver()
+    real = cache(os.path.realpath)
     cases = {
         section: tuple(
             _case(base, f"{path}: {section}.{number}", entry, labelled, real)
@@ -125,11 +121,7 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> 
 
 
 def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """Training and validation cases of all sources together.
-
-    Raises:
-        UserError: also when two sources share a volume, or none has a validation volume.
-    """
+    """Training and validation cases of all sources together; two may not share a volume, one must have validation."""
     training: list[Case] = []
     validation: list[Case] = []
     owner: dict[str, Datalist] = {}
@@ -149,9 +141,8 @@ def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[
 def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     """The splits of the sizes asked for.
 
-    Raises:
-        UserError: also when a split does not have as many volumes as its name says, when the splits differ in
-            validation or test volumes, or when a list names more classes than the cohort has.
+    Each must have as many training volumes as its name says, and no class beyond those of the cohort; validation and
+    test volumes must be the same in all.
     """
     lists: dict[int, Datalist] = {}
     for size in sizes:
@@ -166,7 +157,8 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
         if len(listed.training) != size:
             raise UserError(f"{listed.path}: the split of {size} volumes lists {len(listed.training)} for training")
         for section in ("validation", "test"):
-            if _files(getattr(listed, section)) != _files(getattr(first, section)):
+            files = [[(case.image, case.label) for case in getattr(one, section)] for one in (listed, first)]
+            if files[0] != files[1]:
                 raise UserError(f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it")
         if not listed.validation:
             raise UserError(f"{listed.path}: 'validation' must list at least one labelled volume")
@@ -179,11 +171,7 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
 
 
 def check_held_out(unlabelled: Iterable[Case], splits: Splits) -> None:
-    """Refuse labelled validation and test volumes among the unlabelled ones: the encoder would have seen them.
-
-    Raises:
-        UserError: naming the first such volume.
-    """
+    """Refuse labelled validation and test volumes among the unlabelled ones: the encoder would have seen them."""
     seen = {os.path.realpath(case.image) for case in unlabelled}
     for case in (*splits.validation, *splits.test):
         if os.path.realpath(case.image) in seen:
@@ -193,10 +181,6 @@ def check_held_out(unlabelled: Iterable[Case], splits: Splits) -> None:
 def stem(path: Path) -> str:
     """File name without .nii or .nii.gz."""
     return re.sub(r"\.nii(\.gz)?$", "", path.name)
-
-
-def _files(cases: Iterable[Case]) -> list[tuple[Path, Path | None]]:
-    return [(case.image, case.label) for case in cases]
 
 
 def _read_json(path: Path) -> _Json:
@@ -214,19 +198,6 @@ def _read_json(path: Path) -> _Json:
         raise UserError(f"{place}: {rule[0].lower()}{rule[1:]}, got {reprlib.repr(first['input'])}") from None
 
 
-def _resolver() -> Callable[[str], str]:
-    """`os.path.realpath` of normal paths that resolves each folder once: a list has many files in few folders."""
-    folder = cache(os.path.realpath)
-
-    def real(path: str) -> str:
-        if os.path.islink(path):
-            return os.path.realpath(path)
-        above, name = os.path.split(path)
-        return os.path.join(folder(above), name)
-
-    return real
-
-
 def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[[str], str]) -> Case:
     if labelled and not entry.label:
         raise UserError(f"{place}: needs a 'label', got only {shown(entry.image)}")
@@ -237,7 +208,7 @@ def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[
             raise UserError(f"{place}.{key}: '{shown(path)}' must end in .nii or .nii.gz, without control characters")
         target = os.path.normpath(os.path.join(base, path))
         # The root may itself be a link. What counts for a link inside of it is the place that it leads to.
-        if not real(target).startswith(real(os.path.join(base, ""))):
+        if not real(target).startswith(os.path.join(real(str(base)), "")):
             raise UserError(f"{place}.{key}: {shown(path)} leaves the root {base}")
         inside.append(Path(target))
     return Case(stem(inside[0]), *inside)
@@ -250,11 +221,9 @@ def _check_files(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[
         if before := where.get(file := real(str(case.image))):
             raise UserError(f"{path}: {case.image} is listed twice, in '{before}' and in '{section}'")
         where[file] = section
-    files = [file for listed in cases.values() for case in listed for file in (case.image, case.label) if file]
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        more = f" (and {len(missing) - 1} more of {len(files)} files)" if len(missing) > 1 else ""
-        raise UserError(f"{path}: no such file: {shown(missing[0])}{more}")
+    for volume in (volume for listed in cases.values() for case in listed for volume in (case.image, case.label)):
+        if volume and not os.path.isfile(volume):
+            raise UserError(f"{path}: no such file: {shown(volume)}")
 
 
 def _unique_ids(cases: dict[str, tuple[Case, ...]], base: Path) -> dict[str, tuple[Case, ...]]:

@@ -32,23 +32,26 @@ def write_datalists(
         Per file written, its numbers of training and validation volumes.
 
     Raises:
-        UserError: where there are too few volumes for what is asked; nothing is written then.
+        UserError: where there are too few volumes for what is asked, or another list is there; nothing is written then.
     """
-    images, labels = _find_volumes(folder)
-    if sizes and not labels:
+    entries = _find_volumes(folder)
+    if sizes and not any("label" in entry for entry in entries.values()):
         raise UserError(f"{folder}: {max(sizes)} labelled training volumes asked for, but no image has a label")
-    people = _by_subject(images, subject, seed)
+    people = _by_subject(list(entries), subject, seed)
     held_out: set[str] = set()
     lists: dict[str, dict[str, Any]] = {}
     for name, sought in (("labelled", sorted(sizes)), ("unlabelled", [])):
-        groups = {one: [image for image in found if (image in labels) == (name == "labelled")] for one, found in people}
+        groups = {
+            one: [entries[image] for image in images if ("label" in entries[image]) == (name == "labelled")]
+            for one, images in people
+        }
         persons = sorted((one for one in groups if groups[one]), key=lambda one: one not in held_out)
         if not persons:
             continue
         held = max(1, round(validation_share * len(persons)), len(held_out.intersection(persons)))
         held_out.update(persons[:held])
-        validation = [_entry(folder, image, labels) for one in persons[:held] for image in groups[one]]
-        training = [_entry(folder, image, labels) for one in persons[held:] for image in groups[one]]
+        validation = [entry for one in persons[:held] for entry in groups[one]]
+        training = [entry for one in persons[held:] for entry in groups[one]]
         for size in sought or [len(training)]:
             if not 0 < size <= len(training):
                 raise UserError(
@@ -56,8 +59,7 @@ def write_datalists(
                     f"out {len(validation)} of {held} subjects for validation"
                 )
             file = f"labelled_{size}.json" if name == "labelled" else "unlabelled.json"
-            tree: dict[str, Any] = {"name": f"{folder.resolve().name} {name}", "modality": {"0": "CT"}}
-            lists[file] = tree | {"training": training[:size], "validation": validation}
+            lists[file] = {"training": training[:size], "validation": validation}
     texts = {folder / file: json.dumps(tree, indent=1) + "\n" for file, tree in lists.items()}
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:
@@ -67,17 +69,19 @@ def write_datalists(
     return {file: (len(tree["training"]), len(tree["validation"])) for file, tree in lists.items()}
 
 
-def _find_volumes(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
-    """The images below a folder, and the label of each that has one."""
+def _find_volumes(folder: Path) -> dict[Path, dict[str, str]]:
+    """The images below a folder, and the entry of each in a datalist, with its label where it has one."""
     found = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
-    files = [path for path in found if not path.name.startswith("._")]  # macOS puts these into archives
-    is_label = {path: any(part.startswith("labels") for part in path.relative_to(folder).parts[:-1]) for path in files}
-    by_name = {_common_name(folder, path): path for path in files if is_label[path]}
-    images = [path for path in files if not is_label[path]]
-    if not images:
+    files = [path.relative_to(folder) for path in found if not path.name.startswith("._")]  # by macOS in archives
+    is_label = {path: any(part.startswith("labels") for part in path.parts[:-1]) for path in files}
+    labels = {_common_name(path): path for path in files if is_label[path]}
+    entries = {path: {"image": path.as_posix()} for path in files if not is_label[path]}
+    if not entries:
         raise UserError(f"{folder}: no .nii or .nii.gz file in it")
-    named = {image: by_name.get(_common_name(folder, image)) for image in images}
-    return images, {image: label for image, label in named.items() if label is not None}
+    for image, entry in entries.items():
+        if label := labels.get(_common_name(image)):
+            entry["label"] = label.as_posix()
+    return entries
 
 
 def _by_subject(images: Sequence[Path], subject: str, seed: int) -> list[tuple[str, list[Path]]]:
@@ -96,12 +100,7 @@ def _by_subject(images: Sequence[Path], subject: str, seed: int) -> list[tuple[s
     return [(one, people[one]) for one in order]
 
 
-def _common_name(folder: Path, path: Path) -> tuple[str, ...]:
+def _common_name(path: Path) -> tuple[str, ...]:
     """What an image and its label share: the path without images/labels, and without img/label in BTCV's names."""
-    parents = (part.removeprefix("images").removeprefix("labels") for part in path.relative_to(folder).parts[:-1])
+    parents = (part.removeprefix("images").removeprefix("labels") for part in path.parts[:-1])
     return (*filter(None, parents), stem(path).replace("label", "img"))
-
-
-def _entry(folder: Path, image: Path, labels: dict[Path, Path]) -> dict[str, str]:
-    entry = {"image": image.relative_to(folder).as_posix()}
-    return entry | ({"label": labels[image].relative_to(folder).as_posix()} if image in labels else {})

@@ -56,10 +56,7 @@ def canonical_grid(
 ) -> VoxelGrid | None:
     """The grid that MONAI would resample to; None where its axes are not the source's, as after a sheared scan.
 
-    Args:
-        shape: of the source, in voxels.
-        affine: (4, 4), from voxels of the source to mm.
-        preparation: orientation and spacing of the new grid.
+    `shape` and `affine` (4, 4) are those of the source, in voxels and from voxels to mm.
     """
     there = MetaTensor(torch.empty(1).expand(1, *shape), affine=torch.from_numpy(affine))
     if preparation.orientation:
@@ -85,16 +82,11 @@ def canonical_grid(
 def resample(
     voxels: npt.NDArray[np.float32], grid: VoxelGrid, above: float | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Interpolate linearly on the grid; beyond the source's edge its last voxel is repeated.
-
-    Args:
-        voxels: (X, Y, Z) of the source.
-        grid: of `canonical_grid`.
-        above: margins of the result that hold no value above this may be left out; None leaves out nothing.
+    """Interpolate `voxels` (X, Y, Z) linearly on the grid; beyond the source's edge its last voxel is repeated.
 
     Returns:
-        A box of the resampled volume, and the grid's index of its first voxel (3). The box is empty where no value is
-        above.
+        A box of the resampled volume, and the grid's index of its first voxel (3). Margins that hold no value above
+        `above` may be left out of it, none where `above` is None; the box is empty where no value is above.
     """
     # Slowest axis of the memory first, so that neighbours are copied and interpolated in rows.
     memory = sorted(range(3), key=lambda axis: -voxels.strides[axis])

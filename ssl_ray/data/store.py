@@ -3,7 +3,8 @@
     <cache>/<2 hex digits>/<key>/image.npy       (X, Y, Z) uint8 or uint16
                                  label.npy       (X, Y, Z) uint8, labelled volumes only
                                  foreground.npy  flat indices of labelled voxels, organ by organ
-                                 manifest.json   size and digest of each, and a seal over itself
+                                 manifest.json   what the volume is, size and digest of each array
+    <cache>/sources/<digest of path, size, time>  SHA-256 of a source file, so that it is not read again
 
 The key covers the source bytes, every preparation parameter and the preparation's version, so whatever is found under a
 key is right, and runs that prepare at the same time can only write the same thing. A local volume appears by one
@@ -14,36 +15,30 @@ fills a local mirror with the files that it opens, as patches are read from memo
 
 import hashlib
 import io
-import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from ssl_ray.data.canonical import CanonicalVolume
-from ssl_ray.errors import UserError
-from ssl_ray.storage.files import MANIFEST, remove_stale, settle, write_file
+from ssl_ray.storage.files import MANIFEST, settle, write_file
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.storage.places import Place
-
-_STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
 class Volume:
-    """Manifest of one stored volume. Lengths in voxels, spacing in mm, affines map voxels to mm (RAS+).
+    """Manifest of one stored volume. Lengths in voxels, spacing in mm, the affine (4, 4) maps voxels to mm (RAS+).
 
-    `label_voxels` counts the stored label; `largest_label` is that of the file, where a structure may be too small to
-    survive the resampling, but is still part of the evaluation. `files` has bytes and sha256 of each.
+    `largest_label` is that of the file, where a structure may be too small to survive the resampling, but is still part
+    of the evaluation. `files` has bytes and sha256 of each.
     """
 
     key: str
@@ -57,42 +52,22 @@ class Volume:
     dtype: str
     levels: int
     hu_window: tuple[float, float]
-    box: tuple[tuple[int, ...], tuple[int, ...]]
     original_shape: tuple[int, int, int]
-    original_affine: tuple[tuple[float, ...], ...]
     label_voxels: dict[str, int]
     largest_label: int
     files: dict[str, tuple[int, str]]
 
-    def to_json(self) -> str:
-        """Text with a seal, a digest of all the rest."""
-        tree = asdict(self)
-        return json.dumps(tree | {"seal": _seal(tree)}, indent=1)
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Volume":
-        """What `to_json` wrote.
-
-        Raises:
-            ValueError: for anything else, such as a manifest of an older version.
-        """
-        tree = json.loads(text)
-        if not isinstance(tree, dict) or tree.pop("seal", None) != _seal(tree):
-            raise ValueError("the manifest does not match its seal")
-        return _MANIFEST.validate_python(tree)
-
-
-_MANIFEST = TypeAdapter(Volume)
+VOLUME_JSON = TypeAdapter(Volume)
+"""Reads and writes the manifest of a volume."""
 
 
 @dataclass(frozen=True)
 class Store:
     """The store at one place, shared by all ranks, trials and reruns.
 
-    Args:
-        place: a folder that all machines share, or a URI of `ssl_ray.storage.places`.
-        scratch: for a URI, the folder on this machine's disk under which the mirror lies; it needs room for every
-            volume that is read on the machine.
+    `place` is a folder that all machines share, or a URI of `ssl_ray.storage.places`. For a URI, the mirror lies under
+    the folder `scratch` on this machine's disk, which needs room for every volume that is read on the machine.
     """
 
     place: str | Path
@@ -100,7 +75,7 @@ class Store:
 
     @cached_property
     def mirror(self) -> Mirror:
-        """Of the store in a folder, that folder; of a store in an object store, its copy on this machine."""
+        """The store itself if it is a folder, else its copy on this machine."""
         return Mirror.of(self.place, self.scratch, "cache")
 
     @property
@@ -118,58 +93,47 @@ class Store:
     def get(self, key: str, verify: bool = False) -> Volume | None:
         """The manifest under a key, or None where the volume is absent or damaged.
 
-        Args:
-            key: of the volume.
-            verify: read all files and compare digests, instead of presence and sizes; in a local store, files that
-                were written to since their digest was last seen to be right are read in any case.
+        All files must be there in their size. Their digests are compared where `verify` says so and, in a local store,
+        where a file was written to since the manifest, which is written last.
         """
         home = self.mirror.kept(self.path(key))
         try:
-            volume = Volume.from_json((home / MANIFEST).read_bytes())
+            volume = VOLUME_JSON.validate_json((home / MANIFEST).read_bytes())
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
         sizes = home.list()
         if any(sizes.get(name) != size for name, (size, _) in volume.files.items()):
             return None
-        touched = verify or (home.local and self._touched(volume))
-        if touched and any((home / name).sha256() != sha256 for name, (_, sha256) in volume.files.items()):
+        if home.local:
+            written = [(home.local / name).stat().st_mtime_ns for name in (MANIFEST, *volume.files)]
+            verify |= max(written) > written[0]
+        if verify and any((home / name).sha256() != sha256 for name, (_, sha256) in volume.files.items()):
             return None
-        if touched and home.local:
+        if verify and home.local:
             with suppress(OSError):  # a store that we may only read: its files are read each time
-                os.utime(self.path(key, MANIFEST))
-        elif touched:
-            self._verify_mirror(volume)
+                os.utime(home.local / MANIFEST)
+        elif verify:  # the mirror may hold damaged files, or those of a volume that was damaged: download them again
+            shutil.rmtree(self.path(key), ignore_errors=True)
         return volume
 
     def put(self, volume: Volume, prepared: CanonicalVolume) -> Volume:
-        """Write a volume; where another run was faster, its equal result stays, and a damaged one is replaced.
+        """Write the arrays of a volume, in place of a damaged one or of the equal one of a run that was faster.
 
-        Args:
-            volume: all about it but `files`.
-            prepared: its arrays.
-
-        Returns:
-            The volume with its `files`.
-
-        Raises:
-            OSError: naming the place, when the disk is full or the like; nothing of the volume is left.
+        Returns the volume with its `files`. An OSError names the place; nothing of the volume is left then.
         """
         scratch = self.folder / f"tmp-{uuid.uuid4().hex}"
         arrays: dict[str, npt.NDArray[Any]] = {"image": prepared.image}
         if prepared.label is not None:
-            arrays["label"] = prepared.label
-            arrays["foreground"] = foreground_index(prepared.label)
+            arrays |= {"label": prepared.label, "foreground": foreground_index(prepared.label)}
         try:
             scratch.mkdir(parents=True)
             files = {f"{name}.npy": _write_array(scratch / f"{name}.npy", array) for name, array in arrays.items()}
             volume = replace(volume, files=files)
-            write_file(scratch / MANIFEST, volume.to_json().encode())
-            if self.get(volume.key, verify=True) is None:
-                home = self.mirror.kept(self.path(volume.key))
-                if home.local:
-                    settle(scratch, home.local)
-                else:
-                    home.upload(scratch)
+            write_file(scratch / MANIFEST, VOLUME_JSON.dump_json(volume, indent=1))
+            if self.mirror.origin:
+                self.mirror.kept(self.path(volume.key)).upload(scratch)
+            else:
+                settle(scratch, self.path(volume.key))
         except OSError as error:
             reason = f"{self.folder}: cannot write a volume: {error.strerror}" if error.strerror else str(error)
             raise OSError(reason) from error
@@ -178,45 +142,13 @@ class Store:
         return volume
 
     def fetch(self, key: str, name: str) -> Path:
-        """A file of a volume on this machine; out of an object store, its checked copy in the mirror.
-
-        Raises:
-            OSError: where it cannot be had, or does not match its digest.
-        """
+        """A file of a volume on this machine; out of an object store, its copy in the mirror, checked by its digest."""
         path = self.path(key, name)
-        if self.mirror.origin:
-            size, sha256 = self._mirrored(key).files[name]
-            if not path.is_file() or path.stat().st_size != size:
-                self.mirror.kept(path).download(path, sha256)
+        if self.mirror.origin and not path.is_file():
+            home = self.mirror.kept(self.path(key))
+            _, sha256 = VOLUME_JSON.validate_json((home / MANIFEST).read_bytes()).files[name]
+            (home / name).download(path, sha256)
         return path
-
-    def remove_stale(self) -> None:
-        """Remove what runs that were killed a day or more ago had begun to write."""
-        remove_stale(self.folder, "tmp-*", _STALE_SECONDS)
-
-    def _touched(self, volume: Volume) -> bool:
-        """Whether a file of a local store is younger than the manifest, which is written last."""
-        try:
-            sealed, *others = (self.path(volume.key, name).stat().st_mtime_ns for name in (MANIFEST, *volume.files))
-        except FileNotFoundError:  # another process has just removed it
-            return True
-        return max(others) > sealed
-
-    def _verify_mirror(self, volume: Volume) -> None:
-        """Remove what the mirror has of a volume and should not have, so that it is downloaded again."""
-        facts = {name: sha256 for name, (_, sha256) in volume.files.items()}
-        for path in self.path(volume.key).glob("*"):
-            if path.name not in facts or Place(str(path)).sha256() != facts[path.name]:
-                path.unlink()  # always the manifest: it may be that of a volume which was replaced
-
-    def _mirrored(self, key: str) -> Volume:
-        """The manifest of the mirror, downloaded where it is not there yet."""
-        path = self.path(key, MANIFEST)
-        with suppress(FileNotFoundError, ValueError):
-            return Volume.from_json(path.read_bytes())
-        content = self.mirror.kept(path).read_bytes()
-        write_file(path, content)
-        return Volume.from_json(content)
 
 
 def foreground_index(label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
@@ -225,60 +157,10 @@ def foreground_index(label: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     return found[np.argsort(label.ravel()[found], kind="stable")].astype(np.int64)
 
 
-@lru_cache(maxsize=512)
-def open_array(
-    store: Store | Path | str, key: str, name: Literal["image", "label", "foreground"] = "image"
-) -> npt.NDArray[Any]:
-    """Memory-mapped array of a stored volume; only the pages that a patch touches are read.
-
-    Raises:
-        OSError: where the file cannot be had.
-        UserError: where it is not a whole array.
-    """
-    path = (store if isinstance(store, Store) else Store(store)).fetch(key, f"{name}.npy")
-    try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({error}); preparing the cohort again mends it") from error
-    return array
-
-
-def read_patch(
-    array: npt.NDArray[Any], origin: Sequence[int], size: Sequence[int], out: npt.NDArray[Any] | None = None
-) -> npt.NDArray[Any]:
-    """One patch, without loading its volume.
-
-    A volume shorter than the patch counts as padded with zeros on both sides, the smaller half first, like MONAI's
-    `SpatialPad`; `origin` (3 voxels) is meant in the padded volume.
-
-    Raises:
-        ValueError: where the patch leaves the padded volume.
-    """
-    if out is None:
-        out = np.empty(tuple(size), dtype=array.dtype)
-    source, target = [], []
-    for start, side, length in zip(origin, size, array.shape, strict=True):
-        before = max(side - length, 0) // 2
-        if not 0 <= start <= max(length - side, 0):
-            raise ValueError(f"origin {tuple(origin)} of a {tuple(size)} patch leaves the volume of {array.shape}")
-        source.append(slice(start, start + min(side, length)))
-        target.append(slice(before, before + min(side, length)))
-    if any(length < side for side, length in zip(size, array.shape, strict=True)):
-        out.fill(0)
-    out[tuple(target)] = array[tuple(source)]
-    return out
-
-
 def _write_array(path: Path, array: npt.NDArray[Any]) -> tuple[int, str]:
-    """`np.save` without a second pass for the digest, and with the operating system's own error on a full disk."""
-    header, array = io.BytesIO(), np.ascontiguousarray(array)
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    body = array.reshape(-1).view(np.uint8).data
-    digest = hashlib.sha256(header.getvalue())
-    digest.update(body)
-    write_file(path, header.getvalue(), body)
-    return len(header.getvalue()) + len(body), digest.hexdigest()
-
-
-def _seal(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    """Bytes and SHA-256 of the file; `np.save` to a full disk would not give the operating system's own error."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    content = buffer.getbuffer()
+    write_file(path, content)
+    return len(content), hashlib.sha256(content).hexdigest()

@@ -17,7 +17,7 @@ from nibabel.spatialimages import HeaderDataError
 from ssl_ray.config.schema import PhantomCohort, Preparation, Study
 from ssl_ray.data.canonical import levels
 from ssl_ray.data.datalist import Case, check_held_out, read_labelled, read_unlabelled
-from ssl_ray.data.store import Store, Volume
+from ssl_ray.data.store import VOLUME_JSON, Store, Volume
 from ssl_ray.phantom.cohort import synthesize, validation_share
 from ssl_ray.storage.files import MANIFEST
 from ssl_ray.storage.folders import Folders
@@ -192,7 +192,7 @@ def _manifests(folders: Folders) -> dict[tuple[Any, ...], Volume] | None:
     found = {}
     for path in store.folder.glob(f"??/*/{MANIFEST}"):
         with suppress(OSError, ValueError):  # a damaged volume counts as missing
-            volume = Volume.from_json(path.read_bytes())
+            volume = VOLUME_JSON.validate_json(path.read_bytes())
             found[volume.image_source, volume.spacing, volume.hu_window, bool(volume.label_source)] = volume
     return found
 

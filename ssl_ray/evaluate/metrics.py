@@ -13,15 +13,16 @@ Conventions, the same for every metric:
 Prediction and truth hold class numbers: 0 is background, 1 to classes - 1 are organs.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from nibabel.affines import voxel_sizes
 from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
 from torch import Tensor
 
-from ssl_ray.evaluate.original_grid import to_original_grid
 from ssl_ray.evaluate.scores import CaseScores, Scores
 from ssl_ray.evaluate.surface import Labels, surface_scores
 
@@ -29,10 +30,7 @@ from ssl_ray.evaluate.surface import Labels, surface_scores
 def dice(prediction: Tensor, truth: Tensor, classes: int) -> NDArray[np.float64]:
     """Dice of every class, (classes,), background first; nan where the class is absent from the truth.
 
-    Args:
-        prediction: (X, Y, Z) integers in 0..classes-1, on the same device as the truth.
-        truth: (X, Y, Z) integers in 0..classes-1.
-        classes: organs + background.
+    Both volumes (X, Y, Z) hold integers in 0..classes-1 and lie on the same device.
     """
     pairs = (truth.int() * classes + prediction).flatten()
     confusion = torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).double().cpu().numpy()
@@ -58,27 +56,40 @@ def evaluate(
     classes: int,
     tolerance: float,
 ) -> CaseScores:
-    """All scores of one volume, on both grids.
+    """All scores of one volume, on both grids; the tolerance of surface Dice is in mm.
 
-    Args:
-        case: its id.
-        prediction: (X, Y, Z) uint8 on the canonical grid.
-        truth: (X, Y, Z) integers on the canonical grid, on the prediction's device.
-        canonical_affine: 4x4, voxel indices -> mm.
-        original_truth: integers in 0..classes-1 on the grid of the NIfTI file.
-        original_affine: 4x4, voxel indices -> mm.
-        classes: organs + background.
-        tolerance: mm, of surface Dice.
+    `prediction` (uint8) and `truth`, both (X, Y, Z), lie on the canonical grid and on one device; `original_truth` has
+    the grid of the NIfTI file. Affines are 4x4, voxel indices -> mm. All truths are integers in 0..classes-1.
     """
     predicted = to_original_grid(prediction, canonical_affine, original_truth.shape, original_affine)
     spacing = voxel_sizes(np.asarray(original_affine, float))
-    surface = surface_scores(predicted, original_truth, classes, spacing, tolerance)
+    hd95, surface_dice = surface_scores(predicted, original_truth, classes, spacing, tolerance)
     return replace(
         evaluate_canonical(case, prediction, truth, classes),
         original_dice=_scores(dice(torch.as_tensor(predicted), torch.as_tensor(original_truth), classes)[1:]),
-        original_hd95=_scores(surface.hd95),
-        original_surface_dice=_scores(surface.surface_dice),
+        original_hd95=_scores(hd95),
+        original_surface_dice=_scores(surface_dice),
     )
+
+
+def to_original_grid(
+    prediction: Tensor | NDArray[np.uint8],
+    canonical_affine: ArrayLike,
+    original_shape: Sequence[int],
+    original_affine: ArrayLike,
+) -> NDArray[np.uint8]:
+    """Nearest-neighbour resampling of a label volume through 4x4 affines, as nibabel's `resample_from_to(order=0)`.
+
+    Unlike with nibabel's default, a canonical voxel reaches to its faces and not only to its centre (scipy's mode
+    `grid-constant`): a slice of the file that lies less than half a voxel beyond the last canonical centre keeps its
+    label. What lies outside the canonical grid is 0 (background). Orientation, rotation and spacing may all differ.
+    """
+    labels = prediction.cpu().numpy() if isinstance(prediction, Tensor) else prediction
+    to_canonical = np.linalg.inv(np.asarray(canonical_affine, float)) @ np.asarray(original_affine, float)
+    resampled: NDArray[np.uint8] = ndimage.affine_transform(
+        labels, to_canonical, output_shape=tuple(original_shape), order=0, mode="grid-constant", cval=0
+    )
+    return resampled
 
 
 def _scores(values: NDArray[np.float64]) -> Scores:

@@ -4,8 +4,8 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,12 @@ ORIGINAL_HD95 = "original_hd95"
 ORIGINAL_SURFACE_DICE = "original_surface_dice"
 """These three on the original grid, HD95 in mm: mean over volumes of the mean over present organs."""
 
-Scores = tuple[float | None, ...]
+Scores = Sequence[float | None]
 
 
 @dataclass(frozen=True)
 class CaseScores:
-    """All scores of one volume; None for a class that is absent from its truth."""
+    """All scores of one volume, an entry of `evaluation.json`; None for a class that is absent from its truth."""
 
     case: str
     dice: Scores
@@ -40,29 +40,13 @@ class CaseScores:
     """mm"""
     original_surface_dice: Scores | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """One entry of `evaluation.json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> "CaseScores":
-        """The inverse of `to_json`."""
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()
-        }
-        return cls(**fields)
-
 
 def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, float]:
     """Means over volumes by MLflow metric name; metrics that no volume has are left out.
 
-    Args:
-        cases: one entry a volume. Their order matters to `published_dice` alone.
-        organs: names of the classes 1, 2, ..., without background.
-
-    Returns:
-        The metrics of this module's constants, and for every organ the mean over the volumes that have it:
-        `original_dice/<organ>`, `original_hd95/<organ>` (mm), `original_surface_dice/<organ>`, with `organ_keys`.
+    These are the metrics of this module's constants, and for every organ, a name of the classes 1, 2, ..., the mean
+    over the volumes that have it: `original_dice/<organ>`, `original_hd95/<organ>` (mm),
+    `original_surface_dice/<organ>`, with `organ_keys`. The order of the cases matters to `published_dice` alone.
     """
     canonical = _table(cases, "dice", len(organs) + 1)
     with_background = _mean(canonical, axis=1)

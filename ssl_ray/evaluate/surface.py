@@ -1,7 +1,6 @@
 """How far the surfaces of predicted and true organs lie apart."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,48 +11,31 @@ Labels = NDArray[np.integer[Any]]
 """Class numbers (X, Y, Z)."""
 
 
-@dataclass(frozen=True)
-class SurfaceScores:
-    """Arrays of shape (classes - 1,), organ 1 first, nan where the organ is absent from the truth."""
-
-    hd95: NDArray[np.float64]
-    """mm"""
-    surface_dice: NDArray[np.float64]
-
-
 def surface_scores(
     prediction: Labels, truth: Labels, classes: int, spacing: Sequence[float], tolerance: float
-) -> SurfaceScores:
-    """HD95 and surface Dice of every organ, with MONAI's definitions.
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """HD95 in mm and surface Dice, each (classes - 1,), organ 1 first, nan where the organ is absent from the truth.
 
-    A surface is the set of voxels that erosion removes. HD95 is the larger of the two directed 95th percentiles
-    (`compute_hausdorff_distance(percentile=95)`); surface Dice is the share of the voxels of both surfaces that lie
-    within the tolerance of the other one (`compute_surface_dice`).
-
-    Args:
-        prediction: (X, Y, Z) integers on the original grid.
-        truth: (X, Y, Z) integers on the original grid.
-        classes: organs + background.
-        spacing: mm of the original grid; in an oblique one its voxel sizes (`nibabel.affines.voxel_sizes`).
-        tolerance: mm.
+    The definitions are MONAI's. A surface is the set of voxels that erosion removes. HD95 is the larger of the two
+    directed 95th percentiles (`compute_hausdorff_distance(percentile=95)`); surface Dice is the share of the voxels of
+    both surfaces that lie within the tolerance, in mm, of the other one (`compute_surface_dice`). Both volumes lie on
+    the original grid, whose voxels have the sides `spacing` in mm (in an oblique one: `nibabel.affines.voxel_sizes`).
     """
     hd95, surface_dice = np.full(classes - 1, np.nan), np.full(classes - 1, np.nan)
-    diagonal = np.linalg.norm(np.multiply(truth.shape, spacing))
     pairs = zip(_surfaces(prediction, classes), _surfaces(truth, classes), strict=True)
     for organ, (predicted, true) in enumerate(pairs):
         if not len(true):
             continue
         if not len(predicted):
-            hd95[organ], surface_dice[organ] = diagonal, 0.0
+            hd95[organ], surface_dice[organ] = np.linalg.norm(np.multiply(truth.shape, spacing)), 0.0
             continue
         points = predicted * np.asarray(spacing, float), true * np.asarray(spacing, float)
         # MONAI rounds to float32, too. Without it, whether two voxels exactly one tolerance apart are within it would
         # depend on where in the volume they lie.
         distances = [_to_nearest(*points).astype(np.float32), _to_nearest(*points[::-1]).astype(np.float32)]
         hd95[organ] = max(np.percentile(directed, 95) for directed in distances)
-        within = sum(int((directed <= tolerance).sum()) for directed in distances)
-        surface_dice[organ] = within / sum(len(directed) for directed in distances)
-    return SurfaceScores(hd95, surface_dice)
+        surface_dice[organ] = np.mean(np.concatenate(distances) <= tolerance)
+    return hd95, surface_dice
 
 
 def _surfaces(volume: Labels, classes: int) -> list[NDArray[np.int64]]:

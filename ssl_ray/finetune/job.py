@@ -1,44 +1,90 @@
-"""What a trial is started with, and the records that it sends back.
+"""What a trial is started with, the records that it sends back, and the folder that it writes to.
+
+checkpoints/<step>/            training states, the newest two, each with the weights that did best until then
+faults/step_<n>.safetensors    what reproduces a step that was not finite, for the first three
+unetr.safetensors              the result: the weights that did best on validation
+evaluation.json                and their scores, volume by volume
 
 The driver imports this, too: MONAI takes seconds to load and is not here.
 """
 
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
 
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.finetune.trial_folder import TrialFolder
+from ssl_ray.storage.files import write_file
+from ssl_ray.storage.mirror import Mirror
+
+Record = tuple[int, dict[str, float]]
+"""A step, and the metrics of it by name."""
 
 
 @dataclass(frozen=True)
 class TrialData:
-    """Prepared volumes that a trial reads; trials of one split share them."""
+    """Prepared volumes that a trial reads; trials of one split share them. The classes 1, 2, ... are the organs."""
 
-    store: Store | Path
+    store: Store
     training: tuple[Volume, ...]
     validation: tuple[Volume, ...]
     test: tuple[Volume, ...]
     organs: tuple[str, ...]
-    """Names of the classes 1, 2, ..."""
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """The folder of one trial, whose key is a digest of everything that the trial's result depends on."""
+
+    path: Path
+    key: str
+    mirror: Mirror
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the training states, by step."""
+        return self.path / "checkpoints"
+
+    def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any]) -> None:
+        """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""
+        contiguous = {name: value.contiguous() for name, value in weights.items()}
+        for name, content in (
+            ("unetr.safetensors", save(contiguous)),
+            ("evaluation.json", json.dumps(evaluation, indent=1).encode()),
+        ):
+            write_file(self.path / name, content)
+            self.mirror.push(self.path / name)
+
+    def pull_evaluation(self) -> Path:
+        """The scores that the trial wrote, made on whatever machine, as a file on this one."""
+        self.mirror.pull(self.path / "evaluation.json")
+        return self.path / "evaluation.json"
+
+    def clear(self) -> None:
+        """Delete what a finished trial no longer needs."""
+        with suppress(OSError):
+            self.mirror.drop(self.checkpoints)
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """One cell of the grid, with all that its result depends on and the folder that it writes to."""
+    """One cell of the grid, with all that its result depends on and the folder that it writes to.
+
+    lr: instead of the one in `config.optimizer`.
+    seed: of the initial weights and of the order of the patches.
+    weights: pretrained weights to start from; None for random ones.
+    """
 
     config: Finetune
     network: Network
-    """Widths of the UNETR."""
     lr: float
-    """Instead of the one in `config.optimizer`."""
     seed: int
-    """Of the initial weights and of the order of the patches."""
     data: TrialData
     weights: Path | None
-    """Pretrained weights to start from; None for random ones."""
     folder: TrialFolder
-
-
-Record = tuple[int, dict[str, float]]
-"""A step, and the metrics of it by name."""

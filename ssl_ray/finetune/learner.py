@@ -29,37 +29,33 @@ class SegmentationLearner:
         seed: int,
         weights: Path | None = None,
     ) -> None:
-        """Args:
-        config: the fine-tuning.
-        network: the widths of the UNETR.
-        device: to train on.
-        lr: instead of the one in `finetune.optimizer`.
-        seed: of the initial weights. The decoder's do not depend on whether the encoder's are pretrained.
-        weights: pretrained weights to start from; None for random ones.
+        """Build the network by `seed`, with the encoder out of the file `weights` where one is given.
+
+        The decoder does not depend on whether one is given. The configured learning rate is replaced by `lr`.
 
         Raises:
             UserError: when the pretrained weights do not match the network.
         """
         self.config, self.device = config, device
         torch.manual_seed(seed)
-        self.network = build_unetr(network, self.config.patch_size, self.config.cohort.classes)
+        self.network = build_unetr(network, config.patch_size, config.cohort.classes)
         if weights:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
         # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
         self.network.to(device, memory_format=torch.channels_last_3d)
-        self.dtype = resolve(self.config.precision, device)
-        if device.type == "cpu" and self.config.patch_size[0] == VIT_PATCH:
+        self.dtype = resolve(config.precision, device)
+        if device.type == "cpu" and config.patch_size[0] == VIT_PATCH:
             # Some convolutions are then two voxels deep. Their bfloat16 weight gradients, as oneDNN 3.12 (torch 2.13)
             # computes them, come out of memory that it never wrote: other numbers every time, inf and nan among them.
             self.dtype = torch.float32
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
-        self.optimizer_config = self.config.optimizer.model_copy(update={"lr": lr})
+        self.optimizer_config = config.optimizer.model_copy(update={"lr": lr})
         self.optimizer = build_optimizer(self.optimizer_config, self.network.parameters())
         # Only the objective is compiled. Prediction calls the network itself, because its windows have other shapes.
-        self.objective = _Objective(self.network, self.config.loss, device, self.dtype)
-        self.compiled = self.config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
+        self.objective = _Objective(self.network, config.loss, device, self.dtype)
+        self.compiled = config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
 
     def step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step on images (B, 1, X, Y, Z) and labels of the same shape.
@@ -77,10 +73,9 @@ class SegmentationLearner:
             self.network,
             image.to(self.device),
             self.config.patch_size,
-            self.config.cohort.classes,
             sliding_window_batch=self.config.sliding_window_batch,
             overlap=self.config.sliding_window_overlap,
-            autocast=None if self.dtype == torch.float32 else self.dtype,
+            dtype=self.dtype,
         )
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -99,8 +94,6 @@ class SegmentationLearner:
 
 
 class _Objective(nn.Module):
-    """The loss of patches and their labels, both (B, 1, X, Y, Z)."""
-
     def __init__(self, network: nn.Module, loss: SegmentationLoss, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.network, self.device, self.dtype = network, device, dtype

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ssl_ray.config.schema import Augmentation, Finetune
-from ssl_ray.data.store import Store, Volume, open_array, read_patch
+from ssl_ray.data.patch import open_array, read_patch
+from ssl_ray.data.store import Store, Volume
 from ssl_ray.random import generator
 
 _ORDER, _PATCH = 11, 12
@@ -24,7 +24,7 @@ class PatchSampler:
     """Draws patch *i* of a trial out of `(seed, i)` alone: which volume, which centre, which augmentation."""
 
     volumes: tuple[Volume, ...]
-    store: Store | Path
+    store: Store
     config: Finetune
     seed: int
 
@@ -34,13 +34,7 @@ class PatchSampler:
         A step takes the next `volumes_per_step` volumes of an endless sequence of shuffled epochs, and
         `patches_per_volume` patches of each.
         """
-        images, labels = [], []
-        for index, volume in self.patches(step):
-            random = generator(self.seed, _PATCH, index)
-            image, label = self._crop(volume, random)
-            image, label = augment(image, label, self.config.augmentation, random)
-            images.append(image)
-            labels.append(label)
+        images, labels = zip(*(self._patch(index, volume) for index, volume in self.patches(step)), strict=True)
         return torch.stack(images).unsqueeze(1), torch.stack(labels).unsqueeze(1)
 
     def patches(self, step: int) -> Iterator[tuple[int, Volume]]:
@@ -52,12 +46,12 @@ class PatchSampler:
             for patch in range(place * count, (place + 1) * count):
                 yield patch, self.volumes[order[index]]
 
-    def _crop(self, volume: Volume, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _patch(self, index: int, volume: Volume) -> tuple[Tensor, Tensor]:
+        random, size = generator(self.seed, _PATCH, index), self.config.patch_size
         image, label = (open_array(self.store, volume.key, name) for name in ("image", "label"))
-        origin = crop_origin(self._centre(volume, image, label, random), volume.shape, self.config.patch_size)
-        size = self.config.patch_size
-        intensity = read_patch(image, origin, size).astype(np.float32) / np.float32(volume.levels)
-        return torch.from_numpy(intensity), torch.from_numpy(read_patch(label, origin, size))
+        origin = crop_origin(self._centre(volume, image, label, random), volume.shape, size)
+        intensity = torch.from_numpy(read_patch(image, origin, size).astype(np.float32) / np.float32(volume.levels))
+        return augment(intensity, torch.from_numpy(read_patch(label, origin, size)), self.config.augmentation, random)
 
     def _centre(
         self, volume: Volume, image: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8], random: np.random.Generator
@@ -71,10 +65,8 @@ class PatchSampler:
                 first, last = sum(counts[:organ]), sum(counts[: organ + 1])
             chosen = open_array(self.store, volume.key, "foreground")[random.integers(first, last)]
             return tuple(int(v) for v in np.unravel_index(chosen, volume.shape))
-        voxel = (0, 0, 0)
         for _ in range(_TRIES):  # rejection has the distribution of a draw from all such voxels, without a list of them
-            x, y, z = random.integers(0, volume.shape)
-            voxel = (int(x), int(y), int(z))
+            voxel = tuple(int(v) for v in random.integers(0, volume.shape))
             if image[voxel] > 0 and label[voxel] == 0:
                 break
         return voxel

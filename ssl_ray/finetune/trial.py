@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ssl_ray.data.nifti import read_label
-from ssl_ray.data.store import Volume, open_array
+from ssl_ray.data.patch import open_array
+from ssl_ray.data.store import Volume
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.finetune.job import Record, TrialJob
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks.flops import unetr_flops
+from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
@@ -31,9 +34,7 @@ class Trial:
     """
 
     def __init__(self, job: TrialJob, device: torch.device) -> None:
-        """Args:
-        job: the cell.
-        device: to train on.
+        """Build the network and its optimizer.
 
         Raises:
             UserError: when the pretrained weights do not match the network.
@@ -41,9 +42,8 @@ class Trial:
         self.job, self.config = job, job.config
         self.learner = SegmentationLearner(job.config, job.network, device, job.lr, job.seed, job.weights)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
-        patches = self.config.volumes_per_step * self.config.patches_per_volume
-        flops = unetr_flops(job.network, self.config.patch_size, self.config.cohort.classes).training
-        self.losses, self.usage = FiniteSum(), _Usage(self.learner, patches, flops)
+        self.flops = unetr_flops(job.network, self.config.patch_size, self.config.cohort.classes).training
+        self.losses = FiniteSum()
         self.best, self.best_step = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}
         self.watch = Watch[int](self.config.on_nonfinite, self.config.max_skipped)
@@ -65,7 +65,7 @@ class Trial:
         yield start, {"started_at": float(start)}
         yield from self.records[0]
         log_every = max(1, config.validate_every // 10)
-        logged = start
+        self._begin_record(start)
         batches = ahead(self._batch, range(start, config.steps), threads=1)
         for step in range(start, config.steps):
             lr, asked = learning_rate(self.learner.optimizer_config, step, config.steps), time.perf_counter()
@@ -73,7 +73,7 @@ class Trial:
             waited = time.perf_counter() - asked
             loss, norm = self.learner.step(images, labels, lr)
             self.losses.add(loss)
-            self.usage.waited += waited
+            self.waited += waited
             self._note(self.watch.look(step, loss, norm))
             done = step + 1
             validate = done % config.validate_every == 0 or done == config.steps
@@ -81,7 +81,7 @@ class Trial:
                 continue
             self._note(self.watch.last())
             total, finite = self.losses.take()
-            metrics = {"lr": lr} | ({"loss": total / finite} if finite else {}) | self.usage.of(done - logged)
+            metrics = {"lr": lr} | ({"loss": total / finite} if finite else {}) | self._usage(done)
             if validate:
                 metrics |= self._validate(done)
             record = done, metrics
@@ -89,8 +89,7 @@ class Trial:
             # The last step is always saved, so that a fault in the evaluation does not cost minutes.
             if validate and (done == config.steps or time.monotonic() - self.saved >= 60 * config.checkpoint_minutes):
                 self._save(done)
-            self.usage.start()
-            logged = done
+            self._begin_record(done)
             yield record
 
     def evaluate(self) -> dict[str, float]:
@@ -110,9 +109,23 @@ class Trial:
         for name, cases in scores.items():
             metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, data.organs).items()}
         tree = {"step": self.best_step, "organs": list(data.organs)}
-        tree |= {name: [case.to_json() for case in cases] for name, cases in scores.items()}
+        tree |= {name: [asdict(case) for case in cases] for name, cases in scores.items()}
         self.job.folder.keep_result(self.best_weights, tree)
         return metrics
+
+    def _begin_record(self, step: int) -> None:
+        self.logged, self.skipped, self.waited, self.since = step, 0, 0.0, time.perf_counter()
+
+    def _usage(self, step: int) -> dict[str, float]:
+        """What the steps since the last record took. On a GPU their loss must have been read, or they still run."""
+        config, learner = self.config, self.learner
+        steps, seconds = step - self.logged, time.perf_counter() - self.since
+        rate = steps * config.volumes_per_step * config.patches_per_volume / seconds
+        metrics = {"seconds_per_step": seconds / steps}
+        metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
+        metrics |= as_system({"patches_per_second": rate, "data_wait_share": self.waited / seconds})
+        metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
+        return metrics | arithmetic_rate(rate * self.flops, 1, learner.device, learner.dtype)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         images, labels = self.sampler.batch(step)
@@ -124,7 +137,7 @@ class Trial:
         """Write down what reproduces a step that was not finite, which has left the weights as they were."""
         if fault is None:
             return
-        self.usage.skipped += 1
+        self.skipped += 1
         step, sampler = fault.what, self.sampler
         patches = [{"patch": index, "volume": volume.id, "key": volume.key} for index, volume in sampler.patches(step)]
         volumes = ", ".join(dict.fromkeys(str(patch["volume"]) for patch in patches))
@@ -150,8 +163,7 @@ class Trial:
         found = aggregate(cases, self.job.data.organs)
         if (score := found.get(DICE_FOREGROUND, 0.0)) > self.best:
             self.best, self.best_step = score, step
-            weights = self.learner.network.state_dict()
-            self.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+            self.best_weights = snapshot(self.learner.network.state_dict())
         return {f"validation/{name}": value for name, value in found.items()}
 
     def _predict(self, volumes: Iterable[Volume]) -> Iterator[tuple[Volume, Tensor, Tensor]]:
@@ -174,7 +186,7 @@ class Trial:
             prediction.cpu(),
             truth,
             np.array(volume.affine),
-            np.ascontiguousarray(original.voxels.astype(np.uint8)),  # NIfTI lays the axes out in Fortran's order
+            original.voxels.astype(np.uint8, order="C"),  # NIfTI lays the axes out in Fortran's order
             original.affine,
             classes=self.config.cohort.classes,
             tolerance=self.config.surface_tolerance,
@@ -182,52 +194,29 @@ class Trial:
 
     def _save(self, step: int) -> None:
         older, newer = self.records
+        weights = self.learner.network.state_dict()
         state = {
+            "key": self.job.folder.key,
             "step": step,
-            "model": self.learner.network.state_dict(),
+            "model": weights,
             "optimizer": self.learner.optimizer.state_dict(),
             "best": self.best,
             "best_step": self.best_step,
+            # Tensors that appear twice are written once.
+            "best_weights": weights if self.best_step == step else self.best_weights,
             "row": self.watch.row,
             "records": older + newer,
         }
-        self.job.folder.save(state, self.best_weights)
+        save_latest(self.job.folder.checkpoints, state, mirror=self.job.folder.mirror)
         self.records, self.saved = (newer, []), time.monotonic()
 
     def _restore(self) -> int:
-        found = self.job.folder.load()
-        if found is None:
+        folder = self.job.folder
+        state = load_latest(folder.checkpoints, folder.key, folder.mirror)
+        if state is None:
             return 0
-        state, self.best_weights = found
         self.learner.network.load_state_dict(state["model"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
-        self.best, self.best_step, self.watch.row = state["best"], state["best_step"], state["row"]
-        self.records = [(step, metrics) for step, metrics in state["records"]], []
+        self.best, self.best_step, self.best_weights = (state[n] for n in ("best", "best_step", "best_weights"))
+        self.watch.row, self.records = state["row"], (state["records"], [])
         return int(state["step"])
-
-
-class _Usage:
-    """What the steps since the last record took (time, waiting, memory, arithmetic), and how many were skipped."""
-
-    def __init__(self, learner: SegmentationLearner, patches: int, flops: float) -> None:
-        """Args:
-        learner: takes the steps.
-        patches: in one step.
-        flops: of one patch, forward and backward.
-        """
-        self._learner, self._patches, self._flops = learner, patches, flops
-        self.start()
-
-    def start(self) -> None:
-        """Count from now on."""
-        self.skipped, self.waited, self._since = 0, 0.0, time.perf_counter()
-
-    def of(self, steps: int) -> dict[str, float]:
-        """The metrics of so many steps. On a GPU their loss must have been read before, or they are still running."""
-        seconds = time.perf_counter() - self._since
-        rate, learner = steps * self._patches / seconds, self._learner
-        metrics = {"seconds_per_step": seconds / steps}
-        metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
-        metrics |= as_system({"patches_per_second": rate, "data_wait_share": self.waited / seconds})
-        metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
-        return metrics | arithmetic_rate(rate * self._flops, 1, learner.device, learner.dtype)

@@ -26,18 +26,20 @@ _POSITIONS = "patch_embedding.position_embeddings"
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a transfer did to the ViT of a UNETR; keys as in `unetr.vit.state_dict()`."""
+    """What a transfer did to the ViT of a UNETR; keys as in `unetr.vit.state_dict()`.
+
+    loaded: number of parameters that were copied unchanged.
+    interpolated: the position embeddings where they were resampled to another grid of tokens, or nothing.
+    missing: idle parameters that the checkpoint does not have; they keep their values, which no loss reaches.
+    unexpected: idle parameters that only the checkpoint has. The autoencoder's decoder is not counted.
+    share: share of the ViT's numbers that came from the checkpoint; only missing parameters keep it below 1.
+    """
 
     loaded: int
-    """Number of parameters that were copied unchanged."""
     interpolated: tuple[str, ...]
-    """Resampled to another grid of tokens: the position embeddings, or nothing."""
     missing: tuple[str, ...]
-    """Idle parameters that the checkpoint does not have; they keep their values, which no loss reaches."""
     unexpected: tuple[str, ...]
-    """Idle parameters that only the checkpoint has. The autoencoder's decoder is not counted."""
     share: float
-    """Share of the ViT's numbers that came from the checkpoint; only missing idle parameters keep it below 1."""
 
 
 def transfer(
@@ -48,16 +50,11 @@ def transfer(
     Every parameter that the tokens depend on must be there, in the shape that it has here. The one exception are
     position embeddings of another grid of tokens: they are interpolated trilinearly (as MAE and timm do in 2D).
     State dicts of MONAI 0.8 to 1.6 have the same names and meaning, but for idle parameters, which may differ.
-
-    Args:
-        weights: state dict of a ViTAutoEnc with `proj_type="conv"`, from `load_weights`.
-        unetr: the network to change.
-        source: the file's name, for messages.
-        metadata: what `load_metadata` read; without `patch_size`, a grid that does not fit is taken as cubic.
+    Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
 
     Raises:
-        UserError: for NaN or infinite weights, encoder keys that are missing, unexpected or of another shape, another
-            number of heads, or a grid of tokens that cannot be told.
+        UserError: naming the source, for NaN or infinite weights, encoder keys that are missing, unexpected or of
+            another shape, another number of heads, or a grid of tokens that cannot be told.
     """
     metadata = metadata or {}
     wanted: dict[str, Tensor] = unetr.vit.state_dict()
@@ -65,6 +62,12 @@ def transfer(
     diverged = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if diverged:
         raise UserError(f"{source}: {_first(diverged)}: NaN or infinite weights; the pretraining has diverged")
+    # No shape depends on the number of heads, and the tokens do: only the metadata can tell.
+    block = unetr.vit.blocks[0]
+    widths = {"hidden_size": block.mlp.linear1.in_features, "mlp_dim": block.mlp.linear1.out_features}
+    for name, here in (widths | {"num_heads": block.attn.num_heads}).items():
+        if metadata.get(name, str(here)) != str(here):
+            raise UserError(f"{source}: trained with {name} {metadata[name]}, but this network has {here}")
 
     missing = [key for key in wanted if key not in encoder]
     unexpected = [key for key in encoder if key not in wanted]
@@ -79,22 +82,18 @@ def transfer(
     }
     if any(complaints.values()):
         listed = "; ".join(f"{name}: {_first(keys)}" for name, keys in complaints.items() if keys)
-        raise UserError(f"{source}: not the weights of this ViT; likely cause: {_cause(encoder, wanted)}; {listed}")
-    # No shape depends on the number of heads, and the tokens do: only the metadata can tell.
-    heads = str(unetr.vit.blocks[0].attn.num_heads)
-    if metadata.get("num_heads", heads) != heads:
-        raise UserError(f"{source}: trained with num_heads {metadata['num_heads']}, but this network has {heads}")
-
+        raise UserError(f"{source}: not the weights of this ViT: {listed}")
     values = {key: encoder[key] for key in wanted if key in encoder}
-    interpolated: tuple[str, ...] = ()
     grid = _source_grid(values[_POSITIONS].shape[1], unetr.feat_size, metadata, source)
-    if grid != unetr.feat_size:
-        values[_POSITIONS] = _resample(values[_POSITIONS], grid, unetr.feat_size)
-        interpolated = (_POSITIONS,)
+    resampled = grid != unetr.feat_size
+    if resampled:  # (1, tokens, hidden), to another grid that covers the same patch
+        volume = values[_POSITIONS].float().transpose(1, 2).reshape(1, -1, *grid)
+        volume = nn.functional.interpolate(volume, tuple(unetr.feat_size), mode="trilinear")
+        values[_POSITIONS] = volume.flatten(2).transpose(1, 2)
     unetr.vit.load_state_dict(values, strict=False)
     return Transfer(
-        loaded=len(values) - len(interpolated),
-        interpolated=interpolated,
+        loaded=len(values) - resampled,
+        interpolated=(_POSITIONS,) if resampled else (),
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         share=sum(wanted[key].numel() for key in values) / sum(value.numel() for value in wanted.values()),
@@ -102,7 +101,6 @@ def transfer(
 
 
 def _fits(key: str, value: Tensor, wanted: Tensor) -> bool:
-    """Whether a parameter of the file has the shape that the network wants, or can be resampled to it."""
     if key == _POSITIONS:  # (1, tokens, hidden): the grid may differ
         return value.ndim == 3 and value.shape[::2] == wanted.shape[::2]
     return value.shape == wanted.shape
@@ -112,18 +110,6 @@ def _first(items: Sequence[str]) -> str:
     """The first three, which may be keys out of a foreign file."""
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return ", ".join(shown(item, 200) for item in items[:3]) + more
-
-
-def _cause(encoder: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The likeliest reason why the encoder of a file does not match."""
-    for name, key in (("hidden_size", "norm.weight"), ("mlp_dim", "blocks.0.mlp.linear1.bias")):
-        if key in encoder and encoder[key].shape != wanted[key].shape:
-            return f"{name} is {encoder[key].numel()} there and {wanted[key].numel()} here"
-    if "patch_embedding.patch_embeddings.1.weight" in encoder:
-        return 'it was trained with proj_type="perceptron", not "conv"'
-    if not encoder.keys() & wanted.keys():
-        return "these are the weights of another kind of network"
-    return "the file is incomplete, or the ViT there has other layers, a bias in qkv or another token size"
 
 
 def _source_grid(
@@ -145,9 +131,3 @@ def _source_grid(
             f"{' x '.join(map(str, target))}: use a safetensors file with patch_size in its metadata"
         )
     return grids.pop()
-
-
-def _resample(positions: Tensor, grid: Sequence[int], target: Sequence[int]) -> Tensor:
-    """Position embeddings (1, tokens, hidden) on another grid of tokens that covers the same patch."""
-    volume = positions.float().transpose(1, 2).reshape(1, -1, *grid)
-    return nn.functional.interpolate(volume, tuple(target), mode="trilinear").flatten(2).transpose(1, 2)

@@ -5,6 +5,7 @@ Both hold the same ViT under the same names, so that `transfer.py` copies weight
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from monai.networks.nets import UNETR, ViTAutoEnc
 from torch import nn
@@ -21,23 +22,11 @@ def build_autoencoder(network: Network, patch_size: Sequence[int]) -> ViTAutoEnc
 
     It takes (batch, 1, *patch_size) and returns the restored patches of the same shape, and the tokens
     (batch, tokens, hidden_size) after each block. The settings are those of the tutorial vit_unetr_ssl of Project
-    MONAI. Idle parameters are frozen, so that DDP need not search for unused ones.
-
-    Args:
-        network: the width of the ViT.
-        patch_size: voxels, each side a multiple of `VIT_PATCH`.
+    MONAI. Idle parameters are frozen, so that DDP need not search for unused ones. Each side of the patch is a multiple
+    of `VIT_PATCH` voxels.
     """
     autoencoder = ViTAutoEnc(
-        in_channels=1,
-        img_size=tuple(patch_size),
-        patch_size=(VIT_PATCH,) * 3,
-        out_channels=1,
-        deconv_chns=16,
-        hidden_size=network.hidden_size,
-        mlp_dim=network.mlp_dim,
-        num_layers=VIT_LAYERS,
-        num_heads=network.num_heads,
-        proj_type="conv",
+        **_vit(network, patch_size), patch_size=(VIT_PATCH,) * 3, out_channels=1, deconv_chns=16, num_layers=VIT_LAYERS
     )
     _freeze_idle(autoencoder)
     return autoencoder
@@ -46,23 +35,13 @@ def build_autoencoder(network: Network, patch_size: Sequence[int]) -> ViTAutoEnc
 def build_unetr(network: Network, patch_size: Sequence[int], classes: int) -> UNETR:
     """The segmentation network (Hatamizadeh et al., UNETR, WACV 2022).
 
-    It takes (batch, 1, *patch_size) and returns logits (batch, classes, *patch_size). The settings are those of the
-    tutorial vit_unetr_ssl of Project MONAI; idle parameters are frozen as in `build_autoencoder`.
-
-    Args:
-        network: the widths of the ViT and of the convolutional decoder.
-        patch_size: voxels, each side a multiple of `VIT_PATCH`.
-        classes: output channels, background included.
+    It takes (batch, 1, *patch_size) and returns logits (batch, classes, *patch_size), background included. The settings
+    are those of the tutorial vit_unetr_ssl of Project MONAI; idle parameters are frozen as in `build_autoencoder`.
     """
     unetr = UNETR(
-        in_channels=1,
+        **_vit(network, patch_size),
         out_channels=classes,
-        img_size=tuple(patch_size),
         feature_size=network.feature_size,
-        hidden_size=network.hidden_size,
-        mlp_dim=network.mlp_dim,
-        num_heads=network.num_heads,
-        proj_type="conv",
         norm_name="instance",
         conv_block=True,
         res_block=True,
@@ -70,6 +49,12 @@ def build_unetr(network: Network, patch_size: Sequence[int], classes: int) -> UN
     )
     _freeze_idle(unetr.vit)
     return unetr
+
+
+def _vit(network: Network, patch_size: Sequence[int]) -> dict[str, Any]:
+    """What both networks say of the ViT."""
+    widths = network.model_dump(include={"hidden_size", "mlp_dim", "num_heads"})
+    return {"in_channels": 1, "img_size": tuple(patch_size), "proj_type": "conv", **widths}
 
 
 def _freeze_idle(vit: nn.Module) -> None:

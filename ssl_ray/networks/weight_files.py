@@ -33,12 +33,7 @@ def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mappin
 
     `path` gets the weights as safetensors with the metadata. The file beside it with the ending `.pt` is a torch file
     of `{"state_dict": ...}`, which the tutorial's code loads unchanged. Both appear complete or not at all, the
-    safetensors last.
-
-    Args:
-        path: ends with `.safetensors`.
-        autoencoder_state: `state_dict()` of a ViTAutoEnc, or of DDP around it.
-        metadata: at least that of `describe`.
+    safetensors last. The state may be that of DDP around the autoencoder; the metadata has at least that of `describe`.
     """
     # Copies, because safetensors refuses tensors that share memory, and torch would save all of that memory.
     state = {
@@ -51,9 +46,7 @@ def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mappin
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict on the CPU, out of a safetensors file or a torch file; no pickled code is ever run.
-
-    Accepts a plain state dict or `{"state_dict": ...}`, with or without the prefix of DDP.
+    """Read a state dict, or one under `"state_dict"`, on the CPU, and remove DDP's prefix; no pickled code is ever run.
 
     Raises:
         UserError: for a file that cannot be read, or holds anything but named dense tensors of real numbers.
@@ -61,11 +54,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         with open_file(path) as file:
             _check_uncompressed(file)
-        content: object = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        safe = path.suffix == ".safetensors"
+        content: object = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:

@@ -1,16 +1,21 @@
-"""The organs of the synthetic cohort: one patient, drawn as smooth solids inside the body of `ssl_ray.phantom.body`.
+"""How a patient of the synthetic cohort looks: a table of structures, and the painter that draws it on a voxel grid.
 
-What is painted later lies in front of what was there, so labels never overlap. All random numbers come from one
-generator, so a line that draws one must not move past another such line, or every patient looks different.
+The body of an average adult is in mm: x to the patient's right, y to the front, z to the head, with the first lumbar
+vertebra at z = 0. Every form is given by its depth, the approximate signed distance to its surface in mm, negative
+inside (Quilez, "Distance functions"). What is painted later lies in front, so labels never overlap.
 """
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from numpy.linalg import norm
 
-from ssl_ray.phantom.body import FAT, GAS, draw_skeleton, draw_trunk, spine
-from ssl_ray.phantom.canvas import Array, Box, Canvas, Shape, union
+Array = npt.NDArray[Any]
+Box = tuple[slice, ...]
+Form = tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""An ellipsoid (x, y, z and three radii), or the knots of a tube (x, y, z and radius each), mm."""
 
 ORGANS = (
     "spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta",
@@ -18,239 +23,194 @@ ORGANS = (
 )  # fmt: skip
 """The organs of BTCV in its order: the label of an organ is its index + 1, 0 is background."""
 
-_LABEL = {organ: i + 1 for i, organ in enumerate(ORGANS)}
-_TISSUES = ("aorta", "cava", "portal", "liver", "spleen", "cortex", "pancreas", "wall", "muscle", "adrenal", "urine")
-_PHASES = (  # HU of _TISSUES without contrast, and in the arterial, portal venous and delayed phase
-    (42, 40, 40, 56, 48, 33, 40, 38, 52, 28, 8),
-    (290, 110, 125, 68, 118, 180, 98, 80, 58, 70, 10),
-    (155, 140, 165, 106, 116, 180, 94, 75, 62, 68, 60),
-    (100, 98, 104, 88, 92, 140, 76, 60, 60, 52, 330),
-)
+
+@dataclass(frozen=True)
+class Structure:
+    """One row of the table.
+
+    `hu` is the mean of all patients, or four: without contrast medium, and in its arterial, portal venous and delayed
+    phase. A structure is the union of its `forms`, or all of `within`: an earlier structure that it does not leave, and
+    under whose surface it stays by `inset` mm. A part of an organ has the organ's label. The place has a standard
+    deviation of `jitter` mm; without it the size is the same for all, too. `fat` is a margin of fat around it, mm.
+    """
+
+    name: str
+    hu: float | tuple[float, float, float, float]
+    within: str = ""
+    inset: float = 0.0
+    jitter: float = 0.0
+    fat: float = 0.0
+    forms: tuple[Form, ...] = ()
 
 
-class _Patient:
-    """The random choices of one patient, and the painting of one organ after the other."""
-
-    def __init__(self, canvas: Canvas, adiposity: float):
-        self.c, self.rng, self.adiposity = canvas, canvas.rng, adiposity
-        rng = self.rng
-        phase = rng.choice(4, p=[0.15, 0.2, 0.5, 0.15])
-        native, enhanced = np.array(_PHASES[0]), np.array(_PHASES[phase])
-        hu = native + (enhanced - native) * rng.uniform(0.75, 1.2) * rng.uniform(0.9, 1.1, len(native))
-        self.tissue = dict(zip(_TISSUES, hu + rng.normal(0, 4, len(native)), strict=True))
-        self.arterial = phase == 1
-        if rng.random() < 0.2:
-            self.tissue["liver"] -= rng.uniform(15, 50)  # fatty liver
-        self.drift = rng.normal(0, 4)  # of aorta and esophagus from their place beside the spine, mm
-        self.kidneys = {side: (canvas.near(58 * side, -38, z, 6), canvas.size()) for side, z in ((1, -24), (-1, -10))}
-        self.halo = 0.5 + 4 * adiposity  # visceral fat between neighbours, mm
-        self.body = draw_trunk(canvas, adiposity, self.tissue["muscle"], self.tissue["aorta"] * 0.9)
-        draw_skeleton(canvas, self.body, self.tissue["muscle"])
-
-    def organ(self, name: str, shape: Shape, hu: Any, lumps: float = 0.0, halo: float | None = None) -> Shape:
-        """Paint an organ with a lumpy surface and a margin of fat (`halo`, mm); give the surface back."""
-        box, depth = shape
-        shape = box, depth + np.float32(lumps) * self.c.lumps[box]
-        margin = self.halo if halo is None else halo
-        fat = np.maximum(shape[1] - np.float32(margin), self.body.abdomen[box] + 3)  # the diaphragm is not displaced
-        self.c.paint((box, fat), FAT)
-        self.c.paint(shape, hu, _LABEL.get(name, 0))
-        return shape
-
-    def gut(self, name: str, shape: Shape, wall: float, content: Any, lumps: float = 0.0) -> Shape:
-        """A hollow organ: an enhancing wall of `wall` mm and its content; the label covers both."""
-        box, depth = self.organ(name, shape, self.tissue["wall"], lumps, self.halo / 2)
-        self.c.paint((box, depth + wall), content, None, texture=8)
-        return box, depth
-
-    def tube(self, tissue: str, knots: Any, radii: Any, label: int | None = 0, only: int | None = None) -> None:
-        """A tube of one tissue without a margin of fat, such as a branch of a vessel; `label` as for `Canvas.paint`."""
-        self.c.paint(self.c.tube(knots, radii), self.tissue[tissue], label, only)
-
-    def inside(self, shape: Shape, margin: float) -> Shape:
-        """The part of a solid at least `margin` mm inside the abdominal cavity."""
-        return shape[0], np.maximum(shape[1], self.body.abdomen[shape[0]] + margin)
-
-    def bowel(self) -> None:
-        """Colon and small bowel: unlabelled, with fluid, stool, contrast medium and gas."""
-        c, rng = self.c, self.rng
-        oral = rng.choice([15.0, 30.0, 220.0], p=[0.5, 0.3, 0.2])
-
-        def loop(knots: Any, radius: float, content: Callable[[Box], Any], gas: float, lumps: float = 0.0) -> None:
-            """A loop of bowel: `content` gives HU on a box, and there is gas where the clumps are above `gas`."""
-            box, depth = self.inside(c.tube(knots, radius), 3)
-            fluid = content(box)
-            self.gut("", (box, depth), 2.5, fluid + (GAS - fluid) * np.clip(3 * (c.clumps[box] - gas), 0, 1), lumps)
-
-        low, high = np.array([-80.0, -8.0, -185.0]), np.array([80.0, 72.0, -48.0])
-        for _ in range(rng.integers(12, 20)):
-            knots = [np.array([rng.uniform(-60, 60), rng.uniform(0, 65), rng.uniform(-170, -55)])]
-            for _ in range(4):
-                step = np.abs(knots[-1] + rng.normal(0, 26, 3) - low) + low  # a random walk between two mirrors
-                knots.append(high - np.abs(high - step))
-            loop(knots, rng.uniform(9, 14), lambda box: oral + rng.normal(0, 10), 1.5)
-        droop = rng.uniform(0, 55)
-        colon = (
-            [c.near(92, -22, -150, 6), c.near(94, -20, -90, 6), c.near(92, -4, -38, 6), c.near(84, 32, -28, 6)],
-            [c.near(84, 34, -30, 6), c.near(40, 66, -40 - droop / 2, 8), c.near(0, 70, -50 - droop, 8),
-             c.near(-50, 62, -35 - droop / 2, 8), c.near(-92, 12, 4, 6)],
-            [c.near(-92, 10, 4, 6), c.near(-100, -22, -40, 5), c.near(-98, -24, -100, 5), c.near(-80, 0, -165, 6)],
-        )  # fmt: skip
-        for knots, width, gas in zip(colon, (23, 18, 15), (0.6, 0.1, 0.9), strict=True):
-            loop(knots, width * c.size(0.75, 1.2), lambda box: rng.uniform(-10, 70) + 60 * c.grain[box], gas, 2.5)
-
-    def liver(self) -> None:
-        """Two lobes and the tip of the right one, without the fossa of the gallbladder and the right kidney."""
-        c, rng = self.c, self.rng
-        s, shift = c.size(), c.near(0, 0, 0, 5)
-        box = c.box(np.array([-100.0, -110.0, -120.0]), np.array([160.0, 130.0, 130.0]))
-
-        def part(centre: Any, radii: Any, turn: Sequence[float] = (0, 0, 0)) -> Array:
-            return c.ellipsoid(centre, radii, turn, box)[1]
-
-        right = part(np.add(shift, (70, 2, 40)), s * np.array([72, 79, 76]))
-        left = part(np.add(shift, (2, 44, 50)), c.size(0.75, 1.25) * np.array([76, 35, 34]), (0, 12, 8))
-        tip = part(np.add(shift, (92, -2, -18)), (28, 42, rng.uniform(38, 80)))
-        fossa = part(np.add(shift, (8, -12, -34)), (62, 74, 60), (0, 25, 0))
-        renal = part(self.kidneys[1][0] + (2, -22, -10), (38, 50, 64), (12, 0, 0))
-        depth = np.maximum(union(union(right, left, 25), tip, 25), -fossa)
-        self.organ("liver", self.inside((box, -union(-depth, renal, 12)), 2), self.tissue["liver"], 4)
-
-    def upper(self) -> None:
-        """Esophagus, stomach, spleen, duodenum, gallbladder."""
-        c, rng, tissue = self.c, self.rng, self.tissue
-        gullet = [(-42, 2, 68), (-24, 2, 80), *((-9 + self.drift, spine(h) + 44, h) for h in (100, 150, 200))]
-        tube = c.tube(gullet, c.size() * np.array([9, 8.5, 9, 9, 9]))
-        box, depth = self.organ("esophagus", tube, tissue["wall"], 1.5, 1)
-        if rng.random() < 0.4:
-            c.paint((box, depth + 5.5), GAS / 2, None, _LABEL["esophagus"])
-
-        s, drop = c.size(0.72, 1.15), rng.uniform(0, 45)
-        knots = [c.near(-52, -14, 70, 6), c.near(-57, 22, 52, 7), c.near(-50, 48, 24 - drop / 3, 8),
-                 c.near(-20, 56, -8 - drop, 8), c.near(14, 46, -10 - drop / 2, 6), (32, 34, -6)]  # fmt: skip
-        shape = self.inside(c.tube(knots, s * np.array([33, 33, 28, 22, 17, 9])), 3)
-        food = rng.choice([12.0, 55.0, 95.0, 240.0], p=[0.35, 0.35, 0.15, 0.15]) + rng.normal(0, 12)
-        box, stomach = self.gut("stomach", shape, rng.uniform(3, 6), food + 20 * c.clumps[shape[0]], 3)
-        top = c.height[box][stomach < 0].max()
-        c.paint((box, np.maximum(stomach + 4, top - rng.uniform(0, 45) - c.height[box])), GAS, None)
-
-        shift, s = c.near(0, 0, 0, 7), c.size(0.78, 1.35)
-        box, spleen = c.ellipsoid(np.add(shift, (-92, -30, 38)), s * np.array([36, 50, 52]), (-25, 12, 0))
-        hollow = c.ellipsoid(np.add(shift, (-42, 4, 34)), (42, 50, 72), box=box)[1]
-        mottle = 22 * c.clumps[box] if self.arterial else 0.0
-        self.organ("spleen", self.inside((box, np.maximum(spleen, -hollow)), 3), tissue["spleen"] + mottle, 3)
-
-        loop = [(32, 34, -6), c.near(50, 22, -14), c.near(54, 8, -42), c.near(34, 2, -64), c.near(-6, 4, -62)]
-        shape = c.tube(loop, 11 * c.size())
-        self.gut("", shape, 3, rng.choice([15.0, 35.0, 220.0]) + 25 * c.grain[shape[0]])
-
-        centre, s = c.near(58, 46, -12, 6), c.size(0.7, 1.3)
-        axis = np.array([4, 24, -18]) * s
-        shape = c.tube([centre - axis * 0.6, centre, centre + axis * 0.6], np.array([8, 13, 14]) * s)
-        self.organ("gallbladder", shape, rng.uniform(2, 18), 1, 1)
-        if rng.random() < 0.15:  # a stone
-            c.paint(c.ellipsoid(centre + axis * 0.4, (5, 5, 4)), 250, None, _LABEL["gallbladder"])
-
-    def renal(self) -> None:
-        """Kidneys in their fat, each with its sinus and pelvis."""
-        c, rng = self.c, self.rng
-        for name, side in (("right kidney", 1), ("left kidney", -1)):
-            centre, s = self.kidneys[side]
-            turn = (rng.normal(12, 6), side * rng.normal(14, 5), side * rng.normal(25, 10))
-            radii, hilum = s * np.array([26, 25, 50]), centre - (side * 20, -9, 0)
-            box, capsule = c.ellipsoid(centre, radii * (1.12 + 0.2 * self.adiposity), turn)
-            c.paint(self.inside((box, capsule), 1), FAT)
-            kidney = c.ellipsoid(centre, radii, turn, box)[1]
-            sinus = c.ellipsoid(hilum, (13, 10, 19), turn, box)[1]
-            shape = self.inside((box, np.maximum(kidney, -sinus)), 3)
-            self.organ(name, shape, self.tissue["cortex"], 1.5, 0)
-            if self.arterial:  # the medulla enhances later
-                c.paint((box, shape[1] + 8), 85, None, _LABEL[name])
-            c.paint(c.ellipsoid(hilum, (5, 5, 13), turn), self.tissue["urine"])
-
-    def portal(self) -> None:
-        """The pancreas, and the veins that meet behind it and lead into the liver."""
-        c, rng, tissue = self.c, self.rng, self.tissue
-        s = c.size()
-        duct = [c.near(34, 14, -34, 3), c.near(27, 18, -16, 3), c.near(8, 24, 0, 1),
-                c.near(-20, 20, 6), c.near(-46, 0, 10, 5), c.near(-72, -20, 20, 6)]  # fmt: skip
-        pancreas = c.tube(duct, s * np.array([15, 17.5, 10.5, 12.5, 12.5, 10]))
-        marbling = 14 * self.adiposity * c.grain[pancreas[0]]
-        self.organ("pancreas", pancreas, tissue["pancreas"] - 10 * self.adiposity + marbling, 2.5, 1)
-
-        s, meet = c.size(0.85, 1.25), c.near(14, 12, -2, 2)
-        splenic = [meet, (-12, 10, 4), duct[3] + (-8, -9, 2), duct[4] + (-4, -9, 3), (-78, -24, 32)]
-        branches = [c.near(72, 14, 34, 4), c.near(30, 38, 44, 4)]
-        gate = c.near(44, 16, 26, 3)
-        for branch in branches:
-            self.tube("portal", [gate, branch, branch + rng.normal(10, 8, 3)], 3.5 * s, None, _LABEL["liver"])
-        for name, knots, radii in (
-            ("", [meet, np.add(meet, (2, 2, -30)), (6, 26, -110)], 5 * s),  # superior mesenteric vein
-            ("portal and splenic veins", splenic, s * np.array([5.5, 5, 4.5, 4.5, 4])),
-            ("portal and splenic veins", [meet, (28, 15, 12), gate], 7 * s),
-        ):
-            self.organ(name, c.tube(knots, radii), tissue["portal"], halo=1)
-
-    def vessels(self) -> None:
-        """Vena cava and aorta with their branches, between the crura of the diaphragm."""
-        c, rng, tissue = self.c, self.rng, self.tissue
-        for side in (-1, 1):
-            self.tube("muscle", [(side * 12, -14, 64), (side * 15, -20, 20), (side * 15, -26, -25)], (5, 7, 4))
-        s, drift = c.size(0.9, 1.2), (self.drift, rng.normal(0, 4))
-        fork = rng.uniform(-112, -92)
-
-        def front(side: float, gap: float, heights: Sequence[float]) -> list[tuple[float, float, float]]:
-            """Points `gap` mm in front of the vertebral bodies."""
-            return [(side + drift[side > 0], spine(h) + 19 + gap, h) for h in heights]
-
-        cava = [*front(21, 10, (fork - 8, -60, -10, 30)), (25, 0, 62), (24, 14, 104)]
-        self.tube("cava", [cava[0], (42, -30, fork - 50), (66, 2, -200)], 8 * s)
-        self.organ("inferior vena cava", c.tube(cava, 11.5 * c.size()), tissue["cava"], 1.2, 1)
-        for end in ((78, 20, 66), (50, 40, 70), (60, -30, 60)):  # hepatic veins
-            self.tube("portal", [(25, 4, 74), c.near(*end, 5)], (5, 2.5), None, _LABEL["liver"])
-        aorta = front(-10, 11, (fork, -60, -10, 40, 80, 130, 200))
-        for x in (42, -50):  # iliac arteries
-            self.tube("aorta", [aorta[0], (x * 0.8, -28, fork - 45), (x * 1.35, 4, -200)], 6.5 * s)
-        self.tube("aorta", [aorta[2], (-6, 14, -24), (0, 22, -90)], 4 * s)  # superior mesenteric artery
-        tube = c.tube(aorta, s * np.array([8, 8.5, 9.5, 10.5, 11, 11.5, 12]))
-        box, depth = self.organ("aorta", tube, tissue["aorta"], 0, 1)
-        if rng.random() < 0.4:  # calcified wall
-            plaque = np.maximum(np.abs(depth + 1) - 1.5, 5 * (1.2 - c.grain[box]))
-            c.paint((box, plaque), 600, None, _LABEL["aorta"])
-        for side in (1, -1):  # renal veins
-            self.tube("cava", [self.kidneys[side][0] - (side * 18, -8, 0), (side * 20, -4, -12)], 4, only=0)
-
-    def adrenals(self) -> None:
-        """Three limbs above each kidney."""
-        c, rng = self.c, self.rng
-        for name, side, y in (("right adrenal gland", 1, -26.0), ("left adrenal gland", -1, -20.0)):
-            centre, s = self.kidneys[side]
-            x, z = side * (34 if side > 0 else 36), np.clip(centre[2] + 44 * s, 22, 52)
-            apex, r = c.near(x, y + 3, z, 2), rng.uniform(3.5, 4.9)
-            limbs = [c.tube([apex, apex + np.array([side * dx, dy, dz])], (r + 0.6, r - 0.6))
-                     for dx, dy, dz in ((10, -14, -10), (1, -20, -8), (1, 1, 9))]  # fmt: skip
-            for box, depth in limbs:
-                c.paint((box, depth - 2.5), FAT)
-            for limb in limbs:
-                c.paint(limb, self.tissue["adrenal"], _LABEL[name])
-
-    def lesions(self, name: str, chance: float, hu: float, size: tuple[float, float]) -> None:
-        """Round lesions inside an organ, on average `chance` of them; they belong to it, as in BTCV."""
-        label = _LABEL[name]
-        where = np.argwhere(self.c.label == label)
-        for _ in range(self.rng.poisson(chance)):
-            voxel = tuple(where[int(self.rng.random() * len(where))])
-            shape = self.c.ellipsoid([p[voxel] for p in self.c.points], self.rng.uniform(*size, 3))
-            self.c.paint(shape, hu, None, label)
+FAT, GAS = -103.0, -900.0
+_MUSCLE, _WALL, _BOWEL = (52, 58, 62, 60), (38, 80, 75, 60), (15, 25, 30, 60)
+_ARTERY, _VEIN, _PORTAL = (42, 270, 155, 100), (40, 110, 140, 98), (40, 125, 165, 104)
+_VERTEBRAE = tuple((-47 + 9 * (1 - ((z + 70) / 120) ** 2), z) for z in range(-150, 200, 35))
+"""y and z of their centres: lumbar lordosis, thoracic kyphosis."""
 
 
-def draw(canvas: Canvas, adiposity: float) -> None:
-    """Draw a patient, lean (0) to obese (1): the organs of `ORGANS` among bones, muscles, fat, lungs and bowel."""
-    patient = _Patient(canvas, adiposity)
-    for region in (patient.bowel, patient.liver, patient.upper, patient.renal, patient.portal, patient.vessels):
-        region()
-    patient.adrenals()
-    patient.lesions("liver", 0.9, patient.tissue["liver"] - 45, (5, 18))
-    patient.lesions("spleen", 0.15, 15, (5, 12))
-    patient.lesions("right kidney", 0.4, 8, (5, 14))
-    patient.lesions("left kidney", 0.4, 8, (5, 14))
+def _column(x: float, y: float, radius: float) -> Form:
+    """A tube along the spine, `y` mm in front of it."""
+    return tuple((x, ahead + y, z, radius) for ahead, z in _VERTEBRAE)
+
+
+def _renal(side: str, x: int, z: float) -> tuple[Structure, ...]:
+    """What lies on one side, of which `x` is 1 or -1; the kidney's middle is at height `z`."""
+    kidney, apex = f"{side} kidney", (x * 38, -22, z + 66, 4.6)
+    limbs = ((x * 47, -36, z + 56, 3.6), (x * 39, -42, z + 58, 3.6), (x * 39, -21, z + 75, 3.6))
+    ends = ((x * 52, -44, z + 22, 24), (x * 62, -38, z - 22, 25))
+    return (
+        Structure(kidney, (33, 180, 180, 140), "cavity", 3, jitter=4, fat=5, forms=(ends,)),
+        Structure("renal cyst", 8, kidney, jitter=18, forms=((x * 70, -36, z - 6, 10, 10, 10),)),
+        Structure("renal pelvis", FAT, jitter=2, forms=((x * 36, -30, z, 15, 10, 17),)),
+        Structure(f"{side} adrenal gland", (28, 70, 68, 52), jitter=2, fat=2, forms=tuple((apex, p) for p in limbs)),
+    )
+
+
+TRUNK = (
+    Structure("wall", _MUSCLE, forms=((0, 6, -20, 134, 106, 700),)),
+    Structure("cavity", FAT, "wall", 13),
+    Structure("lungs", -850, "cavity", 4, forms=((60, 4, 80, 80, 110, 200), (-60, 4, 80, 80, 110, 200))),
+    Structure("mediastinum", FAT, "cavity", forms=(((-3, -30, 50, 32), (-3, -30, 220, 32)),)),
+    Structure("heart", _VEIN, "cavity", 4, jitter=5, fat=6, forms=((-22, 36, 126, 54, 42, 42),)),
+    Structure("diaphragm", _MUSCLE, "cavity", jitter=3, forms=((58, 6, -30, 78, 92, 132), (-56, 4, -35, 76, 90, 120))),
+    Structure("abdomen", FAT, "diaphragm", 3),
+    Structure("lower abdomen", FAT, "cavity", forms=((0, 4, -150, 130, 110, 150),)),
+    Structure("back", _MUSCLE, "wall", jitter=2, forms=(_column(33, -38, 27), _column(-33, -38, 27))),
+    Structure("psoas", _MUSCLE, jitter=2, forms=tuple(
+        ((x * 24, -36, 25, 6), (x * 38, -40, -40, 16), (x * 60, -15, -190, 21)) for x in (1, -1))),
+    Structure("vertebrae", 420, forms=tuple((0, y, z, 26, 21, 19) for y, z in _VERTEBRAE)),
+    Structure("marrow", 210, "vertebrae", 3),
+    Structure("arches", 380, forms=(_column(0, -29, 15), *((0, y - 32, z, 40, 6, 8) for y, z in _VERTEBRAE))),
+    Structure("spinal canal", 30, forms=(_column(0, -27, 9),)),
+    Structure("pelvis", 450, "wall", jitter=3, forms=tuple((x, -25, -185, 22, 58, 75) for x in (88, -88))),
+)  # fmt: skip
+"""What holds the organs, from the wall inwards. Skin and ribs follow from the wall, and are not in the table."""
+
+INNER = (
+    Structure("small bowel", _BOWEL, "cavity", 3, jitter=9, fat=2, forms=(
+        ((-60, 20, -60, 14), (10, 40, -75, 14), (55, 20, -90, 14), (-10, 30, -105, 14), (-60, 15, -125, 14)),
+        ((-50, 50, -90, 14), (20, 60, -110, 14), (60, 40, -130, 14), (0, 50, -150, 14), (-50, 45, -180, 14)),
+        ((-20, 0, -75, 14), (-70, 20, -95, 14), (-20, 10, -140, 14), (50, 10, -160, 14), (-10, 20, -190, 14)))),
+    Structure("colon", _BOWEL, "cavity", 3, jitter=5, fat=2, forms=(
+        ((92, -22, -160, 22), (94, -20, -90, 22), (88, 10, -40, 19), (40, 62, -58, 17), (0, 66, -72, 17)),
+        ((0, 66, -72, 17), (-50, 58, -52, 17), (-92, 12, -4, 16), (-98, -22, -60, 14), (-80, 0, -165, 15)))),
+    Structure("colon gas", GAS, "colon", 4, jitter=12, forms=((0, 72, -70, 60, 14, 14),)),
+    Structure("liver", (56, 68, 106, 88), "abdomen", 2, jitter=4, fat=1, forms=(
+        (72, 2, 38, 70, 82, 76), (4, 44, 50, 76, 36, 36), (90, -2, -18, 30, 44, 62))),
+    Structure("liver lesion", 35, "liver", jitter=45, forms=((75, 0, 40, 13, 13, 13),)),
+    Structure("spleen", (48, 118, 116, 92), "abdomen", 2, jitter=4, fat=1, forms=((-86, -32, 38, 36, 54, 58),)),
+    Structure("esophagus", _WALL, jitter=2, fat=2, forms=(
+        ((-36, 2, 72, 9), (-20, -2, 84, 8.5), (-9, 0, 100, 9), (-9, -12, 150, 9), (-9, -28, 220, 9)),)),
+    Structure("stomach", _WALL, "cavity", 6, jitter=4, fat=2, forms=(
+        ((-50, -8, 60, 29), (-57, 22, 46, 31), (-50, 46, 16, 27), (-20, 54, -14, 21), (32, 34, -8, 11)),)),
+    Structure("meal", 40, "stomach", 4),
+    Structure("stomach gas", GAS, "stomach", 4, jitter=9, forms=((-50, 68, 30, 34, 24, 40),)),
+    Structure("duodenum", _BOWEL, jitter=2, fat=2, forms=(
+        ((32, 34, -8, 11), (52, 22, -14, 11), (54, 8, -42, 11), (34, 2, -66, 11), (-6, 4, -64, 11)),)),
+    Structure("gallbladder", 10, jitter=4, fat=1, forms=(((57, 34, -4, 9), (58, 46, -14, 13), (60, 58, -24, 14)),)),
+    *_renal("right", 1, -24),
+    *_renal("left", -1, -10),
+    Structure("pancreas", (40, 98, 94, 76), jitter=2, fat=2, forms=(
+        ((34, 14, -34, 14), (27, 18, -16, 17), (8, 24, 0, 12), (-20, 20, 6, 13), (-46, 0, 10, 13), (-72, -20, 20, 9)),
+    )),
+    Structure("portal and splenic veins", _PORTAL, jitter=1, fat=1, forms=(
+        ((14, 12, -2, 6), (-12, 10, 4, 5.5), (-28, 10, 8, 5.5), (-50, -9, 13, 5), (-78, -24, 30, 4.5)),
+        ((14, 12, -2, 7.5), (28, 15, 12, 7.5), (44, 16, 26, 7.5)))),
+    Structure("inferior vena cava", _VEIN, jitter=2, fat=1, forms=(
+        ((21, -12, -108, 11.5), (21, -11, -10, 11.5), (22, -9, 30, 12), (25, 0, 62, 12), (24, 14, 104, 12)),)),
+    Structure("aorta", _ARTERY, jitter=2, fat=1, forms=(
+        ((-10, -9, -100, 8), (-10, -11, -10, 9.5), (-10, -16, 40, 10.5), (-10, -24, 90, 11), (-10, -56, 215, 12)),)),
+)  # fmt: skip
+"""Bowel, organs and vessels."""
+
+
+def draw(rng: np.random.Generator, axes: list[Array], to_body: Array, shift: Array, fat: float) -> tuple[Array, Array]:
+    """Draw one patient, with `fat` mm under the skin, on a voxel grid: HU (float32) and labels (uint8).
+
+    `axes` are the positions of the voxels along the three grid axes, ascending, in mm from the grid's centre. A body
+    point is `to_body` @ grid point + `shift` + a smooth random warp. As many random numbers are drawn on any grid: the
+    spacing does not change the patient.
+    """
+    painter = _Painter(rng, axes, to_body, shift)
+    wall = painter.depth(np.atleast_2d(TRUNK[0].forms[0]), ())
+    painter.paint(wall - fat - 2, 0)
+    painter.paint(wall - fat, FAT)
+    for row in TRUNK:
+        painter.add(row)
+    along = painter.points[2] + 0.55 * (painter.points[1] + 70)
+    ribs = np.maximum(np.abs(along % 28 - 14) - 5.5, np.abs(painter.depths["cavity"] - 6) - 4)
+    painter.paint(np.maximum(ribs, 18 - along), 400)
+    for row in INNER:
+        painter.add(row)
+    return painter.hu, painter.label
+
+
+class _Painter:
+    """A voxel grid in the body of one patient, and what has been painted so far."""
+
+    def __init__(self, rng: np.random.Generator, axes: list[Array], to_body: Array, shift: Array):
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"))
+        warp = [4 * _noise(rng, axes, to_body, 110) + _noise(rng, axes, to_body, 40) for _ in range(3)]
+        body = np.einsum("ij,jxyz->ixyz", to_body, grid) + shift[:, None, None, None]
+        self.points = (body + warp).astype(np.float32)
+        slabs = [np.moveaxis(p, i, 0).reshape(len(axes[i]), -1) for i, p in enumerate(self.points)]
+        self.spans = [(slab.min(1), slab.max(1)) for slab in slabs]
+        self.grain = _noise(rng, axes, to_body, 14)
+        self.voxel = float(np.mean([axis[1] - axis[0] for axis in axes]))
+        self.hu, self.label = np.full(self.grain.shape, -1000, np.float32), np.zeros(self.grain.shape, np.uint8)
+        self.rng, self.phase, self.strength = rng, rng.choice(4, p=[0.15, 0.2, 0.5, 0.15]), rng.uniform(0.75, 1.2)
+        self.depths: dict[str, Array] = {}
+
+    def add(self, row: Structure) -> None:
+        """Paint a structure with the patient's own place, size and HU."""
+        move, drift = self.rng.normal(0, row.jitter, 3), self.rng.normal(0, 4)
+        size = 1 + self.rng.uniform(-0.13, 0.15) * (row.jitter > 0)
+        forms = [np.hstack([form[:, :3] + move, form[:, 3:] * size]) for form in map(np.atleast_2d, row.forms)]
+        box = self.around(forms, row.fat + self.voxel) if forms else ()
+        depth = np.minimum.reduce([self.depth(form, box) for form in forms] or [np.full(self.hu.shape, -1000, "f4")])
+        if row.fat:
+            self.paint(np.maximum(depth - row.fat, self.depths["cavity"][box]), FAT, 0, box)
+        if row.within:
+            depth = np.maximum(depth, self.depths[row.within][box] + row.inset)
+        native, enhanced = np.broadcast_to(row.hu, 4)[[0, self.phase]]
+        label = next((ORGANS.index(name) + 1 for name in (row.name, row.within) if name in ORGANS), 0)
+        self.paint(depth, native + (enhanced - native) * self.strength + drift, label, box)
+        self.depths[row.name] = np.full(self.hu.shape, 1000, np.float32)
+        self.depths[row.name][box] = depth
+
+    def paint(self, depth: Array, hu: float, label: int = 0, box: Box = ()) -> None:
+        """Blend `hu` in over one voxel across the surface, and set `label` inside."""
+        here = self.hu[box]
+        here += np.clip(0.5 - depth / self.voxel, 0, 1) * (hu + 6 * self.grain[box] - here)
+        self.label[box][depth <= 0] = label
+
+    def around(self, forms: list[Array], margin: float) -> Box:
+        """The part of the grid that holds all forms and `margin` mm around them."""
+        low = np.min([(form[:, :3] - form[:, 3:]).min(0) for form in forms], 0) - margin
+        high = np.max([(form[:, :3] + form[:, 3:]).max(0) for form in forms], 0) + margin
+        hits = [np.flatnonzero((b >= c) & (a <= d)) for (a, b), c, d in zip(self.spans, low, high, strict=True)]
+        return tuple(slice(hit.min(initial=10**6), hit.max(initial=-1) + 1) for hit in hits)
+
+    def depth(self, form: Array, box: Box) -> Array:
+        """Depth of an ellipsoid or a tube on a part of the grid."""
+        points, form = self.points[:, *box], form.astype(np.float32)[..., None, None, None]
+        if len(form[0]) == 6:
+            q, radii = (points - form[0, :3]) / form[0, 3:], form[0, 3:]
+            far = norm(q, axis=0)
+            return np.asarray(far * (far - 1) / np.maximum(norm(q / radii, axis=0), 1e-6))
+        depth = np.full(points[0].shape, 1000, np.float32)
+        for start, way in zip(form, np.diff(form, axis=0), strict=False):
+            p, d = points - start[:3], way[:3]
+            along = np.clip((p * d).sum(0) / (d * d).sum(), 0, 1)
+            np.minimum(depth, norm(p - along * d, axis=0) - start[3] - along * way[3], out=depth)
+        return depth
+
+
+def _noise(rng: np.random.Generator, axes: list[Array], to_body: Array, wavelength: float) -> Array:
+    """Band-limited noise of unit variance on the grid: 12 plane waves of about `wavelength` mm of the body."""
+    waves, start = rng.normal(0, 3.6 / wavelength, (12, 3)) @ to_body, rng.uniform(0, 2 * np.pi, (12, 1))
+    x, y, z = (np.exp(1j * np.outer(wave, axis)).astype(np.complex64) for wave, axis in zip(waves.T, axes, strict=True))
+    plane = np.einsum("wi,wj->wij", x * np.exp(1j * start).astype(np.complex64), y)
+    return np.asarray(np.einsum("wij,wk->ijk", plane, z).real / np.float32(np.sqrt(6)))

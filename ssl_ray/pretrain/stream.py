@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssl_ray.data.store import Store, open_array, read_patch
+from ssl_ray.data.patch import open_array, read_patch
+from ssl_ray.data.store import Store
 from ssl_ray.pretrain.samples import Sample, SampleTable
 
 SEGMENT_BLOCKS = 256

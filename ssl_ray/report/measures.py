@@ -22,26 +22,23 @@ class Measure:
     factor: float = 1.0
     """What the number in MLflow is multiplied by for print."""
     digits: int = 3
-    """Digits after the printed number's decimal point."""
 
-    def of(self, case: CaseScores) -> float:
-        """Score of one volume; nan where it has none of the classes, or was not scored on this grid."""
+    def of(self, case: CaseScores) -> float | None:
+        """Score of one volume; None where it has none of the classes, or was not scored on this grid."""
         known = [score for score in getattr(case, self.field) or () if score is not None]
-        return sum(known) / len(known) if known else float("nan")
+        return sum(known) / len(known) if known else None
 
     def value(self, number: float) -> str:
-        """The number as text, like `0.658`."""
+        """Like `0.658`."""
         return f"{number * self.factor:.{self.digits}f}"
 
     def signed(self, number: float) -> str:
-        """The number with its sign, like `-0.012`; `+0.000` where the digits shown are all zero."""
+        """Like `-0.012`; `+0.000` where the digits shown are all zero."""
         text = f"{number * self.factor:+.{self.digits}f}"
         return text.replace("-", "+") if float(text) == 0 else text
 
 
-WITH_BACKGROUND = Measure(DICE_WITH_BACKGROUND, "dice", factor=100, digits=2)
-"""In percent."""
+WITH_BACKGROUND = Measure(DICE_WITH_BACKGROUND, "dice", factor=100, digits=2)  # percent
 FOREGROUND = Measure(ORIGINAL_DICE_FOREGROUND, "original_dice")
-HD95 = Measure(ORIGINAL_HD95, "original_hd95", digits=1)
-"""In mm."""
+HD95 = Measure(ORIGINAL_HD95, "original_hd95", digits=1)  # mm
 SURFACE_DICE = Measure(ORIGINAL_SURFACE_DICE, "original_surface_dice")

@@ -32,13 +32,7 @@ def literal(text: str) -> str:
 
 
 def to_html(text: str, folder: Path, title: str) -> str:
-    """The page of a report.
-
-    Args:
-        text: Markdown.
-        folder: what the paths of its pictures, all PNG, are relative to.
-        title: of the browser's window.
-    """
+    """The page of a report in Markdown, whose pictures, all PNG, are relative to `folder`."""
     tokens = _MARKDOWN.parse(text)
     _embed_pictures(tokens, folder)
     _fold_listings(tokens)

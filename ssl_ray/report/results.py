@@ -2,9 +2,9 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -38,63 +38,54 @@ class Trial:
     """Last value of every metric."""
     curve: Mapping[int, float] = field(default_factory=dict)
     """Foreground Dice on validation, on the canonical grid, by step."""
-    cases: Mapping[str, tuple[CaseScores, ...]] = field(default_factory=dict)
-    """Scores of every volume by part (`validation`, `test`)."""
+    cases: Mapping[Part, Sequence[CaseScores]] = field(default_factory=dict)
+    organs: Sequence[str] = ()
+    """Names of the classes 1, 2, ..."""
     pretraining_run: str | None = None
-    training_volumes: int = 0
-    """How many it trained on; 0 where the run does not say."""
+    left_out: int = 0
+    """How many bad volumes it did not train on."""
     failure: str = ""
     """Why it failed, in one line."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The finished trials, a seed each, of one split and initialisation at the learning rate best on validation.
+    """The finished trials, a seed each, of one split and initialisation at the learning rate best on validation."""
 
-    Without a finished trial there is no learning rate, and `hole` says why.
-    """
-
-    split: int
-    init: str
     expected: int
     """Number of seeds in the grid."""
-    trials: tuple[Trial, ...] = ()
+    trials: Sequence[Trial] = ()
     hole: Status = "finished"
+    """Why there is no finished trial."""
 
     @property
-    def lr(self) -> float | None:
-        """The learning rate that was chosen."""
-        return self.trials[0].cell.lr if self.trials else None
+    def lr(self) -> float:
+        """The learning rate that was chosen, where any trial has finished."""
+        return self.trials[0].cell.lr
 
     def seeds(self, metric: str) -> list[float]:
         """The metric of every seed that has it."""
         return [trial.metrics[metric] for trial in self.trials if metric in trial.metrics]
 
-    def scores(self, part: Part, measure: Measure) -> dict[int, dict[str, float]]:
-        """The measure by seed and case id; volumes without any organ are left out."""
-        return {
-            trial.cell.seed: {
-                case.case: score for case in trial.cases.get(part, ()) if not np.isnan(score := measure.of(case))
-            }
-            for trial in self.trials
-        }
-
-    def cases(self, part: Part, measure: Measure) -> dict[str, float]:
-        """The measure of every volume as mean over seeds, by case id, in the order of the cases."""
-        by_seed = list(self.scores(part, measure).values())
-        ids = dict.fromkeys(case for scores in by_seed for case in scores)
-        return {case: float(np.mean([scores[case] for scores in by_seed if case in scores])) for case in ids}
+    def scores(self, part: Part, measure: Measure) -> dict[str, dict[int, float]]:
+        """The measure by case id and seed, in the order of the cases; volumes without any organ are left out."""
+        found: dict[str, dict[int, float]] = defaultdict(dict)
+        for trial in self.trials:
+            for case in trial.cases[part]:
+                if (score := measure.of(case)) is not None:
+                    found[case.case][trial.cell.seed] = score
+        return dict(found)
 
 
 @dataclass(frozen=True)
 class PretrainingRun:
-    """One pretraining run, as far as the report shows it."""
+    """One pretraining run. Its losses are L1 by step, where the HU window is 0 to 1."""
 
     run: "MlflowRun"
     loss: Mapping[int, float]
     validation_loss: Mapping[int, float]
     identity_loss: Mapping[int, float]
-    """All three are L1 by step, where the HU window is 0 to 1. `identity_loss` is that of leaving patches corrupted."""
+    """Validation loss of leaving patches corrupted."""
     picture: bytes | None
     """PNG of the last restoration."""
     suffix: str
@@ -107,86 +98,61 @@ class Results:
 
     study: Study
     grid: "MlflowRun"
-    trials: tuple[Trial, ...]
-    """One for every cell of the study's grid, in the grid's order."""
-    as_given: bool
-    """Whether the grid was run with this very experiment."""
-    others: int
-    """Trials of the same grid run that the study's grid does not name."""
-    part: Part
-    """The volumes that are reported: test where the cohort has such a split."""
-    organs: tuple[str, ...]
-    """Names of the classes 1, 2, ..."""
     config: str
-    """The experiment that the grid was run with, in YAML; empty where the run does not have it."""
+    """The experiment that the grid was run with, in YAML."""
+    as_given: bool
+    """Whether this is the very experiment that was given now."""
     transfer: dict[str, Any] | None
     """Report of the weight transfer, as `ssl_ray.networks.transfer` writes it."""
-    pretraining: tuple[PretrainingRun, ...]
+    trials: Sequence[Trial]
+    """One for every cell of the study's grid, in the grid's order."""
+    arms: Mapping[int, Mapping[str, Arm]]
+    """By number of labelled training volumes, ascending, and by the grid's initialisations, random first."""
+    part: Part
+    """The volumes that are reported: test where the cohort has such a split."""
+    pretraining: Sequence[PretrainingRun]
 
     @property
-    def splits(self) -> tuple[int, ...]:
-        """Numbers of labelled training volumes, ascending."""
-        return self.study.finetune.split_sizes
-
-    @property
-    def inits(self) -> tuple[str, ...]:
+    def inits(self) -> list[str]:
         """The grid's initialisations, random first."""
-        return tuple(init for init in ("random", "pretrained") if init in self.study.finetune.grid.init)
+        return [*next(iter(self.arms.values()))]
+
+    @property
+    def organs(self) -> Sequence[str]:
+        """Names of the classes 1, 2, ...; none before a trial has finished."""
+        return next((trial.organs for trial in self.trials if trial.organs), ())
 
     @property
     def finished(self) -> list[Trial]:
         """The trials that have results."""
         return [trial for trial in self.trials if trial.status == "finished"]
 
+    @property
+    def chosen(self) -> list[Arm]:
+        """The arms that have a learning rate."""
+        return [arm for arms in self.arms.values() for arm in arms.values() if arm.trials]
+
     def count(self, part: Part) -> int:
         """Number of validation or test volumes that were scored."""
-        return max((len(trial.cases.get(part, ())) for trial in self.trials), default=0)
+        return max(len(trial.cases.get(part, ())) for trial in self.trials)
 
     def metric(self, name: str) -> str:
         """Name in MLflow of a metric of the selected checkpoint, over the volumes that are reported."""
         return f"selected/{self.part}/{name}"
 
-    def arms(self, split: int) -> list[Arm]:
-        """The split's arms, one for every initialisation in the grid, random first."""
-        return [self.arm(split, init) for init in self.inits]
-
-    def arm(self, split: int, init: str) -> Arm:
-        """The chosen cells of a split and an initialisation.
-
-        The learning rate with the highest mean of `SELECTION` over seeds is chosen. One with more finished seeds goes
-        first, so that a learning rate at which trials fail does not win by those that survived.
-        """
-        mine = [trial for trial in self.trials if (trial.cell.split, trial.cell.init) == (split, init)]
-        expected = len(self.study.finetune.grid.seeds)
-        by_lr: dict[float, list[Trial]] = defaultdict(list)
-        for trial in mine:
-            if trial.status == "finished":
-                by_lr[trial.cell.lr].append(trial)
-        if not by_lr:
-            seen = {trial.status for trial in mine}
-            holes: tuple[Status, ...] = ("failed", "unfinished")
-            return Arm(split, init, expected, hole=next((hole for hole in holes if hole in seen), "missing"))
-
-        def rank(trials: list[Trial]) -> tuple[int, float]:
-            return len(trials), float(np.mean([trial.metrics.get(SELECTION, 0.0) for trial in trials]))
-
-        best = max(by_lr.values(), key=rank)
-        return Arm(split, init, expected, tuple(best))
-
     def compare(self, split: int, measure: Measure) -> Difference | None:
         """Pretrained minus random, paired by volume; None where one of them has no scores."""
-        random, pretrained = (self.arm(split, init) for init in ("random", "pretrained"))
-        before, after = random.cases(self.part, measure), pretrained.cases(self.part, measure)
-        shared = [case for case in before if case in after]
+        if len(self.arms[split]) < 2:
+            return None
+        random, pretrained = (arm.scores(self.part, measure) for arm in self.arms[split].values())
+        shared = [case for case in random if case in pretrained]
         if not shared:
             return None
-        ours, theirs = pretrained.scores(self.part, measure), random.scores(self.part, measure)
-        by_seed = [
-            np.mean([ours[seed][case] - theirs[seed][case] for case in shared if case in ours[seed]])
-            for seed in theirs
-            if ours.get(seed)
-        ]
-        return difference(np.array([after[case] - before[case] for case in shared]), np.array(by_seed))
+        # A volume's organs are those of its truth, so that every seed has scored the same volumes.
+        seeds = [seed for seed in random[shared[0]] if seed in pretrained[shared[0]]]
+        values = [np.mean([*pretrained[case].values()]) - np.mean([*random[case].values()]) for case in shared]
+        by_seed = [np.mean([pretrained[case][seed] - random[case][seed] for case in shared]) for seed in seeds]
+        return difference(np.array(values), np.array(by_seed))
 
 
 def read_results(study: Study, tracker: Tracker) -> Results:
@@ -200,55 +166,79 @@ def read_results(study: Study, tracker: Tracker) -> Results:
         raise UserError(
             f"{tracker.uri}: experiment {tracker.experiment!r} has no fine-tuning grid yet; run the study first"
         )
+    configs = {run.info.run_id: (tracker.read(run.info.run_id, "experiment.yaml") or b"").decode() for run in grids}
     # A grid that is taken up again keeps its start, so that the newest is the one that was touched last.
-    grids.sort(key=lambda run: max(run.info.start_time, run.info.end_time or 0), reverse=True)
-    configs = {run.info.run_id: tracker.read(run.info.run_id, "experiment.yaml") or b"" for run in grids}
-    same = [run for run in grids if configs[run.info.run_id] == dump(study).encode()]
-    grid = (same or grids)[0]
+    touched = {run.info.run_id: max(run.info.start_time, run.info.end_time or 0) for run in grids}
+    given = dump(study)
+    grid = max(grids, key=lambda run: (configs[run.info.run_id] == given, touched[run.info.run_id]))
     # By key, not by parent: a cell that an earlier grid finished already is not trained again under this one.
     keys: dict[str, str] = json.loads(tracker.read(grid.info.run_id, CELLS) or b"{}")
-    newest: dict[str, MlflowRun] = {}
-    for run in tracker.runs(kind="trial"):
-        newest.setdefault(run.data.tags[KEY], run)
-    named = {cell: keys.get(cell.name, "") for cell in cells(study.finetune)}
-    read = [_trial(tracker, cell, newest.get(key)) for cell, key in named.items()]
-    trials = tuple(trial for trial, _ in read)
+    newest = {run.data.tags[KEY]: run for run in reversed(tracker.runs(kind="trial"))}
+    trials = [_trial(tracker, cell, newest.get(keys.get(cell.name, ""))) for cell in cells(study.finetune)]
+    by_arm = defaultdict(list)
+    for trial in trials:
+        by_arm[trial.cell.split, trial.cell.init].append(trial)
+    inits = [init for init in ("random", "pretrained") if init in study.finetune.grid.init]
     lineage = dict.fromkeys(trial.pretraining_run for trial in trials if trial.pretraining_run)
-    children = {run.data.tags[KEY] for run in tracker.runs(kind="trial", parent=grid.info.run_id)}
     return Results(
         study=study,
         grid=grid,
-        trials=trials,
-        as_given=bool(same),
-        others=len(children - set(named.values())),
-        part="test" if any(trial.cases.get("test") for trial in trials) else "validation",
-        organs=next((organs for _, organs in read if organs), ()),
-        config=configs[grid.info.run_id].decode(),
+        config=configs[grid.info.run_id],
+        as_given=configs[grid.info.run_id] == given,
         transfer=json.loads(tracker.read(grid.info.run_id, "weight_transfer.json") or b"null"),
-        pretraining=tuple(_pretraining(tracker, run_id, number) for number, run_id in enumerate(lineage, start=1)),
+        trials=trials,
+        arms={split: {init: _arm(by_arm[split, init]) for init in inits} for split in study.finetune.split_sizes},
+        part="test" if any(trial.cases.get("test") for trial in trials) else "validation",
+        pretraining=[_pretraining(tracker, run_id, number) for number, run_id in enumerate(lineage, start=1)],
     )
 
 
-def _trial(tracker: Tracker, cell: Cell, run: "MlflowRun | None") -> tuple[Trial, tuple[str, ...]]:
-    """The trial, and the organs that it names."""
+def _trial(tracker: Tracker, cell: Cell, run: "MlflowRun | None") -> Trial:
     if run is None:
-        return Trial(cell, "missing"), ()
-    run_id, lineage = run.info.run_id, run.data.tags.get(PRETRAINING_RUN)
-    if run.info.status == "FAILED":
-        return Trial(cell, "failed", run_id, pretraining_run=lineage, failure=run.data.tags.get(FAILURE, "")), ()
-    if run.info.status != "FINISHED":
-        # A run that was killed was interrupted: it goes on when the study is run again.
-        return Trial(cell, "unfinished", run_id, pretraining_run=lineage), ()
+        return Trial(cell, "missing")
+    # A run that was killed was interrupted: it goes on when the study is run again.
+    statuses: dict[str, Status] = {"FINISHED": "finished", "FAILED": "failed"}
+    status = statuses.get(run.info.status, "unfinished")
+    run_id, tags = run.info.run_id, run.data.tags
     tree: dict[str, Any] = json.loads(tracker.read(run_id, "evaluation.json") or b"{}")
-    parts = {name: tuple(map(CaseScores.from_json, tree.get(name, ()))) for name in ("validation", "test")}
-    curve = tracker.history(run_id, f"validation/{DICE_FOREGROUND}")
-    volumes = int(run.data.params.get("training_volumes", 0))
-    trial = Trial(cell, "finished", run_id, run.data.metrics, curve, parts, lineage, volumes)
-    return trial, tuple(tree.get("organs", ()))
+    return Trial(
+        cell,
+        status,
+        run_id,
+        metrics=run.data.metrics,
+        curve=tracker.history(run_id, f"validation/{DICE_FOREGROUND}"),
+        cases={part: [CaseScores(**case) for case in tree.get(part, ())] for part in get_args(Part)},
+        organs=tree.get("organs", ()),
+        pretraining_run=tags.get(PRETRAINING_RUN),
+        left_out=cell.split - int(run.data.params.get("training_volumes", cell.split)),
+        failure=tags.get(FAILURE, "") if status == "failed" else "",
+    )
+
+
+def _arm(trials: Sequence[Trial]) -> Arm:
+    """The trials at the learning rate with the highest mean of `SELECTION` over seeds.
+
+    One with more finished seeds goes first, so that a learning rate at which trials fail does not win by those that
+    survived.
+    """
+    by_lr = defaultdict(list)
+    for trial in trials:
+        if trial.status == "finished":
+            by_lr[trial.cell.lr].append(trial)
+    expected = len({trial.cell.seed for trial in trials})
+    if not by_lr:
+        return Arm(
+            expected, hole=min((trial.status for trial in trials), key=("failed", "unfinished", "missing").index)
+        )
+
+    def rank(trials: Sequence[Trial]) -> tuple[int, float]:
+        return len(trials), float(np.mean([trial.metrics.get(SELECTION, 0.0) for trial in trials]))
+
+    return Arm(expected, max(by_lr.values(), key=rank))
 
 
 def _pretraining(tracker: Tracker, run_id: str, number: int) -> PretrainingRun:
-    pictures = [path for path in tracker.files(run_id, "pictures") if path.endswith(".png")]
+    pictures = tracker.files(run_id, "pictures")
     return PretrainingRun(
         run=tracker.client.get_run(run_id),
         loss=tracker.history(run_id, "loss"),

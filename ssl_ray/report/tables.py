@@ -26,29 +26,24 @@ class Table:
         """Markdown, padded so that it reads well as plain text."""
         cells = [[cell.replace("|", "\\|") for cell in row] for row in (self.header, *self.rows)]
         widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-        aligns = ["<" if column < self.text_columns else ">" for column in range(len(widths))]
-        under = [
-            "-" * width if align == "<" else "-" * (width - 1) + ":"
-            for align, width in zip(aligns, widths, strict=True)
-        ]
-        lines = [
-            " | ".join(f"{cell:{align}{width}}" for cell, align, width in zip(row, aligns, widths, strict=True))
-            for row in (cells[0], under, *cells[1:])
-        ]
-        return "\n".join(f"| {line} |" for line in lines)
+        columns = [(width, "<" if place < self.text_columns else ">") for place, width in enumerate(widths)]
+        layout = " | ".join(f"{{:{align}{width}}}" for width, align in columns)
+        under = ["-" * (width - 1) + ("-" if align == "<" else ":") for width, align in columns]
+        return "\n".join(f"| {layout.format(*row)} |" for row in (cells[0], under, *cells[1:]))
 
 
 def published_table(results: Results) -> Table:
     """Dice with background in percent, as published, and its paired difference."""
-    rows = [[str(split), *_compared(results, split, WITH_BACKGROUND)] for split in results.splits]
+    rows = [[str(split), *_compared(results, split, WITH_BACKGROUND)] for split in results.arms]
     return Table(["training volumes", f"{results.part} volumes", "random", "pretrained", "difference (95 % CI)"], rows)
 
 
 def running_table(results: Results) -> Table:
     """Dice as the tutorial's script averages it, in percent."""
+    metric = results.metric(PUBLISHED_DICE)
     rows = [
-        [str(split), *(over_seeds(arm, results.metric(PUBLISHED_DICE), WITH_BACKGROUND) for arm in results.arms(split))]
-        for split in results.splits
+        [str(split), *(over_seeds(arm, metric, WITH_BACKGROUND) for arm in arms.values())]
+        for split, arms in results.arms.items()
     ]
     return Table(["training volumes", *results.inits], rows)
 
@@ -63,7 +58,7 @@ def honest_table(results: Results) -> Table:
     rows = [
         [label, str(split), *_compared(results, split, measure)]
         for label, measure in labels.items()
-        for split in results.splits
+        for split in results.arms
     ]
     header = ["organs only", "training volumes", f"{results.part} volumes", "random", "pretrained"]
     return Table([*header, "difference (95 % CI)"], rows, 1)
@@ -71,9 +66,9 @@ def honest_table(results: Results) -> Table:
 
 def organ_table(results: Results, split: int) -> Table:
     """Dice and HD95 of every organ on the original grid, and how many volumes have it."""
-    arms = results.arms(split)
-    scored = next((trial.cases[results.part] for arm in arms for trial in arm.trials if trial.cases), ())
-    columns = [*results.inits, "difference"] if len(arms) == 2 else [*results.inits]
+    arms = results.arms[split].values()
+    scored = next((trial.cases[results.part] for arm in arms for trial in arm.trials), ())
+    columns = [*results.inits, "difference"] if len(arms) == 2 else results.inits
     header = ["organ", "volumes", *(f"Dice {name}" for name in columns), *(f"HD95 (mm) {name}" for name in columns)]
     rows = []
     for number, (organ, key) in enumerate(zip(results.organs, organ_keys(results.organs), strict=True)):
@@ -91,8 +86,8 @@ def organ_table(results: Results, split: int) -> Table:
 
 def cell_table(results: Results) -> Table:
     """Every cell of the grid; the chosen learning rates are bold."""
-    chosen = {trial.cell for split in results.splits for arm in results.arms(split) for trial in arm.trials}
     measures = {SELECTION: FOREGROUND} | {results.metric(one.name): one for one in (FOREGROUND, HD95, SURFACE_DICE)}
+    chosen = {trial.cell for arm in results.chosen for trial in arm.trials}
     rows = []
     for trial in results.trials:
         cell, mark = trial.cell, "**" if trial.cell in chosen else ""
@@ -121,18 +116,15 @@ def over_seeds(arm: Arm, metric: str, measure: Measure) -> str:
 
 def _compared(results: Results, split: int, measure: Measure) -> list[str]:
     """Number of volumes, random, pretrained, and their difference; an arm that the grid does not have says so."""
-    arms = [
-        over_seeds(results.arm(split, init), results.metric(measure.name), measure)
-        if init in results.inits
-        else "not in the grid"
+    arms, metric = results.arms[split], results.metric(measure.name)
+    shown = [
+        over_seeds(arms[init], metric, measure) if init in arms else "not in the grid"
         for init in ("random", "pretrained")
     ]
     found = results.compare(split, measure)
     if found is None:
         difference = _NONE
-    elif np.isnan(found.low):
-        difference = f"{measure.signed(found.mean)} (one volume)"
     else:
         bounds = f"{measure.signed(found.low)} to {measure.signed(found.high)}"
-        difference = f"{measure.signed(found.mean)} ({bounds})"
-    return [str(results.count(results.part)), *arms, difference]
+        difference = f"{measure.signed(found.mean)} ({'one volume' if np.isnan(found.low) else bounds})"
+    return [str(results.count(results.part)), *shown, difference]

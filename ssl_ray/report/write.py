@@ -1,27 +1,25 @@
 """From MLflow alone: does pretraining help, and at how many labelled volumes? One page in Markdown and in HTML."""
 
-import json
-import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ssl_ray.config.schema import Study
-from ssl_ray.report.answers import answer, count_of, notes, restoration
+from ssl_ray.report.answers import answer, count_of
 from ssl_ray.report.figures import draw_figures
 from ssl_ray.report.page import TEMPLATES, literal, to_html
-from ssl_ray.report.results import Results, read_results
+from ssl_ray.report.results import read_results
 from ssl_ray.report.tables import cell_table, honest_table, organ_table, published_table, running_table
+from ssl_ray.tracking.client import without_password
 from ssl_ray.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where the report is, and what of it goes to the terminal."""
+    """Where the report is; `table` is what goes to the terminal, Markdown that reads well as plain text."""
 
     table: str
-    """The answers and both tables of results, as Markdown that reads well as plain text."""
     markdown: Path
     html: Path
     figures: tuple[Path, ...]
@@ -32,19 +30,26 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
 
     A cell that is missing or failed is named where its number would stand. Nothing is read but MLflow.
 
-    Args:
-        study: the experiment, whose grid gives the cells to look for.
-        tracker: the MLflow experiment to read and to attach the report to.
-        folder: to write into; made where it is not there yet.
-
     Raises:
         UserError: when MLflow has no experiment or no grid of this study.
     """
     results = read_results(study, tracker)
     figures = draw_figures(results, folder / "figures")
-    values = _values(results, tracker, figures)
-    text = TEMPLATES.get_template("report.md.j2").render(values)
+    values: dict[str, Any] = {
+        "study": study,
+        "tracker": tracker,
+        "results": results,
+        "answers": [answer(results, split) for split in results.arms],
+        "honest": honest_table(results),
+        "published": published_table(results),
+        "running": running_table(results),
+        "organs": {split: organ_table(results, split) for split in results.arms},
+        "cells": cell_table(results),
+        "figures": {path.stem for path in figures},
+    }
+    values |= {function.__name__: function for function in (count_of, day, literal, without_password)}
     markdown, html = folder / "report.md", folder / "report.html"
+    text = TEMPLATES.get_template("report.md.j2").render(values)
     markdown.write_text(text, encoding="utf-8")
     html.write_text(to_html(text, folder, f"{study.name}: does pretraining help?"), encoding="utf-8")
     for path in (markdown, html, *figures):
@@ -53,31 +58,8 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     return Report(table.rstrip(), markdown, html, figures)
 
 
-def _values(results: Results, tracker: Tracker, figures: tuple[Path, ...]) -> dict[str, Any]:
-    """What the templates are filled with."""
-    return {
-        "study": results.study,
-        "tracker": tracker,
-        "results": results,
-        "answers": [answer(results, split) for split in results.splits],
-        "notes": list(notes(results)),
-        "honest": honest_table(results),
-        "published": published_table(results),
-        "running": running_table(results),
-        "organs": {split: organ_table(results, split) for split in results.splits},
-        "cells": cell_table(results),
-        "figures": {path.stem for path in figures},
-        "transfer_json": json.dumps(results.transfer, indent=1),
-    } | {function.__name__: function for function in (count_of, day, literal, no_password, restoration)}
-
-
 def day(milliseconds: int | None) -> str:
     """MLflow's time stamp in UTC, e.g. `2026-01-31 17:05 UTC`."""
     if milliseconds is None:
         return "not ended"
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def no_password(text: str) -> str:
-    """Without `user:password@` in URIs: the page is made to be passed on."""
-    return re.sub(r"://[^/@\s]+@", "://", text)

@@ -16,26 +16,19 @@ MANIFEST = "manifest.json"
 
 
 def open_file(path: Path, most: int | None = None) -> BufferedReader:
-    """Open a regular file for reading.
-
-    Args:
-        path: a file, or a link to one.
-        most: bytes that the file may have.
+    """Open a regular file, or a link to one, for reading; `most` is the bytes that it may have.
 
     Raises:
         OSError: also for a FIFO, on which reading would wait for ever, and for a device, which may have no end.
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     status = os.fstat(file.fileno())
-    reason = None
+    if stat.S_ISREG(status.st_mode) and (most is None or status.st_size <= most):
+        return file
+    file.close()
     if not stat.S_ISREG(status.st_mode):
-        reason = (errno.EINVAL, "not a regular file")
-    elif most is not None and status.st_size > most:
-        reason = (errno.EFBIG, f"{status.st_size} bytes are more than the {most} that it may have")
-    if reason:
-        file.close()
-        raise OSError(*reason, str(path))
-    return file
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    raise OSError(errno.EFBIG, f"{status.st_size} bytes are more than the {most} that it may have", str(path))
 
 
 @contextmanager

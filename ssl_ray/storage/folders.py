@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_ray.errors import UserError
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.places import Place
 
@@ -25,16 +24,7 @@ class Folders:
 
     @classmethod
     def of(cls, name: str, output: str, cache: str | None = None, scratch: str | None = None) -> "Folders":
-        """The folders that an experiment's `name`, `output`, `cache` and `scratch` stand for.
-
-        Raises:
-            UserError: for a URI that is none of ours, naming the key.
-        """
-        for key, text in (("output", output), ("cache", cache)):
-            try:
-                Place.parse(text or "")
-            except ValueError as error:
-                raise UserError(f"{key}: {error}") from error
+        """The folders that an experiment's keys of these names stand for; a URI that is none of ours is a UserError."""
         place = Place.parse(cache) if cache else Place.parse(output) / "cache"
         return cls(name, Mirror.of(output, scratch), place.local or place.uri, scratch)
 
@@ -50,11 +40,7 @@ class Folders:
         return {"storage_path": place.path} | ({} if place.local else {"storage_filesystem": place.filesystem})
 
     def check_writable(self) -> None:
-        """Write to every folder, before anything expensive starts.
-
-        Raises:
-            UserError: naming the place and the reason, within seconds.
-        """
+        """Write to every folder, before anything expensive starts; a UserError names the place and the reason."""
         output = self.output.kept(self.output.folder)
         for place in dict.fromkeys((output, Place.parse(self.cache), Place.parse(self.study))):
             place.check_writable()

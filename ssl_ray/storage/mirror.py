@@ -37,12 +37,9 @@ class Mirror:
             self.kept(path).upload(path)
 
     def pull(self, path: Path) -> bool:
-        """Replace a local file or folder by its copy in the object store, one file at a time.
+        """Replace a local file or folder by its copy in the object store, file by file; returns whether there is any.
 
         Several processes may do this at once. Files that the object store does not have are removed.
-
-        Returns:
-            Whether there is anything.
         """
         if self.origin is None:
             return path.exists()

@@ -5,10 +5,8 @@ What it leaves out comes from the environment, as the AWS tools read it: credent
 AWS_ENDPOINT_URL, AWS_REGION or AWS_DEFAULT_REGION. Any store that speaks S3 will do.
 """
 
-import errno
 import hashlib
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from uuid import uuid4
 
 import pyarrow
@@ -25,23 +23,19 @@ from pyarrow import fs
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import appearing, manifest_last, write_file
 
-QUICK, PATIENT = 3, 8
-"""Attempts at a request: where nobody listens, 3 fail after about 2 s, 8 after half a minute to a minute."""
-_CONNECT_SECONDS, _REQUEST_SECONDS = 3, 10
 _CHUNK = 2**25
 """Bytes that are read at once; in an object store each chunk is a request."""
 
 
 def is_uri(text: str | Path) -> bool:
     """Whether this names an object store and not a local path."""
-    return isinstance(text, str) and bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text))
+    return "://" in str(text)  # a path has single slashes
 
 
 def default_scratch() -> Path:
     """The user's own folder among this machine's temporary files, for copies of what is kept elsewhere.
 
-    Raises:
-        PermissionError: where another user has made a folder of that name and could slip in what is trained on.
+    It is refused where another user has made a folder of that name and could slip in what is trained on.
     """
     folder = Path(tempfile.gettempdir()) / f"ssl_ray-{os.getuid()}"
     with _naming(folder):
@@ -55,36 +49,26 @@ def default_scratch() -> Path:
 class Place:
     """A file or a folder, local or in an object store. It holds strings alone, so it is cheap to send to Ray's tasks.
 
+    `path` is a local path, or bucket and key; `store` is the URI without its path, empty for a local place.
+
     Every method raises `OSError`, or the subclass that fits (`FileNotFoundError`, …), with a message of one line that
     names place and reason. A file appears whole or not at all.
-
-    Args:
-        path: within `filesystem`: a local path, or bucket and key.
-        store: the URI without its path; empty for a local place.
-        attempts: at each request.
     """
 
     path: str
     store: str = ""
-    attempts: int = PATIENT
 
     @classmethod
     def parse(cls, text: str | Path) -> "Place":
-        """A place from a path or URI; relative paths become absolute.
-
-        Raises:
-            UserError: for a URI of another scheme, without a bucket, or with a parameter that is not known.
-        """
+        """A place from a path or URI; relative paths become absolute, and a URI that is none of ours is refused."""
         if not is_uri(text):
             return cls(str(Path(text).absolute()))
         parts = urlsplit(str(text))
-        if parts.scheme != "s3":
-            raise UserError(f"{parts.scheme}://…: must be a local path or s3://bucket/prefix")
         place = cls(str(PurePosixPath((parts.hostname or "") + unquote(parts.path))), parts._replace(path="").geturl())
-        if not parts.hostname:
-            raise UserError(f"s3://{place.path}: the bucket is missing: s3://bucket/prefix")
-        if unknown := set(parse_qs(parts.query)) - {"endpoint_override", "region", "scheme"}:
-            raise UserError(f"{place}: parameters are endpoint_override, region and scheme, got {sorted(unknown)}")
+        unknown = dict(parse_qsl(parts.query)).keys() - {"endpoint_override", "region", "scheme"}
+        if parts.scheme != "s3" or not parts.hostname or unknown:
+            rule = "must be a local path or s3://bucket/prefix with the parameters endpoint_override, region, scheme"
+            raise UserError(f"{parts.scheme}://{place.path}{' '.join(['', *sorted(unknown)])}: {rule}")
         return place
 
     def __str__(self) -> str:
@@ -101,9 +85,7 @@ class Place:
 
     @property
     def uri(self) -> str:
-        """What `parse` makes this place of, with credentials and parameters."""
-        if self.local:
-            return self.path
+        """What `parse` makes this place in an object store of, with credentials and parameters."""
         return urlsplit(self.store)._replace(path=quote(self.path.partition("/")[2])).geturl()
 
     @property
@@ -113,11 +95,8 @@ class Place:
 
     @property
     def filesystem(self) -> Any:
-        """Of pyarrow, with bounded retries and timeouts; for Ray's `storage_filesystem`, with `path`.
-
-        Pickled it keeps its credentials and timeouts, but not its number of attempts.
-        """
-        return _s3(self.store, self.attempts) if self.store else fs.LocalFileSystem()
+        """Of pyarrow; for Ray's `storage_filesystem`, with `path`."""
+        return _s3(self.store) if self.store else fs.LocalFileSystem()
 
     def read_bytes(self) -> bytes:
         """The content of a file."""
@@ -150,9 +129,7 @@ class Place:
     def download(self, target: Path, sha256: str | None = None) -> None:
         """Write this file to a local one, which is replaced in one step: several processes may do this at once.
 
-        Args:
-            target: the local file.
-            sha256: hex digest that the content must have, else `OSError`.
+        Content that does not have the hex digest `sha256` is an `OSError`.
         """
         with _naming(self, target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,12 +179,11 @@ class Place:
         self.remove()
 
     def check_writable(self) -> None:
-        """Write, read and remove a small file below here; before anything expensive starts.
+        """Write, read and remove a small file below here, before anything expensive starts.
 
-        Raises:
-            UserError: naming place and reason, within seconds.
+        A UserError names place and reason; where no server answers, after half a minute at most.
         """
-        probe = replace(self, attempts=QUICK) / f".ssl_ray-{uuid4().hex}"
+        probe = self / f".ssl_ray-{uuid4().hex}"
         try:
             probe.write_bytes(b"")
             probe.read_bytes()
@@ -217,27 +193,18 @@ class Place:
 
 
 @lru_cache
-def _s3(store: str, attempts: int) -> Any:
-    """The filesystem of a URI without path; `FileSystem.from_uri` would leave timeouts and retries to Arrow."""
-    parts = urlsplit(store)
-    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-    known = os.environ.get
-    endpoint = query.get("endpoint_override") or known("AWS_ENDPOINT_URL_S3") or known("AWS_ENDPOINT_URL")
-    region = query.get("region") or known("AWS_REGION") or known("AWS_DEFAULT_REGION")
-    if not region:
-        with _naming(Place(parts.hostname or "", store)):
-            region = "us-east-1" if endpoint else fs.resolve_s3_region(parts.hostname)
-    return fs.S3FileSystem(
-        access_key=unquote(parts.username) if parts.username else None,
-        secret_key=unquote(parts.password) if parts.password else None,
-        region=region,
-        endpoint_override=endpoint,
-        scheme=query.get("scheme"),
-        connect_timeout=_CONNECT_SECONDS,
-        request_timeout=_REQUEST_SECONDS,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-        allow_delayed_open=True,  # one request for a small file instead of three
-    )
+def _s3(store: str) -> Any:
+    """The filesystem of a URI without path, with the retries and timeouts of Arrow."""
+    parts, known = urlsplit(store), os.environ.get
+    query = {
+        "allow_delayed_open": "true",  # one request for a small file instead of three
+        "endpoint_override": known("AWS_ENDPOINT_URL_S3") or known("AWS_ENDPOINT_URL"),
+        "region": known("AWS_REGION") or known("AWS_DEFAULT_REGION"),
+        **dict(parse_qsl(parts.query)),
+    }
+    given = urlencode({name: value for name, value in query.items() if value})
+    with _naming(Place(parts.hostname or "", store)):
+        return fs.FileSystem.from_uri(parts._replace(path="/", query=given).geturl())[0]
 
 
 @contextmanager
@@ -246,17 +213,7 @@ def _naming(*places: "Place | Path") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        text, names = _reason(error), " -> ".join(map(str, places))
+        # pyarrow puts its whole story into the message; the number, or what the store answered, says it shorter.
+        told = " ".join(str(error).split()).rpartition("AWS Error ")[2].partition(" (Request ID")[0][:200]
+        text, names = os.strerror(error.errno) if error.errno else told, " -> ".join(map(str, places))
         raise type(error)(text if names in text else f"{names}: {text}") from error
-
-
-def _reason(error: OSError) -> str:
-    text = " ".join(str(error).split())
-    if found := re.search(r"AWS Error (\w+) during (\w+) operation: (.*)", text):
-        code, operation, detail = found.groups()
-        if code == "NETWORK_CONNECTION":
-            return f"no connection: {detail.rpartition('Details: ')[2]}"
-        detail = detail.partition(" (Request ID")[0]
-        return f"{code.replace('_', ' ').lower()} ({operation}): {detail[:200]}"
-    # pyarrow puts its whole story into `strerror`; the number says it shorter.
-    return os.strerror(error.errno) if error.errno and error.errno in errno.errorcode else text[:300]

@@ -13,73 +13,58 @@ from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import write_cohort
 from ssl_ray.search.cells import BAD_VOLUMES
+from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 
-
-@dataclass(frozen=True)
-class Cohorts:
-    """The cases of a study: unlabelled ones to train and to validate on, and the labelled splits."""
-
-    training: tuple[Case, ...]
-    validation: tuple[Case, ...]
-    splits: Splits
+Cohorts = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
+"""The cases of a study: unlabelled ones to train and to validate on, and the labelled splits."""
 
 
 @dataclass(frozen=True)
 class PreparedCohorts:
-    """The stored volumes of a study; `labelled` by image path. Bad volumes that the study skips are missing."""
+    """The stored volumes of a study; `labelled` by image path. Bad volumes that it skips are in `splits` alone."""
 
     training: tuple[Volume, ...]
     validation: tuple[Volume, ...]
     labelled: dict[str, Volume]
+    splits: Splits
 
 
 def read_cohorts(study: Study) -> Cohorts:
-    """Read the datalists and check them as far as that goes without reading a volume.
-
-    A study on a synthetic cohort writes that first.
-
-    Raises:
-        UserError: for anything that the lists get wrong.
-    """
+    """Write the synthetic cohort if the study has one; read the datalists and check them without reading a volume."""
     if phantom := study.phantom:
         numbers = phantom.model_dump(exclude={"root"})
         write_cohort(Path(phantom.root), **numbers, progress=track("synthesizing volumes"))
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
     splits = read_labelled(study.finetune.cohort, study.finetune.split_sizes)
     check_held_out((*training, *validation), splits)
-    return Cohorts(training, validation, splits)
+    return training, validation, splits
 
 
 def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bool = False) -> PreparedCohorts:
-    """Bring both cohorts into the store, on the Ray cluster.
-
-    Args:
-        study: the experiment.
-        folders: of the study.
-        cohorts: its cases.
-        verify: read all sources and all stored volumes and compare digests, whatever their times say.
+    """Bring all volumes into the store, on the Ray cluster; `verify`: compare digests, whatever times of files say.
 
     Raises:
         UserError: with a table of all bad volumes, unless the study skips them; when a held-out volume has the content
             of one that is trained on.
     """
+    training, validation, splits = cohorts
     store = Store(folders.cache, folders.scratch)
     settings, classes = study.finetune, study.finetune.cohort.classes
     unlabelled: dict[str, Volume] = {}
     bad: list[BadVolume] = []
     fresh = 0
-    if cases := (*cohorts.training, *cohorts.validation):
+    if cases := (*training, *validation):
         progress = track("preparing unlabelled volumes")
         unlabelled, bad, fresh = prepare_cohort(cases, study.pretrain.preparation, store, None, progress, verify)
     progress = track("preparing labelled volumes")
     labelled, bad_labelled, fresh_labelled = prepare_cohort(
-        cohorts.splits.cases, settings.preparation, store, classes, progress, verify
+        splits.cases, settings.preparation, store, classes, progress, verify
     )
     _tell_bad([*bad, *bad_labelled], folders.study / BAD_VOLUMES, skip=study.on_bad_volume == "skip")
-    _check_content(list(unlabelled.values()), labelled, cohorts.splits)
+    _check_content(list(unlabelled.values()), labelled, splits)
     say(f"prepared {fresh + fresh_labelled} of {len(unlabelled) + len(labelled)} volumes now; the store is {store}")
-    return PreparedCohorts(_found(cohorts.training, unlabelled), _found(cohorts.validation, unlabelled), labelled)
+    return PreparedCohorts(_found(training, unlabelled), _found(validation, unlabelled), labelled, splits)
 
 
 def _found(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:
@@ -91,15 +76,13 @@ def _tell_bad(bad: Sequence[BadVolume], record: Path, skip: bool) -> None:
     if not bad:
         record.unlink(missing_ok=True)
         return
-    width = max(len(one.id) for one in bad)
-    table = "\n".join(f"  {one.id:<{width}}  {one.reason}" for one in bad)
+    table = "\n".join(f"  {one.id}  {one.reason}" for one in bad)
     if not skip:
         raise UserError(
             f"{len(bad)} volumes cannot be used (on_bad_volume: skip goes on without them; the others are kept in the "
             f"store):\n{table}"
         )
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps({one.id: one.reason for one in bad}, indent=1))
+    write_file(record, json.dumps({one.id: one.reason for one in bad}, indent=1).encode())
     say(f"going on without {len(bad)} volumes, recorded in {record}:\n{table}")
 
 

@@ -1,11 +1,15 @@
-"""A study's name stands for one configuration: what was begun under it goes on only while that stays the same.
+"""A study's name stands for one configuration and, at a time, one process.
 
 What a result depends on is also in its key, where it is made: `pretrain.driver.pretraining_key` and the keys of the
 cells in `search.grid`. Here the user is told before anything starts, with the settings that differ.
 """
 
+import fcntl
+import os
+import socket
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import yaml
@@ -13,7 +17,7 @@ import yaml
 from ssl_ray.config.loading import flatten
 from ssl_ray.config.schema import Finetune, Pretrain, Study
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import appearing
+from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import rename_experiment
 
@@ -29,19 +33,17 @@ def check_unchanged(study: Study, folders: Folders) -> None:
     Raises:
         UserError: with every difference.
     """
-    differences = []
+    before: dict[str, str] = {}
+    now: dict[str, str] = {}
     for stage in _MAY_CHANGE:
-        path = _record(folders, stage)
-        if not folders.output.pull(path):
-            continue
-        before, now = yaml.safe_load(path.read_text()), _settings(study, stage)
-        differences += [
-            f"  {key}: {before.get(key, '(not set)')} -> {now.get(key, '(not set)')}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-    if differences:
-        changes = "\n".join(dict.fromkeys(differences))  # a setting that both stages depend on is told once
+        path = folders.study / f"{stage}.yaml"
+        if folders.output.pull(path):
+            before |= yaml.safe_load(path.read_text())
+            now |= _settings(study, stage)
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if changed:
+        none = "(not set)"
+        changes = "\n".join(f"  {key}: {before.get(key, none)} -> {now.get(key, none)}" for key in changed)
         raise UserError(
             f"{folders.study}: {study.name!r} was begun with another configuration; give the study another name, or "
             f"--fresh to start again and keep the old one:\n{changes}"
@@ -50,18 +52,13 @@ def check_unchanged(study: Study, folders: Folders) -> None:
 
 def record(study: Study, folders: Folders, stage: Stage) -> None:
     """Write down with which settings a stage is begun."""
-    path = _record(folders, stage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as part:
-        part.write_text(yaml.safe_dump(_settings(study, stage)))
+    path = folders.study / f"{stage}.yaml"
+    write_file(path, yaml.safe_dump(_settings(study, stage)).encode())
     folders.output.push(path)
 
 
 def set_aside(study: Study, folders: Folders) -> str | None:
-    """Give another name to everything that the study has written: its MLflow experiment and its folder.
-
-    Returns:
-        The name that the old study now has, or None where there was nothing.
+    """Rename what the study has written, its MLflow experiment and its folder -> the new name; None: there was nothing.
 
     Raises:
         UserError: when the MLflow experiment may hold other studies too.
@@ -77,8 +74,25 @@ def set_aside(study: Study, folders: Folders) -> str | None:
     return kept if renamed or moved else None
 
 
-def _record(folders: Folders, stage: Stage) -> Path:
-    return folders.study / f"{stage}.yaml"
+@contextmanager
+def only_one(folders: Folders) -> Iterator[None]:
+    """Keep a second process on this machine, or on this shared disk, off the study.
+
+    Raises:
+        UserError: when another process is working on it, with its host and number.
+    """
+    path = folders.study.parent / f".{folders.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system even if the process is killed
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(f"{folders.study}: another process works on this study: {file.read().strip()}") from error
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, process {os.getpid()}")
+        file.flush()
+        yield
 
 
 def _settings(study: Study, stage: Stage) -> dict[str, str]:

@@ -2,41 +2,29 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from ssl_ray.cluster.connect import connect
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
-from ssl_ray.data.datalist import Splits
 from ssl_ray.errors import UserError
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
 from ssl_ray.search.grid import GridResult, check_transfer, finetune
-from ssl_ray.search.job import grid_job
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.places import is_uri
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
+from ssl_ray.study.experiment import Step
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.tracking.tracker import Tracker
 
-Step = Literal["prepare", "pretrain", "finetune", "report"]
-
 
 def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]:
-    """Prepare, pretrain, fine-tune, report, as far as the step `last`.
+    """Prepare, pretrain, fine-tune, report, as far as the step `last`; return the names of cells that failed for good.
 
-    Args:
-        study: the experiment.
-        last: the step to end with.
-        verify: read all sources and all stored volumes and compare digests, whatever their times say.
-
-    Returns:
-        Names of the grid's cells that failed for good.
+    With `verify`, all sources and stored volumes are read, also those whose times say that they have not changed.
 
     Raises:
         UserError: when something else was begun under the study's name, and for what is wrong with its places,
@@ -53,22 +41,22 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     prepared = prepare_cohorts(study, folders, cohorts, verify)
     if last == "prepare":
         return ()
-    with _tracking(study) as tracker:
+    tracker = tracker_of(study)
+    try:
         pretrained = _make_weights(study, folders, tracker, prepared) if needs_weights else None
         if last == "pretrain":
             return ()
-        grid = _run_grid(study, folders, tracker, cohorts.splits, prepared, pretrained)
+        grid = _run_grid(study, folders, tracker, prepared, pretrained)
+    finally:
+        tracker.settle()
+        tracker.stop()
     if last == "report":
         report(study, folders)
     return grid.failed
 
 
 def check_places(study: Study) -> Folders:
-    """The study's folders, before anything expensive starts.
-
-    Raises:
-        UserError: when one cannot be written to, or holds a study of this name with another configuration.
-    """
+    """The study's folders, once they can be written to and hold no study of this name with another configuration."""
     folders = folders_of(study)
     folders.check_writable()
     identity.check_unchanged(study, folders)
@@ -82,11 +70,7 @@ def check_places(study: Study) -> Folders:
 
 
 def report(study: Study, folders: Folders) -> None:
-    """Write table, figures and page from MLflow alone, and show the table.
-
-    Raises:
-        UserError: when MLflow has no experiment or no grid of this study.
-    """
+    """Write table, figures and page from MLflow alone, and show the table."""
     tracker = tracker_of(study, create=False)
     written = write_report(study, tracker, folders.study)
     for path in (written.markdown, written.html, folders.study / "figures"):
@@ -97,17 +81,6 @@ def report(study: Study, folders: Folders) -> None:
     say(f"MLflow:  {server}   (experiment {tracker.experiment!r})")
 
 
-@contextmanager
-def _tracking(study: Study) -> Iterator[Tracker]:
-    """The study's MLflow experiment; at the end, also after an error, wait until MLflow has everything."""
-    tracker = tracker_of(study)
-    try:
-        yield tracker
-    finally:
-        tracker.settle()
-        tracker.stop()
-
-
 def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts) -> Pretrained:
     """The weights that `init: pretrained` starts from: this study's own, or those in `finetune.weights`."""
     if given := study.finetune.weights:
@@ -116,31 +89,28 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     if not prepared.training or not prepared.validation:
         raise UserError("pretrain.sources: no usable volume is left for training or validation")
     identity.record(study, folders, "pretrain")
-    done = pretrain(
-        recipe_of(study),
-        prepared.training,
-        prepared.validation,
-        folders,
-        tracker,
-        run_params(study, "pretrain"),
-        dump(study),
-    )
+    recipe, params = recipe_of(study), run_params(study, "pretrain")
+    done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, params, dump(study))
     say(f"pretraining {'is done' if done.fresh else 'was done already'}: {done.weights}")
     return done
 
 
 def _run_grid(
-    study: Study,
-    folders: Folders,
-    tracker: Tracker,
-    splits: Splits,
-    prepared: PreparedCohorts,
-    pretrained: Pretrained | None,
+    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, pretrained: Pretrained | None
 ) -> GridResult:
     """Every cell of the fine-tuning grid."""
     identity.record(study, folders, "finetune")
-    job = grid_job(study.finetune, study.network, splits, prepared.labelled, pretrained, folders)
-    done = finetune(job, tracker, run_params(study, "finetune"), dump(study))
+    done = finetune(
+        study.finetune,
+        study.network,
+        prepared.splits,
+        prepared.labelled,
+        pretrained,
+        folders,
+        tracker,
+        run_params(study, "finetune"),
+        dump(study),
+    )
     say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
     for name in done.failed:
         say(f"fine-tuning: cell {name} FAILED; its log is under {folders.study / 'ray'}")

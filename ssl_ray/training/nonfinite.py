@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ssl_ray.config.schema import OnNonfinite
+from ssl_ray.config.common import OnNonfinite
 from ssl_ray.storage.files import write_file
 
 _KEPT = 3

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ssl_ray.config.schema import Precision
+from ssl_ray.config.common import Precision
 from ssl_ray.training.private import cpu_computes_bfloat16
 
 

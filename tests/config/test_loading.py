@@ -154,8 +154,8 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("pretrain.patch_size", 40, "patch_size: every side must be a multiple of 16 voxels, got [40, 40, 40]"),
-        ("finetune.patch_size", [32, 32, 50], "finetune.patch_size: every side must be a multiple of 16 voxels"),
+        ("pretrain.patch_size", 40, "pretrain.patch_size.0: input should be a multiple of 16, got 40"),
+        ("finetune.patch_size", [32, 32, 50], "finetune.patch_size.2: input should be a multiple of 16, got 50"),
         ("pretrain.preparation.hu_window", [164, -57], "hu_window: the lower HU must be below the upper, got [164.0, "),
         ("pretrain.preparation.hu_window", [5, 5], "hu_window: the lower HU must be below the upper"),
         ("pretrain.preparation.hu_window", [-math.inf, 5], "preparation.hu_window.0: input should be a finite number"),
@@ -168,18 +168,18 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("pretrain.patch_size", [96, 96, 48], "a box of 64 voxels does not fit into patch_size [96, 96, 48]"),
         ("pretrain.corruption.shuffle_size", 97, "corruption: a box of 97 voxels does not fit"),
         ("pretrain.corruption.inpaint_size", [9, 8], "inpaint_size: the smallest side must not exceed the largest"),
-        ("pretrain.sources", [], "pretrain.sources: tuple should have at least 1 item"),
+        ("pretrain.sources", [], "pretrain.sources: at least one value, and none twice, got []"),
         ("pretrain.optimizer.lr", 0, "pretrain.optimizer.lr: input should be greater than 0, got 0"),
         ("pretrain.optimizer.weight_decay", math.inf, "weight_decay: input should be a finite number, got inf"),
         ("pretrain.epochs", 1.5, "pretrain.epochs: input should be a valid integer"),
         ("finetune.cohort.splits", {6: ["a"]}, "splits.6 lists ids: name the list that they come from in 'datalist'"),
-        ("finetune.cohort.splits", {}, "finetune.cohort.splits: dictionary should have at least 1 item"),
+        ("finetune.cohort.splits", {}, "finetune.cohort.splits: at least one value, and none twice, got []"),
         ("finetune.cohort.splits", {"six": "a"}, "finetune.cohort.splits.six: input should be a valid integer"),
         ("finetune.cohort.splits", {6: 5}, "finetune.cohort.splits.6: input should be a valid string, got 5"),
         ("finetune.cohort.classes", 1, "finetune.cohort.classes: input should be greater than or equal to 2, got 1"),
         ("finetune.grid.splits", [6, 24], "grid.splits: [24] are not in cohort.splits, which has [6, 12]"),
-        ("finetune.grid.splits", [], "finetune.grid.splits: tuple should have at least 1 item"),
-        ("finetune.grid.lr", [1e-4, 0.0001], "grid.lr: a value appears twice in [0.0001, 0.0001]"),
+        ("finetune.grid.splits", [], "finetune.grid.splits: at least one value, and none twice, got []"),
+        ("finetune.grid.lr", [1e-4, 0.0001], "grid.lr: at least one value, and none twice, got [0.0001, 0.0001]"),
         ("finetune.grid.seeds", [-1], "finetune.grid.seeds.0: input should be greater than or equal to 0, got -1"),
         ("finetune.grid.init", ["scratch"], "grid.init.0: input should be 'random' or 'pretrained', got 'scratch'"),
         ("finetune.sliding_window_overlap", 1.0, "finetune.sliding_window_overlap: input should be less than 1, got"),
@@ -226,8 +226,8 @@ def test_overrides_replace_and_add(file: Path) -> None:
     [
         ("pretrain.epochs", "expected key=value"),
         ("=5", "expected key=value"),
-        ("name.first=5", "'name' is a value, not a section"),
-        ("pretrain.sources.0.root.deep=x", "'root' is a value, not a section"),
+        ("name.first=5", "no such section, or no such place in a list"),
+        ("pretrain.sources.0.root.deep=x", "no such section, or no such place in a list"),
         ("pretrain.epochs=[", "the value is not valid YAML"),
         ("pretrain.epochs=2024-13-45", "the value is not valid YAML"),
         ("pretrain.optimizer={lr: 1, lr: 2}", "the key 'lr' appears twice"),
@@ -372,12 +372,12 @@ def test_any_value_anywhere_loads_or_is_refused(value: Any, section: tuple[str, 
 
 
 def test_set_reaches_into_lists(tmp_path: Path) -> None:
-    """`pretrain.sources.0.root` is a place like any other; a place beyond the list is named."""
+    """`pretrain.sources.0.root` is a place like any other; a place beyond the list is refused."""
     path = tmp_path / "study.yaml"
     path.write_text(dump(load(Path(__file__).parents[2] / "experiments" / "demo.yaml")))
     assert load(path, ["pretrain.sources.0.root=/elsewhere"]).pretrain.sources[0].root == "/elsewhere"
     for place in ("7", "first"):
-        with pytest.raises(UserError, match=rf"'{place}' is no place in a list of 1"):
+        with pytest.raises(UserError, match=rf"sources.{place}.root=x: no such section, or no such place in a list"):
             load(path, [f"pretrain.sources.{place}.root=x"])
 
 

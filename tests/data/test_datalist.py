@@ -160,7 +160,7 @@ def test_volumes_of_one_name_in_different_splits_are_different_cases(root: Path)
 @pytest.mark.parametrize(
     ("tree", "rule"),
     [
-        ({"training": [pair(1), pair(77)]}, "no such file: {root}/images/v77.nii.gz (and 1 more of 4 files)"),
+        ({"training": [pair(1), pair(77)]}, "no such file: {root}/images/v77.nii.gz"),
         ({"training": [{"image": "images/v1.nii.gz", "label": "no.nii.gz"}]}, "no such file: {root}/no.nii.gz"),
         ({"training": [{"image": "images/v1.nii.gz", "label": "labels"}]}, "0.label: 'labels' must end in .nii"),
         ({"training": [{"image": "dir.nii", "label": "dir.nii"}]}, "no such file: {root}/dir.nii"),

@@ -223,15 +223,15 @@ def test_a_lying_header_gets_no_more_memory_than_the_stream_holds() -> None:
         (compressed(np.zeros((3, 3, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "voxels must be integers or floats"),
         (compressed(np.zeros((3, 3, 3), np.complex64)), "voxels must be integers or floats, got complex64"),
         (with_header(lambda h: h.__setitem__("magic", b"ni1")), "not a single-file NIfTI: magic b'ni1'"),
-        (with_header(lambda h: h.__setitem__("magic", b"abc")), "magic string 'abc' is not valid"),
+        (with_header(lambda h: h.__setitem__("magic", b"abc")), "not a single-file NIfTI: magic b'abc'"),
         (with_header(lambda h: h.__setitem__("datatype", 77)), "data code 77 not recognized"),
         (with_header(lambda h: h["srow_y"].__setitem__(1, np.nan)), "the affine must be finite, with voxel sides"),
         (with_header(lambda h: h["srow_y"].fill(0)), "the affine must be finite, with voxel sides"),
         (with_header(lambda h: [h[f"srow_{axis}"].fill(0) for axis in "xyz"]), "the affine must be finite, with"),
         (with_header(lambda h: h["dim"].__setitem__(1, -9)), "must have at least 2 voxels, got shape (-9, 8, 7)"),
         (with_header(lambda h: h["dim"].__setitem__(1, 10)), "truncated: "),
-        (with_header(lambda h: h.__setitem__("vox_offset", np.nan)), "NaN"),
-        (with_header(lambda h: h.__setitem__("vox_offset", 1e30)), "truncated: "),
+        (with_header(lambda h: h.__setitem__("vox_offset", np.nan)), "vox_offset"),
+        (with_header(lambda h: h.__setitem__("vox_offset", 1e30)), "vox_offset"),
     ],
 )  # fmt: skip
 def test_what_is_no_volume_is_refused(content: bytes, rule: str) -> None:

@@ -1,6 +1,5 @@
 """Preparing cohorts: a volume is right under its key, prepared once, and named where it is bad."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,10 +56,8 @@ def test_what_is_stored_is_what_prepare_gives(store: Store, case: Case) -> None:
     assert volume.spacing == PREPARATION.spacing
     assert volume.levels == 65535
     assert volume.dtype == arrays["image"].dtype == np.uint16
-    assert volume.box == expected.box
     assert volume.original_shape == SHAPE
     np.testing.assert_array_equal(volume.affine, expected.affine)
-    np.testing.assert_array_equal(volume.original_affine, expected.original_affine)
     values, counts = np.unique(expected.label, return_counts=True)
     assert volume.largest_label == 3
     assert volume.label_voxels == {str(v): c for v, c in zip(values.tolist(), counts.tolist(), strict=True)}
@@ -154,26 +151,26 @@ def test_sources_that_have_not_changed_are_not_read_again(
     assert case.label
     read: list[Path] = []
     monkeypatch.setattr(cache, "read_file", lambda path: (read.append(path), path.read_bytes())[1])
-    stamps: cache.Stamps = {}
-    volume, _ = prepare_case(case, PREPARATION, store, stamps=stamps)
-    assert stamps == {}, "written a moment ago"
+    volume, _ = prepare_case(case, PREPARATION, store)
+    read.clear()
+    assert prepare_case(case, PREPARATION, store) == (volume, False)
+    assert read == [case.image, case.label], "written a moment ago"
     for path in (case.image, case.label):
         os.utime(path, (1e9, 1e9))
-    prepare_case(case, PREPARATION, store, stamps=stamps)
-    assert set(stamps) == {str(case.image), str(case.label)}
+    prepare_case(case, PREPARATION, store)
     read.clear()
-    assert prepare_case(case, PREPARATION, store, stamps=stamps) == (volume, False)
+    assert prepare_case(case, PREPARATION, store) == (volume, False)
     assert read == []
-    assert prepare_case(case, PREPARATION, store, verify=True, stamps=stamps) == (volume, False)
+    assert prepare_case(case, PREPARATION, store, verify=True) == (volume, False)
     assert read == [case.image, case.label]
-    other, fresh = prepare_case(case, PREPARATION.model_copy(update={"spacing": (3, 3, 3)}), store, stamps=stamps)
+    other, fresh = prepare_case(case, PREPARATION.model_copy(update={"spacing": (3, 3, 3)}), store)
     assert (fresh, other.image_sha256) == (True, volume.image_sha256)
     os.utime(case.image, (1e9, 1e9 + 1))
     read.clear()
-    assert prepare_case(case, PREPARATION, store, stamps=stamps) == (volume, False)
+    assert prepare_case(case, PREPARATION, store) == (volume, False)
     assert read == [case.image]
     write_nifti(case.image, smooth_ct(SHAPE, 5), AFFINE)
-    changed, fresh = prepare_case(case, PREPARATION, store, stamps=stamps)
+    changed, fresh = prepare_case(case, PREPARATION, store)
     assert fresh
     assert changed.key != volume.key
 
@@ -189,7 +186,7 @@ def test_a_full_disk_ends_the_preparation_and_keeps_what_there_is(tmp_path: Path
         with pytest.raises(ValueError, match=r"^\S+/disk/store: cannot write a volume: No space left on device$"):
             prepare_cohort([large, small], PREPARATION, store)
         assert store.get(volume.key, verify=True) == volume
-        assert len([name for name in files(store) if name != "sources.json"]) == 4
+        assert len([name for name in files(store) if not name.startswith("sources/")]) == 4
         assert not list(store.folder.glob("tmp-*"))
 
 
@@ -199,7 +196,7 @@ def bad_case(folder: Path, kind: str) -> tuple[Case, str]:
     match kind:
         case "truncated":
             case.image.write_bytes(case.image.read_bytes()[:-100])
-            return case, f"{case.image}: truncated gzip: Compressed file ended before"
+            return case, f"{case.image}: Compressed file ended before"
         case "missing":
             case.image.unlink()
             return case, f"{case.image}: cannot read: No such file"
@@ -258,16 +255,12 @@ def test_a_cohort_is_prepared_but_for_its_bad_volumes(store: Store, tmp_path: Pa
         assert (volume.id, volume.image_source, volume.label_source) == (case.id, str(case.image), str(case.label))
         assert prepare_case(case, PREPARATION, store) == (volume, False)
 
-    for round in range(3):  # sources too young to remember, remembered ones, a damaged memory
+    for _ in range(2):  # sources too young to be remembered, and remembered ones
         again, unusable_again, fresh = prepare_cohort(cases, PREPARATION, store, classes=4)
         assert fresh == 0
         assert (again, unusable_again) == (volumes, unusable)
-        known = json.loads((store.folder / "sources.json").read_text())
-        assert (set(known) >= {str(case.image) for case in good}) == (round > 0)
         for case in good:
             os.utime(case.image, (1e9, 1e9))
-        if round == 1:
-            (store.folder / "sources.json").write_text('{"x": 3')
 
     few, unusable, fresh = prepare_cohort([*good, copy], PREPARATION, store, classes=3)
     assert (few, fresh) == ({}, 0)

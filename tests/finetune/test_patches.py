@@ -39,7 +39,7 @@ def volumes(tmp_path):
 def sampler(volumes, tmp_path, seed=0, **changes):
     cohort = {"root": "x", "classes": 3, "splits": {3: "x.json"}}
     tree = {"cohort": cohort, "preparation": {"spacing": 1, "hu_window": [0, 1]}, "patch_size": 16} | changes
-    return PatchSampler(volumes, tmp_path, Finetune.model_validate(tree), seed)
+    return PatchSampler(volumes, Store(tmp_path), Finetune.model_validate(tree), seed)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(volumes, tmp_path):

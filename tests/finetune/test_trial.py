@@ -28,13 +28,12 @@ from ssl_ray.data.datalist import Case
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
 from ssl_ray.evaluate.scores import CaseScores
-from ssl_ray.finetune import trial_folder
-from ssl_ray.finetune.job import Record, TrialData, TrialJob
+from ssl_ray.finetune.job import Record, TrialData, TrialFolder, TrialJob
 from ssl_ray.finetune.trial import Trial
-from ssl_ray.finetune.trial_folder import TrialFolder
 from ssl_ray.networks.flops import unetr_flops
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
+from ssl_ray.storage.mirror import Mirror
 
 CPU = torch.device("cpu")
 
@@ -68,7 +67,7 @@ def data(study: Study, tmp_path_factory: pytest.TempPathFactory) -> TrialData:
         label = write_nifti(tmp_path / f"label{number}.nii.gz", organ_labels((24, 22, 16), 3, number), affine)
         case = Case(f"case{number}", image, label)
         volumes.append(prepare_case(case, study.finetune.preparation, store)[0])
-    return TrialData(store.folder, tuple(volumes[:2]), (volumes[2],), (volumes[3],), ("first", "second"))
+    return TrialData(store, tuple(volumes[:2]), (volumes[2],), (volumes[3],), ("first", "second"))
 
 
 KEY = "key of the cell"
@@ -78,7 +77,7 @@ def job(
     study: Study, data: TrialData, folder: Path, seed: int = 2, weights: Path | None = None, key: str = KEY
 ) -> TrialJob:
     """A cell with learning rate 2e-3; with seed 2 its Dice is better at every validation."""
-    return TrialJob(study.finetune, study.network, 2e-3, seed, data, weights, TrialFolder(folder, key))
+    return TrialJob(study.finetune, study.network, 2e-3, seed, data, weights, TrialFolder(folder, key, Mirror(folder)))
 
 
 def plain(records: Iterable[Record]) -> list[Record]:
@@ -192,7 +191,7 @@ def in_validation(folder: Path) -> AbstractContextManager[None]:
     """While the network predicts, after the first validation."""
 
     def fault(network: nn.Module, image: Tensor) -> None:
-        if not network.training and (folder / "checkpoint" / "00000004").exists():
+        if not network.training and (folder / "checkpoints" / "00000004").exists():
             raise CutError
 
     return in_network(UNETR, fault)
@@ -201,9 +200,8 @@ def in_validation(folder: Path) -> AbstractContextManager[None]:
 FAULTS: dict[str, Callable[[Path], AbstractContextManager[None]]] = {
     "step": lambda folder: after_steps(6, cut),
     "validation": in_validation,
-    "best": lambda folder: on_open(f"{folder}/best/.00000008-*/state.pt", half),
-    "checkpoint": lambda folder: on_open(f"{folder}/checkpoint/.00000008-*/state.pt", half),
-    "manifest": lambda folder: on_rename(f"{folder}/checkpoint/00000008", cut),
+    "checkpoint": lambda folder: on_open(f"{folder}/checkpoints/.00000008-*/state.pt", half),
+    "manifest": lambda folder: on_rename(f"{folder}/checkpoints/00000008", cut),
     "evaluation": lambda folder: on_open("*/label3.nii.gz", cut),
     "unetr": lambda folder: on_rename(f"{folder}/unetr.safetensors", cut),
     "evaluation.json": lambda folder: on_rename(f"{folder}/evaluation.json", cut),
@@ -232,7 +230,7 @@ def interrupted(study: Study, data: TrialData, folder: Path) -> None:
     trial = start(study, data, folder)
     assert [next(trial)[0] for _ in range(10)][-1] == 9
     trial.close()
-    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["00000004", "00000008"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["00000004", "00000008"]
 
 
 def tear(path: Path) -> None:
@@ -258,31 +256,16 @@ def test_a_damaged_checkpoint_is_not_used(
     caplog: pytest.LogCaptureFixture,
     damage: Callable[[Path], None],
 ) -> None:
-    """The one before is, or step 0 when both are damaged; each with a warning, and the trial ends the same."""
+    """The one before is, or step 0 when both are damaged; each is named in a warning, and the trial ends the same."""
     for name, victims, start in (("one", [8], 4), ("both", [4, 8], 0)):
         interrupted(study, data, tmp_path / name)
         for step in victims:
-            damage(tmp_path / name / "checkpoint" / f"{step:08d}")
+            damage(tmp_path / name / "checkpoints" / f"{step:08d}")
         caplog.clear()
         found = reports(study, data, tmp_path / name)
         assert found[0][1] == {"started_at": start}
         assert f"{victims[-1]:08d}" in caplog.text
-        assert ("starts from step 0" in caplog.text) == (start == 0)
         assert_same(tmp_path / name, whole[1])
-
-
-def test_best_weights_that_are_damaged_cost_their_checkpoint(
-    study: Study, data: TrialData, tmp_path: Path, whole: Whole, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A checkpoint whose best weights are torn is not used; with the weights of the one before whole, that one is."""
-    interrupted(study, data, tmp_path / "cut")
-    best = sorted((tmp_path / "cut" / "best").iterdir())
-    assert [path.name for path in best] == ["00000004", "00000008"], "Dice was best at both"
-    tear(best[-1])
-    found = reports(study, data, tmp_path / "cut")
-    assert found[0][1] == {"started_at": 4}
-    assert "trying the checkpoint before" in caplog.text
-    assert_same(tmp_path / "cut", whole[1])
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(
@@ -297,13 +280,13 @@ def test_a_checkpoint_of_another_configuration_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("minutes", "seconds", "expected", "best"),
+    ("minutes", "seconds", "expected"),
     [
-        (0, (0, 0), [4, 8, 12], [4, 12]),
-        (5, (10, 10), [12], [12]),
-        (5, (80, 80), [4, 8, 12], [4, 12]),
-        (5, (40, 40), [8, 12], [4, 12]),
-        (5, (80, 10), [4, 12], [4, 12]),
+        (0, (0, 0), [4, 8, 12]),
+        (5, (10, 10), [12]),
+        (5, (80, 80), [4, 8, 12]),
+        (5, (40, 40), [8, 12]),
+        (5, (80, 10), [4, 12]),
     ],
 )
 def test_checkpoints_are_written_when_they_are_due(
@@ -314,22 +297,22 @@ def test_checkpoints_are_written_when_they_are_due(
     minutes: int,
     seconds: tuple[int, int],
     expected: list[int],
-    best: list[int],
 ) -> None:
-    """At every validation with 0 minutes, else by the clock and at the end; best weights only where they improved."""
+    """At every validation with 0 minutes, else by the clock and at the end; each has the weights that were best."""
     now, written, dice = [0.0], [], iter([0.5, 0.4, 0.6])
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
     monkeypatch.setattr("ssl_ray.finetune.trial.time", clock)
     monkeypatch.setattr("ssl_ray.finetune.trial.aggregate", lambda cases, organs: {"dice_foreground": next(dice)})
-    monkeypatch.setattr(
-        trial_folder,
-        "save_latest",
-        lambda folder, state, keep=2, mirror=None: written.append((folder.name, state["step"])),
-    )
+
+    def save(folder: Path, state: dict[str, Any], mirror: Mirror) -> None:
+        same = all(torch.equal(state["best_weights"][name], value) for name, value in state["model"].items())
+        written.append((state["step"], state["best_step"], same))
+
+    monkeypatch.setattr("ssl_ray.finetune.trial.save_latest", save)
     for step, _ in make(changed(study, checkpoint_minutes=minutes), data, tmp_path).train():
         now[0] += seconds[step > 4]
-    assert [step for name, step in written if name == "checkpoint"] == expected
-    assert [step for name, step in written if name == "best"] == best
+    best = {4: (4, 4, True), 8: (8, 4, False), 12: (12, 12, True)}
+    assert written == [best[step] for step in expected]
 
 
 def poisoned(study: Study, data: TrialData, folder: Path, steps: list[int], **settings: Any) -> Trial:
@@ -482,7 +465,7 @@ def test_the_best_checkpoint_on_validation_is_scored(
         assert torch.equal(value, kept[1][1][name]), name
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert tree["step"] == 8
-    scored = [CaseScores.from_json(case) for case in tree["test"]]
+    scored = [CaseScores(**case) for case in tree["test"]]
     assert [case.case for case in scored] == ["case3"]
     expected = np.mean([score for score in scored[0].original_dice or () if score is not None])
     assert metrics["selected/test/original_dice_foreground"] == pytest.approx(expected)

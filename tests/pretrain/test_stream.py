@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_ray.data.store import Store, read_patch
+from ssl_ray.data.patch import read_patch
+from ssl_ray.data.store import Store
 from ssl_ray.pretrain import stream as streaming
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Batch, Feed, Segment, batches, open_segment, segments

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import CaseScores, aggregate
 from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
-from ssl_ray.report.answers import answer, notes
+from ssl_ray.report.answers import answer
 from ssl_ray.report.measures import FOREGROUND, HD95
 from ssl_ray.report.results import read_results
 from ssl_ray.report.statistics import difference, interval
@@ -80,6 +80,7 @@ class Outcome:
     curve: dict[int, float] = field(default_factory=lambda: {200: 0.4, 400: 0.5})
     selected: int = 200
     failure: str = ""
+    left_out: int = 0
 
 
 def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretraining: bool = True) -> Tracker:
@@ -105,6 +106,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
     grid.text(json.dumps({cell.name: cell.name for cell in outcomes}), "cells.json")
     for cell, outcome in outcomes.items():
         params = {"split": cell.split, "init": cell.init, "lr": cell.lr, "seed": cell.seed}
+        params["training_volumes"] = cell.split - outcome.left_out
         tags = lineage if cell.init == "pretrained" else {}
         run = tracker.open("trial", cell.name, cell.name, params, grid.id, tags)
         for step, value in outcome.curve.items():
@@ -117,7 +119,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
                 metrics |= {f"selected/{name}/{key}": value for key, value in means.items()}
             run.metrics(metrics, study.finetune.steps)
             tree = {"step": outcome.selected, "organs": list(outcome.organs)}
-            tree |= {name: [one.to_json() for one in scored] for name, scored in parts.items()}
+            tree |= {name: [asdict(one) for one in scored] for name, scored in parts.items()}
             home = folder / cell.name
             home.mkdir(parents=True)
             (home / "evaluation.json").write_text(json.dumps(tree))
@@ -194,7 +196,7 @@ def test_learning_rate_is_chosen_on_validation_not_on_test(tmp_path: Path) -> No
         for cell in cells(study.finetune)
     }
     results = read_results(study, record(study, outcomes, tmp_path))
-    assert results.arm(6, "random").lr == 1e-4
+    assert results.arms[6]["random"].lr == 1e-4
     assert honest_table(results).rows[0][3] == "0.500"
 
 
@@ -205,7 +207,7 @@ def test_a_learning_rate_that_fails_does_not_win_by_its_survivors(tmp_path: Path
     for cell, outcome in outcomes.items():
         if cell.lr == 3e-4 and cell.seed == 1:
             outcome.status = "FAILED"
-    assert read_results(study, record(study, outcomes, tmp_path)).arm(6, "random").lr == 1e-4
+    assert read_results(study, record(study, outcomes, tmp_path)).arms[6]["random"].lr == 1e-4
 
 
 def test_seeds_are_averaged_before_volumes_are_resampled(tmp_path: Path) -> None:
@@ -249,6 +251,27 @@ def test_holes_are_named_where_the_number_would_stand(tmp_path: Path, going_on: 
     assert "**failed**" in page
     assert f"`{failed.name}` failed: OSError: http://server is \\<gone>" in page
     assert "failed: OSError: http://server is &lt;gone&gt;" in report.html.read_text()
+
+
+def test_what_limits_the_numbers_is_said_with_them(tmp_path: Path) -> None:
+    """Learning rates at the edge, a late best checkpoint, bad volumes, and a grid of another experiment."""
+    study = make_study(tmp_path, splits=[6], lr=[1e-4, 3e-4, 1e-3])
+    outcomes = {cell: Outcome(flat([1 - 100 * cell.lr]), flat([0.5])) for cell in cells(study.finetune)}
+    outcomes[Cell(6, "random", 3e-4, 0)].left_out = 1
+    outcomes[Cell(6, "pretrained", 3e-4, 0)].selected = 400
+    record(study, outcomes, tmp_path)
+    other = study.model_copy(update={"cache": "elsewhere"})
+    page = " ".join(report_on(other, tmp_path / "report").markdown.read_text().split())
+    for note in (
+        "Of 2 chosen learning rates, 2 lay at the edge of what was tried.",
+        "In 1 of 6 finished cells the last checkpoint was the best (step 400). Training may have ended",
+        "**1 cell trained on fewer volumes than the split says**",
+        "n06-random-lr0.0003-seed0 on 5.",
+        "**This grid was run with another version of the experiment**",
+    ):
+        assert note in page
+    page = report_on(study, tmp_path / "again").markdown.read_text()
+    assert "another version" not in page
 
 
 def test_nothing_but_holes_is_still_a_report(tmp_path: Path) -> None:
@@ -337,7 +360,7 @@ def test_without_a_test_split_validation_is_reported_and_called_so(tmp_path: Pat
     outcomes = {cell: Outcome(flat([0.5, 0.7])) for cell in cells(study.finetune)}
     results = read_results(study, record(study, outcomes, tmp_path))
     assert "validation volumes" in honest_table(results).header
-    assert "No test split" in next(notes(results))
+    assert "No test split" in report_on(study, tmp_path / "report").markdown.read_text()
 
 
 def test_organs_have_the_volumes_that_hold_them(tmp_path: Path) -> None:
@@ -392,7 +415,7 @@ def test_listings_are_folded_away_and_groups_of_rows_set_apart(written: Written)
     """Each listing lies in a `details` under its heading; a line begins each measure of the honest table."""
     html = written.report.html.read_text()
     folded = re.findall(r"<details>\s*<summary>(.*?)</summary>\s*<pre>", html)
-    assert folded == ["Weight transfer", "Experiment (resolved)", "Run ids of the cells"]
+    assert folded == ["Experiment (resolved)", "Run ids of the cells"]
     assert html.count("<pre>") == len(folded)
     assert re.findall(r'<tr class="group">\s*<td>(\w+)', html) == ["HD95", "surface", "12"]
 
@@ -434,7 +457,7 @@ def test_the_grid_run_keeps_the_report(written: Written) -> None:
 
 
 def test_newest_run_of_a_cell_counts_and_strangers_do_not(tmp_path: Path) -> None:
-    """A repeated cell replaces the older one; trials that the study's grid does not name are left out, and counted."""
+    """A repeated cell replaces the older one; trials that the study's grid does not name are left out."""
     study = make_study(tmp_path, splits=[6], lr=[1e-4])
     outcomes = constant(study, 0.5, 0.6)
     outcomes[Cell(6, "random", 1e-2, 0)] = Outcome(flat([0.99]), flat([0.99]))
@@ -442,8 +465,8 @@ def test_newest_run_of_a_cell_counts_and_strangers_do_not(tmp_path: Path) -> Non
     repeated = Cell(6, "random", 1e-4, 0).name
     tracker.open("trial", repeated, repeated, {}).close("FAILED")
     results = read_results(study, tracker)
-    assert results.arm(6, "random").hole == "failed"
-    assert results.others == 1
+    assert results.arms[6]["random"].hole == "failed"
+    assert {trial.cell.lr for trial in results.trials} == {1e-4}
 
 
 def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -> None:
@@ -458,8 +481,8 @@ def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -
     grid.close()
     results = read_results(study, tracker)
     assert results.grid.info.run_id == grid.id
-    assert results.arm(6, "random").trials
-    assert results.arm(6, "pretrained").hole == "missing"
+    assert results.arms[6]["random"].trials
+    assert results.arms[6]["pretrained"].hole == "missing"
 
 
 def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> None:

@@ -90,9 +90,9 @@ def pause(study: str) -> None:
 FAULTS: dict[str, Callable[[str, str], AbstractContextManager[None]]] = {
     # name: how it comes, out of the study's folder and the pattern of the trial's
     "killed in training": lambda study, trial: after_steps(5, die),
-    "killed in validation": lambda study, trial: die_in_prediction(f"{trial}/checkpoint/00000004"),
-    "killed in a checkpoint": lambda study, trial: on_open(f"{trial}/checkpoint/.00000008-*/state.pt", die_half_way),
-    "killed in the evaluation": lambda study, trial: die_in_prediction(f"{trial}/checkpoint/00000012"),
+    "killed in validation": lambda study, trial: die_in_prediction(f"{trial}/checkpoints/00000004"),
+    "killed in a checkpoint": lambda study, trial: on_open(f"{trial}/checkpoints/.00000008-*/state.pt", die_half_way),
+    "killed in the evaluation": lambda study, trial: die_in_prediction(f"{trial}/checkpoints/00000012"),
     "killed in the result": lambda study, trial: on_rename(f"{trial}/unetr.safetensors", die),
     "crash after step 5": lambda study, trial: after_steps(5, crash),
     "crash after step 9": lambda study, trial: after_steps(9, crash),

@@ -3,75 +3,64 @@
 import gzip
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
-import yaml
+from studies import small_tree, write_study
 
 from ssl_ray.cli import main
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
-from ssl_ray.tracking.tracker import PRETRAINING_RUN
+from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
 
 pytestmark = pytest.mark.slow
 
-PREPARATION = {"spacing": 9, "hu_window": [-175, 250]}
+Experiment = Callable[..., Path]
+PRETRAIN = {"batch_size": 4, "epochs": 10, "validate_every": 5, "log_every": 1, "optimizer": {"lr": 1e-3}}
+SPLITS = {2: "labelled_2.json", 4: "labelled_4.json"}
+FINETUNE = {"cohort": {"splits": SPLITS}, "patches_per_volume": 2, "steps": 4, "validate_every": 2}
+
+
+def write_experiment(folder: Path, root: Path, name: str = "small", **pretrain: Any) -> Path:
+    """A small experiment with a store and a database of its own."""
+    grid = {"grid": {"lr": [1e-3]}}
+    tree = small_tree(None, root, name=name, pretrain=PRETRAIN | pretrain, finetune=FINETUNE | grid)
+    del tree["cache"]
+    return write_study(folder / f"{name}.yaml", tree | {"output": str(folder / "output")})
 
 
 @pytest.fixture
-def experiment(cohort, tmp_path):
-    """Writes a small experiment; `experiment(a={"b": 1})` changes values in it."""
+def experiment(cohort: Path, tmp_path: Path) -> Experiment:
+    """Writes an experiment; `experiment(workers=2)` changes how it pretrains."""
 
-    def write(name="small", root=cohort, **changes):
-        tree = {
-            "name": name,
-            "output": str(tmp_path / "output"),
-            "network": {"hidden_size": 48, "mlp_dim": 64, "num_heads": 3, "feature_size": 4},
-            "pretrain": {
-                "sources": [{"root": str(root), "datalist": "unlabelled.json"}],
-                "preparation": PREPARATION,
-                "patch_size": 16,
-                "batch_size": 4,
-                "epochs": 10,
-                "validate_every": 5,
-                "log_every": 1,
-                "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
-                "optimizer": {"lr": 1e-3},
-                "precision": "float32",
-            },
-            "finetune": {
-                "cohort": {
-                    "root": str(root),
-                    "classes": 14,
-                    "splits": {2: "labelled_2.json", 4: "labelled_4.json"},
-                },
-                "preparation": PREPARATION,
-                "patch_size": 16,
-                "patches_per_volume": 2,
-                "steps": 4,
-                "validate_every": 2,
-                "precision": "float32",
-                "grid": {"lr": [1e-3]},
-            },
-        }
-        for section, values in changes.items():
-            tree[section] = {**tree[section], **values}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
+    def write(name: str = "small", root: Path = cohort, **pretrain: Any) -> Path:
+        return write_experiment(tmp_path, root, name, **pretrain)
 
     return write
 
 
-def losses(tracker, name="loss"):
+@pytest.fixture(scope="module")
+def plain(ray_cluster: None, cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of one worker and one view a patch."""
+    path = write_experiment(tmp_path_factory.mktemp("plain"), cohort, "plain")
+    assert main(["pretrain", str(path)]) == 0
+    return losses(tracker_of(load(path)))
+
+
+def losses(tracker: Tracker, name: str = "loss") -> dict[int, float]:
     (run,) = tracker.runs(kind="pretraining")
     history = tracker.client.get_metric_history(run.info.run_id, name)
     assert len({point.step for point in history}) == len(history), "no step is logged twice"
     return {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
 
 
-def test_run_answers_and_a_second_run_does_nothing_again(ray_cluster, experiment, capfd):
+def test_run_answers_and_a_second_run_does_nothing_again(
+    ray_cluster: None, experiment: Experiment, capfd: pytest.CaptureFixture[str]
+) -> None:
     """`run` ends with the table; run again, it prepares nothing, trains nothing and writes the report anew."""
     path = experiment()
     assert main(["run", str(path)]) == 0
@@ -108,39 +97,35 @@ def test_run_answers_and_a_second_run_does_nothing_again(ray_cluster, experiment
     assert after == ends
 
 
-def test_two_workers_give_the_losses_of_one(ray_cluster, experiment):
+def test_two_workers_give_the_losses_of_one(experiment: Experiment, plain: dict[int, float]) -> None:
     """With the same global batch, the losses of 20 steps do not depend on the number of workers."""
-    found = []
-    for workers in (1, 2):
-        name = f"workers{workers}"
-        path = experiment(
-            name, pretrain=yaml.safe_load(experiment("base").read_text())["pretrain"] | {"workers": workers}
-        )
-        assert main(["pretrain", str(path), "--set", "pretrain.cpus_per_worker=0.5"]) == 0
-        found.append(losses(tracker_of(load(path))))
-    one, two = found
-    assert list(one) == list(two) == list(range(1, 21))
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-4)
+    path = experiment(workers=2, cpus_per_worker=0.5)
+    assert main(["pretrain", str(path)]) == 0
+    two = losses(tracker_of(load(path)))
+    assert list(plain) == list(two) == list(range(1, 21))
+    np.testing.assert_allclose(list(two.values()), list(plain.values()), rtol=1e-4)
 
 
-def test_the_contrastive_view_trains(ray_cluster, experiment):
-    """With two views a patch the run completes, and its loss differs from that of one view."""
-    path = experiment("contrastive")
-    options = ["--set", "pretrain.contrastive.enabled=true", "--set", "pretrain.epochs=4"]
-    assert main(["pretrain", str(path), *options]) == 0
-    other = experiment("single")
-    assert main(["pretrain", str(other), "--set", "pretrain.epochs=4"]) == 0
-    two, one = losses(tracker_of(load(path))), losses(tracker_of(load(other)))
-    assert two[1] == pytest.approx(one[1], rel=1e-5), "the first view is the same"
-    assert two[8] != one[8]
+def test_the_contrastive_view_trains(experiment: Experiment, plain: dict[int, float]) -> None:
+    """With two views a patch the run completes, and its loss differs from that of one view after the first step."""
+    path = experiment(epochs=4, contrastive={"enabled": True})
+    assert main(["pretrain", str(path)]) == 0
+    two = losses(tracker_of(load(path)))
+    assert two[1] == pytest.approx(plain[1], rel=1e-5), "the first view is the same"
+    assert two[8] != plain[8]
 
 
-def test_a_failing_worker_ends_in_one_message_and_code_1(ray_cluster, experiment, capfd, monkeypatch):
+def test_a_failing_worker_ends_in_one_message_and_code_1(
+    ray_cluster: None,
+    experiment: Experiment,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Without restarts left, the message says on which rank and why, without a traceback; the run is marked failed."""
     path = experiment("failing")
     study = load(path)
 
-    def broken(job):
+    def broken(job: object) -> None:
         raise OSError(5, "Input/output error", "image.npy")
 
     monkeypatch.setattr("ssl_ray.pretrain.driver.work", broken)
@@ -152,58 +137,53 @@ def test_a_failing_worker_ends_in_one_message_and_code_1(ray_cluster, experiment
     assert [run.info.status for run in tracker_of(study).runs(kind="pretraining")] == ["FAILED"]
 
 
-def truncate(path):
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def flatten(path):
+def flatten(path: Path) -> None:
     nib.save(nib.Nifti1Image(np.zeros((40, 40), np.int16), np.eye(4)), path)
 
 
-def poison(path):
+def poison(path: Path) -> None:
     image = nib.load(path)
     voxels = image.get_fdata().astype(np.float32)
     voxels[5, 5, 5] = np.nan
     nib.save(nib.Nifti1Image(voxels, image.affine), path)
 
 
-def reshape_label(path):
+def reshape_label(path: Path) -> None:
     image = nib.load(path)
     path.write_bytes(gzip.compress(nib.Nifti1Image(np.asarray(image.dataobj)[1:], image.affine).to_bytes()))
 
 
-@pytest.mark.parametrize(
-    ("damage", "folder", "words"),
-    [
-        (truncate, "images", "truncated"),
-        (flatten, "images", "3D volume"),
-        (poison, "images", "not finite"),
-        (reshape_label, "labels", "shape"),
-    ],
-)
-def test_a_bad_volume_ends_in_one_message_and_code_2(
-    ray_cluster, experiment, cohort, tmp_path, capfd, damage, folder, words
-):
-    """The message names the file and the rule, there is no traceback, and the good volumes stay in the store."""
+def test_bad_volumes_end_in_one_message_and_code_2(
+    ray_cluster: None, experiment: Experiment, cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The message names every file with its rule, there is no traceback, and the good volumes stay in the store."""
     root = tmp_path / "copy"
-    shutil.copytree(cohort, root)
-    victim = sorted((root / folder).iterdir())[1]
-    damage(victim)
+    shutil.copytree(cohort, root, ignore=shutil.ignore_patterns("store"))
+    images, labels = (sorted((root / folder).iterdir()) for folder in ("images", "labels"))
+    damages = {"truncated": truncate, "3D volume": flatten, "not finite": poison}
+    victims = dict(zip(damages, images[1:], strict=False)) | {"shape": labels[-1]}
+    for words, path in victims.items():
+        damages.get(words, reshape_label)(path)
     path = experiment(root=root)
     assert main(["run", str(path)]) == 2
     printed = capfd.readouterr()
-    assert victim.name in printed.err
-    assert words in printed.err
+    assert "4 volumes cannot be used" in printed.err
+    for words, victim in victims.items():
+        assert any(victim.name in line and words in line for line in printed.err.splitlines()), (words, printed.err)
     assert "Traceback" not in printed.err + printed.out
-    assert len(list(folders_of(load(path)).cache.glob("*/*/manifest.json"))) == 12
-    # Without the bad volume the study goes on, and says so.
+    good = 13 - len(victims)
+    assert len(list(Path(folders_of(load(path)).cache).glob("*/*/manifest.json"))) == good
+    # Without the bad volumes the study goes on, and says so.
     assert main(["prepare", str(path), "--set", "on_bad_volume=skip"]) == 0
     out = capfd.readouterr().out
-    assert "going on without 1 volumes" in out
-    assert "prepared 0 of 12 volumes now" in out
-    assert list(json.loads((folders_of(load(path)).study / "bad_volumes.json").read_text())) == [
-        victim.name.removesuffix(".nii.gz")
-    ]
+    assert "going on without 4 volumes" in out
+    assert f"prepared 0 of {good} volumes now" in out
+    recorded = json.loads((folders_of(load(path)).study / "bad_volumes.json").read_text())
+    assert set(recorded) == {victim.name.removesuffix(".nii.gz") for victim in victims.values()}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +196,9 @@ def test_a_bad_volume_ends_in_one_message_and_code_2(
         ("finetune.weights=/nowhere.safetensors", "nowhere.safetensors"),
     ],
 )
-def test_a_mistake_in_the_experiment_ends_in_code_2(experiment, capfd, option, words):
+def test_a_mistake_in_the_experiment_ends_in_code_2(
+    experiment: Experiment, capfd: pytest.CaptureFixture[str], option: str, words: str
+) -> None:
     """Before anything starts: one message and exit code 2."""
     assert main(["run", str(experiment()), "--set", option]) == 2
     printed = capfd.readouterr()

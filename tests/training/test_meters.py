@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from ssl_ray import console
 from ssl_ray.console import Bar
@@ -19,9 +20,8 @@ H100 = "NVIDIA H100 80GB HBM3"
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still until it is told to go on."""
     time = SimpleNamespace(now=1000.0)
-    fake = SimpleNamespace(monotonic=lambda: time.now)
-    monkeypatch.setattr(console, "time", fake)
-    monkeypatch.setattr(meters, "time", fake)
+    monkeypatch.setattr(console, "console", Console(get_time=lambda: time.now))
+    monkeypatch.setattr(meters, "time", SimpleNamespace(monotonic=lambda: time.now))
     return time
 
 
@@ -131,16 +131,13 @@ def test_the_time_that_is_left_counts_from_where_the_work_started(
         clock.now += 50
         bar.update(600, "loss 0.1")
     line = capsys.readouterr().out.splitlines()[0]
-    assert line == "pretraining 600/1000, 0:50, 3:20 left: loss 0.1"
+    assert line == "pretraining 600/1000 0:00:50 03:20 left loss 0.1"
 
 
 def test_a_narrow_terminal_keeps_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """On 80 columns the step, the time and the loss can be read; only what is behind them is cut."""
-    from rich.console import Console
-
     screen = Console(width=80, force_terminal=True, record=True, highlight=False)
     monkeypatch.setattr(console, "console", screen)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with Bar("pretraining", 1260) as bar:
         bar.update(0)
         bar.update(630, "loss 0.0912, 264 patches/s, waits for data 12%, validation 0.1034")

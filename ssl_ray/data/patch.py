@@ -1,0 +1,48 @@
+"""Where a patch is cut out of a stored volume."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ssl_ray.data.store import Store
+from ssl_ray.errors import UserError
+
+
+@lru_cache(maxsize=512)
+def open_array(store: Store, key: str, name: Literal["image", "label", "foreground"] = "image") -> npt.NDArray[Any]:
+    """Memory-mapped array of a stored volume; only the pages that a patch touches are read.
+
+    A file that cannot be had is an OSError, one that is not a whole array a UserError.
+    """
+    path = store.fetch(key, f"{name}.npy")
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: damaged ({error}); preparing the cohort again mends it") from error
+    return array
+
+
+def read_patch(
+    array: npt.NDArray[Any], origin: Sequence[int], size: Sequence[int], out: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    """One patch, without loading its volume.
+
+    A volume shorter than the patch counts as padded with zeros on both sides, the smaller half first, like MONAI's
+    `SpatialPad`; `origin` (3 voxels) is meant in the padded volume, which the patch may not leave.
+    """
+    if out is None:
+        out = np.empty(tuple(size), dtype=array.dtype)
+    source, target = [], []
+    for start, side, length in zip(origin, size, array.shape, strict=True):
+        before = max(side - length, 0) // 2
+        if not 0 <= start <= max(length - side, 0):
+            raise ValueError(f"origin {tuple(origin)} of a {tuple(size)} patch leaves the volume of {array.shape}")
+        source.append(slice(start, start + min(side, length)))
+        target.append(slice(before, before + min(side, length)))
+    if any(length < side for side, length in zip(size, array.shape, strict=True)):
+        out.fill(0)
+    out[tuple(target)] = array[tuple(source)]
+    return out
