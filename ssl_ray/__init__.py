@@ -28,7 +28,7 @@ Words, each for one thing:
     study             one experiment's YAML, carried out; its name stands for one configuration
     key               digest of everything that a result depends on
     run               one MLflow run: a pretraining, a grid, a trial
-    journal           what MLflow has yet to get, on disk
+    journal           what was logged for MLflow, on disk: all of it, and how much MLflow has
     place, mirror     a path or s3:// URI; a local folder that is kept there as well
     estimate          what a study will take, before it starts (`ssl-ray plan`)
 """

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import CRITICAL, getLogger
+from threading import Lock
 from typing import TypeAlias
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
@@ -31,6 +32,7 @@ from ssl_ray.errors import UserError
 getLogger("mlflow.store.db.utils").setLevel(CRITICAL)
 
 MlflowRun: TypeAlias = Run
+_ONE_TIMEOUT = Lock()  # the setting is the whole process's
 KEY, KIND, PARENT = "ssl_ray.key", "ssl_ray.kind", "mlflow.parentRunId"
 
 
@@ -61,12 +63,13 @@ class Client(MlflowClient):
 @contextmanager
 def timeout(seconds: int) -> Iterator[None]:
     """Within, a request to MLflow is given up after so many seconds, unless it would have been earlier anyway."""
-    usual = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(min(seconds, int(usual)))
-    try:
-        yield
-    finally:
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = usual
+    with _ONE_TIMEOUT:
+        usual = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(min(seconds, int(usual)))
+        try:
+            yield
+        finally:
+            os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = usual
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -81,7 +84,7 @@ def is_refusal(error: BaseException) -> bool:
     return 400 <= status < 500 and status not in (401, 403, 408, 429)
 
 
-def reason(error: BaseException) -> str:
+def why(error: BaseException) -> str:
     """What is wrong, on one short line and without passwords."""
     text = " ".join(str(error).split()) or type(error).__name__
     known = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(too many \d+ error responses)|(Read timed out)", text)

@@ -5,6 +5,7 @@ point (same value, step and time stamp) for the same one; parameters, tags, file
 a run is looked up by its key before it is made.
 """
 
+import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +23,14 @@ from ssl_ray.tracking.client import (
     Refused,
     RunTag,
     is_refusal,
-    reason,
+    why,
     without_password,
 )
-from ssl_ray.tracking.run import REFERENCE, Record, Run
+from ssl_ray.tracking.run import FILE_TRIES, REFERENCE, Record, Run
 
 T = TypeVar("T")
 _PARAMS = 100
 """How many parameters MLflow takes in one request."""
-
-_FILE_TRIES = 5
-"""So often is a file tried that cannot be stored although MLflow answers, e.g. for want of a right or of a library."""
 
 
 class Delivery(Thread):
@@ -76,10 +74,18 @@ class Delivery(Thread):
         """Number of records that MLflow has not got yet."""
         return sum(len(run.waiting) for run in list(self.runs.values()))
 
+    def _due(self) -> list[Run]:
+        """Runs of which something can be sent now."""
+        return [run for run in list(self.runs.values()) if run.waiting and run.due <= time.monotonic()]
+
     def catch_up(self, seconds: float, even_away: bool = False) -> None:
-        """Wait until everything is delivered, as long as there is hope."""
+        """Wait until everything is delivered that can be sent now; `even_away`: or that may be within these seconds."""
+
+        def done() -> bool:
+            return not self.is_alive() or not (self.left if even_away else self._due() and not self.away)
+
         with self.wake:
-            self.wake.wait_for(lambda: not (self.left and self.is_alive()) or (self.away and not even_away), seconds)
+            self.wake.wait_for(done, seconds)
 
     def ask(self, question: Callable[[Client], T]) -> T:
         """An answer from MLflow.
@@ -97,29 +103,33 @@ class Delivery(Thread):
                 if is_refusal(error):
                     raise
                 if last:
-                    self.set_away(reason(error))
+                    self.set_away(why(error))
         raise Away(f"tracking.uri: MLflow at {self.place} does not answer ({self.away})")
 
-    def set_away(self, why: str | None) -> None:
+    def set_away(self, away: str | None) -> None:
         """Note why MLflow does not answer, or that it does, for all who wait."""
         with self.wake:
-            self.away = why
+            self.away = away
             self.wake.notify_all()
 
     def run(self) -> None:
         """Send the oldest records of every run in turn, a request each, so that no run waits for another's backlog.
 
-        What MLflow refuses as a whole is sent once more value by value, and what it refuses then is put aside.
+        What MLflow refuses as a whole is sent once more value by value, and what it refuses then is put aside. So is a
+        file that cannot be stored although MLflow answers, e.g. for want of a right or of a library, after FILE_TRIES;
+        until then its run waits and no other, and the next process tries it again.
         """
         failures = 0
         while not self._stopped:
             with self.wake:
-                self.wake.wait_for(lambda: self._stopped or self.away or self.left)
-                due = [run for run in self.runs.values() if run.waiting]
+                self.wake.wait_for(lambda: self._stopped or self.away or self._due(), min(1, self._longest_pause))
+                due = [] if self._stopped else self._due()
             try:
-                if self.away:
+                if self.away and not self._stopped:
                     self.experiment_id = self._find_experiment(self.client)
                 for run in due:
+                    if self._stopped:
+                        break
                     batch = run.pending()
                     parts, refused = [batch], []
                     for part in parts:
@@ -134,25 +144,34 @@ class Delivery(Thread):
                                 ]
                                 self.client.log_batch(_known(run), points)
                         except Exception as error:
-                            run.tries += 1
-                            if not is_refusal(error) and not (part[0]["do"] == "file" and run.tries >= _FILE_TRIES):
-                                raise
+                            if not is_refusal(error):
+                                if part[0]["do"] != "file":
+                                    raise
+                                self._find_experiment(self.client)  # raises where MLflow itself does not answer
+                                run.tries += 1
+                                if run.tries < FILE_TRIES:
+                                    run.due = time.monotonic() + self._pause(run.tries)
+                                    break
                             values = [(one, key, value) for one in part for key, value in one.get("values", {}).items()]
                             if len(values) > 1:
                                 parts += [[one | {"values": {key: value}}] for one, key, value in values]
                             else:
-                                refused.append((part[0], reason(error)))
-                    run.delivered(batch, refused)
+                                refused.append((part[0], why(error)))
+                    else:
+                        run.delivered(batch, refused)
             except Exception as error:
-                self.set_away(reason(error))
+                self.set_away(why(error))
                 failures = min(failures + 1, 10)
                 if failures == 2:  # a single failure is no news
                     say(f"MLflow at {self.place} does not answer ({self.away}); metrics are kept in {self.folder}")
                 with self.wake:
-                    self.wake.wait_for(lambda: self._stopped, min(0.25 * 2**failures, self._longest_pause))
+                    self.wake.wait_for(lambda: self._stopped, self._pause(failures))
             else:
                 failures = 0
                 self.set_away(None)
+
+    def _pause(self, failures: int) -> float:
+        return min(2.0**failures / 4, self._longest_pause)
 
     def _send(self, run: Run, record: Record) -> None:
         """Send a record of anything but metrics."""
@@ -180,7 +199,8 @@ class Delivery(Thread):
                 }
                 self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
             case "file":
-                self.client.log_artifact(run_id, str(run.folder / record["path"]), record["folder"])
+                if (path := run.folder / record["path"]).exists():  # if not, MLflow has it
+                    self.client.log_artifact(run_id, str(path), record["folder"])
             case "end":
                 self.client.set_terminated(run_id, record["status"], record["at"])
             case "unreadable":

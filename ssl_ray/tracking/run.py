@@ -3,8 +3,8 @@
 A run's folder holds
   records.jsonl   one record a line, append-only; a record is on disk before the call that made it returns
   state.json      MLflow's id of the run, and how many of the records MLflow has
-  refused.jsonl   records that MLflow refused, each with the reason, for a person to look at
-  files/          copies of files as they were when they were logged, until MLflow has them
+  refused.jsonl   records that MLflow refused or could not store, each with the reason, for a person to look at
+  files/          copies of files as they were when they were logged, until MLflow has them; N-refused: it never will
 
 A line without its end was cut off in mid-write and never acknowledged: it is ignored.
 """
@@ -29,6 +29,9 @@ REFERENCE = "ssl-ray:"
 _VALUES = 1000
 """How many metrics MLflow takes in one request."""
 
+FILE_TRIES = 10
+"""So often, in about two minutes, does a process try a file that cannot be stored although MLflow answers."""
+
 
 class Run:
     """One MLflow run that is being written: nothing here waits for MLflow, and nothing raises for it.
@@ -37,34 +40,40 @@ class Run:
         run_id: MLflow's id of the run, None until MLflow has made it.
         status: RUNNING, FINISHED, FAILED or KILLED, as logged last; None before anything was.
         waiting: records that MLflow has not got yet.
-        tries: how often the oldest of them could not be delivered although MLflow had answered just before.
+        tries: how often the oldest of them, a file, could not be stored although MLflow answers.
+        due: when it is tried again, by the monotonic clock.
     """
 
-    def __init__(self, folder: Path, lock: Condition) -> None:
-        """The run whose journal is in `folder`, of which it has its name; the lock's waiters hear of each record."""
-        self.folder, self.name, self._lock = folder, folder.name, lock
+    def __init__(self, folder: Path, wake: Condition) -> None:
+        """The run whose journal is in `folder`, of which it has its name; `wake`'s waiters hear of each record."""
+        self.folder, self.name, self._wake = folder, folder.name, wake
         self._records, self._state = folder / "records.jsonl", folder / "state.json"
         self._told_unwritable = False
         try:
             state = json.loads(self._state.read_text())
-        except (FileNotFoundError, ValueError):  # a power cut may leave it empty; sending everything again is harmless
+        except (FileNotFoundError, ValueError):
+            # A power cut may leave it empty: everything is sent again but the files, whose copies are gone.
             state = {}
         self.run_id: str | None = state.get("run_id")
         self.status: str | None = None
-        self.tries = 0
+        self.tries, self.due = 0, 0.0
         self.waiting: deque[Record] = deque()
         self._steps: dict[str, set[int]] = defaultdict(set)
         content = self._records.read_bytes() if self._records.exists() else b""
         *lines, torn = content.split(b"\n")
         self._end = len(content) - len(torn)
+        self._unwritten = b""  # lines that found no room on the disk yet
         for line in lines:
             try:
                 self._note(dict(json.loads(line)))
             except (ValueError, TypeError, KeyError):
                 self._note({"do": "unreadable"})
         self._sent = min(int(state.get("sent", 0)), len(lines))  # a power cut may lose the last records
-        for _ in range(self._sent):
-            self.waiting.popleft()
+        sent = [self.waiting.popleft() for _ in range(self._sent)]
+        # A file that an earlier process put aside has its copy still, and is tried again.
+        aside = [record for record in sent if "path" in record and (folder / record["path"]).exists()]
+        self.waiting.extendleft(reversed(aside))
+        self._sent -= len(aside)
 
     def _note(self, record: Record) -> None:
         match record["do"]:
@@ -109,33 +118,36 @@ class Run:
         self.append({"do": "end", "at": now(), "status": status})
 
     def append(self, record: Record, content: Path | str | None = None) -> None:
-        """Keep a record, with a copy of its file or text; what finds no room on the disk is lost to MLflow."""
-        with self._lock:
+        """Keep a record, with a copy of its file or text; without room on the disk in memory only, and no file."""
+        with self._wake:
+            line = b""
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 if content is not None:
-                    copy = self.folder / "files" / str(self._end) / record["name"]
+                    copy = self.folder / "files" / str(self._end + len(self._unwritten)) / record["name"]
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_text(content) if isinstance(content, str) else shutil.copyfile(content, copy)
                     record = record | {"path": str(copy.relative_to(self.folder))}
                 line = json.dumps(record).encode() + b"\n"
+                self._unwritten += line
+                self.folder.mkdir(parents=True, exist_ok=True)
                 with self._records.open("ab") as file:
                     file.truncate(self._end)  # half a line may be there, of a killed process or of a full disk
-                    file.write(line)
+                    file.write(self._unwritten)
+                self._end += len(self._unwritten)
+                self._unwritten = b""
             except OSError as error:
                 if not self._told_unwritable:
-                    say(f"run {self.name}: MLflow does not get everything ({error.filename}: {error.strerror})")
+                    say(f"run {self.name}: MLflow may not get everything ({error.filename}: {error.strerror})")
                 self._told_unwritable = True
-                return
-            self._end += len(line)
-            self._note(record)
-            self._lock.notify_all()
+            if line:
+                self._note(record)
+                self._wake.notify_all()
 
     def pending(self) -> list[Record]:
         """The oldest records that MLflow has not got yet: metrics for one request, or one record of anything else."""
         batch: list[Record] = []
         values = 0
-        with self._lock:
+        with self._wake:
             for record in self.waiting:
                 values += len(record["values"]) if record["do"] == "metrics" else _VALUES
                 if batch and values > _VALUES:
@@ -145,8 +157,7 @@ class Run:
 
     def delivered(self, batch: Sequence[Record], refused: Sequence[tuple[Record, str]] = ()) -> None:
         """MLflow has these records, the oldest of those that were pending, but for what it refused and why."""
-        with self._lock:
-            self.tries = 0
+        with self._wake:
             self._sent += len(batch)
             if refused:
                 path = self.folder / "refused.jsonl"
@@ -154,16 +165,24 @@ class Run:
                     say(f"MLflow refused something of run {self.name}: {refused[0][1]}; it is kept in {path}")
                 with suppress(OSError), path.open("a") as file:
                     file.writelines(json.dumps({"why": why, "record": record}) + "\n" for record, why in refused)
+            for _ in batch:
+                self.waiting.popleft()
             self.save()
             for record in batch:
-                self.waiting.popleft()
-                if "path" in record and not refused:
-                    shutil.rmtree((self.folder / record["path"]).parent, ignore_errors=True)
+                if "path" in record:
+                    copy = (self.folder / record["path"]).parent
+                    if not refused:
+                        shutil.rmtree(copy, ignore_errors=True)
+                    elif self.tries < FILE_TRIES:  # MLflow's own word: no process is to try it again
+                        with suppress(OSError):
+                            copy.rename(f"{copy}-refused")
+            self.tries = 0
 
     def save(self) -> None:
         """Note what MLflow has; on a full disk the next process finds the run by its key and sends all of it again."""
+        on_disk = self._sent + len(self.waiting) - self._unwritten.count(b"\n")
         with suppress(OSError), appearing(self._state) as part:
-            part.write_text(json.dumps({"run_id": self.run_id, "sent": self._sent}))
+            part.write_text(json.dumps({"run_id": self.run_id, "sent": min(self._sent, on_disk)}))
 
 
 def now() -> int:

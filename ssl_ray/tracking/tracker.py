@@ -19,7 +19,7 @@ from ssl_ray.console import say
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.client import KEY as KEY
-from ssl_ray.tracking.client import PARENT, Away, Client, MlflowException, MlflowRun, reason, timeout
+from ssl_ray.tracking.client import PARENT, Away, Client, MlflowException, MlflowRun, timeout, why
 from ssl_ray.tracking.delivery import Delivery
 from ssl_ray.tracking.run import REFERENCE, Record, now
 from ssl_ray.tracking.run import Run as Run
@@ -36,8 +36,8 @@ class MissingExperiment(UserError):  # noqa: N818
 class Tracker:
     """The study's MLflow experiment.
 
-    Whatever is read has what was written before. While MLflow is away, a training finds nothing, and anybody else gets
-    an error.
+    Whatever is read has what was written before. While MLflow is away, a training (`create`) finds only what its
+    journal has as finished; anybody else gets a UserError.
     """
 
     def __init__(self, settings: Tracking, folders: Folders, create: bool = True, longest_pause: float = 30.0) -> None:
@@ -54,6 +54,7 @@ class Tracker:
         """
         self.uri = settings.uri or f"sqlite:///{folders.output.folder / 'mlflow.db'}"
         self.experiment, self._create = settings.experiment or folders.name, create
+        self._opened: set[str] = set()
         self._artifacts = folders.output.folder / "artifacts" / self.experiment
         # Another server, experiment or format begins another journal: run ids of one mean nothing to the other.
         name = hashlib.sha256(f"format 3 {self.uri} {self.experiment}".encode()).hexdigest()[:12]
@@ -64,10 +65,10 @@ class Tracker:
             with timeout(5):  # a wrong address is to be found out within seconds
                 delivery.experiment_id = delivery.ask(self._find)
         except (Away, MlflowException, OSError) as error:
+            delivery.set_away(delivery.away or why(error))
             if not create or not home.is_dir():
-                why = delivery.away or reason(error)
-                raise UserError(f"tracking.uri: MLflow at {delivery.place} does not answer ({why})") from error
-            delivery.set_away(delivery.away or reason(error))
+                text = f"tracking.uri: MLflow at {delivery.place} does not answer ({delivery.away})"
+                raise UserError(text) from error
         if create:
             home.mkdir(parents=True, exist_ok=True)
             delivery.start()
@@ -116,8 +117,13 @@ class Tracker:
         return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
 
     def files(self, run_id: str, folder: str | None = None) -> list[str]:
-        """Paths of a run's artifacts in one folder, sorted by name."""
-        items: list[Any] = self._ask(lambda client: client.list_artifacts(self._real(run_id), folder), [])
+        """Paths of a run's artifacts in one folder, sorted by name; a run that MLflow has not made yet has none."""
+
+        def artifacts(client: Client) -> list[Any]:
+            real = self._real(run_id)
+            return [] if real.startswith(REFERENCE) else client.list_artifacts(real, folder)
+
+        items = self._ask(artifacts, [])
         return sorted(item.path for item in items if not item.is_dir)
 
     def read(self, run_id: str, path: str) -> bytes | None:
@@ -153,13 +159,17 @@ class Tracker:
         record: Record = {"do": "open", "at": now(), "kind": kind, "key": key, "name": name}
         with delivery.wake:
             run = delivery.runs.setdefault(journal, Run(delivery.folder / journal, delivery.wake))
-        with suppress(Away, MlflowException):  # the journal knows what this machine has logged
+        # Ray Tune waits meanwhile. Without an answer (two tries), the journal knows what this machine has logged.
+        with suppress(Away, MlflowException, OSError), timeout(5):
             found = delivery.ask(lambda client: client.find(delivery.experiment_id, kind=kind, key=key))
             if not found and run.run_id and not run.waiting:
                 shutil.rmtree(run.folder)
                 run = delivery.runs[journal] = Run(run.folder, delivery.wake)
-            if found and run.status is None:  # another machine's, or the journal was lost
-                record["known"] = delivery.ask(lambda client: client.steps(found[0].info.run_id))
+            if found and journal not in self._opened:  # another machine may have gone on with it
+                steps = delivery.ask(lambda client: client.steps(found[0].info.run_id))
+                new = {metric: sorted(set(theirs) - run.logged(metric)) for metric, theirs in steps.items()}
+                record["known"] = {metric: theirs for metric, theirs in new.items() if theirs}
+            self._opened.add(journal)
         run.append(record)
         run.append({"do": "params", "values": {key: str(value)[:6000] for key, value in params.items()}})  # its limit
         run.tags({**(tags or {}), **({PARENT: parent} if parent else {})})
@@ -207,7 +217,7 @@ def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
             raise UserError(f"{folders.study}: MLflow has yet to get {left} records; it has to have them first")
         tracker.client.rename_experiment(tracker._delivery.experiment_id, name)
     except MlflowException as error:
-        raise UserError(f"tracking.experiment: MLflow does not rename it ({reason(error)})") from error
+        raise UserError(f"tracking.experiment: MLflow does not rename it ({why(error)})") from error
     finally:
         tracker.stop()
     return True

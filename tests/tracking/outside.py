@@ -50,6 +50,11 @@ class Server:
             return bool(urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200)
         return False
 
+    def freeze(self) -> None:
+        """Connections are accepted, and nobody answers."""
+        assert self._process
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
     def kill(self) -> None:
         assert self._process
         with contextlib.suppress(ProcessLookupError):

@@ -182,6 +182,20 @@ def test_a_server_that_never_comes_back(server: Server, track: Track, folders: F
     assert {run.info.status for run in (parent, source, found)} == {"FINISHED"}
 
 
+def test_a_server_that_answers_no_more_holds_nobody_up(server: Server, track: Track, folders: Folders) -> None:
+    """To open a run takes seconds, not minutes; the server, started again, gets it."""
+    tracker = track(server.uri)
+    server.freeze()
+    began = time.monotonic()
+    run = tracker.open("trial", "key", "name", {})
+    assert time.monotonic() - began < 15
+    server.kill()
+    server.start()
+    run.close()
+    assert tracker.settle(60) == 0
+    assert_once(server, folders, [])
+
+
 DRIVER = """
 import sys, time
 from ssl_ray.config.schema import Tracking

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ssl_ray.tracking.run import Record, Run
+from ssl_ray.tracking.run import FILE_TRIES, Record, Run
 
 OPEN: Record = {"do": "open"}
 END: Record = {"do": "end", "status": "FINISHED"}
@@ -92,18 +92,25 @@ def test_an_ended_run_may_be_taken_up_again(run: Run, status: str) -> None:
 
 @pytest.mark.parametrize("room", [0, 7])
 def test_a_full_disk_is_told_once_and_stops_nothing(run: Run, room: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is logged meanwhile is lost to MLflow; what is logged as soon as there is room is not."""
+    """What is logged meanwhile is delivered from memory, and is on disk as soon as there is room; no file is."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     size = (run.folder / "records.jsonl").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
     try:
         for step in (3, 4, 5):
             run.append(point(step))
+        run.text("x" * (size + 8), "words.txt")
+        run.append(END)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capsys.readouterr().out.count("File too large") == 1
-    run.append(END)
-    assert deliver(Run(run.folder, Condition())) == deliver(run) == [OPEN, point(1), point(2), END]
+    assert run.status == "FINISHED"
+    assert deliver(Run(run.folder, Condition())) == [OPEN, point(1), point(2)]
+    assert deliver(run) == [OPEN, *map(point, range(1, 6)), END]
+    run.append(OPEN)
+    again = Run(run.folder, Condition())
+    assert (again.status, again.logged("loss")) == ("RUNNING", {1, 2, 3, 4, 5})
+    assert deliver(again)[-1] == OPEN, "nothing counts as delivered before it is on disk"
 
 
 def test_a_file_is_copied_until_mlflow_has_it(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +126,24 @@ def test_a_file_is_copied_until_mlflow_has_it(run: Run, tmp_path: Path, capsys: 
     assert [path.read_text() for path in copies] == ["a", "b"]
     run.delivered(batch := run.pending(), [(batch[0], "no")])
     run.delivered(run.pending())
-    assert [path.exists() for path in copies] == [True, False]
+    assert not any(path.exists() for path in copies)
+    assert [path.read_text() for path in run.folder.glob("files/*-refused/*")] == ["a"]
+    assert not Run(run.folder, Condition()).waiting, "a refused file is not tried again"
+
+
+def test_a_file_that_could_not_be_stored_is_tried_again_by_the_next_process(run: Run) -> None:
+    """First of all, and no more once it is delivered."""
+    run.text("words", "words.txt")
+    while len(run.waiting) > 1:
+        run.delivered(run.pending())
+    (file,) = run.waiting
+    run.tries = FILE_TRIES
+    run.delivered([file], [(file, "no right")])
+    run.append(END)
+    again = Run(run.folder, Condition())
+    assert (again.folder / file["path"]).read_text() == "words"
+    assert deliver(again) == [file, END]
+    assert not Run(run.folder, Condition()).waiting
 
 
 def test_an_artifact_that_is_logged_while_the_last_record_is_delivered(

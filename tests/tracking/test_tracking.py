@@ -106,6 +106,7 @@ def test_a_run_that_mlflow_does_not_make_blocks_no_other(
     assert tracker.history(run.id, "loss") == {1: 1.0}
     assert said.count("run trial-unlucky: an unlucky name") == 1
     assert tracker.finished("trial", "unlucky")
+    assert tracker.files("ssl-ray:trial-unlucky") == []
     (refused,) = folders.study.glob("journal/*/trial-unlucky/refused.jsonl")
     assert '{"loss": 1.0}' in refused.read_text()
 
@@ -113,20 +114,63 @@ def test_a_run_that_mlflow_does_not_make_blocks_no_other(
 def test_a_file_that_cannot_be_stored_blocks_nothing(
     track: Track, said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where MLflow answers and the library for its object store is missing, the file is named after some tries."""
+    """Where MLflow answers and the library for its object store is missing: it is told, and next time it arrives."""
     tracker = track()
 
     def missing(*_: Any) -> None:
         raise ModuleNotFoundError("No module named 'boto3'")
 
     monkeypatch.setattr(tracker.client, "log_artifact", missing)
-    run = tracker.open("trial", "key", "name", {})
+    run, other = (tracker.open("trial", key, key, {}) for key in ("key", "other"))
     run.text("words", "words.txt")
     run.metrics({"loss": 1.0}, 1)
     run.close()
+    other.close()
+    assert tracker.finished("trial", "other")
+    assert tracker.client.get_run(other.id).info.status == "FINISHED"
+    assert run.waiting, "no other run waits for the file"
     assert tracker.settle() == 0
     assert tracker.history(run.id, "loss") == {1: 1.0}
     assert said.count("refused something of run trial-key: No module named 'boto3'") == 1
+    assert said.count("does not answer") == 0
+    tracker = track()
+    assert tracker.settle() == 0
+    assert tracker.read(run.id, "words.txt") == b"words"
+    assert tracker.client.get_run(run.id).info.status == "FINISHED"
+
+
+def test_a_lost_note_of_what_is_delivered(track: Track, folders: Folders, said: Said) -> None:
+    """Everything is sent again but the files, whose copies are gone."""
+    tracker = track()
+    run = tracker.open("trial", "key", "name", {})
+    run.text("words", "words.txt")
+    run.close()
+    assert tracker.settle() == 0
+    tracker.stop()
+    (note,) = folders.study.glob("journal/*/*/state.json")
+    note.write_text("")
+    tracker = track()
+    assert tracker.settle() == 0
+    assert said.count("refused") == 0
+    assert tracker.read(run.id, "words.txt") == b"words"
+
+
+def test_after_a_stop_nothing_is_sent(track: Track, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the request that is on its way."""
+    tracker = track()
+    began, sent = threading.Event(), []
+
+    def slow(run_id: str, **what: Any) -> None:
+        began.set()
+        time.sleep(0.5)
+        sent.append(run_id)
+
+    monkeypatch.setattr(tracker.client, "update_run", slow)
+    for key in "abc":
+        tracker.open("trial", key, key, {})
+    assert began.wait(20)
+    tracker.stop()
+    assert len(sent) == 1
 
 
 def test_a_step_is_logged_once(track: Track) -> None:
@@ -171,6 +215,26 @@ def test_a_finished_run_taken_up_without_its_journal_has_no_step_twice(track: Tr
     assert elsewhere.logged("share") == {0, 1}
     elsewhere.close()
     assert [point.step for point in track().client.get_metric_history(run.id, "share")] == [0, 1]
+
+
+def test_a_study_that_changes_machines_and_comes_back(track: Track, folders: Folders, tmp_path: Path) -> None:
+    """Each machine has a journal of its own; no step that the other has logged is logged again."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for mine, others in (here, there), (there, here), (here, there):
+        if (folders.study / "journal").exists():
+            (folders.study / "journal").rename(others)
+        if mine.exists():
+            mine.rename(folders.study / "journal")
+        tracker = track()
+        run = tracker.open("trial", "key", "name", {})
+        last = max(run.logged("loss"), default=0)
+        for step in range(last, last + 3):
+            run.metrics({"loss": step}, step)
+        run.close("FAILED")
+        assert tracker.settle() == 0
+        tracker.stop()
+    points = track().client.get_metric_history(run.id, "loss")
+    assert [point.step for point in points] == [0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("lost", ["the note", "the answer"])
