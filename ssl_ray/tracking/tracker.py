@@ -123,7 +123,8 @@ class Tracker:
             real = self._real(run_id)
             return [] if real.startswith(REFERENCE) else client.list_artifacts(real, folder)
 
-        return sorted(item.path for item in self._ask(artifacts, []) if not item.is_dir)
+        items: list[Any] = self._ask(artifacts, [])
+        return sorted(item.path for item in items if not item.is_dir)
 
     def read(self, run_id: str, path: str) -> bytes | None:
         """Content of an artifact, or None where the run has none of that path."""
