@@ -137,7 +137,7 @@ class Delivery(Thread):
                             run.tries += 1
                             if not is_refusal(error) and not (part[0]["do"] == "file" and run.tries >= _FILE_TRIES):
                                 raise
-                            values = [(one, key, value) for one in part for key, value in one.get("values", {}).items()]
+                            values = [(one, *value) for one in part for value in one.get("values", {}).items()]
                             if len(values) > 1:
                                 parts += [[one | {"values": {key: value}}] for one, key, value in values]
                             else:

@@ -124,7 +124,8 @@ class Run:
                     file.write(line)
             except OSError as error:
                 if not self._told_unwritable:
-                    say(f"run {self.name}: MLflow does not get everything ({error.filename}: {error.strerror})")
+                    place = error.filename or self._records
+                    say(f"run {self.name}: MLflow does not get everything ({place}: {error.strerror})")
                 self._told_unwritable = True
                 return
             self._end += len(line)
