@@ -31,7 +31,7 @@ from ssl_ray.training.precision import autocast, resolve
 
 
 class PretrainingLearner:
-    """Each rank has one; the module says what it is."""
+    """A rank's autoencoder with its optimizer: takes steps and validates."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, job.recipe.settings, device

@@ -56,7 +56,9 @@ def train_loop(job: Job) -> None:
         # an error here would have Ray start again, into the same fault.
         for fault in (watch.look(batch, loss, norm), watch.last() if last else None):
             if fault:
-                kept = _keep_fault(learner, fault, rank, {"lr": lr, "world": world})
+                # On a GPU it is the step before this one, with its own learning rate.
+                facts = {"lr": learning_rate(config.optimizer, fault.what.step, table.steps), "world": world}
+                kept = _keep_fault(learner, fault, rank, facts)
                 reporter.fault(kept, watch.fatal(fault))
                 if watch.fatal(fault):
                     return
@@ -208,7 +210,10 @@ class _Reporter:
 
 
 class _Preemption:
-    """Asks Ray now and then whether a node of this run is about to be taken away: a barrier of all ranks."""
+    """Asks Ray, every `_PREEMPTION_SECONDS` at most, whether a node of this run is about to be taken away.
+
+    The question is a barrier of all ranks.
+    """
 
     def __init__(self) -> None:
         self._asked = time.monotonic()

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Fault(Generic[T]):
-    """A step that `take_step` skipped on the device, named by `what`; it is number `row` of as many in a row."""
+    """A step that `take_step` skipped on the device. `what` names it; with it, `row` steps in a row were skipped."""
 
     what: T
     loss: float
