@@ -37,8 +37,7 @@ from ssl_ray.data.store import Store, Volume
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed, batches, open_segment, segments
-from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
-from ssl_ray.pretrain.tasks.restoration.draws import draw
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw
 
 FLOORS = {"clean": 1.8, "one view": 2.0, "two views": 2.0}
 BATCH = 8

@@ -21,7 +21,7 @@ from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.restoration import corruption
-from ssl_ray.pretrain.tasks.restoration.draws import draw
+from ssl_ray.pretrain.tasks.restoration.corruption import draw
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import folders_of, recipe_of
 from ssl_ray.training.optimizer import take_step
@@ -305,7 +305,7 @@ def breakdown(bench: Bench) -> None:
                 "scale": lambda: scale(stored, 221),
                 "draw (host)": lambda: draw(config, side, 0, indices),
                 "upload draws": lambda: drawn.to(bench.device),
-                "paint, torch": lambda: corruption._paint_masks(clean.squeeze(1), there),
+                "paint, torch": lambda: corruption._paint_boxes(clean.squeeze(1), there),
                 "shuffle": lambda: corruption._shuffle_(painted, there),
                 "forward": forward,
                 "forward + backward": lambda: forward().backward(),
@@ -315,7 +315,9 @@ def breakdown(bench: Bench) -> None:
                 "optimizer": optimize,
             }
             if bench.device.type == "cuda" and (fused := corruption.fused_paint()):
-                pieces["paint, kernel"] = lambda: fused(clean.squeeze(1), there)
+                pieces["paint, kernel"] = lambda: fused(
+                    clean.squeeze(1), there.key, there.outpaint, there.start, there.stop
+                )
             bench.compare(
                 f"breakdown_{batch}", {name: (lambda piece=piece: piece) for name, piece in pieces.items()}, 1
             )  # type: ignore[misc]

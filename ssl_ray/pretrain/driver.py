@@ -1,10 +1,13 @@
-"""A pretraining as the driver sees it: the key of its result, and the TorchTrainer around the workers' loop."""
+"""A pretraining as the driver sees it: the key of its result, the TorchTrainer around the workers, their records."""
 
+import math
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -16,30 +19,25 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ssl_ray.cluster.connect import first_error
 from ssl_ray.cluster.resources import check_resources
 from ssl_ray.config.schema import Pretrain
-from ssl_ray.console import Bar
+from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata
-from ssl_ray.pretrain.collector import Collector
 from ssl_ray.pretrain.entry import work
 from ssl_ray.pretrain.job import Job, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.folders import Folders
+from ssl_ray.storage.mirror import Mirror
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest
-
-_RESIZE_SECONDS = 60.0
-"""How often Ray Train looks whether the cluster has room for more workers, where the experiment allows more."""
+from ssl_ray.training.meters import ObjectStore, as_system
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Pretrained weights.
+    """The autoencoder that did best on validation, and the key of what it depends on.
 
-    weights: file of the autoencoder that did best on validation.
-    key: names what they depend on.
-    run_id: MLflow's id of the run that made them; None for weights that were made elsewhere.
-    fresh: whether they were trained just now.
+    `run_id` is MLflow's id of the run that made it, None where that was elsewhere; `fresh` means trained just now.
     """
 
     weights: Path
@@ -112,14 +110,12 @@ def pretrain(
 
 
 def _train(job: Job, folders: Folders, run: Run) -> None:
-    """Have Ray's workers train, and collect what they report."""
     config = job.recipe.settings
     trainer = TorchTrainer(
         work,
         train_loop_config=job,
         scaling_config=train.ScalingConfig(
             num_workers=config.workers,
-            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {}),
         ),
@@ -132,14 +128,11 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
     )
     with (
         Bar("pretraining", job.training.table.steps) as bar,
-        Collector(job.reports, run, bar, folders.output) as collector,
+        _Collector(job.reports, run, bar, folders.output) as collector,
     ):
         _fit(trainer)
     if collector.fatal:
-        raise FloatingPointError(
-            f"pretraining stopped after {config.max_skipped if config.on_nonfinite == 'skip' else 0} skipped steps "
-            f"in a row, the weights before them are kept: {'; '.join(collector.fatal)}"
-        )
+        raise FloatingPointError(f"pretraining stopped, the weights before are kept: {'; '.join(collector.fatal)}")
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -161,14 +154,70 @@ def _fit(trainer: TorchTrainer) -> None:
 def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed:
     """The samples of these volumes, and where their voxels lie."""
     config = recipe.settings
-    table = SampleTable(
-        seed=recipe.seed,
-        shapes=np.array([volume.shape for volume in volumes], dtype=np.int64),
-        patch_size=config.patch_size,
-        patches_per_volume=config.patches_per_volume,
-        batch_size=config.batch_size,
-        epochs=config.epochs,
-    )
-    first = volumes[0]
+    shapes = np.array([volume.shape for volume in volumes], dtype=np.int64)
+    draws = config.patches_per_volume, config.batch_size, config.epochs
+    table, first = SampleTable(recipe.seed, shapes, config.patch_size, *draws), volumes[0]
     keys, ids = (tuple(getattr(volume, name) for volume in volumes) for name in ("key", "id"))
     return Feed(table, Store(folders.cache, folders.scratch), keys, ids, first.dtype, first.levels)
+
+
+class _Collector:
+    """A thread that takes records from Ray's queue to MLflow, which gets no step twice, and to the progress bar."""
+
+    def __init__(self, reports: Queue, run: Run, bar: Bar, mirror: Mirror) -> None:
+        self._reports, self._run, self._bar, self._mirror = reports, run, bar, mirror
+        self._known, self._starts = run.logged("lr"), len(run.logged("started_at"))
+        self._store = ObjectStore()
+        self.fatal: list[str] = []  # what workers said about the steps that ended the training
+        self._thread = threading.Thread(target=self._collect, daemon=True)
+
+    def __enter__(self) -> "_Collector":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reports.put(None)
+        self._thread.join()
+        self._reports.shutdown()
+
+    def _collect(self) -> None:
+        while (item := self._reports.get()) is not None:
+            kind, content = item
+            if kind == "started":
+                self._started(content)
+            elif kind == "records":
+                for record in content:
+                    self._record(record)
+            elif kind == "skipped":
+                say(f"WARNING: not finite, skipped: {content}")
+            else:
+                self.fatal.append(content)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        step, picture = int(record.pop("step")), record.pop("picture", None)
+        if step not in self._known:
+            self._known.add(step)
+            self._run.metrics(record | as_system(record) | self._store.sample(), step)
+            # Without its picture a run goes on; a fault of the object store is raised where it matters.
+            with suppress(OSError):
+                if picture and (Path(picture).is_file() or self._mirror.pull(Path(picture))):
+                    self._run.artifact(Path(picture), "pictures")
+        self._bar.update(step, progress(record))
+
+    def _started(self, step: int) -> None:
+        """Log the step that training goes on from: 0, and after every fault that of a checkpoint."""
+        replayed = max(0, max(self._known, default=0) - step)
+        self._run.metrics({"started_at": step, "replayed_steps": replayed}, self._starts)
+        self._starts += 1
+        self._store.sample()  # what was spilled before is not this run's
+        self._bar.update(step, again=True)
+
+
+def progress(record: Mapping[str, float]) -> str:
+    """What the progress bar says of a record."""
+    facts = f"loss {record.get('loss', math.nan):.4f}, {record['patches_per_second']:.0f} patches/s"
+    if record["data_wait_share"] >= 0.05:
+        facts += f", waits for data {record['data_wait_share']:.0%}"
+    if "validation_loss" in record:
+        facts += f", validation {record['validation_loss']:.4f}"
+    return facts

@@ -26,7 +26,7 @@ class Recipe:
 class Job:
     """What a worker is given.
 
-    Rank 0 sends records through `reports`, a Ray queue that the driver empties. That costs a step nothing, while
+    What it has to tell goes through `reports`, which the driver empties. That costs a step nothing, while
     `ray.train.report` is a barrier that the controller serves every two seconds.
     """
 
@@ -37,11 +37,6 @@ class Job:
     mirror: Mirror
     key: str
     reports: Queue
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the training states, by step."""
-        return self.folder / "checkpoints"
 
     @property
     def weights(self) -> Path:

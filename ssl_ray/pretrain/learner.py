@@ -3,7 +3,8 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,40 +19,38 @@ from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.samples import Sample
-from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
-from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw, pack, unpack
+from ssl_ray.pretrain.tasks.restoration.corruption import Draws, corrupt, draw
 from ssl_ray.pretrain.tasks.restoration.objective import Restoration
 from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
 from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
+from ssl_ray.training.gpu import StepGraph, Upload
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
 from ssl_ray.training.precision import autocast, resolve
-from ssl_ray.training.step_graph import StepGraph
-from ssl_ray.training.upload import Upload
 
 
 class PretrainingLearner:
-    """The autoencoder, its optimizer, and what one step of training and a validation do."""
+    """Each rank has one; the module says what it is."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, job.recipe.settings, device
         torch.manual_seed(job.recipe.seed)
         self.network = build_autoencoder(job.recipe.network, self.config.patch_size).to(device)
         self.dtype = resolve(self.config.precision, device)
-        self.compiled = False
         if device.type == "cuda":
             torch.cuda.set_device(device)
             use_fast_attention(self.network)
         if self.dtype != torch.float32:
             use_patch_products(self.network)
         self.restoration = Restoration(self.network, self.config.contrastive)
-        if self.config.compile:
-            self.compiled = compile_or_not(self.restoration.parts(), self._try, "pretrain.compile")
+        self.views = 2 if self.config.contrastive.enabled else 1
+        parts = [self.restoration.embedding, *self.restoration.blocks, self.restoration.objective]
+        self.compiled = self.config.compile and compile_or_not(parts, self._try, "pretrain.compile")
         self.model = parallel(self.restoration, self.restoration.blocks, device, self.config.shard)
         self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
         self.best = math.inf
-        # Under DDP and FSDP the hooks that exchange gradients would have to be recorded too.
+        # Under DDP and FSDP the hooks that exchange gradients would have to be recorded too, and batches may differ.
         self.graphs = device.type == "cuda" and type(self.model) is Restoration
         self._graph: StepGraph | None = None
         self._go = torch.ones((), dtype=torch.bool, device=device)
@@ -64,10 +63,7 @@ class PretrainingLearner:
         self.best = state["best"]
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; samples, corruption and learning rate follow from the step.
-
-        With `shard`, all ranks must call it, and rank 0 gets the tensors.
-        """
+        """All that the rest of the run depends on beside the step; with `shard` all ranks must ask, rank 0 gets it."""
         return {"best": self.best, **whole_state(self.network, self.optimizer)}
 
     def step(
@@ -75,18 +71,16 @@ class PretrainingLearner:
     ) -> tuple[Tensor, Tensor]:
         """One optimizer step on this rank's (B, X, Y, Z) patches of the global batch.
 
-        Returns:
-            The mean loss of the rank's patches and the global gradient norm, both on the device. Where either is not
-            finite on any rank, the norm is not on all of them, and no rank has changed its weights.
+        Returns the mean loss of the rank's patches and the global gradient norm, both on the device. Where either is
+        not finite on any rank, the norm is not on all of them, and no rank has changed its weights.
         """
-        views = 2 if self.config.contrastive.enabled else 1
         seed, side = self.job.recipe.seed, self.config.patch_size
-        draws = [draw(self.config.corruption, side, seed, indices, view) for view in range(views)]
+        draws = [draw(self.config.corruption, side, seed, indices, view) for view in range(self.views)]
         stored = self._upload(images)
         if self.graphs and self._graph is None:
             self._record(stored, draws, world)
-        if self._graph and self._graph.fits(stored):
-            return self._graph(stored, [pack(drawn) for drawn in draws], lr)
+        if self._graph:
+            return self._graph(stored, [drawn.table for drawn in draws], lr)
         return self._step(stored, draws, world, lr)
 
     def _step(self, stored: Tensor, draws: Sequence[Draws], world: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +94,8 @@ class PretrainingLearner:
             part, counted = stored[rows], len(stored[start : start + size])
             # Ranks, whose shares of the batch may differ by one, are averaged.
             weight = counted * world / self.config.batch_size
-            with nullcontext() if start == starts[-1] else self._no_sync():
+            ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
+            with ddp.no_sync() if ddp and start != starts[-1] else nullcontext():
                 clean = scale(part, self.job.training.levels)
                 corrupted = torch.cat([corrupt(clean, drawn.take(rows)) for drawn in draws])  # (views * B, 1, X, Y, Z)
                 with autocast(self.device, self.dtype):
@@ -114,28 +109,20 @@ class PretrainingLearner:
     def _record(self, stored: Tensor, draws: Sequence[Draws], world: int) -> None:
         """Record the step as one CUDA graph; where that fails, one warning says why, and steps stay as they were."""
 
-        def body(patches: Tensor, packed: Sequence[Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
-            there = [unpack(flat, drawn) for flat, drawn in zip(packed, draws, strict=True)]
-            return self._step(patches, there, world, lr)
+        def body(patches: Tensor, tables: Sequence[Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
+            return self._step(patches, [replace(draws[0], table=table) for table in tables], world, lr)
 
         try:
-            self._graph = StepGraph(body, self.optimizer, self._go, stored, [pack(drawn) for drawn in draws])
+            self._graph = StepGraph(body, self.optimizer, self._go, stored, [drawn.table for drawn in draws])
         except Exception as error:  # out of memory, or an operator that cannot be recorded
             self.graphs = False
-            logging.getLogger(__name__).warning(
-                "the training step cannot be a CUDA graph here, going on without: %s", reason(error)
-            )
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        model = self.model
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+            logging.getLogger(__name__).warning("going on without a CUDA graph of the step: %s", reason(error))
 
     @torch.no_grad()
     def validate(self, rank: int, world: int, step: int, picture: bool) -> dict[str, float | str]:
         """L1 on the fixed validation patches, each corrupted in its fixed way; every rank takes its share of them.
 
-        Returns:
-            `validation_loss`, and `validation_identity_loss` of predicting the corrupted input itself.
+        `validation_identity_loss` is that of predicting the corrupted input itself.
         """
         self.model.eval()
         feed = self.job.validation
@@ -168,8 +155,7 @@ class PretrainingLearner:
         if loss < self.best:
             self.best = loss
             self._export(step)
-        report: dict[str, float | str] = {"validation_loss": loss, "validation_identity_loss": identity}
-        return report | ({"picture": shown} if shown else {})
+        return {"validation_loss": loss, "validation_identity_loss": identity, "picture": shown}
 
     def _export(self, step: int) -> None:
         """Write the weights, as the best on validation so far, for fine-tuning; all ranks must call it."""
@@ -190,12 +176,11 @@ class PretrainingLearner:
         self.job.mirror.push(path)
         return str(path)
 
-    def _try(self) -> None:
-        """Forward and backward pass in the shapes of a training step; no gradient is left."""
+    def _try(self) -> None:  # forward and backward pass in the shapes of a training step; no gradient is left
         share = -(-self.config.batch_size // self.config.worker_range[0])
         clean = torch.zeros(min(self.config.microbatch or share, share), 1, *self.config.patch_size, device=self.device)
         with autocast(self.device, self.dtype):
-            total = self.restoration(torch.cat([clean] * (2 if self.config.contrastive.enabled else 1)), clean)[1]
+            total = self.restoration(torch.cat([clean] * self.views), clean)[1]
         total.backward()
         self.network.zero_grad(set_to_none=True)
 

@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from ssl_ray.random import generator
 
-_ORDER, _ORIGIN, _VALIDATION = 1, 2, 3
-"""What random numbers are for: numbers of one seed for different purposes must not overlap."""
+_ORDER, _ORIGIN, _VALIDATION = 1, 2, 3  # random numbers of one seed for different purposes must not overlap
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class SampleTable:
 
     @property
     def epoch_samples(self) -> int:
-        """Samples of one epoch."""
+        """V * n."""
         return len(self.shapes) * self.patches_per_volume
 
     @property
@@ -64,7 +63,7 @@ class SampleTable:
         return sorted(steps | {self.steps})
 
     def sample(self, index: int) -> Sample:
-        """Sample `index` of the run."""
+        """Which patch number `index` of the run is."""
         epoch, place = divmod(index, self.epoch_samples)
         volume = int(_order(self.seed, epoch, len(self.shapes))[place // self.patches_per_volume])
         return Sample(volume, self._origin(volume, self.seed, _ORIGIN, index))

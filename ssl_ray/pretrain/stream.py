@@ -1,10 +1,9 @@
 """SampleTable -> Ray Data -> batches of a rank.
 
 One row of a Ray dataset is one *block*: the batches of one rank over a few consecutive steps, read by one task. Every
-rank has a dataset of its own, and so a scheduling loop of its own: one loop handles some tens of blocks a second,
-whatever is in them, which is what one or two fast GPUs consume. As the cost is per block, blocks are sized by bytes,
-and a long run is streamed in *segments* of some hundred blocks; the next one is opened while the current one is
-consumed.
+rank has a dataset, and so a scheduling loop, of its own: one loop handles some tens of blocks a second, whatever is in
+them, which is what one or two fast GPUs consume. As the cost is per block, blocks are sized by bytes, and a long run is
+streamed in *segments* of some hundred blocks; the next one is opened while the current one is consumed.
 """
 
 import queue
@@ -25,16 +24,12 @@ from ssl_ray.pretrain.samples import Sample, SampleTable
 SEGMENT_BLOCKS = 256
 """Number of blocks in a segment of one rank: start-up costs 2 to 3 ms a block, measured."""
 
-_DEPTH = 2
-"""Number of batches that wait for the training step, besides the block that Ray Data has already fetched."""
-
 
 @dataclass(frozen=True)
 class Feed:
-    """What a data task needs to read any sample: the table, and where its volumes lie.
+    """What a data task needs to read any sample: the table, and where its volumes lie, in the table's order.
 
-    keys, ids: of the volumes, in the table's order; the key addresses the store, the id is for people.
-    dtype, levels: of stored voxels; an intensity of 1 is stored as `levels`.
+    The store goes by keys, people by ids. Voxels are stored as `dtype`, an intensity of 1 as `levels`.
     """
 
     table: SampleTable
@@ -48,16 +43,15 @@ class Feed:
         """Patches (N, X, Y, Z) as stored."""
         out = np.empty((len(samples), *self.table.patch_size), dtype=self.dtype)
         for row, sample in enumerate(samples):
-            read_patch(
-                open_array(self.store, self.keys[sample.volume]), sample.origin, self.table.patch_size, out=out[row]
-            )
+            volume = open_array(self.store, self.keys[sample.volume])
+            read_patch(volume, sample.origin, self.table.patch_size, out=out[row])
         return out
 
     def place(self, index: int) -> dict[str, Any]:
         """Where sample `index` of the table is from: its volume's name and key, and its origin in voxels."""
         sample = self.table.sample(index)
-        names = {"volume": self.ids[sample.volume], "key": self.keys[sample.volume]}
-        return {"sample": index, **names, "origin": sample.origin}
+        volume = sample.volume
+        return {"sample": index, "volume": self.ids[volume], "key": self.keys[volume], "origin": sample.origin}
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class Segment:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks of each rank."""
+        """Of each rank."""
         return -(-(self.stop - self.start) // self.block_steps)
 
     def samples(self, table: SampleTable, rank: int, block: int) -> list[int]:
@@ -103,14 +97,10 @@ def segments(table: SampleTable, start: int, world: int, block_bytes: float, ite
 
 
 def open_segment(feed: Any, segment: Segment, rank: int, held: float) -> Any:
-    """The Ray Data iterator of one rank.
+    """The Ray Data iterator of one rank; `feed` refers to a `Feed` in the object store.
 
-    Args:
-        feed: reference to a `Feed` in the object store.
-        segment: the steps to stream.
-        rank: whose batches.
-        held: number of CPUs that the training workers hold. Where they leave none, e.g. after a node was lost, the
-            reading tasks ask for none and run beside them; else they would wait for ever.
+    Training workers hold so many CPUs. Where they leave none, e.g. after a node was lost, the reading tasks ask for
+    none and run beside them; else they would wait for ever.
     """
     import pyarrow as pa
     import ray  # the tasks import this module only to read patches
@@ -146,14 +136,10 @@ class Pace:
         """Called at each turn of the loop."""
         time.sleep(0.01)
 
-    def before_execution_starts(self, executor: Any) -> None:
-        """Not needed."""
+    def _nothing(self, *_: Any) -> None:
+        pass
 
-    def after_execution_succeeds(self, executor: Any) -> None:
-        """Not needed."""
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None:
-        """Not needed."""
+    before_execution_starts = after_execution_succeeds = after_execution_fails = _nothing
 
 
 def batches(
@@ -161,40 +147,30 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of one rank, step by step; all ranks must take equally many.
 
-    Args:
-        table: of the run.
-        rank: whose batches.
-        schedule: segments to stream, in order.
-        opener: gives the Ray Data iterator of this rank for a segment.
-
-    Raises:
-        RuntimeError: when Ray Data did not keep the order of blocks, or lost some.
+    `opener` gives the Ray Data iterator of this rank for a segment. A RuntimeError says that Ray Data did not keep the
+    order of blocks, or lost some.
     """
-    reading = ((segment, _read_ahead(table, rank, segment, opener(segment))) for segment in schedule)
-    current = next(reading, None)
-    while current:
-        (segment, waiting), following = current, None
+    reading = (_read_ahead(table, rank, segment, opener(segment)) for segment in schedule)
+    following = next(reading, None)
+    for segment in schedule:
+        waiting, following = following, None
+        assert waiting
         for step in range(segment.start, segment.stop):
-            if following is None and step >= (segment.start + segment.stop) // 2:
+            if step == (segment.start + segment.stop) // 2:
                 following = next(reading, None)  # opens it
             asked = time.perf_counter()
             item = waiting.get()
             waited = time.perf_counter() - asked
             if isinstance(item, BaseException):
                 raise item
-            indices, share = item["index"], table.rank_samples(step, rank, segment.world)
-            if indices.tolist() != list(share):
-                raise RuntimeError(
-                    f"rank {rank} got samples {indices[0]}..{indices[-1]} at step {step}, the table has "
-                    f"{share[0]}..{share[-1]}: Ray Data did not keep the order of blocks"
-                )
-            yield Batch(step, item["image"], indices, waited)
-        current = following
+            if item["index"].tolist() != list(table.rank_samples(step, rank, segment.world)):
+                raise RuntimeError(f"rank {rank}, step {step}: Ray Data did not keep the order of blocks")
+            yield Batch(step, item["image"], item["index"], waited)
 
 
 def _read_ahead(table: SampleTable, rank: int, segment: Segment, iterator: Any) -> "queue.Queue[Any]":
-    """Batches of a segment, or an error, from a thread that is a few of them ahead of the training step."""
-    waiting: queue.Queue[Any] = queue.Queue(_DEPTH)
+    """Batches of a segment, or an error, from a thread that is two of them ahead of the training step."""
+    waiting: queue.Queue[Any] = queue.Queue(2)
     size = len(table.rank_samples(segment.start, rank, segment.world))
 
     def drain() -> None:
@@ -228,10 +204,8 @@ def _read_block(
 ) -> dict[str, npt.NDArray[Any]]:
     source = _feed(feed)
     indices = [index for block in rows["id"] for index in segment.samples(source.table, rank, int(block))]
-    return {
-        "image": source.read([source.table.sample(index) for index in indices]),
-        "index": np.array(indices, dtype=np.int64),
-    }
+    images = source.read([source.table.sample(index) for index in indices])
+    return {"image": images, "index": np.array(indices, dtype=np.int64)}
 
 
 @lru_cache(maxsize=2)

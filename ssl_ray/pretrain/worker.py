@@ -1,8 +1,8 @@
-"""What every pretraining worker does, step by step."""
+"""What every pretraining worker does, step by step, and what it reports: sums over steps and ranks, and faults."""
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,20 +11,21 @@ import torch
 from ray import train
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
+from ray.util.queue import Queue
+from torch import Tensor, distributed
 
 from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
-from ssl_ray.pretrain.records import Reporter, Totals
 from ssl_ray.pretrain.stream import Batch, Segment, batches, open_segment, segments
 from ssl_ray.training.checkpoint import Saver, load_latest
-from ssl_ray.training.nonfinite import Fault, Watch, keep
+from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, peak_memory
+from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.parallel import whole_weights
 
 _PREEMPTION_SECONDS = 5.0
-"""How often Ray is asked whether a node is about to be taken away: the question is a barrier of all ranks."""
 
 
 def train_loop(job: Job) -> None:
@@ -35,11 +36,10 @@ def train_loop(job: Job) -> None:
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
-    views = 2 if config.contrastive.enabled else 1
-    flops = views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
-    totals = Totals(world, flops, learner.device, learner.dtype)
-    reporter, preemption = Reporter(job.reports, rank), _Preemption()
-    saver, saved = Saver(job.checkpoints, config.keep_checkpoints, job.mirror), time.monotonic()
+    flops = learner.views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
+    totals = _Totals(world, flops, learner.device, learner.dtype)
+    reporter, preemption = _Reporter(job.reports, rank), _Preemption()
+    saver, saved = Saver(job.folder / "checkpoints", config.keep_checkpoints, job.mirror), time.monotonic()
 
     start = _restore(job, rank, learner, watch, reporter)
     if start == table.steps and not job.mirror.has(job.weights):  # done, but its result was deleted
@@ -56,7 +56,8 @@ def train_loop(job: Job) -> None:
         # an error here would have Ray start again, into the same fault.
         for fault in (watch.look(batch, loss, norm), watch.last() if last else None):
             if fault:
-                _report_fault(job, learner, reporter, fault, rank, {"lr": lr, "world": world}, watch.fatal(fault))
+                kept = _keep_fault(learner, fault, rank, {"lr": lr, "world": world})
+                reporter.fault(kept, watch.fatal(fault))
                 if watch.fatal(fault):
                     return
         totals.add(loss, len(batch.indices), batch.waited)
@@ -82,9 +83,9 @@ def train_loop(job: Job) -> None:
             saver.wait()
 
 
-def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch[Batch], reporter: Reporter) -> int:
+def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch[Batch], reporter: "_Reporter") -> int:
     """Go on from the newest whole checkpoint, which rank 0 reads for all; returns its step, 0 where there is none."""
-    found = load_latest(job.checkpoints, job.key, job.mirror) if rank == 0 else None
+    found = load_latest(job.folder / "checkpoints", job.key, job.mirror) if rank == 0 else None
     plain = {name: found[name] for name in ("step", "best", "row_not_finite")} if found else {"step": 0}
     plain = broadcast_from_rank_zero(plain)
     if plain["step"]:
@@ -107,25 +108,17 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
     return batches(table, rank, segments(table, start, world, config.block_megabytes * 2**20, itemsize), opener)
 
 
-def _report_fault(
-    job: Job,
-    learner: PretrainingLearner,
-    reporter: Reporter,
-    fault: Fault[Batch],
-    rank: int,
-    facts: dict[str, Any],
-    fatal: bool,
-) -> None:
-    """Keep a step that was not finite and tell the driver: the ranks whose loss it was, and rank 0 of any.
+def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:
+    """Keep a step that was not finite, on the ranks whose loss it was and on rank 0; the line about it, else "".
 
     A rank's patches (B, X, Y, Z), before corruption, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
     rank 0's file has the weights before the step too (on a GPU possibly those after the next).
     """
-    model = whole_weights(learner.network)
+    model, job = whole_weights(learner.network), learner.job
     if rank > 0 and math.isfinite(fault.loss):
-        return
-    batch, feed = fault.what, job.training
-    places = [feed.place(int(index)) for index in batch.indices]
+        return ""
+    batch = fault.what
+    places = [job.training.place(int(index)) for index in batch.indices]
     volumes = ", ".join(sorted({place["volume"] for place in places}))
     origin = f"samples {', '.join(str(place['sample']) for place in places)} of volumes {volumes}"
     # Copies: the batch lies in Ray's object store, read-only.
@@ -134,11 +127,88 @@ def _report_fault(
         tensors |= {f"model.{name}": value for name, value in model.items()}
     facts = facts | {"rank": rank, "samples": places, "seed": job.recipe.seed, "precision": str(learner.dtype)}
     kept = keep(fault, job.folder / "faults" / f"rank_{rank}", batch.step + 1, origin, tensors, facts)
-    reporter.fault(f"step {batch.step + 1}, rank {rank}: {kept}", fatal)
+    return f"step {batch.step + 1}, rank {rank}: {kept}"
+
+
+class _Totals:
+    """Sums over the steps since the last record; `patch_flops` is the training on one patch, all its views included."""
+
+    def __init__(self, world: int, patch_flops: float, device: torch.device, dtype: torch.dtype) -> None:
+        self._world, self._flops, self._device, self._dtype = world, patch_flops, device, dtype
+        self._losses = FiniteSum()
+        self._patches, self._waited, self._start = 0, 0.0, time.perf_counter()
+
+    def add(self, loss: Tensor, patches: int, waited: float) -> None:
+        """Count one step of this rank: its mean loss, the patches that it is of, the seconds waited for them."""
+        self._losses.add(loss, patches)
+        self._patches += patches
+        self._waited += waited
+
+    def gather(self, due: Sequence[bool]) -> tuple[dict[str, float], list[bool]]:
+        """Metrics of all ranks since the last call, and what rank 0 says is due; all ranks must call it."""
+        sums = [*self._losses.take(), float(self._patches), self._waited]
+        sums += [time.perf_counter() - self._start, peak_memory(self._device), *due]
+        self._patches, self._waited, self._start = 0, 0.0, time.perf_counter()
+        mine = torch.tensor(sums, dtype=torch.float64, device=self._device)
+        ranks = [torch.empty_like(mine) for _ in range(self._world)] if self._world > 1 else [mine]
+        if self._world > 1:
+            distributed.all_gather(ranks, mine)
+        loss, finite, patches, waited, seconds, memory, *asked = torch.stack(ranks, dim=1).tolist()
+        total, longest = sum(patches), max(seconds)
+        metrics = {"workers": float(self._world), "patches_per_second": total / longest}
+        metrics["data_wait_share"] = max(waited) / longest
+        metrics[WORKER_MEMORY] = max(memory) / 1e6
+        metrics |= arithmetic_rate(self._flops * total / longest, self._world, self._device, self._dtype)
+        if sum(finite):
+            metrics["loss"] = sum(loss) / sum(finite)  # sums over sums, never means of means
+        if sum(finite) < total:
+            metrics["patches_not_finite"] = total - sum(finite)
+        return metrics, [bool(flags[0]) for flags in asked]
+
+
+class _Reporter:
+    """Puts into the driver's queue; records only on rank 0, whose are those of all ranks.
+
+    Records are kept until the checkpoint after the next one and travel in it: when the driver is killed, it gets those
+    again that it may not have seen.
+    """
+
+    def __init__(self, reports: Queue, rank: int) -> None:
+        self._put, self._rank = reports.actor.put_nowait.remote, rank  # the call returns at once
+        self._older: list[dict[str, Any]] = []
+        self._newer: list[dict[str, Any]] = []
+
+    def start(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Tell the step that training goes on from, after the records that its checkpoint carried."""
+        self._older = records
+        self._send(records)
+        if self._rank == 0:
+            self._put(("started", step))
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Send what happened since the record before."""
+        self._newer.append(record)
+        self._send([record])
+
+    def fault(self, text: str, fatal: bool) -> None:
+        """Send the line about a step that was not finite, from any rank that has one."""
+        if text:
+            self._put(("fatal" if fatal else "skipped", text))
+
+    def carry(self) -> list[dict[str, Any]]:
+        """Records for a checkpoint that is written now; the driver gets them again, too."""
+        records = self._older + self._newer
+        self._send(records)
+        self._older, self._newer = self._newer, []
+        return records
+
+    def _send(self, records: list[dict[str, Any]]) -> None:
+        if self._rank == 0:
+            self._put(("records", records))
 
 
 class _Preemption:
-    """Asks Ray whether a node of this run is about to be taken away."""
+    """Asks Ray now and then whether a node of this run is about to be taken away: a barrier of all ranks."""
 
     def __init__(self) -> None:
         self._asked = time.monotonic()
@@ -146,7 +216,6 @@ class _Preemption:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to ask, by this rank's clock."""
         return time.monotonic() - self._asked >= _PREEMPTION_SECONDS
 
     def announced(self) -> bool:

@@ -30,8 +30,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     scratch.mkdir(parents=True)
     try:
         torch.save(dict(state), scratch / "state.pt")
-        manifest = {"sha256": _digest(scratch / "state.pt"), "step": state.get("step")}
-        (scratch / MANIFEST).write_text(json.dumps(manifest))
+        (scratch / MANIFEST).write_text(json.dumps({"sha256": _digest(scratch / "state.pt")}))
         settle(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -45,28 +44,18 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(read_file(folder / MANIFEST, _MOST_MANIFEST))
-        found = _digest(folder / "state.pt")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: not a whole checkpoint: {shown(error)}") from error
-    if not isinstance(manifest, dict) or found != manifest.get("sha256"):
-        raise ValueError(f"{folder}: state.pt does not match its digest: torn or changed after it was written")
-    try:
+        if manifest.get("sha256") != _digest(folder / "state.pt"):
+            raise ValueError("state.pt does not match its digest: torn or changed after it was written")
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{folder}: state.pt cannot be loaded: {shown(error)}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{folder}: state.pt must hold a dict, got {type(state).__name__}")
+        if not isinstance(state, dict):
+            raise TypeError(f"state.pt must hold a dict, got {type(state).__name__}")
+    except Exception as error:  # whatever a torn file makes of JSON, of torch's format and of what they hold
+        raise ValueError(f"{folder}: checkpoint cannot be loaded: {shown(error)}") from error
     return state
 
 
 def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: Mirror | None = None) -> None:
     """Write a checkpoint to `<folder>/<step>` and remove old ones: the newest `keep` whole ones up to this one stay.
-
-    Args:
-        folder: of the checkpoints.
-        state: as for `save_state`, with its `step`.
-        keep: number of checkpoints.
-        mirror: of the output, where that is in an object store.
 
     Raises:
         OSError: when the checkpoint could not be written or uploaded; the ones before are still there.
@@ -120,20 +109,12 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Begin to write a copy of `state`, once the checkpoint before is written.
-
-        Raises:
-            OSError: when the checkpoint before could not be written.
-        """
+        """Begin to write a copy of `state`, once the checkpoint before is written; raises that one's OSError."""
         self.wait()
         self._pending = self._pool.submit(save_latest, self._folder, snapshot(state), self._keep, self._mirror)
 
     def wait(self) -> None:
-        """Return when everything is written.
-
-        Raises:
-            OSError: when the last checkpoint could not be written.
-        """
+        """Return when the last checkpoint is written; raises its OSError."""
         if self._pending:
             self._pending.result()
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ssl_ray.text import reason
-from ssl_ray.training.private import uncompile
 
 
 def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], setting: str, **options: Any) -> bool:
@@ -17,14 +16,8 @@ def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], set
     Compiling block by block takes a twelfth of the time of a whole ViT, whose blocks share one graph, and DDP can begin
     to exchange the gradients of one block while the next one's are computed.
 
-    Args:
-        modules: each is compiled on its own.
-        attempt: a forward and backward pass in the shapes of a training step. An error of the compiler comes here.
-        setting: the configuration's key, which the warning names.
-        options: of `torch.compile`.
-
-    Returns:
-        Whether the modules are compiled. If not, one warning says why, and they work as before.
+    `attempt` is a forward and backward pass in the shapes of a training step: an error of the compiler comes there. If
+    one does, this returns False, one warning names the `setting` and the cause, and the modules work as before.
     """
     modules = list(modules)
     for module in modules:
@@ -32,10 +25,9 @@ def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], set
     try:
         attempt()
     except Exception as error:  # a missing compiler, an operator that it does not know: any library's own error
-        uncompile(modules)
+        for module in modules:
+            module._compiled_call_impl = None  # torch has no public way to undo `compile`
         torch.compiler.reset()
-        logging.getLogger(__name__).warning(
-            "%s: torch.compile does not work here, going on without: %s", setting, reason(error)
-        )
+        logging.getLogger(__name__).warning("%s: going on without torch.compile: %s", setting, reason(error))
         return False
     return True

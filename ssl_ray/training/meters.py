@@ -5,6 +5,7 @@ in the thread that writes to MLflow.
 """
 
 import logging
+import math
 import resource
 import sys
 import time
@@ -18,7 +19,7 @@ from ssl_ray.training.devices import known_device
 
 PREFIX = "system/"
 WORKER_MEMORY = f"{PREFIX}worker_memory_peak_megabytes"
-_SAMPLE_SECONDS, _SILENT_SECONDS = 10.0, 60.0
+_SAMPLE_SECONDS = 10.0
 
 
 def peak_memory(device: torch.device) -> float:
@@ -32,11 +33,7 @@ def peak_memory(device: torch.device) -> float:
 def arithmetic_rate(flops: float, workers: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a worker as metrics; also as a share of its GPU's peak (MFU) where that is known.
 
-    Args:
-        flops: FLOP/s of all workers, of the model's own matrix products and convolutions, forward and backward.
-        workers: their number; all have the same kind of device.
-        device: of one of them.
-        dtype: that they compute in.
+    `flops` are the FLOP/s of all workers, of the model's own matrix products and convolutions, forward and backward.
     """
     metrics = {f"{PREFIX}teraflops_per_second_per_worker": flops / workers / 1e12}
     found = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -57,14 +54,13 @@ class ObjectStore:
     """The object store of the cluster that this process is connected to."""
 
     def __init__(self) -> None:
-        self._next = 0.0  # no sample before this time
+        self._next, self._said_spilling = 0.0, False  # no sample before this time
         self._spilled_before: float | None = None
-        self._said_spilling = self._said_no_answer = False
 
     def sample(self) -> dict[str, float]:
         """Use of all nodes' object stores together, and what they spilled to disk since the first sample.
 
-        Empty when the last sample is less than ten seconds ago, and for a minute after Ray gave no answer. The first
+        Empty when the last sample is less than ten seconds ago, and for good once Ray gave no answer. The first
         spilling prints a warning that names the setting to change.
         """
         if time.monotonic() < self._next:
@@ -73,9 +69,8 @@ class ObjectStore:
         try:
             found = object_store_statistics()
         except Exception as error:  # whatever a later version of Ray raises, a training must not stop for its metrics
-            if not self._said_no_answer:
-                logging.getLogger(__name__).warning("no figures of the object store: %s", error)
-            self._said_no_answer, self._next = True, time.monotonic() + _SILENT_SECONDS
+            logging.getLogger(__name__).warning("no figures of the object store: %s", error)
+            self._next = math.inf
             return {}
         used, capacity, spilled = found["used"], found["capacity"], found["spilled"]
         if self._spilled_before is None:

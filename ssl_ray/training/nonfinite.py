@@ -14,20 +14,14 @@ from torch import Tensor
 from ssl_ray.config.common import OnNonfinite
 from ssl_ray.storage.files import write_file
 
-_KEPT = 3
-"""Number of faults that are kept in a folder: those that follow have the same cause."""
+_KEPT = 3  # faults in a folder: those that follow have the same cause
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Fault(Generic[T]):
-    """A step that `take_step` skipped on the device.
-
-    what: whatever names the step to its training.
-    loss, norm: of the step; at least the gradient norm is not finite.
-    row: number of consecutive non-finite steps, this one included.
-    """
+    """A step that `take_step` skipped on the device, named by `what`; it is number `row` of as many in a row."""
 
     what: T
     loss: float
@@ -62,22 +56,15 @@ class Watch(Generic[T]):
     """Looks at every step's loss and gradient norm: on a CPU at once, on a GPU while the next step runs."""
 
     def __init__(self, policy: OnNonfinite, limit: int) -> None:
-        """Args:
-        policy: `stop` at the first fault, or `skip` up to `limit` of them in a row.
-        limit: number of consecutive steps that may be skipped.
-        """
+        """Stop at the first fault, or `skip` up to `limit` of them in a row."""
         self._limit = 0 if policy == "stop" else limit
-        self.row = 0
-        """Number of consecutive non-finite steps so far. Checkpoints carry it."""
+        self.row = 0  # number of consecutive non-finite steps so far; checkpoints carry it
         self._pending: tuple[T, Tensor, Any] | None = None
 
     def look(self, what: T, loss: Tensor, norm: Tensor) -> Fault[T] | None:
         """The fault of this step, or on a GPU that of the step before; None where that one was finite.
 
-        Args:
-            what: handed back in the fault.
-            loss: of the step; where it is not finite, the norm must not be either.
-            norm: of the gradients of all ranks.
+        The norm is that of all ranks' gradients; where the loss is not finite, it must not be either.
         """
         values = torch.stack([loss.detach(), norm.detach()])
         if not values.is_cuda:
@@ -110,18 +97,11 @@ class Watch(Generic[T]):
 def keep(
     fault: Fault[Any], folder: Path, step: int, origin: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> str:
-    """Write what reproduces a step to `<folder>/step_<n>.safetensors`, for the first three faults of a folder.
+    """Write what reproduces a step to `<folder>/step_<n>.safetensors`, for the first three faults of a rank or trial.
 
-    Args:
-        fault: of the step.
-        folder: of the faults of one rank or trial.
-        step: number of the step, counted from 1.
-        origin: which patches these are, in words.
-        tensors: patches, and weights as `model.<name>`.
-        facts: whatever else the step depends on; JSON under `facts` in the file's metadata.
-
-    Returns:
-        Loss, gradient norm, origin and file, for people.
+    `step` counts from 1, `origin` says in words which patches these are, and `tensors` are the patches, and the weights
+    as `model.<name>`. `facts`, whatever else the step depends on, become JSON under `facts` in the file's metadata.
+    Returns loss, gradient norm, origin and file in one line.
     """
     text, path = f"{fault}; {origin}", folder / f"step_{step:07d}.safetensors"
     if not path.is_file() and len(list(folder.glob("*.safetensors"))) >= _KEPT:

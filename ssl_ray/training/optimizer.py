@@ -33,13 +33,8 @@ def learning_rate(config: Optimizer, step: int, steps: int) -> float:
 def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float | torch.Tensor) -> torch.Tensor:
     """Clip gradients, update the weights and clear the gradients; where one is not finite, only clear them.
 
-    Args:
-        optimizer: of `build_optimizer`.
-        config: says where gradients are clipped.
-        lr: of this step; a tensor on the device is read by the optimizer's kernel, and nothing waits for it.
-
-    Returns:
-        The gradients' global norm before clipping, still on the device; not finite if the step was skipped.
+    Returns the gradients' global norm before clipping, still on the device; not finite if the step was skipped. An `lr`
+    on the device is read there by the optimizer's kernel, and nothing waits for it.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -21,12 +21,8 @@ def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device
 
     Sharded, weights are gathered in float32 and autocast rounds them as everywhere else. FSDP's own mixed precision
     would also round what autocast does not (norms, position embeddings), and results would not be those of DDP.
-
-    Args:
-        model: on the device; has a method `restore` beside `forward`.
-        blocks: parts of it whose weights are gathered one after the other, each when it is computed.
-        device: of this worker.
-        shard: FSDP2 instead of DDP. Forward and backward passes then need all ranks.
+    The weights of each of the `blocks` are gathered when it is computed: forward and backward passes, and the model's
+    method `restore`, then need all ranks.
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return model

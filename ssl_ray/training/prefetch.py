@@ -10,18 +10,11 @@ R = TypeVar("R")
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
-    """`map` that already works on the next items while the caller uses a result.
+    """`map` that already works on the next items while the caller uses a result; with 0 threads it is `map`.
 
     Threads, not processes: numpy, scipy, torch and zlib give up Python's lock while they compute, and what they work on
-    need not be copied or sent.
-
-    Args:
-        function: runs in the threads.
-        items: taken in the caller's thread; at most `threads` + 1 of them and of their results are held at once.
-        threads: how many; with 0 the function runs in the caller's thread.
-
-    Raises:
-        Exception: the error of the first item that failed, when its result is asked for. No thread runs on afterwards.
+    need not be copied or sent. Items are taken in the caller's thread; at most `threads` + 1 of them and of their
+    results are held at once. An error is raised where its result is asked for, and no thread runs on afterwards.
     """
     if threads == 0:
         yield from map(function, items)

@@ -14,8 +14,7 @@ from tiny_learner import BATCH, CPU, LEVELS, SIDE, make, same, steps, weights
 from ssl_ray.config.schema import Corruption
 from ssl_ray.pretrain import learner as module
 from ssl_ray.pretrain.learner import scale
-from ssl_ray.pretrain.tasks.restoration.corruption import corrupt
-from ssl_ray.pretrain.tasks.restoration.draws import draw, pack, unpack
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw
 from ssl_ray.training import compile as compiled
 from ssl_ray.training.precision import autocast
 
@@ -116,14 +115,12 @@ def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
     assert not made.graphs
 
 
-def test_packed_draws_come_back_and_parts_of_them_are_theirs() -> None:
-    """What travels to the device in one copy is what was drawn, and the draws of some samples are those samples'."""
+def test_the_draws_of_some_samples_are_those_samples() -> None:
+    """Whether they are drawn alone or taken from those of a batch."""
     config = Corruption(inpaint_size=(2, 6), outpaint_size=(4, 10), shuffle_size=3)
     drawn = draw(config, (SIDE,) * 3, 3, np.arange(6))
-    there = unpack(pack(drawn), drawn)
     some = draw(config, (SIDE,) * 3, 3, np.arange(2, 5))
     for name in ("key", "outpaint", "start", "stop", "shuffle", "shuffle_start"):
-        assert same(getattr(there, name), getattr(drawn, name))
         assert same(getattr(drawn.take(slice(2, 5)), name), getattr(some, name))
 
 
@@ -165,14 +162,3 @@ def test_a_recorded_run_resumes_from_a_checkpoint_of_either_kind(tmp_path: Path)
         steps(other, 5, 7)  # recorded before the state is loaded
         other.load(copy.deepcopy(one.state()))
         np.testing.assert_allclose(steps(other, 3, 6), steps(one, 3, 6), rtol=1e-4)
-
-
-@needs_gpu
-def test_a_batch_of_another_size_runs_without_the_graph(tmp_path: Path) -> None:
-    """Fewer patches than were recorded are a step of their own."""
-    made = make(tmp_path, torch.device("cuda", 0))
-    steps(made, 0, 2)
-    loss, norm = made.step(np.ones((2,) + (SIDE,) * 3, np.uint8), np.arange(2), 1, 1e-3)
-    assert torch.isfinite(loss)
-    assert torch.isfinite(norm)
-    assert np.isfinite(steps(made, 2, 4)).all()

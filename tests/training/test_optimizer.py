@@ -64,3 +64,9 @@ def test_precision_is_what_was_asked_for() -> None:
         with autocast(cpu, resolve(name, cpu)):
             assert (weight @ batch).dtype == dtype
     assert resolve("auto", cpu) in (torch.float32, torch.bfloat16)
+
+
+def test_a_cpu_that_torch_says_nothing_of_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated bfloat16 would be several times slower."""
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert resolve("auto", torch.device("cpu")) == torch.float32

@@ -5,6 +5,6 @@ doi:10.1016/j.media.2019.101539), with the numbers and the order of MONAI's self
 (Project-MONAI/tutorials, `self_supervised_pretraining/vit_unetr_ssl`) and the meaning of MONAI's `RandCoarseDropout`
 and `RandCoarseShuffle`.
 
-`draws` says on the host where boxes lie, `corruption` paints them on the device (`kernel` does it on a GPU),
-`objective` is the network in training with its losses, and `picture` shows what it restores.
+`corruption` draws the views and paints them (on a GPU by `kernel`), `objective` is the network in training with its
+losses, and `picture` shows what it restores.
 """

@@ -1,20 +1,120 @@
-"""The corrupted view of every patch: boxes of noise, then small boxes whose voxels change places; on the device.
+"""The corrupted view of every patch: boxes of noise, then small boxes whose voxels change places.
 
-The noise of a voxel is a hash of the view's key and the voxel's place, so that it is the same on any device, with or
-without the kernel, and whichever voxels are computed.
+Where the boxes lie is drawn on the host, for (seed, sample, view) alone: a view is the same in any batch, on any worker
+and after a resume. The device paints them. The noise of a voxel is a hash of the view's key and the voxel's place, not
+the state of a generator, so that it is the same on any device, with or without the kernel.
+
+One departure from MONAI: there (seen in 0.8.1, 1.0.1 and 1.6.1) a box's size is the lower bound of the next one's, so
+that the sixth in-painting box has a mean side of 31.6 voxels. Here every side is uniform over the whole range, mean
+18.5, as the tutorial's parameters say, unless `growing` asks for MONAI's way.
 """
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_ray.config.schema import Corruption
-from ssl_ray.pretrain.tasks.restoration.draws import Draws, draw
 from ssl_ray.text import reason
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about the views of B samples, in one (B, 3 + 6 K + 3 S) int64 tensor that travels as a whole.
+
+    K painted boxes and S shuffle boxes; `shuffle_size` is the side of the latter in voxels.
+    """
+
+    table: Tensor
+    boxes: int
+    shuffle_size: int
+
+    @property
+    def key(self) -> Tensor:
+        """(B,) int64, any 64 bits; the noise is a hash of it."""
+        return self.table[:, 0].contiguous()
+
+    @property
+    def outpaint(self) -> Tensor:
+        """(B,) bool, False is in-painting."""
+        return self.table[:, 1] != 0
+
+    @property
+    def shuffle(self) -> Tensor:
+        """(B,) bool, False leaves the shuffle boxes alone."""
+        return self.table[:, 2] != 0
+
+    @property
+    def start(self) -> Tensor:
+        """(B, K, 3) voxels; box k covers start <= voxel < stop, and an unused one covers nothing."""
+        return self._corners(3, 3 + 3 * self.boxes)
+
+    @property
+    def stop(self) -> Tensor:
+        """(B, K, 3) voxels."""
+        return self._corners(3 + 3 * self.boxes, 3 + 6 * self.boxes)
+
+    @property
+    def shuffle_start(self) -> Tensor:
+        """(B, S, 3) voxels."""
+        return self._corners(3 + 6 * self.boxes, self.table.shape[1])
+
+    def take(self, rows: slice) -> "Draws":
+        """The draws of some of the samples."""
+        return replace(self, table=self.table[rows])
+
+    def to(self, device: torch.device) -> "Draws":
+        """The draws on a device: copied from pinned memory, for which the host does not wait."""
+        if device == self.table.device:
+            return self
+        table = self.table.pin_memory() if device.type == "cuda" else self.table
+        return replace(self, table=table.to(device, non_blocking=True))
+
+    def _corners(self, first: int, last: int) -> Tensor:
+        return self.table[:, first:last].view(len(self.table), -1, 3)
+
+
+def draw(
+    config: Corruption, patch_size: tuple[int, int, int], seed: int, indices: NDArray[np.int64], view: int = 0
+) -> Draws:
+    """Draw, on the host, the corruption of the samples `indices` (B,), each from (seed, index, view) alone.
+
+    A box's sides are uniform over the configured range, bounds included, and its corner over all positions where it
+    fits. Two views of one sample are independent.
+    """
+    boxes = max(config.inpaint_boxes, config.outpaint_boxes)
+    ends = 3 + np.cumsum([0, 3 * boxes, 3 * boxes, 3 * config.shuffle_boxes])
+    words = np.empty((len(indices), ends[-1]), np.uint64)
+    for row, index in zip(words, indices, strict=True):
+        row[:] = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(int(index), view))).random_raw(len(row))
+    uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
+    sides, corners, shuffle_corners = (
+        uniform[:, first:last].reshape(len(words), -1, 3) for first, last in pairwise(ends)
+    )
+
+    outpaint = uniform[:, 1] < config.outpaint_prob
+    low, high = np.where(outpaint[:, None], config.outpaint_size, config.inpaint_size).T[..., None, None]
+    used = np.arange(boxes) < np.where(outpaint, config.outpaint_boxes, config.inpaint_boxes)[:, None]
+    size = low + _below(high - low + 1, sides)
+    if config.growing:  # MONAI: the previous box's side is the lower bound
+        for box in range(1, boxes):
+            size[:, box] = size[:, box - 1] + _below(high[:, 0] - size[:, box - 1] + 1, sides[:, box])
+    size = np.where(used[..., None], size, 0)
+    start = _below(np.array(patch_size) - size + 1, corners)
+    shuffle_start = _below(np.array(patch_size) - config.shuffle_size + 1, shuffle_corners)
+    columns = [words[:, :1].view(np.int64), outpaint[:, None], uniform[:, 2:3] < config.shuffle_prob]
+    columns += [corners.reshape(len(words), -1) for corners in (start, start + size, shuffle_start)]
+    return Draws(torch.from_numpy(np.hstack(columns, dtype=np.int64)), boxes, config.shuffle_size)
+
+
+def _below(limit: NDArray[np.int64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
+    return (limit * uniform).astype(np.int64)
 
 
 def corrupt(patches: Tensor, draws: Draws) -> Tensor:
@@ -24,26 +124,20 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     the patch's minimum and maximum. Where the sample has `shuffle`, the voxels inside each shuffle box are then
     permuted, one box after the other. On a GPU nothing waits for the device.
 
-    Args:
-        patches: (B, 1, X, Y, Z), float32.
-        draws: of the same B samples and the same patch size, on any device.
-
-    Returns:
-        A new tensor of the patches' shape.
+    `patches` are (B, 1, X, Y, Z) float32, `draws` those of the same samples and patch size, on any device.
     """
     volumes = patches.squeeze(1).contiguous()
     draws = draws.to(patches.device)
-    if volumes.is_cpu:
-        views = _paint_boxes(volumes, draws)
+    if volumes.is_cuda and (paint := fused_paint()):
+        views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
-        paint = (fused_paint() if volumes.is_cuda else None) or _paint_masks
-        views = paint(volumes, draws)
+        views = _paint_boxes(volumes, draws)
     _shuffle_(views, draws)
     return views.unsqueeze(1)
 
 
 def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
-    """In- and out-painting box by box: on a CPU it is faster to make no mask, and only the noise that is used."""
+    """In- and out-painting box by box: on a CPU the least work, on a GPU the host waits for every box."""
     views = torch.empty_like(volumes)
     everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
     corners = torch.stack([draws.start, draws.stop], dim=2).tolist()
@@ -64,20 +158,6 @@ def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
     return views
 
 
-def _paint_masks(volumes: Tensor, draws: Draws) -> Tensor:
-    """The same views for all samples at once: noise everywhere and a mask, whose shapes do not depend on the draws."""
-    inside = []
-    for axis, side in enumerate(volumes.shape[1:]):
-        voxel = torch.arange(side, device=volumes.device)
-        inside.append((draws.start[..., axis, None] <= voxel) & (voxel < draws.stop[..., axis, None]))  # (B, K, side)
-    # Boxes that hold the voxel; a matrix product keeps the K boxes out of the (B, X, Y, Z) arrays.
-    boxes = torch.einsum("bkx,bky,bkz->bxyz", *(axis.float() for axis in inside))
-    low, high = (bound[:, None, None, None] for bound in volumes.flatten(1).aminmax(dim=1))
-    everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
-    noise = _noise(draws.key[:, None, None, None], everywhere, low, high)[..., : volumes.shape[3]]
-    return torch.where((boxes > 0) ^ draws.outpaint[:, None, None, None], noise, volumes)
-
-
 def _shuffle_(views: Tensor, draws: Draws) -> None:
     """Permute the voxels inside the shuffle boxes of (B, X, Y, Z) views, in place."""
     batch, side_x, side_y, side_z = views.shape
@@ -87,7 +167,7 @@ def _shuffle_(views: Tensor, draws: Draws) -> None:
     voxels = ((x * side_y + y) * side_z + z)[..., None] + grid  # (B, S, cells), in the flat volume
 
     # Counters that the painting has not used. SplitMix64 gives no word twice to one key: the order has no ties.
-    used = side_x * side_y * _row(side_z)
+    used = side_x * side_y * -(-side_z // 4)
     counters = used + torch.arange(voxels[0].numel(), device=views.device).view_as(voxels[0])
     order = _words(draws.key[:, None, None], counters).argsort(dim=2)
     sources = torch.where(draws.shuffle[:, None, None], voxels.gather(2, order), voxels)
@@ -97,16 +177,15 @@ def _shuffle_(views: Tensor, draws: Draws) -> None:
 
 
 @lru_cache(maxsize=1)
-def fused_paint() -> Callable[[Tensor, Draws], Tensor] | None:
-    """`_paint_masks` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
+def fused_paint() -> Callable[..., Tensor] | None:
+    """`_paint_boxes` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
     try:
         from ssl_ray.pretrain.tasks.restoration.kernel import paint
 
-        volumes = torch.rand(2, 8, 8, 10, device="cuda")
-        config = Corruption(inpaint_size=(2, 5), outpaint_size=(2, 5), shuffle_size=2)
-        paint(volumes, draw(config, (8, 8, 10), 0, np.arange(2)).to(volumes.device))
+        some = torch.ones(1, 1, 3, dtype=torch.int64, device="cuda")
+        paint(torch.rand(1, 8, 8, 10, device="cuda"), some[0, 0, :1], some[0, 0, :1] > 0, some, some)
     except Exception as error:  # no Triton, no compiler for its launcher, an architecture that it does not know
-        logging.getLogger(__name__).warning("painting without a kernel of its own: %s", reason(error))
+        logging.getLogger(__name__).warning("painting box by box, slowly, without a kernel: %s", reason(error))
         return None
     return paint
 
@@ -120,17 +199,12 @@ def _noise(key: Tensor, counters: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return steps.mul_((high - low) * 2.0**-16).add_(low)
 
 
-def _row(side: int) -> int:
-    """Noise words that it takes to fill a row of `side` voxels along z."""
-    return (side + 3) // 4
-
-
 def _counters(start: Sequence[int], stop: Sequence[int], volumes: Tensor) -> Tensor:
     """Noise counters (x, y, words) of a box in (B, X, Y, Z) volumes; along z from the last multiple of 4 on."""
     _, _, side_y, side_z = volumes.shape
-    ends = ((start[0], stop[0]), (start[1], stop[1]), (start[2] // 4, _row(stop[2])))
+    ends = ((start[0], stop[0]), (start[1], stop[1]), (start[2] // 4, -(-stop[2] // 4)))
     x, y, z = (torch.arange(first, last, device=volumes.device) for first, last in ends)
-    return (x[:, None, None] * side_y + y[:, None]) * _row(side_z) + z
+    return (x[:, None, None] * side_y + y[:, None]) * -(-side_z // 4) + z
 
 
 def _words(key: Tensor, counters: Tensor) -> Tensor:

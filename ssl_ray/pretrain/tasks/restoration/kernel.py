@@ -5,25 +5,21 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-from ssl_ray.pretrain.tasks.restoration.draws import Draws
-
 _BLOCK = 1024
 """Voxels that one program of the kernel paints."""
 
 
-def paint(volumes: Tensor, draws: Draws) -> Tensor:
-    """A painted copy of (B, X, Y, Z) float32 volumes on a GPU; `draws` as for `corrupt`."""
+def paint(volumes: Tensor, key: Tensor, outpaint: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """A painted copy of (B, X, Y, Z) float32 volumes on a GPU; the rest is from `Draws`, on the same GPU."""
     volumes = volumes.contiguous()
     views = torch.empty_like(volumes)
     low, high = volumes.flatten(1).aminmax(dim=1)
     batch, *sides = volumes.shape
     grid = (triton.cdiv(volumes[0].numel(), _BLOCK), batch)
-    boxes = draws.start.shape[1]
-    start, stop = draws.start.contiguous(), draws.stop.contiguous()
     # No fused multiply-add: the CPU rounds twice, and the noise must be the same.
     _paint[grid](
-        *(volumes, views, draws.key, draws.outpaint, start, stop, low, high, *sides),
-        boxes=boxes,
+        *(volumes, views, key, outpaint, start.contiguous(), stop.contiguous(), low, high, *sides),
+        boxes=start.shape[1],
         block=_BLOCK,
         enable_fp_fusion=False,
     )

@@ -21,17 +21,13 @@ class Restoration(nn.Module):
         self.embedding, self.blocks = network.patch_embedding, network.blocks
         self.objective = _Objective(network, contrastive)
 
-    def parts(self) -> list[nn.Module]:
-        """The modules that are worth compiling."""
-        return [self.embedding, *self.blocks, self.objective]
-
     def forward(self, corrupted: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """(views * B, 1, X, Y, Z) and (B, 1, X, Y, Z) -> mean L1 of the first view, and what is minimised."""
         losses = self.objective(self._tokens(corrupted), clean)
         return losses[0], losses[-1]
 
     def restore(self, corrupted: Tensor) -> Tensor:
-        """(B, 1, X, Y, Z) -> the same, float32, as `ViTAutoEnc.forward` restores it."""
+        """(B, 1, X, Y, Z) -> the same, float32."""
         restored: Tensor = self.objective.restore(self._tokens(corrupted), corrupted.shape[2:])
         return restored
 

@@ -11,10 +11,7 @@ def draw_restoration(
 ) -> None:
     """Save a picture of one patch: rows ground truth, corrupted, restored; columns axial, coronal, sagittal.
 
-    Args:
-        path: PNG to write.
-        truth: (X, Y, Z) in 0..1, axes in RAS order; corrupted and restored likewise.
-        title: line above the picture.
+    Patches are (X, Y, Z) in 0..1, axes in RAS order.
     """
     from matplotlib.figure import Figure  # rank 0 only, and only when a picture is due
 
