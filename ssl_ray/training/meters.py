@@ -19,7 +19,6 @@ from ssl_ray.training.devices import known_device
 
 PREFIX = "system/"
 WORKER_MEMORY = f"{PREFIX}worker_memory_peak_megabytes"
-_SAMPLE_SECONDS = 10.0
 
 
 def peak_memory(device: torch.device) -> float:
@@ -65,7 +64,7 @@ class ObjectStore:
         """
         if time.monotonic() < self._next:
             return {}
-        self._next = time.monotonic() + _SAMPLE_SECONDS
+        self._next = time.monotonic() + 10
         try:
             found = object_store_statistics()
         except Exception as error:  # whatever a later version of Ray raises, a training must not stop for its metrics
