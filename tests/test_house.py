@@ -1,6 +1,7 @@
 """The rules of the layout that import-linter does not know; `python tests/house.py` prints all of it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,20 @@ def test_a_package_imports_nothing_by_itself() -> None:
     for module in MODULES.values():
         if module.path.name == "__init__.py":
             assert [type(node) for node in module.tree.body] == [ast.Expr], module.name
+
+
+def test_the_documents_name_files_that_there_are() -> None:
+    """Every Python file in README and docs/ exists: in the tree of the README in the folder of its line."""
+    there = {path.name for folder in ("ssl_ray", "tests", "experiments") for path in (ROOT / folder).rglob("*.py")}
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        named = set(re.findall(r"\b[\w/]+\.py\b", document.read_text()))
+        assert {name for name in named if name.rpartition("/")[2] not in there} == set(), document.name
+        paths = {name for name in named if name.startswith(("ssl_ray/", "tests/", "experiments/"))}
+        assert {name for name in paths if not (ROOT / name).is_file()} == set(), document.name
+
+
+def test_the_tree_in_the_readme_names_every_module() -> None:
+    """A module that is missing there is not found by a newcomer."""
+    text = (ROOT / "README.md").read_text()
+    names = {module.path.name for module in MODULES.values()} - {"__init__.py", "__main__.py"}
+    assert {name for name in names if name not in text} == set()

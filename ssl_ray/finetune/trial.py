@@ -18,7 +18,8 @@ from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.finetune.job import Record, TrialJob
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.patches import PatchSampler
-from ssl_ray.networks.flops import unetr_flops
+from ssl_ray.networks.flops import network_cost
+from ssl_ray.networks.unetr import build_unetr
 from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
@@ -42,7 +43,7 @@ class Trial:
         self.job, self.config = job, job.config
         self.learner = SegmentationLearner(job.config, job.network, device, job.lr, job.seed, job.weights)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
-        self.flops = unetr_flops(job.network, self.config.patch_size, self.config.cohort.classes).training
+        self.flops = network_cost(build_unetr, job.network, self.config.patch_size, self.config.cohort.classes).training
         self.losses = FiniteSum()
         self.best, self.best_step = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}

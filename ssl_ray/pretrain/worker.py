@@ -14,7 +14,8 @@ from ray.train.torch import get_device
 from ray.util.queue import Queue
 from torch import Tensor, distributed
 
-from ssl_ray.networks.flops import autoencoder_flops
+from ssl_ray.networks.flops import network_cost
+from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.stream import Batch, Segment, batches, open_segment, segments
@@ -33,7 +34,7 @@ def train_loop(job: Job) -> None:
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
-    flops = learner.views * autoencoder_flops(job.recipe.network, config.patch_size).training
+    flops = learner.views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
     totals = _Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = _Reporter(job.reports, rank), _Preemption()
     saver, saved = Saver(job.folder / "checkpoints", config.keep_checkpoints, job.mirror), time.monotonic()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssl_ray.errors import UserError
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.places import Place
 
@@ -25,6 +26,11 @@ class Folders:
     @classmethod
     def of(cls, name: str, output: str, cache: str | None = None, scratch: str | None = None) -> "Folders":
         """The folders that an experiment's keys of these names stand for; a URI that is none of ours is a UserError."""
+        for key, text in {"output": output, "cache": cache or output}.items():
+            try:
+                Place.parse(text)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from error
         place = Place.parse(cache) if cache else Place.parse(output) / "cache"
         return cls(name, Mirror.of(output, scratch), place.local or place.uri, scratch)
 

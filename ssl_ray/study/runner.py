@@ -47,11 +47,12 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         if last == "pretrain":
             return ()
         grid = _run_grid(study, folders, tracker, prepared, pretrained)
-        if last == "report":
-            report(study, folders)
-        return grid.failed
     finally:
         tracker.settle()
+        tracker.stop()
+    if last == "report":
+        report(study, folders)
+    return grid.failed
 
 
 def check_places(study: Study) -> Folders:

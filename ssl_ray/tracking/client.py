@@ -5,10 +5,10 @@ Other modules of this package take MLflow's names from here, so that the setting
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from logging import CRITICAL, getLogger
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
 # By itself MLflow repeats a request whose answer got lost, "create a run" included; here it is looked up first.
@@ -32,23 +32,6 @@ getLogger("mlflow.store.db.utils").setLevel(CRITICAL)
 
 MlflowRun: TypeAlias = Run
 KEY, KIND, PARENT = "ssl_ray.key", "ssl_ray.kind", "mlflow.parentRunId"
-BATCH = {"metrics": 1000, "params": 100, "tags": 100}
-"""How many of a kind MLflow takes in one request."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """Seconds that MLflow gets.
-
-    Attributes:
-        contact: for the answer of a server that a study names for the first time.
-        pause: after the first failure; each further one doubles it.
-        longest: at most between two tries.
-    """
-
-    contact: float = 10.0
-    pause: float = 0.5
-    longest: float = 30.0
 
 
 class Away(UserError):  # noqa: N818
@@ -60,43 +43,30 @@ class Refused(Exception):  # noqa: N818
 
 
 class Client(MlflowClient):
-    """MLflow's client, and three questions more."""
+    """MLflow's client, and two questions more."""
 
     def find(self, experiment_id: str | None, **tags: str) -> list[MlflowRun]:
         """Runs whose tags (`kind`, `key`, `parent`) match, newest first."""
         names = {"kind": KIND, "key": KEY, "parent": PARENT}
         terms = " and ".join(f"tags.`{names[name]}` = '{value}'" for name, value in tags.items())
-        found: list[MlflowRun] = []
-        token = None
-        while True:
-            page = self.search_runs([experiment_id], terms, order_by=["start_time DESC"], page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return found
+        # 50,000 runs are the most that MLflow gives at once.
+        return list(self.search_runs([experiment_id], terms, max_results=50_000, order_by=["start_time DESC"]))
 
-    def steps(self, run_id: str) -> dict[str, set[int]]:
+    def steps(self, run_id: str) -> dict[str, list[int]]:
         """Steps of every metric of a run."""
         metrics = self.get_run(run_id).data.metrics
-        return {metric: {point.step for point in self.get_metric_history(run_id, metric)} for metric in metrics}
-
-    def is_gone(self, run_id: str) -> bool:
-        """Whether a run was deleted, or is not known to MLflow at all."""
-        try:
-            return bool(self.get_run(run_id).info.lifecycle_stage == "deleted")
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return True
+        return {metric: [point.step for point in self.get_metric_history(run_id, metric)] for metric in metrics}
 
 
-def requests(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Records of one kind in lists that fit into a request; metrics, parameters and tags with one value a record."""
-    kind = records[0]["do"]
-    if kind not in BATCH:
-        return [list(records)]
-    single = [record | {"values": {key: value}} for record in records for key, value in record["values"].items()]
-    return [single[at : at + BATCH[kind]] for at in range(0, len(single), BATCH[kind])]
+@contextmanager
+def timeout(seconds: int) -> Iterator[None]:
+    """Within, a request to MLflow is given up after so many seconds, unless it would have been earlier anyway."""
+    usual = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(min(seconds, int(usual)))
+    try:
+        yield
+    finally:
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = usual
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -114,8 +84,8 @@ def is_refusal(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """What is wrong, on one short line and without passwords."""
     text = " ".join(str(error).split()) or type(error).__name__
-    inner = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text) or re.search(r"(too many \d+ error responses)", text)
-    return without_password(inner[1] if inner else text)[:200]
+    known = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(too many \d+ error responses)|(Read timed out)", text)
+    return without_password(known[known.lastindex or 0] if known else text)[:200]
 
 
 def without_password(text: str) -> str:

@@ -1,54 +1,169 @@
-"""One MLflow run that is being written."""
+"""One MLflow run that is being written. What is logged goes into a journal on local disk, and from there to MLflow.
 
+A run's folder holds
+  records.jsonl   one record a line, append-only; a record is on disk before the call that made it returns
+  state.json      MLflow's id of the run, and how many of the records MLflow has
+  refused.jsonl   records that MLflow refused, each with the reason, for a person to look at
+  files/          copies of files as they were when they were logged, until MLflow has them
+
+A line without its end was cut off in mid-write and never acknowledged: it is ignored.
+"""
+
+import json
+import shutil
 import time
-from collections.abc import Mapping
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Condition
+from typing import Any
 
-from ssl_ray.tracking.delivery import REFERENCE, Delivery
-from ssl_ray.tracking.journal import Journal
+from ssl_ray.console import say
+from ssl_ray.storage.files import appearing
+
+Record = dict[str, Any]
+REFERENCE = "ssl-ray:"
+"""Begins the name that a run goes by until MLflow has given it an id; resolved in values of tags."""
+
+_VALUES = 1000
+"""How many metrics MLflow takes in one request."""
 
 
 class Run:
-    """One MLflow run that is being written. Nothing but `logged` ever waits for MLflow, and nothing raises for it."""
+    """One MLflow run that is being written: nothing here waits for MLflow, and nothing raises for it.
 
-    def __init__(self, delivery: Delivery, journal: Journal) -> None:
-        self._delivery, self._journal = delivery, journal
-        self._steps = journal.steps()
+    Attributes:
+        run_id: MLflow's id of the run, None until MLflow has made it.
+        status: RUNNING, FINISHED, FAILED or KILLED, as logged last; None before anything was.
+        waiting: records that MLflow has not got yet.
+        tries: how often the oldest of them could not be delivered although MLflow had answered just before.
+    """
+
+    def __init__(self, folder: Path, lock: Condition) -> None:
+        """The run whose journal is in `folder`, of which it has its name; the lock's waiters hear of each record."""
+        self.folder, self.name, self._lock = folder, folder.name, lock
+        self._records, self._state = folder / "records.jsonl", folder / "state.json"
+        self._told_unwritable = False
+        try:
+            state = json.loads(self._state.read_text())
+        except (FileNotFoundError, ValueError):  # a power cut may leave it empty; sending everything again is harmless
+            state = {}
+        self.run_id: str | None = state.get("run_id")
+        self.status: str | None = None
+        self.tries = 0
+        self.waiting: deque[Record] = deque()
+        self._steps: dict[str, set[int]] = defaultdict(set)
+        content = self._records.read_bytes() if self._records.exists() else b""
+        *lines, torn = content.split(b"\n")
+        self._end = len(content) - len(torn)
+        for line in lines:
+            try:
+                self._note(dict(json.loads(line)))
+            except (ValueError, TypeError, KeyError):
+                self._note({"do": "unreadable"})
+        self._sent = min(int(state.get("sent", 0)), len(lines))  # a power cut may lose the last records
+        for _ in range(self._sent):
+            self.waiting.popleft()
+
+    def _note(self, record: Record) -> None:
+        match record["do"]:
+            case "metrics":
+                for metric in record["values"]:
+                    self._steps[metric].add(record["step"])
+            case "open" | "end":
+                self.status = record.get("status", "RUNNING")
+                for metric, steps in record.get("known", {}).items():
+                    self._steps[metric].update(steps)
+        self.waiting.append(record)
 
     @property
     def id(self) -> str:
         """MLflow's id once MLflow has made the run; until then a name that serves as `parent` and in tags."""
-        return self._journal.run_id or REFERENCE + self._journal.name
+        return self.run_id or REFERENCE + self.name
 
     def logged(self, metric: str) -> set[int]:
-        """A new set: steps of a metric so far, in the journal and, where it answers within seconds, in MLflow."""
-        self._delivery.catch_up(10, self._journal)
-        return self._steps[metric] | (self._journal.had or {}).get(metric, set())
+        """A new set: steps of a metric so far."""
+        return set(self._steps[metric])
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log metrics of a step; what the run has of that step already stays, so that replayed steps count once."""
         new = {key: float(value) for key, value in values.items() if step not in self._steps[key]}
         if new:
-            for key in new:
-                self._steps[key].add(step)
-            self._journal.append({"do": "metrics", "at": now(), "step": step, "values": new})
+            self.append({"do": "metrics", "at": now(), "step": step, "values": new})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags; a value that is another run's `id` becomes MLflow's id of that run."""
-        self._journal.append({"do": "tags", "values": dict(values)})
+        self.append({"do": "tags", "values": dict(values)})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file as it is now."""
-        self._journal.append({"do": "file", "folder": folder}, file=path)
+        self.append({"do": "file", "folder": folder, "name": path.name}, path)
 
     def text(self, text: str, name: str) -> None:
         """Log a text file."""
-        path = self._journal.keep_text(text, name)
-        self._journal.append({"do": "file", "path": path, "folder": name.rpartition("/")[0] or None})
+        self.append({"do": "file", "folder": None, "name": name}, text)
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run. `Tracker.settle` tells what MLflow has not got or not taken."""
-        self._journal.append({"do": "end", "at": now(), "status": status})
+        """End the run. `Tracker.settle` tells what MLflow has not got."""
+        self.append({"do": "end", "at": now(), "status": status})
+
+    def append(self, record: Record, content: Path | str | None = None) -> None:
+        """Keep a record, with a copy of its file or text; what finds no room on the disk is lost to MLflow."""
+        with self._lock:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if content is not None:
+                    copy = self.folder / "files" / str(self._end) / record["name"]
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.write_text(content) if isinstance(content, str) else shutil.copyfile(content, copy)
+                    record = record | {"path": str(copy.relative_to(self.folder))}
+                line = json.dumps(record).encode() + b"\n"
+                with self._records.open("ab") as file:
+                    file.truncate(self._end)  # half a line may be there, of a killed process or of a full disk
+                    file.write(line)
+            except OSError as error:
+                if not self._told_unwritable:
+                    say(f"run {self.name}: MLflow does not get everything ({error.filename}: {error.strerror})")
+                self._told_unwritable = True
+                return
+            self._end += len(line)
+            self._note(record)
+            self._lock.notify_all()
+
+    def pending(self) -> list[Record]:
+        """The oldest records that MLflow has not got yet: metrics for one request, or one record of anything else."""
+        batch: list[Record] = []
+        values = 0
+        with self._lock:
+            for record in self.waiting:
+                values += len(record["values"]) if record["do"] == "metrics" else _VALUES
+                if batch and values > _VALUES:
+                    break
+                batch.append(record)
+        return batch
+
+    def delivered(self, batch: Sequence[Record], refused: Sequence[tuple[Record, str]] = ()) -> None:
+        """MLflow has these records, the oldest of those that were pending, but for what it refused and why."""
+        with self._lock:
+            self.tries = 0
+            self._sent += len(batch)
+            if refused:
+                path = self.folder / "refused.jsonl"
+                if not path.exists():
+                    say(f"MLflow refused something of run {self.name}: {refused[0][1]}; it is kept in {path}")
+                with suppress(OSError), path.open("a") as file:
+                    file.writelines(json.dumps({"why": why, "record": record}) + "\n" for record, why in refused)
+            self.save()
+            for record in batch:
+                self.waiting.popleft()
+                if "path" in record and not refused:
+                    shutil.rmtree((self.folder / record["path"]).parent, ignore_errors=True)
+
+    def save(self) -> None:
+        """Note what MLflow has; on a full disk the next process finds the run by its key and sends all of it again."""
+        with suppress(OSError), appearing(self._state) as part:
+            part.write_text(json.dumps({"run_id": self.run_id, "sent": self._sent}))
 
 
 def now() -> int:

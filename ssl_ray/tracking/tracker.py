@@ -6,6 +6,7 @@ to MLflow: neither a slow server nor one that is away slows or stops a training.
 """
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,25 +19,14 @@ from ssl_ray.console import say
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.client import KEY as KEY
-from ssl_ray.tracking.client import (
-    PARENT,
-    Away,
-    Client,
-    MlflowException,
-    MlflowRun,
-    Patience,
-    reason,
-)
+from ssl_ray.tracking.client import PARENT, Away, Client, MlflowException, MlflowRun, reason, timeout
 from ssl_ray.tracking.delivery import Delivery
+from ssl_ray.tracking.run import REFERENCE, Record, now
 from ssl_ray.tracking.run import Run as Run
-from ssl_ray.tracking.run import now
 
 T = TypeVar("T")
 PRETRAINING_RUN = "ssl_ray.pretraining_run"
 """Tag of a trial that started from pretrained weights: the id of the run that made them."""
-
-_deliveries: dict[Path, Delivery] = {}
-"""One thread a journal and process: the report's tracker reads what the training's tracker still writes."""
 
 
 class MissingExperiment(UserError):  # noqa: N818
@@ -44,22 +34,19 @@ class MissingExperiment(UserError):  # noqa: N818
 
 
 class Tracker:
-    """The study's MLflow experiment. Whatever is read has what was written before, unless MLflow is away."""
+    """The study's MLflow experiment.
 
-    def __init__(
-        self,
-        settings: Tracking,
-        folders: Folders,
-        create: bool = True,
-        deliver: bool | None = None,
-        patience: Patience = Patience(),  # noqa: B008
-    ) -> None:
+    Whatever is read has what was written before. While MLflow is away, a training finds nothing, and anybody else gets
+    an error.
+    """
+
+    def __init__(self, settings: Tracking, folders: Folders, create: bool = True, longest_pause: float = 30.0) -> None:
         """Args:
         settings: tracking URI and experiment; the study's own database and name where they are left out.
         folders: of the study; the journals lie in `<study>/journal`.
-        create: make the experiment where it does not exist yet; if not, MLflow has to answer.
-        deliver: deliver what an earlier process left behind; as `create` says if left out. Only one process may.
-        patience: how long MLflow gets.
+        create: make the experiment where it does not exist yet, and deliver what this process and those before it have
+            logged, which only one process may; if not, MLflow has to answer.
+        longest_pause: seconds between two tries to reach MLflow, at most.
 
         Raises:
             UserError: when the experiment does not exist and is not to be made, or when MLflow does not answer, unless
@@ -69,54 +56,37 @@ class Tracker:
         self.experiment, self._create = settings.experiment or folders.name, create
         self._artifacts = folders.output.folder / "artifacts" / self.experiment
         # Another server, experiment or format begins another journal: run ids of one mean nothing to the other.
-        name = hashlib.sha256(f"format 2 {self.uri} {self.experiment}".encode()).hexdigest()[:12]
+        name = hashlib.sha256(f"format 3 {self.uri} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
-        self._delivery = delivery = _deliveries.get(home) or Delivery(self.uri, home, self._find, patience)
-        self._contact(home / "experiment_id", patience.contact)
-        if deliver if deliver is not None else create:
-            _deliveries[home] = delivery
+        self._delivery = delivery = Delivery(self.uri, home, self._find, longest_pause)
+        try:
+            folders.output.folder.mkdir(parents=True, exist_ok=True)
+            with timeout(5):  # a wrong address is to be found out within seconds
+                delivery.experiment_id = delivery.ask(self._find)
+        except (Away, MlflowException, OSError) as error:
+            if not create or not home.is_dir():
+                why = delivery.away or reason(error)
+                raise UserError(f"tracking.uri: MLflow at {delivery.place} does not answer ({why})") from error
+            delivery.set_away(delivery.away or reason(error))
+        if create:
+            home.mkdir(parents=True, exist_ok=True)
             delivery.start()
-        elif delivery.left and not delivery.running:
-            say(f"{delivery.left} records for MLflow are still in {home}; the next run of the study delivers them")
+        elif delivery.left:
+            say(f"MLflow has not got everything: {delivery.left} records are in {home} for the study's next run")
 
     def _find(self, client: Client) -> str:
         """MLflow's id of the experiment, which is made if need be."""
         found = client.get_experiment_by_name(self.experiment)
+        where = f"{self._delivery.place}: MLflow experiment {self.experiment!r}"
+        if found is None and not self._create:
+            raise MissingExperiment(f"{where} does not exist; run the study first")
         if found is None:
-            if not self._create:
-                raise MissingExperiment(
-                    f"{self._delivery.place}: no MLflow experiment named {self.experiment!r}; run the study first"
-                )
             # A local store would put artifacts under the current directory; a server decides for itself.
             artifacts = None if self.uri.startswith("http") else self._artifacts.as_uri()
             return str(client.create_experiment(self.experiment, artifacts))
         if found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"{self._delivery.place}: the MLflow experiment {self.experiment!r} is deleted; restore it, or name "
-                "another one in tracking.experiment"
-            )
+            raise UserError(f"{where} is deleted; restore it, or name another one in tracking.experiment")
         return str(found.experiment_id)
-
-    def _contact(self, known: Path, seconds: float) -> None:
-        delivery = self._delivery
-        if not self.uri.startswith("http"):
-            seconds = 300.0  # a database on this disk may have to be made first
-        try:
-            if self.uri.startswith("sqlite:///"):
-                Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            delivery.experiment_id = delivery.ask(self._find, seconds)
-        except (Away, MlflowException, OSError) as error:
-            delivery.away = delivery.away or reason(error)
-            if not self._create or not known.is_file():
-                raise UserError(
-                    f"tracking.uri: MLflow at {delivery.place} does not answer ({delivery.away})"
-                ) from error
-            delivery.experiment_id = known.read_text()
-            delivery.tell_away()
-        else:
-            if self._create:
-                known.parent.mkdir(parents=True, exist_ok=True)
-                known.write_text(delivery.experiment_id)
 
     @property
     def client(self) -> Client:
@@ -125,56 +95,42 @@ class Tracker:
         return self._delivery.client
 
     def runs(self, **tags: str) -> list[MlflowRun]:
-        """Runs whose tags (`kind`, `key`, `parent`) match, newest first; none while MLflow is away from a training."""
-        try:
-            return self._ask(lambda client: client.find(self._delivery.experiment_id, **tags))
-        except Away:
-            if self._delivery.running and self._create:
-                return []
-            raise
+        """Runs whose tags (`kind`, `key`, `parent`) match, newest first."""
+        return self._ask(lambda client: client.find(self._delivery.experiment_id, **tags), [])
 
     def finished(self, kind: str, key: str) -> str | None:
         """Id of the finished run of a key; by the journal where MLflow is away or has not heard of the run yet."""
-        delivery, journal = self._delivery, self._delivery.journal(_name(kind, key))
-        done = journal is not None and journal.status == "FINISHED"
-        delivery.catch_up(10, journal)
-        if not (done and journal and (journal.left or journal.run_id is None)):
-            with suppress(Away):  # the journal answers
-                runs = delivery.ask(lambda client: client.find(self._delivery.experiment_id, kind=kind, key=key), 20)
-                return next((run.info.run_id for run in runs if run.info.status == "FINISHED"), None)
-        return Run(delivery, journal).id if done and journal else None
+        run = self._delivery.runs.get(_name(kind, key))
+        done = run.id if run and run.status == "FINISHED" else None
+        if run and done and (run.waiting or run.run_id is None):
+            return done
+        try:
+            found = self._delivery.ask(lambda client: client.find(self._delivery.experiment_id, kind=kind, key=key))
+        except Away:
+            return done
+        return next((one.info.run_id for one in found if one.info.status == "FINISHED"), None)
 
     def history(self, run_id: str, metric: str) -> dict[int, float]:
         """Values of a metric by step, ascending."""
-        points = self._ask(lambda client: client.get_metric_history(self._real(run_id), metric))
+        points: list[Any] = self._ask(lambda client: client.get_metric_history(self._real(run_id), metric), [])
         return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
 
     def files(self, run_id: str, folder: str | None = None) -> list[str]:
         """Paths of a run's artifacts in one folder, sorted by name."""
-        items = self._ask(lambda client: client.list_artifacts(self._real(run_id), folder))
+        items: list[Any] = self._ask(lambda client: client.list_artifacts(self._real(run_id), folder), [])
         return sorted(item.path for item in items if not item.is_dir)
 
     def read(self, run_id: str, path: str) -> bytes | None:
-        """Content of an artifact, or None where the run has none of that path; the journal's where MLflow is away."""
-        try:
-            if path not in self.files(run_id, path.rpartition("/")[0] or None):
-                return None
-            with tempfile.TemporaryDirectory() as folder:
-                got = self._ask(lambda client: client.download_artifacts(self._real(run_id), path, folder))
-                return Path(got).read_bytes()
-        except Away:
-            journal = self._delivery.journal(run_id)
-            if journal is None or not self._create:
-                raise
-            return journal.text(path)
+        """Content of an artifact, or None where the run has none of that path."""
+        if path not in self.files(run_id, path.rpartition("/")[0] or None):
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            got = self._ask(lambda client: client.download_artifacts(self._real(run_id), path, folder), None)
+            return Path(got).read_bytes() if got else None
 
     def attach(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file with a run that may have ended long ago."""
-        journal = self._delivery.journal(run_id)
-        if journal and self._delivery.running:
-            Run(self._delivery, journal).artifact(path, folder)
-        else:
-            self._delivery.client.log_artifact(run_id, str(path), folder)
+        self._ask(lambda client: client.log_artifact(self._real(run_id), str(path), folder), None)
 
     def open(
         self,
@@ -185,52 +141,54 @@ class Tracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> Run:
-        """The run of a key, new or taken up again.
+        """The run of a key, new or taken up again; one that was deleted in MLflow is a new one.
 
         Args:
-            kind: what it is: pretraining, grid or trial.
             key: digest of everything that its result depends on.
-            name: for the user.
-            params: parameters; those that the run has already stay as they are.
+            params: those that the run has already stay as they are.
             parent: `id` of the run that this one belongs to.
-            tags: further tags; a value that is another run's `id` becomes MLflow's id of it.
+            tags: a value that is another run's `id` becomes MLflow's id of it.
         """
-        journal = self._delivery.journal(_name(kind, key), create=True)
-        assert journal is not None
-        run = Run(self._delivery, journal)
-        texts = {key: str(value)[:6000] for key, value in params.items()}  # MLflow's limit
-        all_tags = {**(tags or {}), **({PARENT: parent} if parent else {})}
-        journal.append(
-            {"do": "open", "at": now(), "kind": kind, "key": key, "name": name, "params": texts, "tags": all_tags}
-        )
+        delivery, journal = self._delivery, _name(kind, key)
+        record: Record = {"do": "open", "at": now(), "kind": kind, "key": key, "name": name}
+        with delivery.wake:
+            run = delivery.runs.setdefault(journal, Run(delivery.folder / journal, delivery.wake))
+        with suppress(Away, MlflowException):  # the journal knows what this machine has logged
+            found = delivery.ask(lambda client: client.find(delivery.experiment_id, kind=kind, key=key))
+            if not found and run.run_id and not run.waiting:
+                shutil.rmtree(run.folder)
+                run = delivery.runs[journal] = Run(run.folder, delivery.wake)
+            if found and run.status is None:  # another machine's, or the journal was lost
+                record["known"] = delivery.ask(lambda client: client.steps(found[0].info.run_id))
+        run.append(record)
+        run.append({"do": "params", "values": {key: str(value)[:6000] for key, value in params.items()}})  # its limit
+        run.tags({**(tags or {}), **({PARENT: parent} if parent else {})})
         return run
 
     def settle(self, timeout: float = 60) -> int:
         """Wait at the end of a study until MLflow has everything, and say what it has not -> records that are left."""
         delivery = self._delivery
         delivery.catch_up(timeout, even_away=True)
-        for name, why in delivery.refused.items():
-            say(f"MLflow refused something of run {name}: {why}; it is kept in {delivery.folder / name}")
         if left := delivery.left:
-            why = f" ({delivery.away})" if delivery.away else ""
-            say(
-                f"MLflow at {delivery.place} has not got everything{why}: {left} records are kept in "
-                f"{delivery.folder}; the next run of the study delivers them"
-            )
+            say(f"MLflow has not got everything: {left} records are in {delivery.folder} for the study's next run")
         return left
 
     def stop(self) -> None:
         """Deliver no more in this process; what is left stays on disk for the next tracker."""
         self._delivery.stop()
-        _deliveries.pop(self._delivery.folder, None)
 
     def _real(self, run_id: str) -> str:
-        journal = self._delivery.journal(run_id)
-        return journal.run_id if journal and journal.run_id else run_id
+        run = self._delivery.runs.get(run_id.removeprefix(REFERENCE))
+        return run.id if run else run_id
 
-    def _ask(self, question: Callable[[Client], T]) -> T:
+    def _ask(self, question: Callable[[Client], T], nothing: T) -> T:
         self._delivery.catch_up(30)
-        return self._delivery.ask(question)
+        try:
+            return self._delivery.ask(question)
+        except Away:
+            if self._create:
+                return nothing
+            raise
 
 
 def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
@@ -240,9 +198,10 @@ def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
         UserError: when MLflow does not answer or refuses, or does not have everything yet.
     """
     try:
-        tracker = Tracker(settings, folders, create=False, deliver=True)
+        tracker = Tracker(settings, folders, create=False)
     except MissingExperiment:
         return False
+    tracker._delivery.start()
     try:
         if left := tracker.settle(30):
             raise UserError(f"{folders.study}: MLflow has yet to get {left} records; it has to have them first")

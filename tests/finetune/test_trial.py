@@ -30,8 +30,8 @@ from ssl_ray.data.store import Store
 from ssl_ray.evaluate.scores import CaseScores
 from ssl_ray.finetune.job import Record, TrialData, TrialFolder, TrialJob
 from ssl_ray.finetune.trial import Trial
-from ssl_ray.networks.flops import unetr_flops
-from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.flops import network_cost
+from ssl_ray.networks.unetr import build_autoencoder, build_unetr
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.storage.mirror import Mirror
 
@@ -522,7 +522,9 @@ def test_records_tell_what_a_trial_uses(study: Study, data: TrialData, tmp_path:
             values.append(metrics[name])
         if step:
             rate = metrics["system/patches_per_second"]
-            flops = unetr_flops(study.network, study.finetune.patch_size, study.finetune.cohort.classes).training
+            flops = network_cost(
+                build_unetr, study.network, study.finetune.patch_size, study.finetune.cohort.classes
+            ).training
             assert metrics["system/teraflops_per_second_per_worker"] == pytest.approx(rate * flops / 1e12)
             assert metrics["system/worker_memory_peak_megabytes"] > 50
     seconds, rates, waits = map(np.array, clock.values())

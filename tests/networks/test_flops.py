@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.config.schema import VIT_LAYERS, VIT_PATCH, Network
 from ssl_ray.networks.faster import use_fast_attention, use_patch_products
-from ssl_ray.networks.flops import Flops, autoencoder_flops, unetr_flops
+from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.unetr import build_autoencoder, build_unetr
 
 TINY = Network(hidden_size=48, mlp_dim=64, num_heads=3, feature_size=4)
@@ -30,13 +30,14 @@ def test_the_autoencoders_count_is_that_of_plain_arithmetic(network: Network, pa
     block = 2 * tokens * hidden * (4 * hidden + 2 * network.mlp_dim) + 4 * tokens**2 * hidden
     decoder = 2 * tokens * hidden * 16 * kernel + 2 * tokens * kernel * 16 * kernel
     forward = embedding + VIT_LAYERS * block + decoder
-    assert autoencoder_flops(network, patch) == Flops(forward, 3 * forward - embedding)
+    cost = network_cost(build_autoencoder, network, patch)
+    assert (cost.forward, cost.training) == (forward, 3 * forward - embedding)
 
 
 def test_vit_b_takes_what_the_documentation_says() -> None:
     """40 GFLOP forward in the autoencoder and 146 in the UNETR of the recipe."""
-    assert round(autoencoder_flops(Network(), (96, 96, 96)).forward / 1e9, 1) == 40.1
-    assert round(unetr_flops(Network(), (96, 96, 96), 14).forward / 1e9) == 146
+    assert round(network_cost(build_autoencoder, Network(), (96, 96, 96)).forward / 1e9, 1) == 40.1
+    assert round(network_cost(build_unetr, Network(), (96, 96, 96), 14).forward / 1e9) == 146
 
 
 def nothing(network: nn.Module) -> None:
@@ -51,8 +52,8 @@ def nothing(network: nn.Module) -> None:
 def test_a_step_computes_what_was_counted(faster: Callable[[nn.Module], None], device: str) -> None:
     """A batch with content, in each of the faster ways, takes so many times the operations of a view without."""
     for network, counted in (
-        (build_autoencoder(TINY, PATCH), autoencoder_flops(TINY, PATCH)),
-        (build_unetr(TINY, PATCH, 5), unetr_flops(TINY, PATCH, 5)),
+        (build_autoencoder(TINY, PATCH), network_cost(build_autoencoder, TINY, PATCH)),
+        (build_unetr(TINY, PATCH, 5), network_cost(build_unetr, TINY, PATCH, 5)),
     ):
         faster(network.to(device))
         with FlopCounterMode(display=False) as counter:
@@ -64,5 +65,5 @@ def test_a_step_computes_what_was_counted(faster: Callable[[nn.Module], None], d
 def test_counting_draws_no_random_number() -> None:
     """What a worker trains must not depend on whether its operations were counted."""
     before = torch.get_rng_state()
-    unetr_flops(TINY, PATCH, 7)
+    network_cost(build_unetr, TINY, PATCH, 7)
     assert torch.equal(before, torch.get_rng_state())

@@ -128,6 +128,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
             run.tags({FAILURE: outcome.failure})
         run.close(outcome.status)
     grid.close()
+    tracker.settle()
     return tracker
 
 
@@ -505,7 +506,7 @@ def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> N
 def test_a_study_without_a_grid_says_so(tmp_path: Path) -> None:
     """No experiment, or none with a grid: something to mend, not a traceback."""
     study = make_study(tmp_path)
-    with pytest.raises(ValueError, match="no MLflow experiment named 'fake'"):
+    with pytest.raises(ValueError, match="MLflow experiment 'fake' does not exist"):
         report_on(study, tmp_path / "report")
     tracker_of(study)
     with pytest.raises(UserError, match="no fine-tuning grid yet"):

@@ -10,7 +10,6 @@ from outside import Said, Server
 
 from ssl_ray.config.schema import Tracking
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.client import Patience
 from ssl_ray.tracking.tracker import Tracker
 
 
@@ -33,12 +32,14 @@ def track(folders: Folders, database: Path) -> Iterator[Callable[..., Tracker]]:
     """Make a tracker of the study, on a server or its own database; one at a time delivers, as in a study."""
     made: list[Tracker] = []
 
-    def make(uri: str | None = None, create: bool = True, contact: float = 10.0) -> Tracker:
+    def make(uri: str | None = None, create: bool = True) -> Tracker:
         own = folders.output.folder / "mlflow.db"
         if uri is None and not own.exists():
             own.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(database, own)
-        made.append(Tracker(Tracking(uri=uri), folders, create, patience=Patience(contact, 0.1, 0.4)))
+        for tracker in made:
+            tracker.stop()
+        made.append(Tracker(Tracking(uri=uri), folders, create, longest_pause=0.4))
         return made[-1]
 
     yield make
