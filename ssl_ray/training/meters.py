@@ -1,8 +1,4 @@
-"""What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of their own.
-
-A worker or a trial takes its own figures where it logs a step, in microseconds. The driver asks for the object store's,
-in the thread that writes to MLflow.
-"""
+"""What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of their own."""
 
 import logging
 import math

@@ -137,7 +137,7 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
 
 
 def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
-    """In- and out-painting box by box: on a CPU the least work, on a GPU the host waits for every box."""
+    """In- and out-painting box by box: on a CPU the least work, on a GPU the host waits for the draws."""
     views = torch.empty_like(volumes)
     everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
     corners = torch.stack([draws.start, draws.stop], dim=2).tolist()
