@@ -1,4 +1,4 @@
-"""What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of their own."""
+"""What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of its own."""
 
 import logging
 import math
