@@ -27,7 +27,8 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     scratch.mkdir(parents=True)
     try:
         torch.save(dict(state), scratch / "state.pt")
-        (scratch / MANIFEST).write_text(json.dumps({"sha256": _digest(scratch / "state.pt")}))
+        manifest = {"sha256": _digest(scratch / "state.pt"), "step": state.get("step")}
+        (scratch / MANIFEST).write_text(json.dumps(manifest))
         settle(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
