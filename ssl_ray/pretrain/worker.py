@@ -25,8 +25,6 @@ from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.parallel import whole_weights
 
-_PREEMPTION_SECONDS = 5.0
-
 
 def train_loop(job: Job) -> None:
     """Train from the newest whole checkpoint, or from step 0, to the end of the sample table."""
@@ -183,14 +181,15 @@ class _Reporter:
     def start(self, step: int, records: list[dict[str, Any]]) -> None:
         """Tell the step that training goes on from, after the records that its checkpoint carried."""
         self._older = records
-        self._send(records)
         if self._rank == 0:
+            self._put(("records", records))
             self._put(("started", step))
 
     def record(self, record: dict[str, Any]) -> None:
         """Send what happened since the record before."""
         self._newer.append(record)
-        self._send([record])
+        if self._rank == 0:
+            self._put(("records", [record]))
 
     def fault(self, text: str, fatal: bool) -> None:
         """Send the line about a step that was not finite, from any rank that has one."""
@@ -198,15 +197,12 @@ class _Reporter:
             self._put(("fatal" if fatal else "skipped", text))
 
     def carry(self) -> list[dict[str, Any]]:
-        """Records for a checkpoint that is written now; the driver gets them again, too."""
+        """Records for a checkpoint that is written now; the driver gets them again: a call may have been lost."""
         records = self._older + self._newer
-        self._send(records)
-        self._older, self._newer = self._newer, []
-        return records
-
-    def _send(self, records: list[dict[str, Any]]) -> None:
         if self._rank == 0:
             self._put(("records", records))
+        self._older, self._newer = self._newer, []
+        return records
 
 
 class _Preemption:
@@ -221,7 +217,7 @@ class _Preemption:
 
     @property
     def due(self) -> bool:
-        return time.monotonic() - self._asked >= _PREEMPTION_SECONDS
+        return time.monotonic() - self._asked >= 5
 
     def announced(self) -> bool:
         """Whether Ray names a node that it has not named before; all ranks must ask."""

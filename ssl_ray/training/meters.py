@@ -1,8 +1,4 @@
-"""What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of their own.
-
-A worker or a trial takes its own figures where it logs a step, in microseconds. The driver asks for the object store's,
-in the thread that writes to MLflow.
-"""
+"""What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of its own."""
 
 import logging
 import resource
@@ -65,7 +61,7 @@ class ObjectStore:
         """
         if time.monotonic() < self._next:
             return {}
-        self._next = time.monotonic() + _SAMPLE_SECONDS
+        self._next = time.monotonic() + 10
         try:
             found = object_store_statistics()
         except Exception as error:  # whatever a later version of Ray raises, a training must not stop for its metrics
