@@ -206,7 +206,7 @@ class _Reporter:
 
 
 class _Preemption:
-    """Asks Ray, every `_PREEMPTION_SECONDS` at most, whether a node of this run is about to be taken away.
+    """Asks Ray, every 5 s at most, whether a node of this run is about to be taken away.
 
     The question is a barrier of all ranks.
     """

@@ -14,7 +14,6 @@ from ssl_ray.training.devices import known_device
 
 PREFIX = "system/"
 WORKER_MEMORY = f"{PREFIX}worker_memory_peak_megabytes"
-_SAMPLE_SECONDS, _SILENT_SECONDS = 10.0, 60.0
 
 
 def peak_memory(device: torch.device) -> float:
@@ -67,7 +66,7 @@ class ObjectStore:
         except Exception as error:  # whatever a later version of Ray raises, a training must not stop for its metrics
             if not self._said_silent:
                 logging.getLogger(__name__).warning("no figures of the object store: %s", error)
-            self._said_silent, self._next = True, time.monotonic() + _SILENT_SECONDS
+            self._said_silent, self._next = True, time.monotonic() + 60
             return {}
         used, capacity, spilled = found["used"], found["capacity"], found["spilled"]
         if self._spilled_before is None:
