@@ -1,4 +1,4 @@
-"""Everything of Ray that we use and that Ray does not promise to keep: names with `_private` or `_internal`, and paths.
+"""Names of Ray with `_private` or `_internal` in them, and paths in it, which Ray does not promise to keep.
 
 Each entry says what happens when a version of Ray no longer has it.
 """

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import reprlib
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, get_args
 
@@ -101,7 +102,7 @@ def _explain(name: str, mistake: Any) -> str:
     elif mistake["type"] == "missing":
         rule = "this key is required"
     elif mistake["type"] != "value_error":
-        rule = f"{rule[0].lower()}{rule[1:]}, got {shown(repr(mistake['input']), 80)}"
+        rule = f"{rule[0].lower()}{rule[1:]}, got {shown(reprlib.repr(mistake['input']), 80)}"
     return shown(f"{place}: {rule}", 1000)
 
 

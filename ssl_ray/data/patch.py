@@ -21,7 +21,7 @@ def open_array(store: Store, key: str, name: Literal["image", "label", "foregrou
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({error}); preparing the cohort again mends it") from error
+        raise UserError(f"{path}: damaged ({error}); `ssl-ray prepare --verify` mends it") from error
     return array
 
 

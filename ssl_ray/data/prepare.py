@@ -158,8 +158,9 @@ def _read_source(file: Path, store: Store, verify: bool) -> tuple[str, bytes | N
     status = file.stat()
     stamp = os.fsencode(f"{file} {status.st_size} {status.st_mtime_ns}")
     known = store.folder / "sources" / hashlib.sha256(stamp).hexdigest()
-    if not verify and known.is_file():
-        return known.read_text(), None
+    if not verify:
+        with suppress(OSError):
+            return known.read_text(), None
     content = read_file(file)
     digest = hashlib.sha256(content).hexdigest()
     if time.time_ns() - status.st_mtime_ns >= _SETTLED_NS:

@@ -22,7 +22,7 @@ def predict(
 
     The model computes `sliding_window_batch` windows at a time on its own device. Their logits are added up on the
     image's device and take about 4 * (classes + 1) bytes a voxel there: leave the image on the CPU where that is too
-    much for the GPU. The model predicts in eval mode and is left in the mode that it came in.
+    much for the GPU. The model predicts in eval mode and is left in the mode that it came in, unless it raises.
 
     Args:
         model: (B, 1, *patch_size) float32 -> (B, classes, *patch_size) logits, for at most 256 classes.

@@ -1,1 +1,1 @@
-"""Segmentation from few labels: one trial, its metrics, and the grid over them."""
+"""Segmentation from few labels: the patches that a trial cuts, its steps, and one whole training."""

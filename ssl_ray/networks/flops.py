@@ -18,9 +18,10 @@ from ssl_ray.config.schema import Network
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations of one view: of the forward pass, and of `training`, which is forward and backward.
+    """Floating-point operations for one patch: of the forward pass, and of `training`, which is forward and backward.
 
-    Training is less than three times the forward pass, as no gradient of the input is computed. Weights are float32.
+    Training is less than three times the forward pass, as no gradient of the input is computed. `weights_bytes` are of
+    all weights, in float32, `trained_bytes` of those that get a gradient.
     """
 
     forward: int
@@ -31,7 +32,7 @@ class Cost:
 
 @lru_cache(maxsize=8)
 def network_cost(build: Callable[..., nn.Module], network: Network, patch_size: tuple[int, ...], *classes: int) -> Cost:
-    """Of what `build(network, patch_size, *classes)` returns, in no memory and about half a second.
+    """The cost of what `build(network, patch_size, *classes)` returns; counting takes no memory and half a second.
 
     ViT-B on 96³ takes 40.1 GFLOP forward in `build_autoencoder`, and 146 in `build_unetr` with feature size 16.
     """

@@ -62,7 +62,7 @@ def transfer(
     diverged = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if diverged:
         raise UserError(f"{source}: {_first(diverged)}: NaN or infinite weights; the pretraining has diverged")
-    # No shape depends on the number of heads, and the tokens do: only the metadata can tell.
+    # The metadata explain a mismatch best. The number of heads shows in no shape: only they can tell it.
     block = unetr.vit.blocks[0]
     widths = {"hidden_size": block.mlp.linear1.in_features, "mlp_dim": block.mlp.linear1.out_features}
     for name, here in (widths | {"num_heads": block.attn.num_heads}).items():

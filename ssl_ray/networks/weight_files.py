@@ -64,8 +64,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             f"of the network alone"
         ) from error
     except Exception as error:  # which exception a damaged file raises depends on the damaged byte
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a file of weights, or a damaged one: {reason}") from error
+        raise UserError(f"{path}: not a file of weights, or a damaged one: {shown(error, 200)}") from error
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     return _plain(content, str(path))

@@ -99,8 +99,8 @@ def write_cohort(
     record = root / "phantom.json"
     if not record.exists():
         write_file(record, json.dumps(parameters).encode())
-    elif (found := json.loads(record.read_text())) != parameters:
-        raise UserError(f"phantom: {root} holds the cohort {found}, not the one asked for, {parameters}")
+    elif (found := record.read_text().strip()) != json.dumps(parameters):
+        raise UserError(f"phantom: {root} holds the cohort {found}, not the one asked for, {json.dumps(parameters)}")
 
     # The unlabelled volumes come last: a cohort with more of them keeps every other volume as it was.
     ends = np.cumsum([0, test, validation, labelled, unlabelled]).tolist()

@@ -132,7 +132,10 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
     ):
         _fit(trainer)
     if collector.fatal:
-        raise FloatingPointError(f"pretraining stopped, the weights before are kept: {'; '.join(collector.fatal)}")
+        raise FloatingPointError(
+            "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped); the "
+            f"best weights so far are kept: {'; '.join(collector.fatal)}"
+        )
 
 
 def _fit(trainer: TorchTrainer) -> None:

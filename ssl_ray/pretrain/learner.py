@@ -31,7 +31,7 @@ from ssl_ray.training.precision import autocast, resolve
 
 
 class PretrainingLearner:
-    """Each rank has one; the module says what it is."""
+    """A rank's autoencoder with its optimizer: takes steps and validates."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, job.recipe.settings, device
@@ -155,7 +155,8 @@ class PretrainingLearner:
         if loss < self.best:
             self.best = loss
             self._export(step)
-        return {"validation_loss": loss, "validation_identity_loss": identity, "picture": shown}
+        report: dict[str, float | str] = {"validation_loss": loss, "validation_identity_loss": identity}
+        return report | ({"picture": shown} if shown else {})
 
     def _export(self, step: int) -> None:
         """Write the weights, as the best on validation so far, for fine-tuning; all ranks must call it."""

@@ -44,7 +44,7 @@ class SampleTable:
 
     @property
     def epoch_samples(self) -> int:
-        """V * n."""
+        """Samples of one epoch, V * n."""
         return len(self.shapes) * self.patches_per_volume
 
     @property

@@ -29,7 +29,8 @@ SEGMENT_BLOCKS = 256
 class Feed:
     """What a data task needs to read any sample: the table, and where its volumes lie, in the table's order.
 
-    The store goes by keys, people by ids. Voxels are stored as `dtype`, an intensity of 1 as `levels`.
+    `keys` name the volumes in the store, `ids` name them in messages. Voxels are stored as `dtype`, an intensity of 1
+    as `levels`.
     """
 
     table: SampleTable
@@ -65,7 +66,7 @@ class Segment:
 
     @property
     def blocks(self) -> int:
-        """Of each rank."""
+        """Number of blocks of each rank."""
         return -(-(self.stop - self.start) // self.block_steps)
 
     def samples(self, table: SampleTable, rank: int, block: int) -> list[int]:
@@ -99,8 +100,8 @@ def segments(table: SampleTable, start: int, world: int, block_bytes: float, ite
 def open_segment(feed: Any, segment: Segment, rank: int, held: float) -> Any:
     """The Ray Data iterator of one rank; `feed` refers to a `Feed` in the object store.
 
-    Training workers hold so many CPUs. Where they leave none, e.g. after a node was lost, the reading tasks ask for
-    none and run beside them; else they would wait for ever.
+    `held` is the number of CPUs that training workers hold. Where they leave none, e.g. after a node was lost, the
+    reading tasks ask for none and run beside them; else they would wait for ever.
     """
     import pyarrow as pa
     import ray  # the tasks import this module only to read patches

@@ -25,8 +25,6 @@ from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.parallel import whole_weights
 
-_PREEMPTION_SECONDS = 5.0
-
 
 def train_loop(job: Job) -> None:
     """Train from the newest whole checkpoint, or from step 0, to the end of the sample table."""
@@ -56,7 +54,9 @@ def train_loop(job: Job) -> None:
         # an error here would have Ray start again, into the same fault.
         for fault in (watch.look(batch, loss, norm), watch.last() if last else None):
             if fault:
-                kept = _keep_fault(learner, fault, rank, {"lr": lr, "world": world})
+                # On a GPU it is the step before this one, with its own learning rate.
+                facts = {"lr": learning_rate(config.optimizer, fault.what.step, table.steps), "world": world}
+                kept = _keep_fault(learner, fault, rank, facts)
                 reporter.fault(kept, watch.fatal(fault))
                 if watch.fatal(fault):
                     return
@@ -181,14 +181,15 @@ class _Reporter:
     def start(self, step: int, records: list[dict[str, Any]]) -> None:
         """Tell the step that training goes on from, after the records that its checkpoint carried."""
         self._older = records
-        self._send(records)
         if self._rank == 0:
+            self._put(("records", records))
             self._put(("started", step))
 
     def record(self, record: dict[str, Any]) -> None:
         """Send what happened since the record before."""
         self._newer.append(record)
-        self._send([record])
+        if self._rank == 0:
+            self._put(("records", [record]))
 
     def fault(self, text: str, fatal: bool) -> None:
         """Send the line about a step that was not finite, from any rank that has one."""
@@ -196,19 +197,19 @@ class _Reporter:
             self._put(("fatal" if fatal else "skipped", text))
 
     def carry(self) -> list[dict[str, Any]]:
-        """Records for a checkpoint that is written now; the driver gets them again, too."""
+        """Records for a checkpoint that is written now; the driver gets them again: a call may have been lost."""
         records = self._older + self._newer
-        self._send(records)
+        if self._rank == 0:
+            self._put(("records", records))
         self._older, self._newer = self._newer, []
         return records
 
-    def _send(self, records: list[dict[str, Any]]) -> None:
-        if self._rank == 0:
-            self._put(("records", records))
-
 
 class _Preemption:
-    """Asks Ray now and then whether a node of this run is about to be taken away: a barrier of all ranks."""
+    """Asks Ray, every 5 s at most, whether a node of this run is about to be taken away.
+
+    The question is a barrier of all ranks.
+    """
 
     def __init__(self) -> None:
         self._asked = time.monotonic()
@@ -216,7 +217,7 @@ class _Preemption:
 
     @property
     def due(self) -> bool:
-        return time.monotonic() - self._asked >= _PREEMPTION_SECONDS
+        return time.monotonic() - self._asked >= 5
 
     def announced(self) -> bool:
         """Whether Ray names a node that it has not named before; all ranks must ask."""

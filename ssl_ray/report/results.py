@@ -15,6 +15,7 @@ from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
 from ssl_ray.report.measures import Measure
 from ssl_ray.report.statistics import Difference, difference
 from ssl_ray.search.cells import CELLS, FAILURE, Cell, cells
+from ssl_ray.tracking.client import without_password
 from ssl_ray.tracking.tracker import KEY, PRETRAINING_RUN, Tracker
 
 if TYPE_CHECKING:
@@ -164,12 +165,13 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     grids = tracker.runs(kind="grid")
     if not grids:
         raise UserError(
-            f"{tracker.uri}: experiment {tracker.experiment!r} has no fine-tuning grid yet; run the study first"
+            f"{without_password(tracker.uri)}: experiment {tracker.experiment!r} has no fine-tuning grid yet; run the "
+            "study first"
         )
     configs = {run.info.run_id: (tracker.read(run.info.run_id, "experiment.yaml") or b"").decode() for run in grids}
     # A grid that is taken up again keeps its start, so that the newest is the one that was touched last.
     touched = {run.info.run_id: max(run.info.start_time, run.info.end_time or 0) for run in grids}
-    given = dump(study)
+    given = without_password(dump(study))
     grid = max(grids, key=lambda run: (configs[run.info.run_id] == given, touched[run.info.run_id]))
     # By key, not by parent: a cell that an earlier grid finished already is not trained again under this one.
     keys: dict[str, str] = json.loads(tracker.read(grid.info.run_id, CELLS) or b"{}")

@@ -1,5 +1,6 @@
 """Turns what Ray Tune tells the driver of its trials into MLflow runs, one for each cell, and a progress bar."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -121,5 +122,5 @@ def _cause(trial: Any) -> tuple[str, str]:
     _, _, text = newest.partition("\n")
     if cause := first_error(text):
         return cause, text
-    died = "the trial's worker process died: " if "The actor died" in text else ""
+    died = "the trial's worker process died: " if re.search(r"The actor\b.*\b(died|unavailable)", text) else ""
     return died + " ".join(text.split())[:300], text

@@ -19,6 +19,7 @@ from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.pretrain.driver import Pretrained
 from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
+from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest
@@ -148,8 +149,12 @@ def _open(
     if (folders.study / BAD_VOLUMES).is_file():
         run.artifact(folders.study / BAD_VOLUMES)
     # A grid that had more cells before keeps them: each key says what its cell depends on, so none is wrong now.
-    before = json.loads(tracker.read(run.id, CELLS) or b"{}")
-    run.text(json.dumps(before | {cell.name: job.folder.key for cell, job in jobs.items()}, indent=1), CELLS)
+    kept = folders.study / CELLS  # MLflow may be away
+    known = json.loads(kept.read_bytes()) if kept.is_file() else {}
+    before = json.loads(tracker.read(run.id, CELLS) or b"{}") or known.get(key, {})
+    named = before | {cell.name: job.folder.key for cell, job in jobs.items()}
+    write_file(kept, json.dumps(known | {key: named}).encode())
+    run.text(json.dumps(named, indent=1), CELLS)
     return run
 
 

@@ -82,6 +82,6 @@ def manifest_last(path: Path) -> tuple[bool, Path]:
 def remove_stale(folder: Path, pattern: str, seconds: float) -> None:
     """Remove files and folders that killed processes left half written: those that match and are `seconds` old."""
     for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):  # its process lives, and has just renamed it
+        with suppress(OSError):  # most likely its process lives, and has just renamed it
             if time.time() - path.stat().st_mtime > seconds:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

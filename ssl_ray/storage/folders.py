@@ -29,7 +29,7 @@ class Folders:
         for key, text in {"output": output, "cache": cache or output}.items():
             try:
                 Place.parse(text)
-            except UserError as error:
+            except ValueError as error:
                 raise UserError(f"{key}: {error}") from error
         place = Place.parse(cache) if cache else Place.parse(output) / "cache"
         return cls(name, Mirror.of(output, scratch), place.local or place.uri, scratch)

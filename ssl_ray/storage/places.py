@@ -135,6 +135,8 @@ class Place:
             target.parent.mkdir(parents=True, exist_ok=True)
             with appearing(target) as part:
                 fs.copy_files(self.path, str(part), self.filesystem, fs.LocalFileSystem(), chunk_size=_CHUNK)
+                with part.open("rb+") as file:  # after a power cut nobody compares it with its digest again
+                    os.fsync(file.fileno())
                 if sha256 and Place(str(part)).sha256() != sha256:
                     raise OSError(f"does not match its digest: the content was changed after it was written ({self})")
 
@@ -185,8 +187,9 @@ class Place:
         """
         probe = self / f".ssl_ray-{uuid4().hex}"
         try:
-            probe.write_bytes(b"")
-            probe.read_bytes()
+            probe.write_bytes(b"ssl_ray")  # an empty file would find room on a full disk
+            if probe.read_bytes() != b"ssl_ray":
+                raise OSError("what was written does not come back")
             probe.remove()
         except OSError as error:
             raise UserError(f"{self}: cannot be written to: {str(error).removeprefix(f'{probe}: ')}") from error
@@ -204,7 +207,11 @@ def _s3(store: str) -> Any:
     }
     given = urlencode({name: value for name, value in query.items() if value})
     with _naming(Place(parts.hostname or "", store)):
-        return fs.FileSystem.from_uri(parts._replace(path="/", query=given).geturl())[0]
+        try:
+            return fs.FileSystem.from_uri(parts._replace(path="/", query=given).geturl())[0]
+        except pyarrow.ArrowInvalid:  # whose text has the whole URI, credentials included
+            rule = "user and password must be percent-encoded, scheme http or https, endpoint_override host:port"
+            raise UserError(f"s3://{parts.hostname}: {rule}") from None
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 from ssl_ray.cluster.connect import connect
-from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.errors import UserError
@@ -17,7 +16,8 @@ from ssl_ray.storage.places import is_uri
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
 from ssl_ray.study.experiment import Step
-from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
+from ssl_ray.study.parts import experiment_yaml, folders_of, recipe_of, run_params, tracker_of
+from ssl_ray.tracking.client import without_password
 from ssl_ray.tracking.tracker import Tracker
 
 
@@ -75,7 +75,8 @@ def report(study: Study, folders: Folders) -> None:
     written = write_report(study, tracker, folders.study)
     for path in (written.markdown, written.html, folders.study / "figures"):
         folders.output.push(path)
-    server = tracker.uri if tracker.uri.startswith("http") else f"mlflow ui --backend-store-uri '{tracker.uri}'"
+    uri = without_password(tracker.uri)
+    server = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"
     say(f"\n{written.table}\n")
     say(f"report:  {written.html}")
     say(f"MLflow:  {server}   (experiment {tracker.experiment!r})")
@@ -90,7 +91,7 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
         raise UserError("pretrain.sources: no usable volume is left for training or validation")
     identity.record(study, folders, "pretrain")
     recipe, params = recipe_of(study), run_params(study, "pretrain")
-    done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, params, dump(study))
+    done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, params, experiment_yaml(study))
     say(f"pretraining {'is done' if done.fresh else 'was done already'}: {done.weights}")
     return done
 
@@ -109,7 +110,7 @@ def _run_grid(
         folders,
         tracker,
         run_params(study, "finetune"),
-        dump(study),
+        experiment_yaml(study),
     )
     say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
     for name in done.failed:

@@ -152,7 +152,7 @@ class Delivery(Thread):
                                 if run.tries < FILE_TRIES:
                                     run.due = time.monotonic() + self._pause(run.tries)
                                     break
-                            values = [(one, key, value) for one in part for key, value in one.get("values", {}).items()]
+                            values = [(one, *value) for one in part for value in one.get("values", {}).items()]
                             if len(values) > 1:
                                 parts += [[one | {"values": {key: value}}] for one, key, value in values]
                             else:

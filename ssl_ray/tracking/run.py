@@ -137,7 +137,8 @@ class Run:
                 self._unwritten = b""
             except OSError as error:
                 if not self._told_unwritable:
-                    say(f"run {self.name}: MLflow may not get everything ({error.filename}: {error.strerror})")
+                    place = error.filename or self._records
+                    say(f"run {self.name}: MLflow may not get everything ({place}: {error.strerror})")
                 self._told_unwritable = True
             if line:
                 self._note(record)

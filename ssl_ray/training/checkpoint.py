@@ -16,9 +16,6 @@ from ssl_ray.storage.files import MANIFEST, open_file, read_file, remove_stale, 
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.text import shown
 
-_MOST_MANIFEST = 2**16
-_STALE_SECONDS = 3600
-
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings and containers of them) to a folder, which appears whole.
@@ -30,7 +27,8 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
     scratch.mkdir(parents=True)
     try:
         torch.save(dict(state), scratch / "state.pt")
-        (scratch / MANIFEST).write_text(json.dumps({"sha256": _digest(scratch / "state.pt")}))
+        manifest = {"sha256": _digest(scratch / "state.pt"), "step": state.get("step")}
+        (scratch / MANIFEST).write_text(json.dumps(manifest))
         settle(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -43,7 +41,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         ValueError: when the checkpoint is torn, was changed, or holds anything but tensors and plain values.
     """
     try:
-        manifest = json.loads(read_file(folder / MANIFEST, _MOST_MANIFEST))
+        manifest = json.loads(read_file(folder / MANIFEST, most=2**16))
         if manifest.get("sha256") != _digest(folder / "state.pt"):
             raise ValueError("state.pt does not match its digest: torn or changed after it was written")
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
@@ -69,7 +67,7 @@ def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: M
     whole = [name for name in until if mirror.has(folder / name / MANIFEST)]
     for name in set(until) - set(whole[-keep:]):
         mirror.drop(folder / name)
-    remove_stale(folder, ".*", _STALE_SECONDS)
+    remove_stale(folder, ".*", seconds=3600)
 
 
 def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:

@@ -1,6 +1,4 @@
-"""What kinds of GPU can compute, for the share of it that a training reaches. It loads no torch: the command line lists
-the names.
-"""
+"""What kinds of GPU can compute; without torch, as the command line lists their names."""
 
 import re
 from dataclasses import dataclass

@@ -53,6 +53,7 @@ class StepGraph:
 
     def __call__(self, stored: Tensor, drawn: Sequence[Tensor], lr: float) -> tuple[Tensor, Tensor]:
         """One step; loss and norm are the caller's, the next step does not overwrite them."""
+        assert stored.shape == self._stored.shape, "a graph is of batches of one shape"
         self._stored.copy_(stored)
         for there, values in zip(self._drawn, drawn, strict=True):
             there.copy_(values.pin_memory(), non_blocking=True)

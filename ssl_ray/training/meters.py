@@ -1,11 +1,6 @@
-"""What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of their own.
-
-A worker or a trial takes its own figures where it logs a step, in microseconds. The driver asks for the object store's,
-in the thread that writes to MLflow.
-"""
+"""What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of its own."""
 
 import logging
-import math
 import resource
 import sys
 import time
@@ -19,7 +14,6 @@ from ssl_ray.training.devices import known_device
 
 PREFIX = "system/"
 WORKER_MEMORY = f"{PREFIX}worker_memory_peak_megabytes"
-_SAMPLE_SECONDS = 10.0
 
 
 def peak_memory(device: torch.device) -> float:
@@ -54,23 +48,25 @@ class ObjectStore:
     """The object store of the cluster that this process is connected to."""
 
     def __init__(self) -> None:
-        self._next, self._said_spilling = 0.0, False  # no sample before this time
+        self._next = 0.0  # no sample before this time
+        self._said_spilling = self._said_silent = False
         self._spilled_before: float | None = None
 
     def sample(self) -> dict[str, float]:
         """Use of all nodes' object stores together, and what they spilled to disk since the first sample.
 
-        Empty when the last sample is less than ten seconds ago, and for good once Ray gave no answer. The first
+        Empty when the last sample is less than ten seconds ago, and for a minute after Ray gave no answer. The first
         spilling prints a warning that names the setting to change.
         """
         if time.monotonic() < self._next:
             return {}
-        self._next = time.monotonic() + _SAMPLE_SECONDS
+        self._next = time.monotonic() + 10
         try:
             found = object_store_statistics()
         except Exception as error:  # whatever a later version of Ray raises, a training must not stop for its metrics
-            logging.getLogger(__name__).warning("no figures of the object store: %s", error)
-            self._next = math.inf
+            if not self._said_silent:
+                logging.getLogger(__name__).warning("no figures of the object store: %s", error)
+            self._said_silent, self._next = True, time.monotonic() + 60
             return {}
         used, capacity, spilled = found["used"], found["capacity"], found["spilled"]
         if self._spilled_before is None:

@@ -14,14 +14,12 @@ from torch import Tensor
 from ssl_ray.config.common import OnNonfinite
 from ssl_ray.storage.files import write_file
 
-_KEPT = 3  # faults in a folder: those that follow have the same cause
-
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Fault(Generic[T]):
-    """A step that `take_step` skipped on the device, named by `what`; it is number `row` of as many in a row."""
+    """A step that `take_step` skipped on the device. `what` names it; with it, `row` steps in a row were skipped."""
 
     what: T
     loss: float
@@ -104,8 +102,8 @@ def keep(
     Returns loss, gradient norm, origin and file in one line.
     """
     text, path = f"{fault}; {origin}", folder / f"step_{step:07d}.safetensors"
-    if not path.is_file() and len(list(folder.glob("*.safetensors"))) >= _KEPT:
-        return text
+    if not path.is_file() and len(list(folder.glob("*.safetensors"))) >= 3:
+        return text  # those that follow have the same cause
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     facts = {"step": step, "loss": str(fault.loss), "gradient_norm": str(fault.norm), **facts}
     write_file(path, save(content, {"facts": json.dumps(facts)}))

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, shard: bool) -> nn.Module:
     """The model as every worker trains it: gradients are the mean over workers, where there are several.
 
-    Sharded, weights are gathered in float32 and autocast rounds them as everywhere else. FSDP's own mixed precision
-    would also round what autocast does not (norms, position embeddings), and results would not be those of DDP.
-    The weights of each of the `blocks` are gathered when it is computed: forward and backward passes, and the model's
-    method `restore`, then need all ranks.
+    With `shard` (FSDP2 instead of DDP) the weights of each of the `blocks` are gathered when it is computed: forward
+    and backward passes, and the model's method `restore`, need all ranks. They are gathered in float32, and autocast
+    rounds them as everywhere else. FSDP's own mixed precision would also round what autocast does not (norms, position
+    embeddings), and results would not be those of DDP.
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return model

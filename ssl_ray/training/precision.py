@@ -27,7 +27,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU does it without emulation, which takes five times as long as float32; no public name says so."""
+    """Whether this CPU multiplies in bfloat16 itself; torch has no public function that tells."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
     except (AttributeError, RuntimeError):  # a torch that does not say

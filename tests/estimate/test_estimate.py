@@ -226,3 +226,17 @@ def test_a_full_disk_is_said(
     warnings = tree_of(write(tmp_path, cohort), capsys, "--no-probe")["warnings"]
     assert [warning.partition(": bytes")[0] for warning in warnings] == ["cache", "output"]
     assert all(f"on {tmp_path}: " in warning and warning.endswith("needed, 1 kB there") for warning in warnings)
+
+
+def test_a_cluster_that_is_there_is_counted(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With RAY_ADDRESS, trials run at once on the cluster's CPUs, not on those of `cluster.cpus`."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0, "object_store_memory": 1e12})
+    found = tree_of(write(tmp_path, cohort, cluster={"cpus": 99}), capsys, "--no-probe")
+    assert (found["cluster"]["cpus"], found["cluster"]["gpus"]) == (3, 0)
+    assert (found["grid"]["trials"], found["grid"]["concurrent_trials"]) == (4, 3)

@@ -362,7 +362,7 @@ def test_damage_in_the_object_store_is_never_trained_on(uri: str, tmp_path: Path
 
 
 def test_damage_in_the_mirror_is_mended(uri: str, tmp_path: Path) -> None:
-    """A file of another size is fetched again when it is opened, an altered one after `verify`."""
+    """A file that is torn, missing or altered is fetched again after `verify`."""
     store, case = Store(uri, tmp_path / "scratch"), make_case(tmp_path)
     volume, _ = prepare_case(case, PREPARATION, store)
     expected, path = np.array(open_array(store, volume.key)), store.path(volume.key, "image.npy")

@@ -28,7 +28,7 @@ from ssl_ray.text import reason
 class Draws:
     """Everything random about the views of B samples, in one (B, 3 + 6 K + 3 S) int64 tensor that travels as a whole.
 
-    K painted boxes and S shuffle boxes; `shuffle_size` is the side of the latter in voxels.
+    `boxes` is K, the number of painted boxes. There are S shuffle boxes with sides of `shuffle_size` voxels.
     """
 
     table: Tensor
@@ -131,13 +131,13 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
-        views = _paint_boxes(volumes, draws)
+        views = (_paint_masks if volumes.is_cuda else _paint_boxes)(volumes, draws)
     _shuffle_(views, draws)
     return views.unsqueeze(1)
 
 
 def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
-    """In- and out-painting box by box: on a CPU the least work, on a GPU the host waits for every box."""
+    """In- and out-painting box by box: on a CPU the least work, but a GPU would have its host wait for every box."""
     views = torch.empty_like(volumes)
     everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
     corners = torch.stack([draws.start, draws.stop], dim=2).tolist()
@@ -156,6 +156,20 @@ def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
                 noise = _noise(key, _counters(start, stop, volumes), low, high)
                 view[tuple(map(slice, start, stop))] = noise[..., start[2] % 4 :][..., : stop[2] - start[2]]
     return views
+
+
+def _paint_masks(volumes: Tensor, draws: Draws) -> Tensor:
+    """The same for all samples at once, for a GPU without the kernel: no shape depends on the draws, nothing waits."""
+    inside = []
+    for axis, side in enumerate(volumes.shape[1:]):
+        voxel = torch.arange(side, device=volumes.device)
+        inside.append((draws.start[..., axis, None] <= voxel) & (voxel < draws.stop[..., axis, None]))  # (B, K, side)
+    # How many boxes hold a voxel: a matrix product keeps the K boxes out of the (B, X, Y, Z) arrays.
+    boxes = torch.einsum("bkx,bky,bkz->bxyz", *(axis.float() for axis in inside))
+    low, high = (bound[:, None, None, None] for bound in volumes.flatten(1).aminmax(dim=1))
+    everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
+    noise = _noise(draws.key[:, None, None, None], everywhere, low, high)[..., : volumes.shape[3]]
+    return torch.where((boxes > 0) ^ draws.outpaint[:, None, None, None], noise, volumes)
 
 
 def _shuffle_(views: Tensor, draws: Draws) -> None:
@@ -178,14 +192,14 @@ def _shuffle_(views: Tensor, draws: Draws) -> None:
 
 @lru_cache(maxsize=1)
 def fused_paint() -> Callable[..., Tensor] | None:
-    """`_paint_boxes` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
+    """`_paint_masks` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
     try:
         from ssl_ray.pretrain.tasks.restoration.kernel import paint
 
         some = torch.ones(1, 1, 3, dtype=torch.int64, device="cuda")
         paint(torch.rand(1, 8, 8, 10, device="cuda"), some[0, 0, :1], some[0, 0, :1] > 0, some, some)
     except Exception as error:  # no Triton, no compiler for its launcher, an architecture that it does not know
-        logging.getLogger(__name__).warning("painting box by box, slowly, without a kernel: %s", reason(error))
+        logging.getLogger(__name__).warning("painting without a kernel of its own, more slowly: %s", reason(error))
         return None
     return paint
 
