@@ -89,6 +89,23 @@ def test_words_are_those_of_the_published_generator() -> None:
     ]
 
 
+@pytest.mark.parametrize("size", [SIZE, (32, 48, 33)])
+@pytest.mark.parametrize("sides", [(3, 30), (1, 4)])
+def test_masks_and_boxes_paint_the_same(size: tuple[int, int, int], sides: tuple[int, int]) -> None:
+    """What a GPU computes with masks is bit for bit what a CPU computes with slices, also in rows of a single voxel."""
+    draws = draw(SMALL.model_copy(update={"inpaint_size": sides, "outpaint_size": sides}), size, 5, indices(12))
+    assert 0 < draws.outpaint.sum() < 12
+    volumes = make_patches(12, size)[:, 0]
+    assert torch.equal(module._paint_masks(volumes, draws), module._paint_boxes(volumes, draws))
+
+
+def test_nothing_on_the_device_waits_for_data() -> None:
+    """On the meta device, where tensors have no values to read, every shape is known and all tensors are there."""
+    view = corrupt(torch.empty((3, 1, *SIZE), device="meta"), draw(SMALL, SIZE, 5, indices(3)))
+    assert view.shape == (3, 1, *SIZE)
+    assert view.is_meta
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_agrees_with_the_cpu_without_synchronising() -> None:
     """On a GPU the boxes and permutations are the CPU's, the noise is to rounding, and no call waits."""

@@ -131,7 +131,7 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
-        views = (_paint_masks if volumes.is_cuda else _paint_boxes)(volumes, draws)
+        views = (_paint_boxes if volumes.is_cpu else _paint_masks)(volumes, draws)
     _shuffle_(views, draws)
     return views.unsqueeze(1)
 
