@@ -32,6 +32,9 @@ from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest
 from ssl_ray.training.meters import ObjectStore, as_system
 
+_RESIZE_SECONDS = 60.0
+"""How often Ray Train looks whether the cluster has room for more workers, where the experiment allows more."""
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -116,6 +119,7 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
         train_loop_config=job,
         scaling_config=train.ScalingConfig(
             num_workers=config.workers,
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {}),
         ),

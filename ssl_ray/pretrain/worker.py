@@ -25,6 +25,8 @@ from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.parallel import whole_weights
 
+_PREEMPTION_SECONDS = 5.0
+
 
 def train_loop(job: Job) -> None:
     """Train from the newest whole checkpoint, or from step 0, to the end of the sample table."""
@@ -206,7 +208,7 @@ class _Reporter:
 
 
 class _Preemption:
-    """Asks Ray, every 5 s at most, whether a node of this run is about to be taken away.
+    """Asks Ray, every `_PREEMPTION_SECONDS` at most, whether a node of this run is about to be taken away.
 
     The question is a barrier of all ranks.
     """
@@ -217,7 +219,7 @@ class _Preemption:
 
     @property
     def due(self) -> bool:
-        return time.monotonic() - self._asked >= 5
+        return time.monotonic() - self._asked >= _PREEMPTION_SECONDS
 
     def announced(self) -> bool:
         """Whether Ray names a node that it has not named before; all ranks must ask."""
