@@ -186,7 +186,7 @@ def test_a_file_that_is_no_array_is_named(store: Store, case: Case) -> None:
     path = store.path(volume.key, "image.npy")
     for content in (b"", path.read_bytes()[:-10], b"x" * 1000):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"image\.npy: damaged \(.*\); preparing the cohort again mends it"):
+        with pytest.raises(ValueError, match=r"image\.npy: damaged \(.*\); `ssl-ray prepare --verify` mends it"):
             open_array(store, volume.key)
 
 

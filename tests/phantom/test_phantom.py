@@ -182,7 +182,7 @@ def test_an_interrupted_call_is_completed_to_the_same_bytes(cohort: Path, tmp_pa
 def test_other_parameters_are_refused(cohort: Path) -> None:
     """The folder of one cohort does not silently become another; the message names both."""
     before = contents(cohort)
-    with pytest.raises(ValueError, match=r"'seed': 7.*'seed': 8"):
+    with pytest.raises(ValueError, match=r'"seed": 7.*"seed": 8'):
         write_cohort(cohort, **{**PARAMETERS, "seed": 8})
     assert contents(cohort) == before
 

@@ -21,7 +21,9 @@ from ssl_ray.data.nifti import read_label, read_nifti
 from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume
+from ssl_ray.errors import UserError
 from ssl_ray.storage import places as storage
+from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.places import Place
 
@@ -193,6 +195,26 @@ def test_a_wrong_uri_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match="s3://") as caught:
         Place.parse(text)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://key:se%cret@bucket/prefix", "s3://key:secret@bucket/prefix?scheme=ftp&region=x"]
+)
+def test_credentials_that_cannot_be_read_are_not_told(text: str) -> None:
+    """A password that is not percent-encoded ends in a rule, not in a message with the URI."""
+    with pytest.raises(UserError, match=r"s3://bucket: .*percent-encoded") as caught:
+        Place.parse(text).exists()
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("output", "cache", "key"),
+    [("gs://b/x", None, "output"), ("out", "gs://b/x", "cache"), ("s3://[x", None, "output")],
+)
+def test_a_place_that_is_none_of_ours_is_named_with_its_key(output: str, cache: str | None, key: str) -> None:
+    """The message begins with the key of the experiment."""
+    with pytest.raises(UserError, match=f"^{key}: "):
+        Folders.of("study", output, cache)
 
 
 def test_the_environment_fills_in_what_the_uri_leaves_out(
