@@ -164,7 +164,7 @@ def test_bad_volumes_end_in_one_message_and_code_2(
     root = tmp_path / "copy"
     shutil.copytree(cohort, root, ignore=shutil.ignore_patterns("store"))
     images, labels = (sorted((root / folder).iterdir()) for folder in ("images", "labels"))
-    damages = {"truncated": truncate, "3D volume": flatten, "not finite": poison}
+    damages = {"end-of-stream": truncate, "3D volume": flatten, "not finite": poison}
     victims = dict(zip(damages, images[1:], strict=False)) | {"shape": labels[-1]}
     for words, path in victims.items():
         damages.get(words, reshape_label)(path)
