@@ -113,12 +113,7 @@ class Delivery(Thread):
             self.wake.notify_all()
 
     def run(self) -> None:
-        """Send the oldest records of every run in turn, a request each, so that no run waits for another's backlog.
-
-        What MLflow refuses as a whole is sent once more value by value, and what it refuses then is put aside. So is a
-        file that cannot be stored although MLflow answers, e.g. for want of a right or of a library, after FILE_TRIES;
-        until then its run waits and no other, and the next process tries it again.
-        """
+        """Send the oldest records of every run in turn, a request each, so that no run waits for another's backlog."""
         failures = 0
         while not self._stopped:
             with self.wake:
@@ -130,35 +125,7 @@ class Delivery(Thread):
                 for run in due:
                     if self._stopped:
                         break
-                    batch = run.pending()
-                    parts, refused = [batch], []
-                    for part in parts:
-                        try:
-                            if part[0]["do"] != "metrics":
-                                self._send(run, part[0])
-                            else:
-                                points = [
-                                    Metric(key, value, record["at"], record["step"])
-                                    for record in part
-                                    for key, value in record["values"].items()
-                                ]
-                                self.client.log_batch(_known(run), points)
-                        except Exception as error:
-                            if not is_refusal(error):
-                                if part[0]["do"] != "file":
-                                    raise
-                                self._find_experiment(self.client)  # raises where MLflow itself does not answer
-                                run.tries += 1
-                                if run.tries < FILE_TRIES:
-                                    run.due = time.monotonic() + self._pause(run.tries)
-                                    break
-                            values = [(one, *value) for one in part for value in one.get("values", {}).items()]
-                            if len(values) > 1:
-                                parts += [[one | {"values": {key: value}}] for one, key, value in values]
-                            else:
-                                refused.append((part[0], why(error)))
-                    else:
-                        run.delivered(batch, refused)
+                    self._deliver(run)
             except Exception as error:
                 self.set_away(why(error))
                 failures = min(failures + 1, 10)
@@ -169,6 +136,45 @@ class Delivery(Thread):
             else:
                 failures = 0
                 self.set_away(None)
+
+    def _deliver(self, run: Run) -> None:
+        """Send the oldest records of a run.
+
+        What MLflow refuses as a whole is sent once more value by value, and what it refuses then is put aside. So is a
+        file that cannot be stored although MLflow answers, e.g. for want of a right or of a library, after FILE_TRIES;
+        until then its run waits and no other, and the next process tries it again.
+
+        Raises:
+            Exception: whatever it is, MLflow does not answer.
+        """
+        batch = run.pending()
+        parts, refused = [batch], []
+        for part in parts:
+            try:
+                if part[0]["do"] == "metrics":
+                    points = [
+                        Metric(key, value, record["at"], record["step"])
+                        for record in part
+                        for key, value in record["values"].items()
+                    ]
+                    self.client.log_batch(_known(run), points)
+                else:
+                    self._send(run, part[0])
+            except Exception as error:
+                if not is_refusal(error):
+                    if part[0]["do"] != "file":
+                        raise
+                    self._find_experiment(self.client)  # raises where MLflow itself does not answer
+                    run.tries += 1
+                    if run.tries < FILE_TRIES:
+                        run.due = time.monotonic() + self._pause(run.tries)
+                        return
+                values = [(one, *value) for one in part for value in one.get("values", {}).items()]
+                if len(values) > 1:
+                    parts += [[one | {"values": {key: value}}] for one, key, value in values]
+                else:
+                    refused.append((part[0], why(error)))
+        run.delivered(batch, refused)
 
     def _pause(self, failures: int) -> float:
         return min(2.0**failures / 4, self._longest_pause)
