@@ -85,8 +85,7 @@ class PretrainingLearner:
 
     def _step(self, stored: Tensor, draws: Sequence[Draws], world: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
-        largest = -(-self.config.batch_size // world)
-        size = self.config.microbatch or largest
+        largest, size = self._shares(world)
         starts = range(0, largest, size)
         for start in starts:
             # With `shard` a pass needs all ranks: one without patches left repeats its last one, with no weight.
@@ -105,6 +104,11 @@ class PretrainingLearner:
                 (total * weight).backward(torch.where(torch.isfinite(total) & self._go, 1.0, torch.nan))
             loss += own.detach() * (counted / len(stored))
         return loss, take_step(self.optimizer, self.config.optimizer, lr)
+
+    def _shares(self, world: int) -> tuple[int, int]:
+        """Patches of the rank that has most of the global batch, and how many of them it computes at once."""
+        largest = -(-self.config.batch_size // world)
+        return largest, min(self.config.microbatch or largest, largest)
 
     def _record(self, stored: Tensor, draws: Sequence[Draws], world: int) -> None:
         """Record the step as one CUDA graph; where that fails, one warning says why, and steps stay as they were."""
@@ -130,8 +134,7 @@ class PretrainingLearner:
         mine = np.arange(rank, len(samples), world)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         shown = ""
-        share = -(-self.config.batch_size // world)
-        size = min(self.config.microbatch or share, share)  # as much as a training step of this rank
+        _, size = self._shares(world)
         for start in range(0, -(-len(samples) // world), size):
             counted = len(mine[start : start + size])
             # A rank without patches left restores sample 0 with no weight, as with `shard` the others wait for it.
@@ -178,8 +181,8 @@ class PretrainingLearner:
         return str(path)
 
     def _try(self) -> None:  # forward and backward pass in the shapes of a training step; no gradient is left
-        share = -(-self.config.batch_size // self.config.worker_range[0])
-        clean = torch.zeros(min(self.config.microbatch or share, share), 1, *self.config.patch_size, device=self.device)
+        _, size = self._shares(self.config.worker_range[0])
+        clean = torch.zeros(size, 1, *self.config.patch_size, device=self.device)
         with autocast(self.device, self.dtype):
             total = self.restoration(torch.cat([clean] * self.views), clean)[1]
         total.backward()
