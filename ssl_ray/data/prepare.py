@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,6 +138,11 @@ def prepare_cohort(
         else:
             volumes[str(case.image)] = volume
     return volumes, sorted(bad, key=lambda one: one.id), prepared
+
+
+def usable(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:
+    """The prepared volumes of cases, by image path as `prepare_cohort` gives them; bad ones are left out."""
+    return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
 
 
 def _attempt(case: Case, preparation: Preparation, store: Store, verify: bool) -> tuple[Volume, bool] | Exception:

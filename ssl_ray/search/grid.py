@@ -1,7 +1,7 @@
 """Ray Tune over the cells of the fine-tuning grid: labelled split x initialisation x learning rate x seed."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from ray import tune
 from ssl_ray.cluster.resources import check_resources
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.console import Bar
-from ssl_ray.data.datalist import Case, Splits
+from ssl_ray.data.datalist import Splits
+from ssl_ray.data.prepare import usable
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.finetune.job import TrialData, TrialFolder, TrialJob
@@ -106,14 +107,10 @@ def _trial_jobs(
     folders: Folders,
 ) -> tuple[str, dict[Cell, TrialJob]]:
     """The grid's key, a digest of what all cells depend on, and what each cell's trial is started with."""
-
-    def prepared(cases: Sequence[Case]) -> tuple[Volume, ...]:
-        return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
-
     store, data = Store(folders.cache, folders.scratch), {}
-    validation, test = prepared(splits.validation), prepared(splits.test)
+    validation, test = usable(splits.validation, volumes), usable(splits.test, volumes)
     for size in config.split_sizes:
-        data[size] = TrialData(store, prepared(splits.training[size]), validation, test, splits.organs)
+        data[size] = TrialData(store, usable(splits.training[size], volumes), validation, test, splits.organs)
         if not data[size].training or not validation:
             raise UserError(f"finetune.cohort.splits.{size}: no usable volume is left for training or validation")
     base = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
 from ssl_ray.data.datalist import Case, Splits, check_held_out, read_labelled, read_unlabelled
-from ssl_ray.data.prepare import BadVolume, prepare_cohort
+from ssl_ray.data.prepare import BadVolume, prepare_cohort, usable
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import write_cohort
@@ -64,11 +64,7 @@ def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bo
     _tell_bad([*bad, *bad_labelled], folders.study / BAD_VOLUMES, skip=study.on_bad_volume == "skip")
     _check_content(list(unlabelled.values()), labelled, splits)
     say(f"prepared {fresh + fresh_labelled} of {len(unlabelled) + len(labelled)} volumes now; the store is {store}")
-    return PreparedCohorts(_found(training, unlabelled), _found(validation, unlabelled), labelled, splits)
-
-
-def _found(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:
-    return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
+    return PreparedCohorts(usable(training, unlabelled), usable(validation, unlabelled), labelled, splits)
 
 
 def _tell_bad(bad: Sequence[BadVolume], record: Path, skip: bool) -> None:
@@ -88,10 +84,10 @@ def _tell_bad(bad: Sequence[BadVolume], record: Path, skip: bool) -> None:
 
 def _check_content(unlabelled: Sequence[Volume], labelled: Mapping[str, Volume], splits: Splits) -> None:
     """The same bytes under another name are still the same patient, so they may not be trained on and held out."""
-    training = [volume for cases in splits.training.values() for volume in _found(cases, labelled)]
+    training = [volume for cases in splits.training.values() for volume in usable(cases, labelled)]
     seen = {volume.image_sha256: volume.image_source for volume in (*unlabelled, *training)}
     for part, cases in (("validation", splits.validation), ("test", splits.test)):
-        held_out = _found(cases, labelled)
+        held_out = usable(cases, labelled)
         for volume in held_out:
             if volume.image_sha256 in seen:
                 raise UserError(
