@@ -31,16 +31,6 @@ from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def case(tmp_path: Path) -> Case:
-    return make_case(tmp_path)
-
-
 def test_what_is_stored_is_what_prepare_gives(store: Store, case: Case) -> None:
     """Arrays and manifest are those of the prepared volume, and the manifest comes back as it was written."""
     volume, fresh = prepare_case(case, PREPARATION, store)

@@ -38,16 +38,6 @@ from ssl_ray.storage.files import remove_stale
 from ssl_ray.storage.places import Place
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def case(tmp_path: Path) -> Case:
-    return make_case(tmp_path)
-
-
 @pytest.mark.parametrize("target", ["Path.mkdir", "array", "Path.rename", "os.fsync"])
 def test_an_interrupted_put_leaves_no_volume(
     store: Store, case: Case, monkeypatch: pytest.MonkeyPatch, target: str
