@@ -66,7 +66,7 @@ VOLUME_JSON = TypeAdapter(Volume)
 class Store:
     """The store at one place, shared by all ranks, trials and reruns.
 
-    `place` is a folder that all machines share, or a URI of `ssl_ray.storage.places`. For a URI, the mirror lies under
+    `place` is a folder that all machines share, or a URI of `ssl_ray.storage.object_store`. For a URI, the mirror lies under
     the folder `scratch` on this machine's disk, which needs room for every volume that is read on the machine.
     """
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ssl_ray.errors import UserError
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.storage.places import Place
+from ssl_ray.storage.object_store import Place
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
 from ssl_ray.search.grid import GridResult, check_transfer, finetune
 from ssl_ray.storage.folders import Folders
-from ssl_ray.storage.places import is_uri
+from ssl_ray.storage.object_store import is_uri
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
 from ssl_ray.study.experiment import Step
@@ -35,8 +35,10 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     if last == "pretrain" and not needs_weights:
         raise UserError("finetune.grid.init: this study trains only from random weights")
     cohorts = read_cohorts(study)
-    if study.finetune.weights:
-        check_transfer(study.finetune, study.network, Path(study.finetune.weights))
+    if given := study.finetune.weights:
+        prefix = check_transfer(study.finetune, study.network, Path(given))["prefix"]
+        if prefix:
+            say(f"{given}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
     connect(study.cluster)
     prepared = prepare_cohorts(study, folders, cohorts, verify)
     if last == "prepare":

@@ -22,10 +22,10 @@ from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.storage import places as storage
+from ssl_ray.storage import object_store as storage
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.storage.places import Place
+from ssl_ray.storage.object_store import Place
 
 NAMES = ("image", "label", "foreground")
 
