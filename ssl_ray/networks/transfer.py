@@ -110,9 +110,8 @@ def _prefix(weights: Mapping[str, Tensor], source: str) -> str:
     """What the keys of the ViT begin with: its position embeddings, under a name of their own, show it."""
     found = [key.removesuffix(_POSITIONS) for key in weights if f".{key}".endswith(f".{_POSITIONS}")]
     if len(found) > 1:
-        raise UserError(
-            f"{source}: holds {len(found)} encoders, under {_first([repr(one) for one in found])}: save the one to start from"
-        )
+        names = _first([repr(one) for one in found])
+        raise UserError(f"{source}: holds {len(found)} encoders, under {names}: save the one to start from")
     return found[0] if found else ""
 
 
