@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from glob import glob
 from pathlib import Path
@@ -23,6 +24,7 @@ from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
 from ssl_ray.errors import UserError
 from ssl_ray.study.experiment import Step, load
+from ssl_ray.text import without_password
 from ssl_ray.training.devices import DEVICES
 
 TRACEBACK = "SSL_RAY_TRACEBACK"
@@ -42,17 +44,26 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from error
         except Exception as error:
             if os.environ.get(TRACEBACK):
-                traceback.print_exc()
-            if isinstance(error, UserError | FileNotFoundError | PermissionError):
+                print(without_password(traceback.format_exc()), file=sys.stderr)
+            if isinstance(error, UserError):
                 _tell(str(error))
                 raise typer.Exit(2) from error
             _tell(f"{type(error).__name__}: {error}")
-            _tell(f"{TRACEBACK}=1 shows where; finished work is kept, the same command goes on")
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            _tell(f"raised at {frame.filename}:{frame.lineno}; {TRACEBACK}=1 shows the way there")
+            _tell("finished work is kept, the same command goes on")
             raise typer.Exit(1) from error
 
 
 def _tell(message: str) -> None:
-    print(f"ssl-ray: {message}", file=sys.stderr)
+    print(f"ssl-ray: {without_password(message)}", file=sys.stderr)
+
+
+class _Formatter(logging.Formatter):
+    """Log lines, of libraries too, without passwords."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_password(super().format(record))
 
 
 app = typer.Typer(
@@ -75,7 +86,9 @@ def _about() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, by default that of this process's command line -> exit code, as the `epilog` has it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop` then ends it as Ctrl-C does
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         typer.main.get_command(app).main(arguments, prog_name="ssl-ray")
     except SystemExit as end:
@@ -173,16 +186,17 @@ def phantom(
     sizes = _sizes(splits)
     from ssl_ray.phantom.cohort import write_cohort
 
-    write_cohort(
-        folder,
-        unlabelled=volumes,
-        labelled=labelled,
-        validation=validation,
-        test=test,
-        splits=sizes,
-        seed=seed,
-        progress=track("synthesizing volumes"),
-    )
+    with _writable(folder):
+        write_cohort(
+            folder,
+            unlabelled=volumes,
+            labelled=labelled,
+            validation=validation,
+            test=test,
+            splits=sizes,
+            seed=seed,
+            progress=track("synthesizing volumes"),
+        )
     say(f"{folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in sizes)}")
 
 
@@ -197,9 +211,21 @@ def datalist(
     """Write datalists for a folder of NIfTI files."""
     from ssl_ray.data.listing import write_datalists
 
-    written = write_datalists(folder, _sizes(splits), validation, subject, seed)
+    with _writable(folder):
+        written = write_datalists(folder, _sizes(splits), validation, subject, seed)
     for name, (in_training, in_validation) in written.items():
         say(f"{folder / name}: {in_training} training, {in_validation} validation volumes")
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """What cannot be read or written in the folder that the user named is the user's to mend, e.g. a missing right."""
+    try:
+        yield
+    except OSError as error:
+        if not Path(error.filename or "").absolute().is_relative_to(folder.absolute()):
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def _sizes(text: str) -> list[int]:

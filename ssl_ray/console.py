@@ -7,6 +7,8 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Column
 
+from ssl_ray.text import without_password
+
 _LOG_SECONDS = 20.0
 """Shortest time between two lines of progress where there is no terminal, e.g. under `ray job submit`."""
 
@@ -14,8 +16,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """One line for the user."""
-    console.print(text, markup=False)
+    """One line for the user, without passwords."""
+    console.print(without_password(text), markup=False)
 
 
 class Bar:

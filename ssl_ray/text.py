@@ -1,4 +1,4 @@
-"""How values and errors read within a message."""
+"""How values and errors read within a message, and what no message may show."""
 
 import re
 from typing import Any
@@ -6,10 +6,26 @@ from typing import Any
 BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Characters that break a line, steer a terminal, or cannot be encoded: control characters and half surrogates."""
 
+_USER = re.compile(r"(:/+)(?:[^/\s\"<>]*|[^/\s\"<>]*:[^\s\"<>]*)@")
+"""User name and password of a URI. A password with a slash in it is invalid, and is still a password."""
+_PARAMETER = re.compile(
+    r"([?&;][^=&;\s]*(?:key|secret|token|passw|pwd|credential|sig|auth)[^=&;\s]*=)[^&;\s'\"<>]+", re.IGNORECASE
+)
+"""A parameter of a URI whose name says that its value is secret, e.g. `?access_key=`, `&X-Amz-Signature=`, `&sig=`."""
+
+
+def without_password(text: str) -> str:
+    """A text whose URIs have lost user names, passwords, keys and tokens.
+
+    Everything that people or files get to see passes through here: the terminal (`console.say`), error messages
+    (`shown`, `reason`), the experiment as it is kept (`config.loading`), and what MLflow is told.
+    """
+    return _PARAMETER.sub(r"\1***", _USER.sub(r"\1", text))
+
 
 def shown(value: Any, length: int = 300) -> str:
     """A value as part of a message: one line, at most `length` characters before special ones are escaped."""
-    text = str(value)
+    text = without_password(str(value))  # first: half a URI has no @ by which to know it
     if len(text) > length:
         text = f"{text[: length - 3]}..."
     return BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -17,4 +33,4 @@ def shown(value: Any, length: int = 300) -> str:
 
 def reason(error: BaseException) -> str:
     """An error as part of a message: its type and the beginning of its text, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {without_password(' '.join(str(error).split()))[:300]}"

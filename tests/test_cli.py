@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from studies import small_tree, write_study
 
 from ssl_ray import cli
 from ssl_ray.cli import main
@@ -48,10 +49,12 @@ def test_a_wrong_command_line_ends_in_code_2(arguments: list[str], capsys: pytes
     ("error", "code", "message"),
     [
         (UserError("a.yaml: wrong"), 2, "ssl-ray: a.yaml: wrong\n"),
-        (FileNotFoundError(2, "No such file or directory", "a.nii"), 2, "No such file or directory: 'a.nii'"),
-        (PermissionError(13, "Permission denied", "out"), 2, "Permission denied: 'out'"),
+        (FileNotFoundError(2, "No such file or directory", "a.nii"), 1, "No such file or directory: 'a.nii'"),
+        (PermissionError(13, "Permission denied", "out"), 1, "PermissionError: [Errno 13] Permission denied: 'out'"),
         (ValueError("ours"), 1, "ssl-ray: ValueError: ours"),
-        (RuntimeError("ours"), 1, "SSL_RAY_TRACEBACK=1 shows where"),
+        (OSError("no s3://me:secret@bucket/x?token=secret"), 1, "OSError: no s3://bucket/x?token=***\n"),
+        (UserError("cache: s3://me:secret@bucket: gone"), 2, "ssl-ray: cache: s3://bucket: gone\n"),
+        (RuntimeError("ours"), 1, "SSL_RAY_TRACEBACK=1 shows the way"),
         (KeyboardInterrupt(), 1, "interrupted; the same command goes on"),
     ],
 )
@@ -69,9 +72,37 @@ def test_an_error_is_a_message_and_a_code(
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
+    assert (f"raised at {__file__}:" in printed) == (isinstance(error, Exception) and code == 1)
     monkeypatch.setenv("SSL_RAY_TRACEBACK", "1")
     assert main(["run", "a.yaml"]) == code
-    assert ("Traceback" in capsys.readouterr().err) == isinstance(error, Exception)
+    shown = capsys.readouterr().err
+    assert ("Traceback" in shown) == isinstance(error, Exception)
+    assert "secret" not in printed + shown
+
+
+@pytest.mark.parametrize("command", [["phantom", "--splits", "1"], ["datalist"], ["prepare"]])
+def test_a_folder_that_cannot_be_used_is_the_users_to_mend(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file where the folder's parent should be: code 2 and the name, for every folder that a command writes to."""
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "deep"
+    arguments = [str(folder)]
+    if command == ["prepare"]:
+        tree = small_tree(tmp_path) | {"output": str(folder)}
+        arguments = [str(write_study(tmp_path / "a.yaml", tree))]
+    assert main([command[0], *arguments, *command[1:]]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_libraries_log_no_password(tmp_path: Path) -> None:
+    """Whatever a library writes into its log."""
+    code = (
+        "import logging, sys\nfrom ssl_ray.cli import main\nmain(['run', 'none.yaml'])\n"
+        "logging.getLogger('urllib3').warning('retry %s', 'http://me:secret@server')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "WARNING urllib3: retry http://server" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,18 @@ from typing import Any
 import ray
 
 from ssl_ray.cluster import malloc
+from ssl_ray.cluster.checks import check_address, check_temporary_folder
 from ssl_ray.cluster.private import LOG_LEVELS
 from ssl_ray.config.schema import LocalCluster
 
 
 def connect(settings: LocalCluster) -> None:
-    """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine."""
+    """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine.
+
+    Raises:
+        UserError: within half a minute, naming the environment variable, where no Ray answers at that address, or where
+            the folder for temporary files has too long a name for Ray to start.
+    """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray's new progress output prints a table even with verbose=0
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # with Tune's handler `fit` returns after Ctrl-C
@@ -24,7 +30,11 @@ def connect(settings: LocalCluster) -> None:
     quiet()
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-        if not os.environ.get("RAY_ADDRESS"):
+        named = os.environ.get("RAY_ADDRESS") or "local"
+        if named != "local":
+            check_address(named)
+        else:
+            check_temporary_folder()
             options |= {
                 "address": "local",
                 "num_cpus": settings.cpus,  # None: Ray counts them, and respects a container's limit
@@ -46,11 +56,19 @@ def first_error(text: str) -> str | None:
 
 def runtime_env() -> dict[str, Any]:
     """Ray's `runtime_env` for all worker processes: quiet loggers, and a malloc that keeps the memory it frees."""
-    return {"worker_process_setup_hook": quiet, "env_vars": malloc.environment()}
+    return {"worker_process_setup_hook": set_up_worker, "env_vars": malloc.environment()}
+
+
+def set_up_worker() -> None:
+    """Runs at the start of every worker process, once it is connected."""
+    quiet()
+    # Actors of Ray's own, such as Ray Train's cleaner of placement groups, look for their cluster on the machine. Where
+    # there is another one, they end with a long traceback, or take a training for dead of which that knows nothing.
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def quiet() -> None:
-    """Silence the routine messages of Ray's loggers; runs in the driver and at the start of every worker process."""
+    """Silence the routine messages of Ray's loggers, in the driver and in every worker process."""
     for name, level in LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     # Batches lie in Ray's object store, which is read-only: they are copied before anything writes.

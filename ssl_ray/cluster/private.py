@@ -28,6 +28,19 @@ LOG_LEVELS = {
 """Least level that is printed, by name of the logger. Where Ray renames one, its messages are printed again."""
 
 
+def cluster_of_this_machine() -> str | None:
+    """`host:port` of the cluster that RAY_ADDRESS=auto means, or None.
+
+    Where the name is gone, this raises ImportError or AttributeError: say `host:port` instead of `auto`.
+    """
+    from ray._private import services
+
+    try:
+        return str(services.canonicalize_bootstrap_address("auto"))
+    except ConnectionError:
+        return None
+
+
 def object_store_statistics() -> Mapping[str, float]:
     """Bytes of all nodes' object stores: `used`, `capacity`, and `spilled` to disk since the cluster started.
 

@@ -5,6 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from ssl_ray.errors import UserError
+
 VIT_PATCH = 16
 """Side of a ViT token in voxels: MONAI's UNETR fixes it, and ViTAutoEnc wants a square number."""
 VIT_LAYERS = 12
@@ -28,6 +30,7 @@ def _three(value: Any) -> Any:
 
 _Side = Annotated[int, Field(gt=0, multiple_of=VIT_PATCH)]
 Share = Annotated[float, Field(ge=0, le=1)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Precision = Literal["auto", "float32", "bfloat16"]
 OnNonfinite = Literal["skip", "stop"]
@@ -75,11 +78,21 @@ class Optimizer(Section):
 
     name: Literal["adam", "adamw"] = "adamw"
     lr: PositiveFloat = 1e-4
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     clip_norm: PositiveFloat | None = None
+
+    def check_warmup(self, steps: int) -> None:
+        """Refuse a warm-up in which all steps of a training would pass: `lr` would never be reached.
+
+        Raises:
+            UserError: with the rule and both numbers; the caller knows the section.
+        """
+        if self.warmup_steps >= steps:
+            rule = f"must be below the {steps} steps of this training"
+            raise UserError(f"optimizer.warmup_steps: {rule}, got {self.warmup_steps}")
 
 
 class Stage(Section):

@@ -89,6 +89,9 @@ class Finetune(Stage):
                 f"precision: on a CPU bfloat16 needs patches more than {VIT_PATCH} voxels deep, as gradients are wrong "
                 f"otherwise (oneDNN); got patch_size {list(self.patch_size)}"
             )
+        self.optimizer.check_warmup(self.steps)
+        if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
+            raise ValueError(f"gpus_per_trial must be a share of one GPU or a whole number, got {self.gpus_per_trial}")
         unknown = sorted(set(self.split_sizes) - set(self.cohort.splits))
         if unknown:
             raise ValueError(f"grid.splits: {unknown} are not in cohort.splits, which has {sorted(self.cohort.splits)}")

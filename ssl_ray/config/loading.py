@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
-from ssl_ray.text import shown
+from ssl_ray.text import shown, without_password
 
 
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
@@ -34,19 +34,27 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
 
 
 def dump(experiment: BaseModel) -> str:
-    """The experiment as YAML, every default written out; `parse` of it gives the same study."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False)
+    """The experiment as YAML, every default written out; `parse` of it gives the same study, but for passwords."""
+    return yaml.safe_dump(_without_passwords(experiment.model_dump(mode="json")), sort_keys=False)
+
+
+def _without_passwords(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _without_passwords(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_without_passwords(value) for value in tree]
+    return without_password(tree) if isinstance(tree, str) else tree
 
 
 def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys and values as MLflow parameters, e.g. `{"pretrain.optimizer.lr": "0.0001"}`."""
+    """Dotted keys and values as MLflow parameters, e.g. `{"pretrain.optimizer.lr": "0.0001"}`; without passwords."""
     tree = section.model_dump(mode="json") if isinstance(section, BaseModel) else section
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = str(value)
+            flat[f"{prefix}{key}"] = without_password(str(value))
     return flat
 
 
@@ -67,6 +75,10 @@ class _UniqueKeys(yaml.SafeLoader):
 def _read_yaml(text: str, place: str) -> Any:
     try:
         return yaml.load(text, _UniqueKeys)
+    except yaml.MarkedYAMLError as error:  # whose text quotes a piece of the file, from which a password may look out
+        at, rule = error.problem_mark, " ".join(filter(None, (error.context, error.problem)))
+        line = f" in line {at.line + 1}, column {at.column + 1}" if at else ""
+        raise UserError(f"{place}: {shown(' '.join(rule.split()))}{line}") from error
     except Exception as error:  # PyYAML's own, and what Python says of 2024-13-45, !!int '' or !!bool perhaps
         raise UserError(f"{place}: {shown(' '.join(str(error).split()))}") from error
 
@@ -86,6 +98,13 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: no such section, or no such place in a list (they count from 0)") from error
 
 
+class _Short(reprlib.Repr):
+    """A value of any size in a few words, its strings without passwords before they are cut."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(without_password(x), level)
+
+
 _NO_KEY = re.compile(r"str|constrained-int|tuple\[.*\]|\[key\]")
 """Parts of a pydantic error's location that name a type of ours instead of a key."""
 
@@ -102,7 +121,7 @@ def _explain(name: str, mistake: Any) -> str:
     elif mistake["type"] == "missing":
         rule = "this key is required"
     elif mistake["type"] != "value_error":
-        rule = f"{rule[0].lower()}{rule[1:]}, got {shown(reprlib.repr(mistake['input']), 80)}"
+        rule = f"{rule[0].lower()}{rule[1:]}, got {shown(_Short().repr(mistake['input']), 80)}"
     return shown(f"{place}: {rule}", 1000)
 
 

@@ -86,6 +86,11 @@ class Pretrain(Stage):
                 f"workers that divides batch_size, and no microbatch; got workers {self.workers}, batch_size "
                 f"{self.batch_size}, microbatch {self.microbatch}"
             )
+        if self.contrastive.enabled and self.batch_size == most:
+            raise ValueError(
+                "contrastive.enabled: negatives are the other patches of a worker, so it needs two a worker; the loss "
+                f"would always be 0 with batch_size {self.batch_size} and workers {self.workers}"
+            )
         sizes = self.corruption
         box = max(sizes.inpaint_size[1], sizes.outpaint_size[1], sizes.shuffle_size)
         if box > min(self.patch_size):

@@ -6,7 +6,7 @@ follow in `ssl_ray.data`. This module only describes; `ssl_ray.config.loading` g
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from ssl_ray.config.common import VIT_LAYERS, VIT_PATCH, Network, Optimizer, Preparation, Section, Seed
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
@@ -30,9 +30,9 @@ class PhantomCohort(Section):
 
 
 class Tracking(Section):
-    """Where MLflow keeps the runs; without a URI, in SQLite under the output folder."""
+    """Where MLflow keeps the runs; without a URI, at MLFLOW_TRACKING_URI, or else in SQLite under the output folder."""
 
-    uri: str | None = None
+    uri: str | None = Field(None, repr=False)
     experiment: str | None = Field(None, description="MLflow experiment; the study's name if left out")
 
 
@@ -40,15 +40,15 @@ class LocalCluster(Section):
     """The Ray cluster that is started where none is running; ignored on an existing one."""
 
     cpus: PositiveInt | None = None
-    object_store_gigabytes: PositiveFloat = 1.0
+    object_store_gigabytes: float = Field(1.0, ge=0.075, description="Ray takes no less than 75 MiB")
 
 
 class Study(Section):
     """One experiment file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output: str = "output"
-    cache: str | None = Field(None, description="store of prepared volumes; <output>/cache if left out")
+    output: str = Field("output", repr=False)
+    cache: str | None = Field(None, repr=False, description="store of prepared volumes; <output>/cache if left out")
     scratch: str | None = Field(None, description="on each machine's own disk, for an output or cache that is remote")
     seed: Seed = 0
     on_bad_volume: Literal["fail", "skip"] = "fail"
@@ -58,14 +58,6 @@ class Study(Section):
     finetune: Finetune
     tracking: Tracking = Tracking()
     cluster: LocalCluster = LocalCluster()
-
-    @model_validator(mode="after")
-    def _has_a_place_for_mlflow(self) -> "Study":
-        if "://" in self.output and not self.tracking.uri:
-            raise ValueError(
-                "output: in an object store there is no place for MLflow's database, so tracking.uri must name a server"
-            )
-        return self
 
     @property
     def pretrains(self) -> bool:

@@ -19,7 +19,7 @@ import os
 import shutil
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,11 @@ VOLUME_JSON = TypeAdapter(Volume)
 class Store:
     """The store at one place, shared by all ranks, trials and reruns.
 
-    `place` is a folder that all machines share, or a URI of `ssl_ray.storage.places`. For a URI, the mirror lies under
+    `place` is a folder that all machines share, or a URI (`storage/object_store.py`). For a URI, the mirror lies under
     the folder `scratch` on this machine's disk, which needs room for every volume that is read on the machine.
     """
 
-    place: str | Path
+    place: str | Path = field(repr=False)  # it may hold a password
     scratch: str | Path | None = None
 
     @cached_property

@@ -33,6 +33,7 @@ class Transfer:
     missing: idle parameters that the checkpoint does not have; they keep their values, which no loss reaches.
     unexpected: idle parameters that only the checkpoint has. The autoencoder's decoder is not counted.
     share: share of the ViT's numbers that came from the checkpoint; only missing parameters keep it below 1.
+    prefix: what the encoder's keys began with in the checkpoint, e.g. `vit.` in a UNETR's; mostly nothing.
     """
 
     loaded: int
@@ -40,6 +41,7 @@ class Transfer:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     share: float
+    prefix: str
 
 
 def transfer(
@@ -49,16 +51,19 @@ def transfer(
 
     Every parameter that the tokens depend on must be there, in the shape that it has here. The one exception are
     position embeddings of another grid of tokens: they are interpolated trilinearly (as MAE and timm do in 2D).
-    State dicts of MONAI 0.8 to 1.6 have the same names and meaning, but for idle parameters, which may differ.
+    State dicts of MONAI 0.8 to 1.6 have the same names and meaning, but for idle parameters, which may differ. The ViT
+    may be a part of a larger network, all its keys with one prefix, such as `model.`; the other parts are left out.
     Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
 
     Raises:
         UserError: naming the source, for NaN or infinite weights, encoder keys that are missing, unexpected or of
-            another shape, another number of heads, or a grid of tokens that cannot be told.
+            another shape, several encoders, another number of heads, or a grid of tokens that cannot be told.
     """
     metadata = metadata or {}
     wanted: dict[str, Tensor] = unetr.vit.state_dict()
-    encoder = {key: value for key, value in weights.items() if not key.startswith(_DECODER)}
+    prefix = _prefix(weights, source)
+    inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    encoder = {key: value for key, value in inside.items() if not key.startswith(_DECODER)}
     diverged = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if diverged:
         raise UserError(f"{source}: {_first(diverged)}: NaN or infinite weights; the pretraining has diverged")
@@ -97,7 +102,17 @@ def transfer(
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         share=sum(wanted[key].numel() for key in values) / sum(value.numel() for value in wanted.values()),
+        prefix=prefix,
     )
+
+
+def _prefix(weights: Mapping[str, Tensor], source: str) -> str:
+    """What the keys of the ViT begin with: its position embeddings, under a name of their own, show it."""
+    found = [key.removesuffix(_POSITIONS) for key in weights if f".{key}".endswith(f".{_POSITIONS}")]
+    if len(found) > 1:
+        names = _first([repr(one) for one in found])
+        raise UserError(f"{source}: holds {len(found)} encoders, under {names}: save the one to start from")
+    return found[0] if found else ""
 
 
 def _fits(key: str, value: Tensor, wanted: Tensor) -> bool:

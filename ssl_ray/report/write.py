@@ -11,7 +11,7 @@ from ssl_ray.report.figures import draw_figures
 from ssl_ray.report.page import TEMPLATES, literal, to_html
 from ssl_ray.report.results import read_results
 from ssl_ray.report.tables import cell_table, honest_table, organ_table, published_table, running_table
-from ssl_ray.tracking.client import without_password
+from ssl_ray.text import without_password
 from ssl_ray.tracking.tracker import Tracker
 
 

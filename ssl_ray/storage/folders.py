@@ -1,12 +1,12 @@
 """Where a study keeps what it writes, out of the places that its experiment names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ssl_ray.errors import UserError
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.storage.places import Place
+from ssl_ray.storage.object_store import Place
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Folders:
 
     name: str
     output: Mirror
-    cache: Path | str
+    cache: Path | str = field(repr=False)  # it may hold a password
     scratch: str | None = None
 
     @classmethod
@@ -29,7 +29,7 @@ class Folders:
         for key, text in {"output": output, "cache": cache or output}.items():
             try:
                 Place.parse(text)
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"{key}: {error}") from error
         place = Place.parse(cache) if cache else Place.parse(output) / "cache"
         return cls(name, Mirror.of(output, scratch), place.local or place.uri, scratch)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_ray.storage.places import Place, default_scratch
+from ssl_ray.storage.object_store import Place, default_scratch
 
 
 @dataclass(frozen=True)

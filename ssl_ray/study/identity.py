@@ -79,11 +79,15 @@ def only_one(folders: Folders) -> Iterator[None]:
     """Keep a second process on this machine, or on this shared disk, off the study.
 
     Raises:
-        UserError: when another process is working on it, with its host and number.
+        UserError: when another process is working on it, with its host and number, or nothing can be written there.
     """
     path = folders.study.parent / f".{folders.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+")
+    except OSError as error:
+        raise UserError(f"output: {error.filename}: {error.strerror}") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system even if the process is killed
         except BlockingIOError as error:

@@ -1,16 +1,17 @@
 """What the rooms below get of a study: its folders, its MLflow experiment, the parameters of its runs."""
 
-from ssl_ray.config.loading import dump, flatten
+from ssl_ray.config.loading import flatten
 from ssl_ray.config.schema import Study
 from ssl_ray.pretrain.job import Recipe
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.client import without_password
-from ssl_ray.tracking.tracker import Tracker
+from ssl_ray.tracking.tracker import Tracker, tracking_uri
 
 
 def folders_of(study: Study) -> Folders:
-    """Where the study keeps what it writes."""
-    return Folders.of(study.name, study.output, study.cache, study.scratch)
+    """Where the study keeps what it writes; a UserError where it cannot be kept there, MLflow's runs included."""
+    folders = Folders.of(study.name, study.output, study.cache, study.scratch)
+    tracking_uri(study.tracking, folders)
+    return folders
 
 
 def tracker_of(study: Study, create: bool = True) -> Tracker:
@@ -21,11 +22,6 @@ def tracker_of(study: Study, create: bool = True) -> Tracker:
 def recipe_of(study: Study) -> Recipe:
     """What the study's pretrained weights depend on, beside the volumes."""
     return Recipe(study.pretrain, study.network, study.seed)
-
-
-def experiment_yaml(study: Study) -> str:
-    """The resolved experiment, as runs keep it: without the passwords that a URI may have."""
-    return without_password(dump(study))
 
 
 def run_params(study: Study, section: str) -> dict[str, str]:

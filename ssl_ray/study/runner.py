@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from ssl_ray.cluster.connect import connect
+from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.errors import UserError
@@ -12,12 +13,12 @@ from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
 from ssl_ray.search.grid import GridResult, check_transfer, finetune
 from ssl_ray.storage.folders import Folders
-from ssl_ray.storage.places import is_uri
+from ssl_ray.storage.object_store import is_uri
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
 from ssl_ray.study.experiment import Step
-from ssl_ray.study.parts import experiment_yaml, folders_of, recipe_of, run_params, tracker_of
-from ssl_ray.tracking.client import without_password
+from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
+from ssl_ray.text import without_password
 from ssl_ray.tracking.tracker import Tracker
 
 
@@ -35,8 +36,10 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     if last == "pretrain" and not needs_weights:
         raise UserError("finetune.grid.init: this study trains only from random weights")
     cohorts = read_cohorts(study)
-    if study.finetune.weights:
-        check_transfer(study.finetune, study.network, Path(study.finetune.weights))
+    if given := study.finetune.weights:
+        prefix = check_transfer(study.finetune, study.network, Path(given))["prefix"]
+        if prefix:
+            say(f"{given}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
     connect(study.cluster)
     prepared = prepare_cohorts(study, folders, cohorts, verify)
     if last == "prepare":
@@ -91,7 +94,7 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
         raise UserError("pretrain.sources: no usable volume is left for training or validation")
     identity.record(study, folders, "pretrain")
     recipe, params = recipe_of(study), run_params(study, "pretrain")
-    done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, params, experiment_yaml(study))
+    done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, params, dump(study))
     say(f"pretraining {'is done' if done.fresh else 'was done already'}: {done.weights}")
     return done
 
@@ -110,7 +113,7 @@ def _run_grid(
         folders,
         tracker,
         run_params(study, "finetune"),
-        experiment_yaml(study),
+        dump(study),
     )
     say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
     for name in done.failed:

@@ -6,8 +6,9 @@ Other modules of this package take MLflow's names from here, so that the setting
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import CRITICAL, getLogger
+from pathlib import Path
 from threading import Lock
 from typing import TypeAlias
 
@@ -24,8 +25,10 @@ from mlflow.entities import RunTag as RunTag
 from mlflow.exceptions import MlflowException as MlflowException
 from mlflow.tracking import MlflowClient
 from requests.exceptions import HTTPError
+from sqlalchemy import make_url
 
 from ssl_ray.errors import UserError
+from ssl_ray.text import without_password
 
 # The one private name of MLflow here. This logger tells of every table that MLflow creates, and shows a traceback
 # whenever a database does not answer. If MLflow renames it, these lines appear in the terminal; nothing else changes.
@@ -47,6 +50,13 @@ class Refused(Exception):  # noqa: N818
 class Client(MlflowClient):
     """MLflow's client, and two questions more."""
 
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        if uri.startswith("sqlite:") and "%" in uri:
+            # MLflow makes the folder of the URI as it is written, percent signs included, beside the one that is meant.
+            with suppress(OSError):  # not empty: it is the one that is meant
+                os.removedirs(Path(uri.removeprefix("sqlite:///")).parent)
+
     def find(self, experiment_id: str | None, **tags: str) -> list[MlflowRun]:
         """Runs whose tags (`kind`, `key`, `parent`) match, newest first."""
         names = {"kind": KIND, "key": KEY, "parent": PARENT}
@@ -58,6 +68,14 @@ class Client(MlflowClient):
         """Steps of every metric of a run."""
         metrics = self.get_run(run_id).data.metrics
         return {metric: [point.step for point in self.get_metric_history(run_id, metric)] for metric in metrics}
+
+
+def database_uri(path: Path) -> str:
+    """The URI of an SQLite file; a UserError where this version of SQLAlchemy, which MLflow uses, has none for it."""
+    for text in (str(path), str(path).replace("%", "%25").replace("?", "%3F")):
+        if make_url(uri := f"sqlite:///{text}").database == str(path):
+            return uri
+    raise UserError(f"output: MLflow's database cannot lie at {path}: no ? and no %xx, or a server in tracking.uri")
 
 
 @contextmanager
@@ -89,8 +107,3 @@ def why(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     known = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(too many \d+ error responses)|(Read timed out)", text)
     return without_password(known[known.lastindex or 0] if known else text)[:200]
-
-
-def without_password(text: str) -> str:
-    """A text whose URLs have no user name and password any more."""
-    return re.sub(r"://[^/@\s]+@", "://", text)

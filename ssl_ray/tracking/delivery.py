@@ -13,6 +13,7 @@ from threading import Condition, Thread
 from typing import TypeVar
 
 from ssl_ray.console import say
+from ssl_ray.text import without_password
 from ssl_ray.tracking.client import (
     KEY,
     KIND,
@@ -24,7 +25,6 @@ from ssl_ray.tracking.client import (
     RunTag,
     is_refusal,
     why,
-    without_password,
 )
 from ssl_ray.tracking.run import FILE_TRIES, REFERENCE, Record, Run
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from ssl_ray.console import say
 from ssl_ray.storage.files import appearing
+from ssl_ray.text import without_password
 
 Record = dict[str, Any]
 REFERENCE = "ssl-ray:"
@@ -102,16 +103,16 @@ class Run:
             self.append({"do": "metrics", "at": now(), "step": step, "values": new})
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags; a value that is another run's `id` becomes MLflow's id of that run."""
-        self.append({"do": "tags", "values": dict(values)})
+        """Set tags, without passwords; a value that is another run's `id` becomes MLflow's id of that run."""
+        self.append({"do": "tags", "values": {key: without_password(value) for key, value in values.items()}})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file as it is now."""
         self.append({"do": "file", "folder": folder, "name": path.name}, path)
 
     def text(self, text: str, name: str) -> None:
-        """Log a text file."""
-        self.append({"do": "file", "folder": None, "name": name}, text)
+        """Log a text file, without passwords."""
+        self.append({"do": "file", "folder": None, "name": name}, without_password(text))
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run. `Tracker.settle` tells what MLflow has not got."""

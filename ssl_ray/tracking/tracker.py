@@ -6,6 +6,8 @@ to MLflow: neither a slow server nor one that is away slows or stops a training.
 """
 
 import hashlib
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,13 +20,16 @@ from ssl_ray.config.schema import Tracking
 from ssl_ray.console import say
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
+from ssl_ray.text import without_password
 from ssl_ray.tracking.client import KEY as KEY
-from ssl_ray.tracking.client import PARENT, Away, Client, MlflowException, MlflowRun, timeout, why
+from ssl_ray.tracking.client import PARENT, Away, Client, MlflowException, MlflowRun, database_uri, timeout, why
 from ssl_ray.tracking.delivery import Delivery
 from ssl_ray.tracking.run import REFERENCE, Record, now
 from ssl_ray.tracking.run import Run as Run
 
 T = TypeVar("T")
+_URI = "MLFLOW_TRACKING_URI"
+"""Environment variable of MLflow's own; a study that names a server does not read it."""
 PRETRAINING_RUN = "ssl_ray.pretraining_run"
 """Tag of a trial that started from pretrained weights: the id of the run that made them."""
 
@@ -42,7 +47,7 @@ class Tracker:
 
     def __init__(self, settings: Tracking, folders: Folders, create: bool = True, longest_pause: float = 30.0) -> None:
         """Args:
-        settings: tracking URI and experiment; the study's own database and name where they are left out.
+        settings: tracking URI and experiment; see `tracking_uri` and the study's name where they are left out.
         folders: of the study; the journals lie in `<study>/journal`.
         create: make the experiment where it does not exist yet, and deliver what this process and those before it have
             logged, which only one process may; if not, MLflow has to answer.
@@ -52,14 +57,19 @@ class Tracker:
             UserError: when the experiment does not exist and is not to be made, or when MLflow does not answer, unless
                 it did so before and the journal therefore knows that the address is right.
         """
-        self.uri = settings.uri or f"sqlite:///{folders.output.folder / 'mlflow.db'}"
+        self.uri = tracking_uri(settings, folders)
         self.experiment, self._create = settings.experiment or folders.name, create
         self._opened: set[str] = set()
-        self._artifacts = folders.output.folder / "artifacts" / self.experiment
+        # As a name: `/Shared/ct` or `..` must not lead out of the folder.
+        self._artifacts = folders.output.folder / "artifacts" / quote(self.experiment, safe=" ").lstrip(".")
         # Another server, experiment or format begins another journal: run ids of one mean nothing to the other.
-        name = hashlib.sha256(f"format 3 {self.uri} {self.experiment}".encode()).hexdigest()[:12]
+        name = hashlib.sha256(f"format 3 {without_password(self.uri)} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
         self._delivery = delivery = Delivery(self.uri, home, self._find, longest_pause)
+        if not settings.uri and os.environ.get(_URI):
+            delivery.place += f" (out of {_URI}, as tracking.uri is not set)"
+            if create:
+                say(f"MLflow: {delivery.place}")
         try:
             folders.output.folder.mkdir(parents=True, exist_ok=True)
             with timeout(5):  # a wrong address is to be found out within seconds
@@ -83,7 +93,7 @@ class Tracker:
             raise MissingExperiment(f"{where} does not exist; run the study first")
         if found is None:
             # A local store would put artifacts under the current directory; a server decides for itself.
-            artifacts = None if self.uri.startswith("http") else self._artifacts.as_uri()
+            artifacts = None if self.uri.startswith(("http", "databricks")) else self._artifacts.as_uri()
             return str(client.create_experiment(self.experiment, artifacts))
         if found.lifecycle_stage == "deleted":
             raise UserError(f"{where} is deleted; restore it, or name another one in tracking.experiment")
@@ -117,14 +127,15 @@ class Tracker:
         return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
 
     def files(self, run_id: str, folder: str | None = None) -> list[str]:
-        """Paths of a run's artifacts in one folder, sorted by name; a run that MLflow has not made yet has none."""
+        """Paths of a run's artifacts in one folder, numbers in order; a run that MLflow has not made yet has none."""
 
         def artifacts(client: Client) -> list[Any]:
             real = self._real(run_id)
             return [] if real.startswith(REFERENCE) else client.list_artifacts(real, folder)
 
         items: list[Any] = self._ask(artifacts, [])
-        return sorted(item.path for item in items if not item.is_dir)
+        paths = [item.path for item in items if not item.is_dir]
+        return sorted(paths, key=lambda path: re.sub(r"\d+", lambda number: number[0].zfill(12), path))
 
     def read(self, run_id: str, path: str) -> bytes | None:
         """Content of an artifact, or None where the run has none of that path."""
@@ -199,6 +210,21 @@ class Tracker:
             if self._create:
                 return nothing
             raise
+
+
+def tracking_uri(settings: Tracking, folders: Folders) -> str:
+    """Where MLflow keeps the runs: `tracking.uri`, or else MLFLOW_TRACKING_URI, or else SQLite in the output folder.
+
+    Raises:
+        UserError: where it would be SQLite, and the output folder cannot hold it.
+    """
+    if uri := settings.uri or os.environ.get(_URI):
+        return uri
+    if folders.output.origin:
+        raise UserError(
+            "output: in an object store there is no place for MLflow's database, so tracking.uri must name a server"
+        )
+    return database_uri(folders.output.folder / "mlflow.db")
 
 
 def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:

@@ -63,7 +63,7 @@ def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: M
     save_state(path, state)
     mirror.push(path)
     names = {old.name for old in folder.iterdir()} | mirror.names(folder)
-    until = sorted(name for name in names if name <= path.name and not name.startswith("."))
+    until = sorted((name for name in names if name.isdecimal() and int(name) <= state["step"]), key=int)
     whole = [name for name in until if mirror.has(folder / name / MANIFEST)]
     for name in set(until) - set(whole[-keep:]):
         mirror.drop(folder / name)
@@ -73,7 +73,7 @@ def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: M
 def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:
     """The newest checkpoint of `save_latest` that is whole and, where a key is given, has that key; or None."""
     mirror = mirror or Mirror(folder)
-    for name in sorted((name for name in mirror.names(folder) if not name.startswith(".")), reverse=True):
+    for name in sorted(filter(str.isdecimal, mirror.names(folder)), key=int, reverse=True):
         path = folder / name
         mirror.pull(path)
         try:

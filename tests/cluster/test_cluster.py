@@ -31,6 +31,8 @@ SMALL = [
     "finetune.cohort.splits={2: labelled_2.json}",
     "finetune.steps=4",
     "finetune.validate_every=4",
+    "finetune.optimizer.warmup_steps=0",
+    "pretrain.optimizer.warmup_steps=0",
     "pretrain.epochs=4",
 ]
 

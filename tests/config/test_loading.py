@@ -172,6 +172,10 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("pretrain.optimizer.lr", 0, "pretrain.optimizer.lr: input should be greater than 0, got 0"),
         ("pretrain.optimizer.weight_decay", math.inf, "weight_decay: input should be a finite number, got inf"),
         ("pretrain.epochs", 1.5, "pretrain.epochs: input should be a valid integer"),
+        ("pretrain.optimizer.betas", [1, 1], "pretrain.optimizer.betas.0: input should be less than 1, got 1"),
+        ("finetune.optimizer.warmup_steps", 30_000, "optimizer.warmup_steps: must be below the 30000 steps of this"),
+        ("finetune.gpus_per_trial", 1.5, "gpus_per_trial must be a share of one GPU or a whole number, got 1.5"),
+        ("cluster.object_store_gigabytes", 0.05, "gigabytes: input should be greater than or equal to 0.075, got 0.05"),
         ("finetune.cohort.splits", {6: ["a"]}, "splits.6 lists ids: name the list that they come from in 'datalist'"),
         ("finetune.cohort.splits", {}, "finetune.cohort.splits: at least one value, and none twice, got []"),
         ("finetune.cohort.splits", {"six": "a"}, "finetune.cohort.splits.six: input should be a valid integer"),
@@ -193,6 +197,14 @@ def test_a_broken_rule_is_named_with_place_and_value(file: Path, key: str, value
     message = refusal(change(file, key, value))
     assert rule in message
     assert message.startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(("patches", "workers"), [(1, 1), (2, 2)])
+def test_a_contrastive_loss_without_negatives_is_refused(file: Path, patches: int, workers: int) -> None:
+    """One patch a worker has nothing to be told from: the loss would be 0 at every step."""
+    change(change(file, "pretrain.batch_size", patches), "pretrain.workers", workers)
+    assert "would always be 0" in refusal(file, "pretrain.contrastive.enabled=true")
+    assert load(file, ["pretrain.contrastive.enabled=true", f"pretrain.batch_size={2 * workers}"])
 
 
 def test_a_wrong_item_is_not_also_reported_as_an_empty_list(file: Path) -> None:

@@ -35,7 +35,7 @@ from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store, Volume, foreground_index
 from ssl_ray.storage.files import remove_stale
-from ssl_ray.storage.places import Place
+from ssl_ray.storage.object_store import Place
 
 
 @pytest.mark.parametrize("target", ["Path.mkdir", "array", "Path.rename", "os.fsync"])

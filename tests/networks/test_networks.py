@@ -137,6 +137,24 @@ def test_transferred_vit_gives_the_autoencoders_tokens(patch_size: tuple[int, in
     assert report.interpolated == report.missing == report.unexpected == ()
 
 
+@pytest.mark.parametrize("prefix", ["model.", "module.", "vit.", "encoder.", "net.student.backbone."])
+def test_an_encoder_under_a_prefix_is_the_same_encoder(prefix: str) -> None:
+    """What a trainer or a larger network puts before the names changes nothing; its other parts are left out."""
+    state, plain, found = trained().state_dict(), build_unetr(TINY, CUBE, 3), build_unetr(TINY, CUBE, 3)
+    inside = {f"{prefix}{key}": value for key, value in state.items()}
+    transfer(state, plain, "weights")
+    report = transfer(inside | {"head.weight": torch.ones(2), f"{prefix}conv3d_transpose.x": torch.ones(1)}, found, "w")
+    assert (report.prefix, report.unexpected, report.share) == (prefix, (), 1)
+    assert all(torch.equal(value, found.vit.state_dict()[key]) for key, value in plain.vit.state_dict().items())
+
+
+def test_a_unetr_is_a_source_of_its_encoder() -> None:
+    """The decoder of a segmentation network stays behind."""
+    source, target = build_unetr(TINY, CUBE, 3), build_unetr(TINY, CUBE, 5)
+    assert transfer(source.state_dict(), target, "unetr.safetensors").prefix == "vit."
+    assert all(torch.equal(value, target.vit.state_dict()[key]) for key, value in source.vit.state_dict().items())
+
+
 def as_written_by(version: str, state: State) -> State:
     """The state dict under the names that ViTAutoEnc of an older MONAI gave it (compared with the releases)."""
     old = {key: value for key, value in state.items() if "norm_cross_attn" not in key}
@@ -177,7 +195,10 @@ def rename(state: State, old: str, new: str) -> State:
         (lambda s: s | {"blocks.0.attn.qkv.bias": torch.zeros(144)}, "unexpected: blocks.0.attn.qkv.bias"),
         (lambda s: s | rename(s, "blocks.", "blocks.1"), "unexpected: blocks.12."),
         (lambda s: rename(s, "blocks.", "encoder.blocks."), "and 153 more"),
-        (lambda s: {f"swin.{k}": v for k, v in s.items()}, "missing: "),
+        (lambda s: {k.replace("norm", "swin"): v for k, v in s.items()}, "missing: "),
+        (lambda s: s | {f"teacher.{k}": v for k, v in s.items()}, "holds 2 encoders, under '', 'teacher.'"),
+        (lambda s: {f"vit.{k}": v for k, v in s.items() if k != "norm.bias"}, "missing: norm.bias"),
+        (lambda s: {f"vit.{k}": v for k, v in s.items()} | {"vit.x.y": torch.ones(1)}, "unexpected: x.y"),
         (lambda s: rename(s, "patch_embeddings.", "patch_embeddings.1."), "patch_embeddings.1.weight"),
         (lambda s: s | {"norm.bias": torch.full((48,), torch.nan)}, "norm.bias: NaN or infinite"),
         (lambda s: s | {"conv3d_transpose.bias": torch.full((16,), -torch.inf)}, "NaN or infinite"),

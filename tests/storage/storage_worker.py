@@ -8,7 +8,7 @@ import numpy as np
 from ssl_ray.data.canonical import CanonicalVolume
 from ssl_ray.data.patch import open_array
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.storage.places import Place
+from ssl_ray.storage.object_store import Place
 
 
 def put_and_die(store: Store, volume: Volume, prepared: CanonicalVolume, survive: int) -> None:

@@ -22,10 +22,10 @@ from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.storage import places as storage
+from ssl_ray.storage import object_store as storage
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.storage.places import Place
+from ssl_ray.storage.object_store import Place
 
 NAMES = ("image", "label", "foreground")
 
@@ -184,6 +184,7 @@ def test_local_copies_of_two_stores_lie_apart(tmp_path: Path) -> None:
     [
         ("ftp://host/folder", "ftp://host/folder: must be a local path or s3://bucket/prefix"),
         ("s3:///prefix", "s3:///prefix: must be"),
+        ("s3://key:sec/ret@bucket/prefix", "s3://: a slash in user or password must be percent-encoded"),
         (
             "s3://bucket/prefix?regoin=x",
             "s3://bucket/prefix regoin: must be a local path or s3://bucket",
@@ -209,7 +210,7 @@ def test_credentials_that_cannot_be_read_are_not_told(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("output", "cache", "key"),
-    [("gs://b/x", None, "output"), ("out", "gs://b/x", "cache"), ("s3://[x", None, "output")],
+    [("gs://b/x", None, "output"), ("out", "gs://b/x", "cache"), ("s3://me:hunter@[x", None, "output")],
 )
 def test_a_place_that_is_none_of_ours_is_named_with_its_key(output: str, cache: str | None, key: str) -> None:
     """The message begins with the key of the experiment."""

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from outside import Said
 from ssl_ray.config.schema import Tracking
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker, rename_experiment
+from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker, rename_experiment, tracking_uri
 
 Track = Callable[..., Tracker]
 
@@ -43,6 +44,68 @@ def test_everything_arrives_in_order(track: Track, tmp_path: Path) -> None:
     assert tracker.files(run.id, "folder") == ["folder/file.txt"]
     assert tracker.read(run.id, "folder/file.txt") == b"content"
     assert tracker.read(run.id, "words.txt") == b"words"
+
+
+@pytest.mark.parametrize("name", ["a?b%41c#d é&x=1;y", "50%", "a b", "%2e"])
+def test_everything_lands_inside_whatever_the_folder_is_called(name: str, database: Path, tmp_path: Path) -> None:
+    """Database and artifacts lie in the output folder, and nothing beside it."""
+    output = tmp_path / "home" / name
+    output.mkdir(parents=True)
+    shutil.copyfile(database, output / "mlflow.db")
+    tracker = Tracker(Tracking(experiment="/Shared/../ct"), Folders.of("study", str(output)))
+    run = tracker.open("pretraining", "key", "name", {})
+    for step in (10**7 - 1, 10**7):
+        run.text("words", f"step_{step:07d}.txt")
+    run.close()
+    assert tracker.settle() == 0
+    assert tracker.files(run.id) == ["step_9999999.txt", "step_10000000.txt"], "in the order of steps"
+    assert tracker.read(run.id, "step_10000000.txt") == b"words"
+    tracker.stop()
+    again = Tracker(Tracking(experiment="/Shared/../ct"), Folders.of("study", str(output)), create=False)
+    assert again.finished("pretraining", "key") == run.id
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [name]
+    assert {path.name for path in output.iterdir()} == {"mlflow.db", "artifacts", "study"}
+    assert len(list(output.glob("artifacts/*/*/artifacts/*.txt"))) == 2
+
+
+def test_a_folder_that_no_uri_can_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Older versions of SQLAlchemy read a URI's path as it is written."""
+    monkeypatch.setattr(
+        "ssl_ray.tracking.client.make_url", lambda uri: SimpleNamespace(database=uri.split("?")[0][10:])
+    )
+    assert tracking_uri(Tracking(), Folders.of("x", str(tmp_path / "%41"))) == f"sqlite:///{tmp_path}/%41/mlflow.db"
+    with pytest.raises(UserError, match=r"output: MLflow's database cannot lie at .*a\?b.*tracking\.uri"):
+        tracking_uri(Tracking(), Folders.of("x", str(tmp_path / "a?b")))
+
+
+def test_the_servers_variable_counts_where_the_study_names_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: Said, database: Path
+) -> None:
+    """MLFLOW_TRACKING_URI is taken, said and blamed; `tracking.uri` goes before it."""
+    folders, remote = Folders.of("x", str(tmp_path / "output")), Folders.of("x", "s3://bucket/x", None, str(tmp_path))
+    own = f"sqlite:///{shutil.copyfile(database, tmp_path / 'own.db')}"
+    with pytest.raises(UserError, match=r"output: .*tracking\.uri must name a server"):
+        tracking_uri(Tracking(), remote)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
+    assert tracking_uri(Tracking(), remote) == tracking_uri(Tracking(uri=""), folders) == own
+    Tracker(Tracking(), folders).stop()
+    assert said.count(f"MLflow: {own} (out of MLFLOW_TRACKING_URI, as tracking.uri is not set)") == 1
+    Tracker(Tracking(uri=own), folders).stop()
+    assert said.count("MLFLOW_TRACKING_URI") == 1
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter@127.0.0.1:9")
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 \(out of MLFLOW_TRACKING_URI.* not answer"):
+        Tracker(Tracking(), Folders.of("y", str(tmp_path / "output")))
+
+
+@pytest.mark.filterwarnings("ignore:.*sqlite.*")
+def test_no_secret_is_in_the_journal_nor_in_its_name(track: Track, database: Path, folders: Folders) -> None:
+    """Passwords change, and what was not delivered yet must be found again; none is written down."""
+    for password in ("hunter", "hunter2"):
+        run = track(f"sqlite:///{database}?password={password}").open("trial", "k", "k", {})
+        run.tags({"failure": "no s3://me:hunter@bucket"})
+        run.text("http://me:hunter@host", "x.txt")
+    (home,) = (folders.study / "journal").iterdir()
+    assert all(path.is_dir() or b"hunter" not in path.read_bytes() for path in home.rglob("*"))
 
 
 def test_a_run_is_found_again_by_its_key(track: Track) -> None:

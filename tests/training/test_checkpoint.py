@@ -67,6 +67,17 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path: Path) -> None:
     assert (load_latest(tmp_path) or {})["step"] == 2
 
 
+def test_a_step_of_nine_digits_is_newer_than_one_of_eight(tmp_path: Path) -> None:
+    """Checkpoints are in the order of their steps, not of their names; what is not a step is left alone."""
+    (tmp_path / "notes").mkdir()
+    steps = (99_999_990, 99_999_999, 100_000_000, 100_000_010)
+    for number, step in enumerate(steps):
+        save_latest(tmp_path, {"step": step})
+        assert (load_latest(tmp_path) or {})["step"] == step
+        kept = {int(path.name) for path in tmp_path.iterdir() if path.name != "notes"}
+        assert kept == set(steps[max(0, number - 1) : number + 1])
+
+
 def test_digests_tell_values_apart_and_not_their_order() -> None:
     """Equal settings have equal digests, whatever order their keys came in."""
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})

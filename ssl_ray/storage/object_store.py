@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,7 +41,7 @@ def default_scratch() -> Path:
     with _naming(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.stat().st_uid != os.getuid():
-            raise PermissionError("belongs to another user; name another folder in `scratch`")
+            raise UserError(f"{folder}: belongs to another user; name another folder in `scratch`")
     return folder
 
 
@@ -56,14 +56,19 @@ class Place:
     """
 
     path: str
-    store: str = ""
+    store: str = field(default="", repr=False)  # it may hold a password
 
     @classmethod
     def parse(cls, text: str | Path) -> "Place":
         """A place from a path or URI; relative paths become absolute, and a URI that is none of ours is refused."""
         if not is_uri(text):
             return cls(str(Path(text).absolute()))
-        parts = urlsplit(str(text))
+        try:
+            parts = urlsplit(str(text))
+        except ValueError:  # whose text has the part with the password
+            raise UserError("not a valid URI: user and password must be percent-encoded") from None
+        if ":" in parts.netloc and "@" in parts.path:
+            raise UserError(f"{parts.scheme}://: a slash in user or password must be percent-encoded, as %2F")
         place = cls(str(PurePosixPath((parts.hostname or "") + unquote(parts.path))), parts._replace(path="").geturl())
         unknown = dict(parse_qsl(parts.query)).keys() - {"endpoint_override", "region", "scheme"}
         if parts.scheme != "s3" or not parts.hostname or unknown:

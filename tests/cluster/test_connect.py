@@ -1,0 +1,137 @@
+"""What the environment says about Ray is checked before Ray is asked."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray._private import services
+from ray.dashboard import utils
+
+from ssl_ray.cluster import checks
+from ssl_ray.cluster.checks import check_address, check_temporary_folder
+from ssl_ray.cluster.connect import connect, set_up_worker
+from ssl_ray.config.schema import LocalCluster
+from ssl_ray.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_SECONDS", 0.2)
+    monkeypatch.setattr(checks, "_TRY_SECONDS", 0.3)
+
+
+@pytest.fixture(params=[b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b"", None])
+def other(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The port of a server that is not Ray: of the web, of SSH, one that hangs up, one that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            held = []
+            while True:
+                try:
+                    held.append(server.accept()[0])
+                except OSError:
+                    return
+                if request.param is not None:
+                    held[-1].sendall(request.param)
+                    held[-1].close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_dead_address_is_named_at_once(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would try for eleven minutes; it is not even asked."""
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked Ray"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    address = f"{scheme}127.0.0.1:{closed_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=rf"^RAY_ADDRESS: no Ray answers at {address} \(Connection refused\)"):
+        connect(LocalCluster())
+    assert time.monotonic() - begin < 2
+
+
+def test_the_port_of_something_else_is_no_ray(other: int) -> None:
+    """What answers must begin as a server of gRPC does."""
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS: no Ray answers at 127\.0\.0\.1:{other} \("):
+        check_address(f"127.0.0.1:{other}")
+
+
+def test_a_server_of_grpc_answers() -> None:
+    """The words of the check are those of gRPC, here of its own server."""
+    grpc = pytest.importorskip("grpc")
+    from concurrent.futures import ThreadPoolExecutor
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    check_address(f"127.0.0.1:{port}")
+    check_address(f"ray://localhost:{port}")
+    server.stop(None)
+
+
+@pytest.mark.parametrize("named", ["http://head:8265", "head", "head:port", "ray://", "host:123456"])
+def test_what_is_no_address_is_told_the_form(named: str) -> None:
+    """E.g. the address of the job server, which `ray job submit` takes."""
+    with pytest.raises(UserError, match=r"RAY_ADDRESS: must be host:port, ray://host:port, auto or local, got "):
+        check_address(named)
+
+
+def test_auto_without_a_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that was found, but is dead, is named."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: frozenset())
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
+    with pytest.raises(UserError, match="RAY_ADDRESS: no Ray runs on this machine, got 'auto'"):
+        check_address("auto")
+    stale = f"127.0.0.1:{closed_port()}"
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: stale)
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS: no Ray answers at [\d.]+:{stale[10:]} "):
+        check_address("auto")
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_long_temporary_folder_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest that passes is the longest with which Ray's own check passes."""
+    from ray._private.utils import validate_socket_filepath
+
+    for variable in ("RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(variable, raising=False)
+    check_temporary_folder()
+    session = f"ray/session_2026-11-25_22-09-34_123456_{os.getpid()}"
+    for length in range(20, 60):
+        folder = "/" + "x" * (length - 1)
+        monkeypatch.setenv(name, folder)
+        try:
+            validate_socket_filepath(f"{folder}/{session}/sockets/plasma_store")
+        except OSError:
+            with pytest.raises(UserError, match=rf"^{name}: has {length} bytes, .*RAY_TMPDIR .*{folder}$"):
+                check_temporary_folder()
+        else:
+            check_temporary_folder()
+
+
+def test_a_worker_knows_its_cluster_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actors of Ray's own that ask for the state of their cluster ask that one, whatever else runs on the machine."""
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: frozenset({"127.0.0.1:1", "127.0.0.1:2"}))
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: None)
+    monkeypatch.setattr(utils, "ray_address_to_api_server_url", services.canonicalize_bootstrap_address_or_die)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.7:6379"))
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with pytest.raises(ConnectionError, match="Found multiple active Ray instances"):
+        utils.get_address_for_submission_client(None)
+    set_up_worker()
+    assert utils.get_address_for_submission_client(None) == "10.0.0.7:6379"
