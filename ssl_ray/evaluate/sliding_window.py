@@ -25,8 +25,8 @@ def predict(
     """Segment one volume as MONAI's `sliding_window_inference` and argmax do, without its sums over the whole volume.
 
     The windows are MONAI's. The mean of the logits of overlapping ones decides, and of equal classes the first. The
-    model computes `sliding_window_batch` windows at a time on its own device, in eval mode, and is left in the mode that
-    it came in, unless it raises. Sums are kept on the image's device, and only one patch deep along the longest axis:
+    model computes `sliding_window_batch` windows at a time on its own device, in eval mode, and is left in the mode it
+    came in, unless it raises. Sums are kept on the image's device, and only one patch deep along the longest axis:
     about 4 * classes bytes for each voxel of that slab, however long the volume is.
 
     Where the longest axis is the first, the sums are MONAI's to the bit; else the same logits are added in another
@@ -46,7 +46,8 @@ def predict(
     device, training = next(model.parameters()).device, model.training
     missing = [max(side - size, 0) for side, size in zip(patch_size, image.shape, strict=True)]
     before = [voxels // 2 for voxels in missing]
-    padded = pad(image, [n for low, both in zip(before[::-1], missing[::-1], strict=True) for n in (low, both - low)])
+    sides = [n for low, both in zip(before[::-1], missing[::-1], strict=True) for n in (low, both - low)]
+    padded = pad(image, sides) if any(sides) else image  # `pad` always copies
     axis = max(range(3), key=lambda axis: padded.shape[axis])
     windows = sorted(_windows(padded.shape, patch_size, overlap), key=lambda window: window[axis].start)
     slab = _Slab(padded.shape, axis, patch_size[axis], windows, image.device)
