@@ -342,8 +342,8 @@ def test_order_of_the_volumes_does_not_matter() -> None:
 
 
 def test_metrics_have_their_names_and_are_finite() -> None:
-    """All names are there and valid for MLflow, but no distance of an organ that was always missed ("Leber"). An organ's
-    mean is over the volumes that have it, the overall mean over volumes of their means.
+    """All names are there and valid for MLflow, but no distance of "Leber", which was always missed. An organ's mean is
+    over the volumes that have it, the overall mean over volumes of their means.
     """
     cases = full_cases()
     means = aggregate(cases, ORGANS)
