@@ -56,6 +56,7 @@ class Volume:
     label_voxels: dict[str, int]
     largest_label: int
     files: dict[str, tuple[int, str]]
+    subject: str = ""
 
 
 VOLUME_JSON = TypeAdapter(Volume)

@@ -5,10 +5,11 @@ report; on the *original* grid of the NIfTI file Dice, HD95 and surface Dice are
 
 Conventions, the same for every metric:
 
-- organ absent from the truth of a volume: the organ does not count for that volume, whatever was predicted, as with
-  MONAI's `ignore_empty=True`; the value is nan in arrays, None in `CaseScores`, null in JSON;
-- organ in the truth but not predicted: the worst value, so that a missed organ never drops out of a mean
-  (Maier-Hein et al., Metrics Reloaded, Nature Methods 2024): Dice 0, surface Dice 0, HD95 the volume's diagonal in mm.
+- organ absent from the truth of a volume: no score of that volume (nan in arrays, None in `CaseScores`, null in JSON),
+  as with MONAI's `ignore_empty=True`; where it is predicted all the same, it is a false positive;
+- organ in the truth but not predicted: missed. Dice and surface Dice are 0, so that it never drops out of their means
+  (Maier-Hein et al., Metrics Reloaded, Nature Methods 2024). It has no HD95, which would say how large the volume is:
+  the rate of missed organs stands beside HD95.
 
 Prediction and truth hold class numbers: 0 is background, 1 to classes - 1 are organs.
 """
@@ -32,12 +33,7 @@ def dice(prediction: Tensor, truth: Tensor, classes: int) -> NDArray[np.float64]
 
     Both volumes (X, Y, Z) hold integers in 0..classes-1 and lie on the same device.
     """
-    pairs = (truth.int() * classes + prediction).flatten()
-    confusion = torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).double().cpu().numpy()
-    true, predicted = confusion.sum(1), confusion.sum(0)
-    scores = np.full(classes, np.nan)
-    np.divide(2 * confusion.diagonal(), true + predicted, out=scores, where=true > 0)
-    return scores
+    return _dice(_confusion(prediction, truth, classes))
 
 
 def evaluate_canonical(case: str, prediction: Tensor, truth: Tensor, classes: int) -> CaseScores:
@@ -55,20 +51,25 @@ def evaluate(
     *,
     classes: int,
     tolerance: float,
+    subject: str = "",
 ) -> CaseScores:
-    """All scores of one volume, on both grids; the tolerance of surface Dice is in mm.
+    """All scores of one volume of a subject, on both grids; the tolerance of surface Dice is in mm.
 
     `prediction` (uint8) and `truth`, both (X, Y, Z), lie on the canonical grid and on one device; `original_truth` has
     the grid of the NIfTI file. Affines are 4x4, voxel indices -> mm. All truths are integers in 0..classes-1.
     """
     predicted = to_original_grid(prediction, canonical_affine, original_truth.shape, original_affine)
     spacing = voxel_sizes(np.asarray(original_affine, float))
+    confusion = _confusion(torch.as_tensor(predicted), torch.as_tensor(original_truth), classes)
+    true, found = confusion.sum(1) > 0, confusion.sum(0) > 0
     hd95, surface_dice = surface_scores(predicted, original_truth, classes, spacing, tolerance)
     return replace(
         evaluate_canonical(case, prediction, truth, classes),
-        original_dice=_scores(dice(torch.as_tensor(predicted), torch.as_tensor(original_truth), classes)[1:]),
+        original_dice=_scores(_dice(confusion)[1:]),
         original_hd95=_scores(hd95),
         original_surface_dice=_scores(surface_dice),
+        subject=subject,
+        false_positives=[None if organ else bool(extra) for organ, extra in zip(true[1:], found[1:], strict=True)],
     )
 
 
@@ -90,6 +91,20 @@ def to_original_grid(
         labels, to_canonical, output_shape=tuple(original_shape), order=0, mode="grid-constant", cval=0
     )
     return resampled
+
+
+def _confusion(prediction: Tensor, truth: Tensor, classes: int) -> NDArray[np.float64]:
+    """Voxels by true class and predicted class, (classes, classes)."""
+    pairs = (truth.int() * classes + prediction).flatten()
+    counts: NDArray[np.float64] = torch.bincount(pairs, minlength=classes**2).double().cpu().numpy()
+    return counts.reshape(classes, classes)
+
+
+def _dice(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
+    true, predicted = confusion.sum(1), confusion.sum(0)
+    scores = np.full(len(confusion), np.nan)
+    np.divide(2 * confusion.diagonal(), true + predicted, out=scores, where=true > 0)
+    return scores
 
 
 def _scores(values: NDArray[np.float64]) -> Scores:

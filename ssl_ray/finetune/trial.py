@@ -191,6 +191,7 @@ class Trial:
             original.affine,
             classes=self.config.cohort.classes,
             tolerance=self.config.surface_tolerance,
+            subject=volume.subject,
         )
 
     def _save(self, step: int) -> None:
