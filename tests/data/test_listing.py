@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from volumes import touch
 
 from ssl_ray.config.schema import LabelledCohort, Source
-from ssl_ray.data.datalist import Case, check_held_out, read_datalist, read_labelled, read_unlabelled
+from ssl_ray.data.consistency import check_lists
+from ssl_ray.data.datalist import Case, read_datalist, read_labelled, read_unlabelled
 from ssl_ray.data.listing import write_datalists
 
 SUBJECT = r"^(s\d+)"
@@ -76,7 +77,7 @@ def test_splits_of_a_folder_are_nested_and_share_validation(tmp_path: Path) -> N
     assert splits.training[6][:3] == splits.training[3]
     assert len(people(splits.validation)) == 3
     training, validation = read_unlabelled([Source(root=str(root), datalist="unlabelled.json")])
-    check_held_out((*training, *validation), splits)
+    check_lists(training, validation, splits)
 
 
 def test_listing_is_a_function_of_the_seed(tmp_path: Path) -> None:
