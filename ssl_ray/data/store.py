@@ -38,8 +38,8 @@ class Volume:
     """Manifest of one stored volume. Lengths in voxels, spacing in mm, the affine (4, 4) maps voxels to mm (RAS+).
 
     `largest_label` is that of the file, where a structure may be too small to survive the resampling, but is still part
-    of the evaluation. `files` has bytes and sha256 of each. `subject` is the patient in this study's lists, or empty: not
-    stored, as other lists may say something else.
+    of the evaluation. `files` has bytes and sha256 of each. `subject` is the patient in the lists of a study, or
+    empty; it is not stored, as another study's lists may say something else.
     """
 
     key: str
