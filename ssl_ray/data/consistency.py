@@ -21,11 +21,19 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
     """
     labelled = [case for cases in splits.training.values() for case in cases]
     _check_same([*labelled, *splits.validation, *splits.test], (*training, *validation))
-    unlabelled = {"unlabelled training": training, "unlabelled validation": validation}
-    _check_apart("unlabelled validation", validation, {"unlabelled training": training})
-    _check_apart("labelled validation", splits.validation, unlabelled | {"labelled training": labelled})
-    fitted = {"labelled training": labelled, "labelled validation": splits.validation}
-    _check_apart("labelled test", splits.test, unlabelled | fitted)
+    seen: dict[tuple[str, str], tuple[str, Case]] = {}
+    for part, cases, held_out in (
+        ("unlabelled training", training, False),
+        ("unlabelled validation", validation, True),
+        ("labelled training", labelled, False),
+        ("labelled validation", splits.validation, True),
+        ("labelled test", splits.test, True),
+    ):
+        known = [(key, case) for case in cases for key in _known_by(case)]
+        for key, case in known if held_out else ():
+            if key in seen:
+                raise UserError(_on_both_sides(key, part, case, *seen[key]))
+        seen |= {key: (part, case) for key, case in known}
 
 
 def not_nested(splits: Splits) -> str | None:
@@ -57,18 +65,13 @@ def _contradict(case: Case, first: Case, value: str, other: str) -> None:
     raise UserError(f"{case.place}: {case.image} has {value} here, but {other} in {first.place}")
 
 
-def _check_apart(part: str, held_out: Sequence[Case], others: dict[str, Sequence[Case]]) -> None:
-    """Refuse a scan or a patient of the part `held_out` in one of the others."""
-    seen = {key: (name, case) for name, cases in others.items() for case in cases for key in _known_by(case)}
-    for case in held_out:
-        for kind, value in _known_by(case):
-            if (kind, value) in seen:
-                name, other = seen[kind, value]
-                hint = "; if these are two people, give them different subjects" if kind == "patient" else ""
-                raise UserError(
-                    f"{case.place}: {kind} {value} is in {part} ({case.image}) and also in {name} ({other.image}, "
-                    f"{other.place}), but must be in one of them alone{hint}"
-                )
+def _on_both_sides(key: tuple[str, str], part: str, case: Case, other_part: str, other: Case) -> str:
+    kind, value = key
+    hint = "; if these are two people, give them different subjects" if kind == "patient" else ""
+    return (
+        f"{case.place}: {kind} {value} is in {part} ({case.image}) and also in {other_part} ({other.image}, "
+        f"{other.place}), but must be in one of them alone{hint}"
+    )
 
 
 def _known_by(case: Case) -> Iterator[tuple[str, str]]:

@@ -24,7 +24,9 @@ _LABEL_NAME = re.compile(rf"(?i)^({_LABEL})(?![a-z])|[_\-. ]({_LABEL})[_\-]?\d*$
 """Names of label maps that lie among the images: label0001, segmentation-3, s1_seg."""
 _WORDS = re.compile(rf"(?i)(?<![a-z])({_LABEL}|images?|img|imaging|volumes?|vol|scans?|ct)(?![a-z])")
 """What an image and its label may be called beside what they share."""
-_PART = re.compile(r"(?i)(tr|ts|va|train(ing)?|test(ing)?|val(idation)?|(un)?label+ed|data)?")
+_PART = re.compile(
+    r"(?i)(tr|ts|va|train(ing)?|test(ing)?|val(idation)?|(un)?label+ed|data)?[ _-]*((batch|part|set)[ _-]*\d+)?"
+)
 """What folders are called that hold a part of the volumes, not one patient's; the first three with `images` before."""
 _CHANNEL = re.compile(r"(.*)_(\d{4})")
 _NOT_CT = re.compile(r"(?i)(^|_)(T[12]w|FLAIR|PDw|bold|dwi|sbref|swi|pet|suv|mri?)$")

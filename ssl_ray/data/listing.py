@@ -5,9 +5,10 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ssl_ray.data.datalist import stem
 from ssl_ray.data.layouts import Layout, Scan, read_layout
 from ssl_ray.data.masks import merge_masks
 from ssl_ray.errors import UserError
@@ -139,7 +140,8 @@ def _set_subjects(found: Layout, subject: str) -> None:
 
 
 def _person(scan: Scan) -> str:
-    return scan.subject or scan.image
+    """Whose scan it is; a scan that is there twice, compressed and not, is of one patient."""
+    return scan.subject or str(PurePosixPath(scan.image).with_name(stem(PurePosixPath(scan.image))))
 
 
 def _whose(found: Layout) -> str:
