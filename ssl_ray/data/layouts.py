@@ -22,12 +22,13 @@ _FOLDER = re.compile(
 """How the folders of label maps and of images begin: labelsTr, images_v2; not `labelled`."""
 _LABEL_NAME = re.compile(rf"(?i)^({_LABEL})(?![a-z])|[_\-. ]({_LABEL})[_\-]?\d*$")
 """Names of label maps that lie among the images: label0001, segmentation-3, s1_seg."""
-_WORDS = re.compile(rf"(?i)(?<![a-z])({_LABEL}|images?|img|imaging|volumes?|vol|scans?|ct)(?![a-z])")
+_WORDS = re.compile(rf"(?i)(?<![a-z])({_LABEL}|images?|img|imaging|volumes?|vol|scans?|ct|combined)(?![a-z])")
 """What an image and its label may be called beside what they share."""
 _PART = re.compile(
-    r"(?i)(tr|ts|va|train(ing)?|test(ing)?|val(idation)?|(un)?label+ed|data)?[ _-]*((batch|part|set)[ _-]*\d+)?"
+    r"(?i)(tr|ts|va|train(ing)?|test(ing)?|val(idation)?|(un)?label+ed|data)?[ _-]*((batch|part)[ _-]*\d+)?"
 )
 """What folders are called that hold a part of the volumes, not one patient's; the first three with `images` before."""
+_TEST = re.compile(r"(?i)images?ts|test(ing)?")
 _CHANNEL = re.compile(r"(.*)_(\d{4})")
 _NOT_CT = re.compile(r"(?i)(^|_)(T[12]w|FLAIR|PDw|bold|dwi|sbref|swi|pet|suv|mri?)$")
 """Names, or BIDS's suffixes, of scans of other kinds."""
@@ -82,15 +83,21 @@ def read_layout(folder: Path) -> Layout:
     """What `folder` holds, by the first layout that fits; no voxels are read.
 
     Raises:
-        UserError: when there is no image in it, with what there is instead, or a dataset.json cannot be understood.
+        UserError: when there is no image in it, with what there is instead, when a dataset.json cannot be understood,
+            and when there is one further down, as label values of two data sets need not mean the same.
     """
     files, left_out = usable_files(folder)
     dataset = read_json(path, _Dataset) if (path := folder / "dataset.json").is_file() else None
+    for below in sorted({path.parent.parent for path in files} - {PurePosixPath(".")}):
+        if (folder / below / "dataset.json").is_file():
+            raise UserError(f"{folder}: {below} is a data set with labels of its own; make lists of each by itself")
     special = (layout(files, dataset) for layout in (_totalsegmentator, _nnunet, _decathlon, _bids))
     found = next(filter(None, special), None) or _plain(files)
     found.left_out = left_out | found.left_out
     if dataset and not found.organs:
         found.organs = dataset.organs(path)
+    for scan in found.scans:
+        scan.test |= scan.label is not None and any(map(_TEST.fullmatch, PurePosixPath(scan.image).parts[:-1]))
     if not found.scans:
         why = "".join(f"; {name}: {reason}" for name, reason in list(found.left_out.items())[:3])
         raise UserError(f"{folder}: no image (.nii or .nii.gz) in it{why}")
@@ -141,8 +148,6 @@ def _nnunet(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout 
         elif cases[path][1] != "0000":
             found.left_out[str(path)] = f"channel {cases[path][1]} of a scan; only channel 0000 is read"
     _pair(found, first, labels, lambda path: (*_parents(path), cases[path][0] if path in cases else stem(path)))
-    for scan in found.scans:
-        scan.test = scan.label is not None and "imagesTs" in scan.image.split("/")
     return found
 
 

@@ -224,6 +224,7 @@ def test_label_maps_that_are_there_stay(tmp_path: Path) -> None:
         ("train/scans/a.nii.gz", "train/masks/a.nii.gz"),
         ("labelled/a.nii.gz", "labelled/a_gt.nii.gz"),
         ("images/ct/a.nii.gz", "labels/ct/a.nii.gz"),
+        ("b1/ct.nii.gz", "b1/combined_labels.nii.gz"),
         ("segmentation/images/a.nii.gz", "segmentation/labels/a.nii.gz"),
     ],
 )
@@ -325,3 +326,25 @@ def test_the_command_says_what_it_found_also_when_it_fails(tmp_path: Path, capsy
     assert "3 patients: each scan counts as a patient of its own (--subject says otherwise)" in printed.out
     assert "no image has a label" in printed.err
     assert main(["datalist", str(tmp_path), "--test", "1.5"]) == 2
+
+
+@pytest.mark.parametrize("tested", ["imagesTs", "test/images"])
+def test_a_test_part_of_the_folder_is_kept(tmp_path: Path, tested: str) -> None:
+    """Labelled volumes that somebody has set apart are not trained on; with --test, others are drawn out of all."""
+    places = [*[f"imagesTr/{name}.nii" for name in "abcdef"], f"{tested}/x.nii", f"{tested}/y.nii"]
+    found = found_in(tmp_path, *places, *[place.replace("images", "labels") for place in places])
+    assert "the folder keeps 2 for testing" in summary(tmp_path, found)
+    assert write_datalists(tmp_path, found, [3], 0.2, 0, seed=0)["labelled_3.json"]["test"] == 2
+    listed = json.loads((tmp_path / "labelled_3.json").read_text())
+    assert [entry["image"] for entry in listed["test"]] in ([places[-2], places[-1]], [places[-1], places[-2]])
+    assert write_datalists(tmp_path, found, [2], 0.2, 3, seed=0)["labelled_2.json"]["test"] == 3
+
+
+def test_two_data_sets_are_listed_each_by_itself(tmp_path: Path) -> None:
+    """Label 1 may be the liver in one and the spleen in the other."""
+    for name in ("Dataset001_A", "Dataset002_B"):
+        touch(tmp_path, f"{name}/imagesTr/a_0000.nii.gz", f"{name}/labelsTr/a.nii.gz")
+        dataset(tmp_path / name, labels={"background": 0, name: 1})
+    with pytest.raises(UserError, match="Dataset001_A is a data set with labels of its own"):
+        find_scans(tmp_path)
+    assert find_scans(tmp_path / "Dataset002_B").organs[1] == "Dataset002_B"
