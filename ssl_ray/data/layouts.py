@@ -73,7 +73,7 @@ class _Dataset(BaseModel):
         found = {}
         for key, value in self.labels.items():
             number, name = (key, value) if key.isdecimal() else (value, key)
-            if not str(number).isdecimal() or name == "ignore":
+            if not re.fullmatch(r"[0-9]{1,3}", str(number)) or name == "ignore":
                 raise UserError(f"{path}: labels.{shown(key)}: must be one organ's name and value, got {shown(value)}")
             found[int(str(number))] = str(name)
         return found

@@ -29,8 +29,10 @@ def merge_masks(
     A voxel of several organs gets the largest value. Returns why a label map could not be made, by its path.
 
     Raises:
-        UserError: when the folder of label maps has those of other organs.
+        UserError: when the folder of label maps has those of other organs, and when a byte cannot hold all values.
     """
+    if max(organs) > 255:
+        raise UserError(f"{folder}: {max(organs)} masks a scan, but a label map holds at most 255 organs")
     record, names = folder / OWN / "organs.json", json.dumps(organs, indent=1)
     if (folder / OWN).exists() and (not record.is_file() or record.read_text(encoding="utf-8") != names):
         raise UserError(f"{record.parent}: has label maps of other organs, or of another program; move it away first")
@@ -57,6 +59,8 @@ def _merge(folder: Path, label: str, masks: Mapping[int, str]) -> str | None:
             merged, affine, first = np.zeros(found.voxels.shape, np.uint8), found.affine, mask
         if found.voxels.shape != merged.shape or not np.allclose(found.affine, affine, atol=1e-3):
             return f"{mask} is on another grid than {first}"
+        if not np.isin(found.voxels, (0, found.voxels.max())).all():
+            return f"{mask} has several values, so it is no mask of one organ"
         merged[found.voxels > 0] = value
     write_file(path, gzip.compress(nib.Nifti1Image(merged, affine).to_bytes(), 6, mtime=0))
     return None

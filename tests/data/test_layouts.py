@@ -176,19 +176,21 @@ def test_totalsegmentator(tmp_path: Path, store: Store, capsys: pytest.CaptureFi
 
 def test_masks_that_do_not_make_a_label_map(tmp_path: Path) -> None:
     """A missing, broken or moved mask costs its scan the label, not the folder; the scan is listed without it."""
-    totalsegmentator(tmp_path)
+    totalsegmentator(tmp_path, 5)
     (tmp_path / "s0000/segmentations/liver.nii.gz").unlink()
+    write_nifti(tmp_path / "s0004/segmentations/liver.nii.gz", organ_labels(SHAPE, 3), AFFINE)
     (tmp_path / "s0001/segmentations/liver.nii.gz").write_bytes(b"")
     write_nifti(tmp_path / "s0002/segmentations/spleen.nii.gz", np.ones(SHAPE, np.uint8), np.eye(4))
     found = find_scans(tmp_path)
     assert pairs(found) == {
-        **{f"s000{number}/ct.nii.gz": None for number in range(3)},
+        **{f"s000{number}/ct.nii.gz": None for number in (0, 1, 2, 4)},
         "s0003/ct.nii.gz": "ssl_ray_labels/s0003.nii.gz",
     }
     left_out = {
         "s0000/segmentations/": "no mask of 1 organs, e.g. liver",
         "ssl_ray_labels/s0001.nii.gz": "s0001/segmentations/liver.nii.gz: not a NIfTI file",
         "ssl_ray_labels/s0002.nii.gz": "s0002/segmentations/spleen.nii.gz is on another grid",
+        "ssl_ray_labels/s0004.nii.gz": "s0004/segmentations/liver.nii.gz has several values",
     }
     check_summary(tmp_path, found, left_out)
 
@@ -305,6 +307,7 @@ def test_a_long_list_of_what_is_left_out_is_in_a_file(tmp_path: Path) -> None:
     [
         ({"labels": {"background": 0, "whole": [1, 2]}}, "labels.whole: must be one organ's name and value"),
         ({"labels": {"background": 0, "ignore": 2}}, "labels.ignore: must be one organ's name and value"),
+        ({"labels": {"9" * 5000: "liver"}}, "labels.999"),
         ({"labels": {"liver": "one"}}, "labels.liver: must be one organ's name and value, got one"),
         ({"training": 5}, "training: input should be a valid"),
         ([], "input should be an object"),
