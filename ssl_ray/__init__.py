@@ -3,7 +3,8 @@
 Words, each for one thing:
 
     volume            one CT scan; prepared: a canonical array in the store, with its manifest
-    case              a line of a datalist: id, image, label, before anything was read
+    case              a line of a datalist: id, image, label, subject, before anything was read
+    subject           the patient of a case, held out whole; empty: the case counts as a patient of its own
     datalist          Medical Segmentation Decathlon JSON that names the volumes
     preparation       NIfTI -> canonical array: orientation, spacing, HU window, crop
     HU window         the HU that become 0 and 1

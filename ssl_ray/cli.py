@@ -200,21 +200,31 @@ def phantom(
     say(f"{folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in sizes)}")
 
 
-@app.command(epilog=r"Example: ssl-ray datalist my_ct --splits 6,12,24 --subject '(patient\d+)'")
+@app.command(epilog=r"Example: ssl-ray datalist my_ct --splits 6,12,24 --test 0.2 --subject '(patient\d+)'")
 def datalist(
     folder: Folder,
     splits: Sizes = "",
-    validation: Annotated[float, typer.Option(min=0, max=1, help="Share of the subjects to hold out.")] = 0.2,
-    subject: Annotated[str, typer.Option(metavar="REGEX", help=r"The subject in a file name, e.g. '(A-\d+)'.")] = ".*",
+    validation: Annotated[float, typer.Option(min=0, max=1, help="Share of the patients to hold out.")] = 0.2,
+    test: Annotated[float, typer.Option(min=0, metavar="N|SHARE", help="Labelled patients to report on.")] = 0,
+    subject: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help=r"The patient in a path below DIR, e.g. '(A-\d+)'; else by layout."),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Write datalists for a folder of NIfTI files."""
-    from ssl_ray.data.listing import write_datalists
+    """Write datalists for a folder of NIfTI files: nnU-Net, Decathlon, BIDS, TotalSegmentator or any other."""
+    if test > 1 and not test.is_integer():
+        raise typer.BadParameter(f"must be a share below 1 or a whole number, got {test:g}", param_hint="--test")
+    from ssl_ray.data.listing import find_scans, summary, write_datalists
 
     with _writable(folder):
-        written = write_datalists(folder, _sizes(splits), validation, subject, seed)
-    for name, (in_training, in_validation) in written.items():
-        say(f"{folder / name}: {in_training} training, {in_validation} validation volumes")
+        found = find_scans(folder, subject, track("merging masks"))
+        try:
+            written = write_datalists(folder, found, _sizes(splits), validation, test, seed)
+        finally:  # what was found explains what is missing
+            say(summary(folder, found))
+    for name, parts in written.items():
+        say(f"{folder / name}: {', '.join(f'{count} {part}' for part, count in parts.items())} volumes")
 
 
 @contextmanager

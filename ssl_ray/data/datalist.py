@@ -2,6 +2,7 @@
 
 Format: Medical Segmentation Decathlon (Antonelli et al., 2022) as the MONAI tutorials publish it: the lists
 `training`, `validation` and `test`, whose entries are paths or `{"image": ..., "label": ...}`, and a `labels` mapping.
+An entry may also have a `subject`: whose scan it is.
 """
 
 import os
@@ -9,10 +10,11 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any
+from itertools import zip_longest
+from pathlib import Path, PurePath
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, FailFast, Field, NonNegativeInt, ValidationError
 
@@ -26,15 +28,22 @@ _MOST_BYTES, _MOST_ENTRIES = 20_000_000, 250_000
 """Bytes of a list, and volumes of one of its sections: terabytes of volumes, and read within half a gigabyte."""
 _MOST_LABELS = 256
 """A label is one byte."""
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One volume: a name for people, its image and, where there is one, its label."""
+    """One volume: a name for people, its image and, where there is one, its label.
+
+    `subject` is the patient; empty where the list does not say: the volume then counts as a patient of its own. `place`
+    is where it is listed, for messages: `list.json: training.3`.
+    """
 
     id: str
     image: Path
     label: Path | None = None
+    subject: str = ""
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Splits:
 class _Entry:
     image: str
     label: str | None = None
+    subject: str = ""
 
 
 def _path_alone(entry: Any) -> Any:
@@ -82,15 +92,15 @@ def _few(labels: Any) -> Any:  # before each of them is checked, and each mistak
     return labels
 
 
-_Section = Annotated[list[Annotated[_Entry, BeforeValidator(_path_alone)]], Field(max_length=_MOST_ENTRIES), FailFast()]
+Section = Annotated[list[Annotated[_Entry, BeforeValidator(_path_alone)]], Field(max_length=_MOST_ENTRIES), FailFast()]
 
 
 class _Json(BaseModel):
     """What a file holds; other keys of the Decathlon's, such as `modality`, are ignored."""
 
-    training: Annotated[_Section, Field(min_length=1)]
-    validation: _Section = []
-    test: _Section = []
+    training: Annotated[Section, Field(min_length=1)]
+    validation: Section = []
+    test: Section = []
     labels: Annotated[dict[NonNegativeInt, str], BeforeValidator(_few)] = {}
 
 
@@ -105,7 +115,7 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> 
     """
     base = Path(os.path.abspath(root))
     path = base / datalist
-    listed = _read_json(path)
+    listed = read_json(path, _Json)
     real = cache(os.path.realpath)
     cases = {
         section: tuple(
@@ -124,13 +134,13 @@ def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[
     """Training and validation cases of all sources together; two may not share a volume, one must have validation."""
     training: list[Case] = []
     validation: list[Case] = []
-    owner: dict[str, Datalist] = {}
+    owner: dict[str, tuple[Datalist, Case]] = {}
     for source in sources:
         listed = read_datalist(source.root, source.datalist, labelled=False)
         for case in (*listed.training, *listed.validation):
-            other = owner.setdefault(os.path.realpath(case.image), listed)
-            if other is not listed:
-                raise UserError(f"{listed.path}: {case.image} is also in {other.path}; a volume belongs to one source")
+            first, same = owner.setdefault(os.path.realpath(case.image), (listed, case))
+            if first is not listed:
+                raise UserError(f"{case.place}: {case.image} is also {same.place}; a volume belongs to one source")
         training += listed.training
         validation += listed.validation
     if not validation:
@@ -142,7 +152,7 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     """The splits of the sizes asked for.
 
     Each must have as many training volumes as its name says, and no class beyond those of the cohort; validation and
-    test volumes must be the same in all.
+    test volumes and the names of organs must be the same in all.
     """
     lists: dict[int, Datalist] = {}
     for size in sizes:
@@ -153,39 +163,46 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
             assert cohort.datalist is not None
             lists[size] = _select(read_datalist(cohort.root, cohort.datalist, labelled=True), split, size)
     first = lists[sizes[0]]
+    names: dict[int, tuple[Path, str]] = {}
     for size, listed in lists.items():
         if len(listed.training) != size:
             raise UserError(f"{listed.path}: the split of {size} volumes lists {len(listed.training)} for training")
         for section in ("validation", "test"):
-            files = [[(case.image, case.label) for case in getattr(one, section)] for one in (listed, first)]
-            if files[0] != files[1]:
-                raise UserError(f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it")
+            for one, other in zip_longest(getattr(listed, section), getattr(first, section)):
+                if _written(one) != _written(other):
+                    raise UserError(
+                        f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it: "
+                        f"{_written(one)} against {_written(other)}"
+                    )
         if not listed.validation:
             raise UserError(f"{listed.path}: 'validation' must list at least one labelled volume")
         beyond = sorted(value for value in listed.labels if value >= cohort.classes)
         if beyond:
             raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
-    organs = tuple(first.labels.get(value, f"label {value}") for value in range(1, cohort.classes))
+        for value in sorted(names.keys() & listed.labels.keys() - {0}):
+            name, (other, before) = listed.labels[value], names[value]
+            if name != before:
+                raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {other}; name it alike")
+        names = {value: (listed.path, name) for value, name in listed.labels.items()} | names
+    organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
     training = {size: listed.training for size, listed in lists.items()}
     return Splits(training, first.validation, first.test, organs)
 
 
-def check_held_out(unlabelled: Iterable[Case], splits: Splits) -> None:
-    """Refuse labelled validation and test volumes among the unlabelled ones: the encoder would have seen them."""
-    seen = {os.path.realpath(case.image) for case in unlabelled}
-    for case in (*splits.validation, *splits.test):
-        if os.path.realpath(case.image) in seen:
-            raise UserError(f"{case.image}: a labelled validation or test volume is among the unlabelled ones")
+def stem(path: PurePath) -> str:
+    """File name without .nii or .nii.gz, in either case."""
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
-def stem(path: Path) -> str:
-    """File name without .nii or .nii.gz."""
-    return re.sub(r"\.nii(\.gz)?$", "", path.name)
+def is_nifti(path: str) -> bool:
+    """Whether the name of a file is one of NIfTI's; scanners and Windows also write `.NII.GZ`."""
+    return path.lower().endswith(SUFFIXES)
 
 
-def _read_json(path: Path) -> _Json:
+def read_json(path: Path, model: type[_Model]) -> _Model:
+    """What a JSON file holds, checked by a model of pydantic; a UserError names file, key, rule and value."""
     try:
-        return _Json.model_validate_json(read_file(path, _MOST_BYTES))
+        return model.model_validate_json(read_file(path, _MOST_BYTES))
     except OSError as error:
         raise UserError(f"{path}: cannot read the datalist: {error.strerror}") from error
     except ValidationError as error:
@@ -204,14 +221,21 @@ def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[
     inside = []
     for key in ("image", "label") if labelled else ("image",):
         path = getattr(entry, key)
-        if BREAKS.search(path) or not path.endswith(SUFFIXES):
+        if BREAKS.search(path) or not is_nifti(path):
             raise UserError(f"{place}.{key}: '{shown(path)}' must end in .nii or .nii.gz, without control characters")
         target = os.path.normpath(os.path.join(base, path))
         # The root may itself be a link. What counts for a link inside of it is the place that it leads to.
         if not real(target).startswith(os.path.join(real(str(base)), "")):
             raise UserError(f"{place}.{key}: {shown(path)} leaves the root {base}")
         inside.append(Path(target))
-    return Case(stem(inside[0]), *inside)
+    return Case(stem(inside[0]), inside[0], inside[1] if labelled else None, shown(entry.subject), place)
+
+
+def _written(case: Case | None) -> str:
+    """A case as its list has it; None: the list is shorter than the other."""
+    if not case:
+        return "no volume"
+    return " and ".join(str(part) for part in (case.image, case.label, case.subject) if part)
 
 
 def _check_files(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[[str], str]) -> None:

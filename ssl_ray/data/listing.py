@@ -1,106 +1,196 @@
-"""Datalists for a folder of NIfTI: validation held out by subject, nested training splits."""
+"""Datalists for a folder of CT: test and validation held out by patient, nested training splits."""
 
 import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ssl_ray.data.datalist import SUFFIXES, stem
+from ssl_ray.data.datalist import stem
+from ssl_ray.data.layouts import Layout, Scan, read_layout
+from ssl_ray.data.masks import merge_masks
 from ssl_ray.errors import UserError
+from ssl_ray.storage.files import write_file
+from ssl_ray.text import shown
+
+_SHOWN = 5
+"""Files that the summary names for one reason; the others are in the file `LEFT_OUT`."""
+LEFT_OUT = "ssl_ray_left_out.txt"
+
+
+def find_scans(
+    folder: Path,
+    subject: str | None = None,
+    progress: Callable[[Iterator[Any], int], Iterable[Any]] = lambda items, total: items,
+) -> Layout:
+    """The scans below a folder, each with its label and its patient; label maps are made where there are only masks.
+
+    Args:
+        folder: the root of one data set.
+        subject: regular expression whose first group (or whole match) in an image's path below the root is the patient;
+            None: by the layout.
+        progress: wraps the iterator over label maps that are made, and is called with their number as well.
+
+    Raises:
+        UserError: when the folder holds no scan, or an image's path does not match `subject`.
+    """
+    found = read_layout(folder)
+    if subject is not None:
+        _set_subjects(found, subject)
+    if found.masks:
+        failed = merge_masks(folder, found.masks, found.organs, progress)
+        found.left_out |= failed
+        for scan in found.scans:
+            scan.label = None if scan.label in failed else scan.label
+    return found
+
+
+def summary(folder: Path, found: Layout) -> str:
+    """What was found and what is left out, with the reason; what is too long for a screen is written to a file."""
+    labelled = [scan for scan in found.scans if scan.label]
+    people = len({_person(scan) for scan in found.scans})
+    organs = [name for value, name in found.organs.items() if value]
+    named = f", organs: {shown(', '.join(organs), 120)}" if organs else ""
+    tested = sum(scan.test for scan in found.scans)
+    named += f"; the folder keeps {tested} for testing (--test draws others)" if tested else ""
+    lines = [
+        f"{folder}: {found.name}: {len(found.scans)} images, {len(labelled)} of them with a label map{named}",
+        f"{people} patients: {_whose(found)}",
+    ]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for path, why in found.left_out.items():
+        reasons[why].append(shown(path))
+    for why, paths in reasons.items():
+        more = f", and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+        lines.append(f"left out: {', '.join(paths[:_SHOWN])}{more}: {why}")
+    if len(lines) > 40 or any(len(paths) > _SHOWN for paths in reasons.values()):
+        text = "".join(f"{path}: {why}\n" for why, paths in reasons.items() for path in paths)
+        write_file(folder / LEFT_OUT, text.encode())
+        lines = [*lines[:40], f"all {len(found.left_out)} that are left out: {folder / LEFT_OUT}"]
+    return "\n".join(lines)
 
 
 def write_datalists(
-    folder: Path, sizes: Sequence[int], validation_share: float, subject: str, seed: int
-) -> dict[str, tuple[int, int]]:
-    """Write `unlabelled.json` and nested `labelled_<n>.json` for a folder of NIfTI.
+    folder: Path, found: Layout, sizes: Sequence[int], validation: float, test: float, seed: int
+) -> dict[str, dict[str, int]]:
+    """Write `unlabelled.json` and, for each size, `labelled_<n>.json`, or `labelled.json` with all labelled volumes.
 
-    Labels are looked for as the file of the same name in a folder `labels` (or `labelsTr`) beside `images` (or
-    `imagesTr`). Validation is held out by subject, so that no person is on both sides; who is held out of the labelled
-    volumes is also held out of the unlabelled ones.
+    Patients are held out whole: all labelled scans of one are in one part, and their unlabelled scans are in no list.
+    Splits are nested: each has the first volumes of one order.
 
     Args:
-        folder: the root; searched for `*.nii` and `*.nii.gz`.
+        folder: the root.
+        found: its scans; unlabelled ones of patients who are held out are added to what is left out.
         sizes: numbers of labelled training volumes; all there are if empty.
-        validation_share: share of the subjects held out, in (0, 1); at least one.
-        subject: regular expression whose first group (or whole match) in the file name is the subject.
-        seed: of the order in which subjects are drawn.
+        validation: share of the patients that is held out for validation, in (0, 1); at least one.
+        test: the same for testing or, from 1 on, a number of patients; 0: those whom the layout keeps for testing.
+        seed: of the order in which patients are drawn.
 
     Returns:
-        Per file written, its numbers of training and validation volumes.
+        Per file written, how many volumes each of its parts has.
 
     Raises:
-        UserError: where there are too few volumes for what is asked, or another list is there; nothing is written then.
+        UserError: where there are too few volumes for what is asked, or another list is there; none is written then.
     """
-    entries = _find_volumes(folder)
-    if sizes and not any("label" in entry for entry in entries.values()):
-        raise UserError(f"{folder}: {max(sizes)} labelled training volumes asked for, but no image has a label")
-    people = _by_subject(list(entries), subject, seed)
-    held_out: set[str] = set()
-    lists: dict[str, dict[str, Any]] = {}
-    for name, sought in (("labelled", sorted(sizes)), ("unlabelled", [])):
-        groups = {
-            one: [entries[image] for image in images if ("label" in entries[image]) == (name == "labelled")]
-            for one, images in people
-        }
-        persons = sorted((one for one in groups if groups[one]), key=lambda one: one not in held_out)
-        if not persons:
-            continue
-        held = max(1, round(validation_share * len(persons)), len(held_out.intersection(persons)))
-        held_out.update(persons[:held])
-        validation = [entry for one in persons[:held] for entry in groups[one]]
-        training = [entry for one in persons[held:] for entry in groups[one]]
-        for size in sought or [len(training)]:
-            if not 0 < size <= len(training):
-                raise UserError(
-                    f"{folder}: {size} {name} training volumes asked for, but {len(training)} are left after holding "
-                    f"out {len(validation)} of {held} subjects for validation"
-                )
-            file = f"labelled_{size}.json" if name == "labelled" else "unlabelled.json"
-            lists[file] = {"training": training[:size], "validation": validation}
-    texts = {folder / file: json.dumps(tree, indent=1) + "\n" for file, tree in lists.items()}
-    for path, text in texts.items():
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise UserError(f"{path}: a list with other content is there already; move it away first")
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
-    return {file: (len(tree["training"]), len(tree["validation"])) for file, tree in lists.items()}
+    labelled, unlabelled = (_by_person(found, has_label, seed) for has_label in (True, False))
+    if (sizes or test) and not labelled:
+        raise UserError(f"{folder}: --splits and --test are about labelled volumes, but no image has a label")
+    people = list(labelled)
+    count = int(test) if test >= 1 else round(test * len(people)) or int(test > 0)
+    tested = people[:count] if test else [one for one in people if any(scan.test for scan in labelled[one])]
+    lists: dict[str, dict[str, list[Scan]]] = {}
+    parts = _parts(labelled, validation, tested)
+    for size in (sorted(sizes) or [len(parts["training"]) or 1]) if labelled else ():
+        if not 0 < size <= len(parts["training"]):
+            raise UserError(_too_few(folder, f"{size} labelled", parts, labelled, found))
+        lists[f"labelled_{size}.json" if sizes else "labelled.json"] = parts | {"training": parts["training"][:size]}
+    held_out = {_person(scan) for part in ("validation", "test") for scan in parts.get(part, ())}
+    kept_back = [scan.image for one in held_out.intersection(unlabelled) for scan in unlabelled.pop(one)]
+    found.left_out |= dict.fromkeys(sorted(kept_back), "an unlabelled scan of a patient who is held out")
+    parts = _parts(unlabelled, validation, [])
+    if parts["training"]:
+        lists["unlabelled.json"] = parts
+    elif not lists:
+        raise UserError(_too_few(folder, "1 unlabelled", parts, unlabelled, found))
+    else:
+        few = [scan.image for scan in parts["validation"]]
+        found.left_out |= dict.fromkeys(few, "too few unlabelled scans for training and validation")
+    _write(folder, lists, found.organs)
+    return {file: {part: len(scans) for part, scans in parts.items()} for file, parts in lists.items()}
 
 
-def _find_volumes(folder: Path) -> dict[Path, dict[str, str]]:
-    """The images below a folder, and the entry of each in a datalist, with its label where it has one."""
-    found = sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
-    files = [path.relative_to(folder) for path in found if not path.name.startswith("._")]  # by macOS in archives
-    is_label = {path: any(part.startswith("labels") for part in path.parts[:-1]) for path in files}
-    labels = {_common_name(path): path for path in files if is_label[path]}
-    entries = {path: {"image": path.as_posix()} for path in files if not is_label[path]}
-    if not entries:
-        raise UserError(f"{folder}: no .nii or .nii.gz file in it")
-    for image, entry in entries.items():
-        if label := labels.get(_common_name(image)):
-            entry["label"] = label.as_posix()
-    return entries
-
-
-def _by_subject(images: Sequence[Path], subject: str, seed: int) -> list[tuple[str, list[Path]]]:
-    """Subjects and their images, in an order that the seed draws."""
+def _set_subjects(found: Layout, subject: str) -> None:
+    """Give each scan the patient that the expression finds in its path."""
     try:
         pattern = re.compile(subject)
     except re.error as error:
         raise UserError(f"--subject {subject}: not a regular expression: {error}") from error
-    people: dict[str, list[Path]] = defaultdict(list)
-    for image in images:
-        match = pattern.search(stem(image))
-        person = next((group for group in match.groups() if group), match[0]) if match else stem(image)
-        people[person].append(image)
+    missing = []
+    for scan in found.scans:
+        match = pattern.search(scan.image)
+        scan.subject = next((group for group in match.groups() if group), match[0]) if match else ""
+        if not scan.subject:
+            missing.append(scan.image)
+    if missing:
+        raise UserError(
+            f"--subject {subject}: finds no patient in {len(missing)} of {len(found.scans)} paths, e.g. in "
+            f"{shown(missing[0])}; it must match in each, as '[^/]+' does: the first part of the path"
+        )
+    found.subjects = f"by {subject}, e.g. {shown(found.scans[0].subject)} in {shown(found.scans[0].image)}"
+
+
+def _person(scan: Scan) -> str:
+    """Whose scan it is; a scan that is there twice, compressed and not, is of one patient."""
+    return scan.subject or str(PurePosixPath(scan.image).with_name(stem(PurePosixPath(scan.image))))
+
+
+def _whose(found: Layout) -> str:
+    """How patients are told apart."""
+    return f"{found.subjects or 'each scan counts as a patient of its own'} (--subject says otherwise)"
+
+
+def _by_person(found: Layout, labelled: bool, seed: int) -> dict[str, list[Scan]]:
+    """The scans with or without a label, by patient, in an order of all patients that the seed draws."""
+    people: dict[str, list[Scan]] = defaultdict(list)
+    for scan in found.scans:
+        people[_person(scan)].append(scan)
     order = sorted(people)
     random.Random(str(seed)).shuffle(order)
-    return [(one, people[one]) for one in order]
+    chosen = {one: [scan for scan in people[one] if bool(scan.label) == labelled] for one in order}
+    return {one: scans for one, scans in chosen.items() if scans}
 
 
-def _common_name(path: Path) -> tuple[str, ...]:
-    """What an image and its label share: the path without images/labels, and without img/label in BTCV's names."""
-    parents = (part.removeprefix("images").removeprefix("labels") for part in path.parts[:-1])
-    return (*filter(None, parents), stem(path).replace("label", "img"))
+def _parts(people: dict[str, list[Scan]], validation: float, tested: Sequence[str]) -> dict[str, list[Scan]]:
+    """The scans of each part; patients of the part `test` are given, the first of the others are for validation."""
+    rest = [one for one in people if one not in set(tested)]
+    held = max(1, round(validation * len(people)))
+    parts = {"training": rest[held:], "validation": rest[:held]} | ({"test": list(tested)} if tested else {})
+    return {part: [scan for one in ones for scan in people[one]] for part, ones in parts.items()}
+
+
+def _too_few(
+    folder: Path, asked: str, parts: dict[str, list[Scan]], people: dict[str, list[Scan]], found: Layout
+) -> str:
+    held_out = [_person(scan) for part in ("validation", "test") for scan in parts.get(part, ())]
+    return (
+        f"{folder}: {asked} training volumes asked for, but {len(parts['training'])} are left after holding out "
+        f"{len(held_out)} volumes of {len(set(held_out))} of {len(people)} patients; {_whose(found)}"
+    )
+
+
+def _write(folder: Path, lists: dict[str, dict[str, list[Scan]]], organs: dict[int, str]) -> None:
+    """Write all lists, or none where another one has the name of one of them."""
+    texts: dict[Path, str] = {}
+    for file, parts in lists.items():
+        tree: dict[str, Any] = {"labels": {str(value): name for value, name in organs.items()}} if organs else {}
+        for part, scans in parts.items():
+            keys = ("image", "label", "subject")
+            tree[part] = [{key: value for key in keys if (value := getattr(scan, key))} for scan in scans]
+        texts[folder / file] = json.dumps(tree, indent=1) + "\n"
+    for path, text in texts.items():
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise UserError(f"{path}: a list with other content is there already; move it away first")
+    for path, text in texts.items():
+        write_file(path, text.encode())

@@ -56,6 +56,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     # The name and place that it has in this study, which its key does not cover.
     label_source = str(case.label) if case.label else None
     named: dict[str, Any] = {"id": case.id, "image_source": str(case.image), "label_source": label_source}
+    named["subject"] = case.subject
     if found := store.get(key, verify):
         return replace(found, **named), False
     if None in content.values():  # the sources are known, but the store has no volume of them

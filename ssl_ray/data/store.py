@@ -38,7 +38,8 @@ class Volume:
     """Manifest of one stored volume. Lengths in voxels, spacing in mm, the affine (4, 4) maps voxels to mm (RAS+).
 
     `largest_label` is that of the file, where a structure may be too small to survive the resampling, but is still part
-    of the evaluation. `files` has bytes and sha256 of each.
+    of the evaluation. `files` has bytes and sha256 of each. `subject` is the patient in the lists of a study, or
+    empty; it is not stored, as another study's lists may say something else.
     """
 
     key: str
@@ -130,7 +131,7 @@ class Store:
             scratch.mkdir(parents=True)
             files = {f"{name}.npy": _write_array(scratch / f"{name}.npy", array) for name, array in arrays.items()}
             volume = replace(volume, files=files)
-            write_file(scratch / MANIFEST, VOLUME_JSON.dump_json(volume, indent=1))
+            write_file(scratch / MANIFEST, VOLUME_JSON.dump_json(volume, indent=1, exclude={"subject"}))
             if self.mirror.origin:
                 self.mirror.kept(self.path(volume.key)).upload(scratch)
             else:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.canonical import levels
-from ssl_ray.data.datalist import Case, check_held_out, read_labelled, read_unlabelled
+from ssl_ray.data.consistency import check_lists
+from ssl_ray.data.datalist import Case, read_labelled, read_unlabelled
 from ssl_ray.data.store import VOLUME_JSON, Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import validation_share
@@ -55,7 +56,7 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
         return {name: Group(number) for name, number in zip(_GROUPS, numbers, strict=True)}
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
     splits = read_labelled(config.cohort, config.split_sizes)
-    check_held_out((*training, *validation), splits)
+    check_lists(training, validation, splits)
     labelled = {case.image: case for cases in splits.training.values() for case in cases}
     sections = training, validation, tuple(labelled.values()), splits.validation, splits.test
     stored: dict[Any, Volume] = {}

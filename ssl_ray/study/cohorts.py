@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ssl_ray.config.schema import Pretrain, Study
 from ssl_ray.console import say, track
-from ssl_ray.data.datalist import Case, Splits, check_held_out, read_labelled, read_unlabelled
+from ssl_ray.data.consistency import check_lists, not_nested
+from ssl_ray.data.datalist import Case, Splits, read_labelled, read_unlabelled
 from ssl_ray.data.prepare import BadVolume, prepare_cohort, usable
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
@@ -39,7 +40,9 @@ def read_cohorts(study: Study) -> Cohorts:
     if training:
         _check_warmup(study.pretrain, len(training))
     splits = read_labelled(study.finetune.cohort, study.finetune.split_sizes)
-    check_held_out((*training, *validation), splits)
+    check_lists(training, validation, splits)
+    if warning := not_nested(splits):
+        say(warning)
     return training, validation, splits
 
 

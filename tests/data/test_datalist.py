@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 from volumes import touch
 
 from ssl_ray.config.schema import LabelledCohort, Source
-from ssl_ray.data.datalist import (
-    Case,
-    Splits,
-    check_held_out,
-    read_datalist,
-    read_labelled,
-    read_unlabelled,
-    stem,
-)
+from ssl_ray.data.consistency import check_lists
+from ssl_ray.data.datalist import Case, Splits, read_datalist, read_labelled, read_unlabelled, stem
+from ssl_ray.errors import UserError
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "datalists"
 BTCV = {6: "dataset_0_init_6.json", 12: "dataset_0_init_12.json", 24: "dataset_0.json"}
@@ -301,12 +295,13 @@ def test_held_out_volumes_are_not_pretrained_on(root: Path, section: str) -> Non
     other = Case("other", root / "images/v3.nii.gz", root / "labels/v3.nii.gz")
     both = {"validation": (other,), "test": ()} | {section: (held,)}
     splits = Splits(training={1: (train,)}, organs=("spleen",), **both)
-    check_held_out([train, Case("v4", root / "images/v4.nii.gz")], splits)
+    check_lists([train, Case("v4", root / "images/v4.nii.gz")], [], splits)
     (root / "link.nii.gz").symlink_to("images/v2.nii.gz")
     for image in ("images/v2.nii.gz", "link.nii.gz"):
-        with pytest.raises(ValueError, match="labelled validation or test volume is among the unlabelled") as caught:
-            check_held_out([train, Case("x", root / image)], splits)
-        assert str(held.image) in str(caught.value)
+        for parts in (([train, Case("x", root / image)], []), ([], [train, Case("x", root / image)])):
+            with pytest.raises(UserError, match=f"is in labelled {section} .* and also in unlabelled") as caught:
+                check_lists(*parts, splits)
+            assert str(held.image) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +313,7 @@ def test_held_out_volumes_are_not_pretrained_on(root: Path, section: str) -> Non
         ({"validation": [{**pair(9), "label": "labels/v8.nii.gz"}]}, "two.json: 'validation' differs from that of"),
         ({"test": [pair(8)]}, "two.json: 'test' differs from that of"),
         ({"labels": {**ORGANS, "3": "gall"}}, "two.json: labels [3] are beyond the 3 classes of the study"),
+        ({"labels": {**ORGANS, "2": "kidney"}}, "two.json: label 2 is 'kidney', but 'liver' in "),
     ],
 )
 def test_splits_that_do_not_fit_together_are_refused(root: Path, change: dict[str, Any], rule: str) -> None:
@@ -378,4 +374,4 @@ def test_wrong_ids_are_refused(root: Path, ids: tuple[str, ...], rule: str) -> N
 
 def test_stem_takes_off_nifti_suffixes_only() -> None:
     """Points in a name are part of it."""
-    assert [stem(Path(name)) for name in ("a/b.c.nii.gz", "b.nii", "b.gz")] == ["b.c", "b", "b.gz"]
+    assert [stem(Path(name)) for name in ("a/b.c.nii.gz", "b.NII", "b.gz", "B.Nii.GZ")] == ["b.c", "b", "b.gz", "B"]

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, reject, settings
@@ -11,16 +12,25 @@ from hypothesis import strategies as st
 from volumes import touch
 
 from ssl_ray.config.schema import LabelledCohort, Source
-from ssl_ray.data.datalist import Case, check_held_out, read_datalist, read_labelled, read_unlabelled
-from ssl_ray.data.listing import write_datalists
+from ssl_ray.data.consistency import check_lists
+from ssl_ray.data.datalist import Case, read_datalist, read_labelled, read_unlabelled
+from ssl_ray.data.listing import find_scans, write_datalists
+from ssl_ray.errors import UserError
 
-SUBJECT = r"^(s\d+)"
+SUBJECT = r"(s\d+)_"
+Lists = dict[str, dict[str, int]]
 
 
 def folder_of(root: Path, unlabelled: Sequence[str], labelled: Sequence[str]) -> Path:
     touch(root, *[f"images/{name}.nii.gz" for name in (*unlabelled, *labelled)])
     touch(root, *[f"labels/{name}.nii.gz" for name in labelled])
     return root
+
+
+def listing(root: Path, sizes: Sequence[int] = (), validation: float = 0.2, test: float = 0, **more: Any) -> Lists:
+    """Write lists for a folder, whose patients are `SUBJECT` unless `subject` is given -> volumes of each part."""
+    seed = more.pop("seed", 0)
+    return write_datalists(root, find_scans(root, more.get("subject", SUBJECT)), sizes, validation, test, seed)
 
 
 def visits(subjects: Sequence[int], visits: int) -> list[str]:
@@ -35,39 +45,49 @@ def people(cases: Sequence[Case]) -> set[str]:
     unlabelled=st.sets(st.tuples(st.integers(0, 11), st.integers(0, 3)), min_size=8),
     labelled=st.sets(st.tuples(st.integers(0, 11), st.integers(4, 6)), min_size=8),
     share=st.floats(0.05, 0.6),
+    test=st.sampled_from([0, 0.1, 0.3, 1, 2]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=25)
-def test_no_person_is_on_both_sides(
+def test_no_patient_is_on_both_sides(
     tmp_path_factory: pytest.TempPathFactory,
     unlabelled: set[tuple[int, int]],
     labelled: set[tuple[int, int]],
     share: float,
+    test: float,
     seed: int,
 ) -> None:
-    """Nobody held out of the labelled volumes is trained on, with or without labels; every volume is listed once."""
+    """Nobody held out is trained on, with or without labels; every other volume is listed once, or named."""
     names = [[f"s{subject}_{visit}" for subject, visit in sorted(volumes)] for volumes in (unlabelled, labelled)]
     root = folder_of(tmp_path_factory.mktemp("cohort"), *names)
+    found = find_scans(root, SUBJECT)
     try:
-        written = write_datalists(root, [], share, SUBJECT, seed)
+        written = write_datalists(root, found, [], share, test, seed)
     except ValueError:
-        reject()  # everybody with unlabelled volumes is held out
-    (labelled_file,) = (name for name in written if name.startswith("labelled_"))
-    free = read_datalist(root, "unlabelled.json", labelled=False)
-    drawn = read_datalist(root, labelled_file, labelled=True)
-    for listed in (free, drawn):
-        assert not people(listed.training) & people(listed.validation)
-    assert not people(free.training) & people(drawn.validation)
-    assert sorted(case.id for case in (*free.training, *free.validation)) == sorted(names[0])
-    assert sorted(case.id for case in (*drawn.training, *drawn.validation)) == sorted(names[1])
-    assert written["unlabelled.json"] == (len(free.training), len(free.validation))
+        reject()  # everybody is held out
+    drawn = read_datalist(root, "labelled.json", labelled=True)
+    parts = {name: people(getattr(drawn, name)) for name in ("training", "validation", "test")}
+    assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == len({s for s, _ in labelled})
+    assert (len(parts["test"]) == test) if test >= 1 else (bool(parts["test"]) == bool(test))
+    assert {case.subject for case in drawn.training} == parts["training"]
+    assert sorted(case.id for case in (*drawn.training, *drawn.validation, *drawn.test)) == sorted(names[1])
+    held_out = parts["validation"] | parts["test"]
+    kept_back = {f"images/{name}.nii.gz" for name in names[0] if name.split("_")[0] in held_out}
+    assert set(found.left_out) == kept_back
+    if "unlabelled.json" in written:
+        free = read_datalist(root, "unlabelled.json", labelled=False)
+        assert not people(free.training) & people(free.validation)
+        assert len(free.training) + len(free.validation) + len(kept_back) == len(names[0])
+        assert written["unlabelled.json"] == {"training": len(free.training), "validation": len(free.validation)}
+        cohort = LabelledCohort(root=str(root), classes=3, splits={len(drawn.training): "labelled.json"})
+        check_lists(free.training, free.validation, read_labelled(cohort, tuple(cohort.splits)))
 
 
 def test_splits_of_a_folder_are_nested_and_share_validation(tmp_path: Path) -> None:
     """A smaller split is the beginning of the larger ones, and the study's reader accepts them together."""
     root = folder_of(tmp_path, visits(range(10), 2), visits(range(20, 32), 2))
-    written = write_datalists(root, [12, 3, 6], 0.25, SUBJECT, seed=4)
-    assert {name: counts[0] for name, counts in written.items() if name != "unlabelled.json"} == {
+    written = listing(root, [12, 3, 6], 0.25, seed=4)
+    assert {name: counts["training"] for name, counts in written.items() if name != "unlabelled.json"} == {
         "labelled_3.json": 3, "labelled_6.json": 6, "labelled_12.json": 12,
     }  # fmt: skip
     cohort = LabelledCohort(root=str(root), classes=3, splits={n: f"labelled_{n}.json" for n in (3, 6, 12)})
@@ -76,26 +96,26 @@ def test_splits_of_a_folder_are_nested_and_share_validation(tmp_path: Path) -> N
     assert splits.training[6][:3] == splits.training[3]
     assert len(people(splits.validation)) == 3
     training, validation = read_unlabelled([Source(root=str(root), datalist="unlabelled.json")])
-    check_held_out((*training, *validation), splits)
+    check_lists(training, validation, splits)
 
 
 def test_listing_is_a_function_of_the_seed(tmp_path: Path) -> None:
     """The same folder and seed give the same bytes, whatever was written before; another seed holds out others."""
     root = folder_of(tmp_path, visits(range(10), 2), visits(range(20, 32), 1))
 
-    def listing(seed: int) -> dict[str, bytes]:
-        written = [root / name for name in write_datalists(root, [2, 4], 0.2, SUBJECT, seed)]
-        assert list(write_datalists(root, [2, 4], 0.2, SUBJECT, seed)) == [path.name for path in written]
+    def written(seed: int) -> dict[str, bytes]:
+        written = [root / name for name in listing(root, [2, 4], seed=seed)]
+        assert list(listing(root, [2, 4], seed=seed)) == [path.name for path in written]
         with pytest.raises(ValueError, match="a list with other content is there already"):
-            write_datalists(root, [2, 4], 0.2, SUBJECT, seed + 10)
+            listing(root, [2, 4], seed=seed + 10)
         content = {path.name: path.read_bytes() for path in written}
         for path in written:
             path.unlink()
         return content
 
-    first = listing(0)
-    others = [listing(seed) for seed in (1, 2, 3)]
-    assert listing(0) == first
+    first = written(0)
+    others = [written(seed) for seed in (1, 2, 3)]
+    assert written(0) == first
     assert any(other["unlabelled.json"] != first["unlabelled.json"] for other in others)
 
 
@@ -117,7 +137,7 @@ def test_labels_are_found_beside_their_images(tmp_path: Path, files: Sequence[st
     """The layouts of the Decathlon and BTCV pair each image with its own label; what is left over is unlabelled."""
     extra = [f"images/zz{number}.nii.gz" for number in range(3)] + [f"images/yy{number}.nii.gz" for number in range(2)]
     touch(tmp_path, *files, *extra, *[f"labels/yy{number}.nii.gz" for number in range(2)], "images/._a.nii.gz")
-    written = write_datalists(tmp_path, [], 0.1, ".*", seed=0)
+    written = listing(tmp_path, validation=0.1, subject=".*")
     found: dict[str, str] = {}
     unlabelled: set[str] = set()
     for name in written:
@@ -133,41 +153,72 @@ def test_labels_are_found_beside_their_images(tmp_path: Path, files: Sequence[st
 
 
 @pytest.mark.parametrize(
-    ("unlabelled", "labelled", "sizes", "rule"),
+    ("unlabelled", "labelled", "sizes", "test", "rule"),
     [
-        (0, 0, [], "no .nii or .nii.gz file in it"),
-        (5, 5, [5], "5 labelled training volumes asked for, but 4 are left after holding out 1 of 1 subjects"),
-        (5, 5, [0], "0 labelled training volumes asked for"),
-        (5, 0, [2], "2 labelled training volumes asked for, but no image has a label"),
-        (1, 5, [2], "unlabelled training volumes asked for, but 0 are left"),
+        (0, 0, [], 0, "no image (.nii or .nii.gz) in it"),
+        (5, 5, [5], 0, "5 labelled training volumes asked for, but 4 are left after holding out 1 volumes of 1 of 5"),
+        (5, 5, [3], 2, "3 labelled training volumes asked for, but 2 are left after holding out 3 volumes of 3 of 5"),
+        (5, 5, [], 5, "1 labelled training volumes asked for, but 0 are left after holding out 5 volumes of 5 of 5"),
+        (5, 5, [0], 0, "0 labelled training volumes asked for"),
+        (5, 0, [2], 0, "--splits and --test are about labelled volumes, but no image has a label"),
+        (5, 0, [], 0.1, "--splits and --test are about labelled volumes, but no image has a label"),
+        (1, 0, [], 0, "1 unlabelled training volumes asked for, but 0 are left"),
     ],
 )
 def test_too_few_volumes_are_refused(
-    tmp_path: Path, unlabelled: int, labelled: int, sizes: list[int], rule: str
+    tmp_path: Path, unlabelled: int, labelled: int, sizes: list[int], test: float, rule: str
 ) -> None:
     """A folder that cannot give what is asked for is refused before anything is written."""
     folder_of(tmp_path, visits(range(unlabelled), 1), visits(range(50, 50 + labelled), 1))
-    with pytest.raises(ValueError, match=re.escape(rule)) as caught:
-        write_datalists(tmp_path, sizes, 0.2, SUBJECT, seed=0)
+    with pytest.raises(UserError, match=re.escape(rule)) as caught:
+        listing(tmp_path, sizes, test=test)
     assert str(caught.value).startswith(f"{tmp_path}: ")
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_a_wrong_folder_or_expression_is_refused(tmp_path: Path) -> None:
-    """A folder without volumes, or none at all, and what is no regular expression are named."""
-    with pytest.raises(ValueError, match=r"no: no \.nii or \.nii\.gz file in it"):
-        write_datalists(tmp_path / "no", [], 0.2, SUBJECT, seed=0)
-    folder_of(tmp_path, ["a"], [])
-    with pytest.raises(ValueError, match=r"--subject \(: not a regular expression"):
-        write_datalists(tmp_path, [], 0.2, "(", seed=0)
+def test_one_unlabelled_volume_is_no_list(tmp_path: Path) -> None:
+    """It is named as left out, and the labelled volumes are listed."""
+    found = find_scans(folder_of(tmp_path, ["s1_0"], visits(range(50, 55), 1)), SUBJECT)
+    assert list(write_datalists(tmp_path, found, [2], 0.2, 0, seed=0)) == ["labelled_2.json"]
+    assert found.left_out == {"images/s1_0.nii.gz": "too few unlabelled scans for training and validation"}
 
 
-def test_a_subject_is_the_group_that_matches(tmp_path: Path) -> None:
-    """Alternatives in the expression may each have their group; a name that does not match is a subject of its own."""
-    names = ["siteA-1_x", "siteA-1_y", "siteB-1_x", "siteB-1_y", "other_x", "other_y"]
-    touch(tmp_path, *[f"{name}.nii.gz" for name in names])
-    write_datalists(tmp_path, [], 0.3, r"site(A-\d+)|site(B-\d+)", seed=0)
+@pytest.mark.parametrize(
+    ("subject", "rule"),
+    [
+        ("(", "--subject (: not a regular expression"),
+        (
+            r"(patient\d+)",
+            r"--subject (patient\d+): finds no patient in 3 of 3 paths, e.g. in images/s1_x.nii.gz; it must",
+        ),
+        (r"s1", "finds no patient in 1 of 3 paths, e.g. in images/s2_x.nii.gz"),
+        (r"(\d*)", "finds no patient in 3 of 3 paths"),
+    ],
+)
+def test_an_expression_that_finds_no_patient_is_refused(tmp_path: Path, subject: str, rule: str) -> None:
+    """Also where it finds one in some of the paths, and not in others: no volume becomes a patient of its own."""
+    touch(tmp_path, *[f"images/{name}.nii.gz" for name in ("s1_x", "s1_y", "s2_x")])
+    with pytest.raises(UserError, match=re.escape(rule)):
+        find_scans(tmp_path, subject)
+
+
+def test_a_patient_is_the_group_that_matches(tmp_path: Path) -> None:
+    """Alternatives in the expression may each have their group."""
+    touch(tmp_path, *[f"{name}.nii.gz" for name in ("siteA-1_x", "siteA-1_y", "siteB-1_x", "siteB-1_y")])
+    found = find_scans(tmp_path, r"site(A-\d+)|site(B-\d+)")
+    assert [scan.subject for scan in found.scans] == ["A-1", "A-1", "B-1", "B-1"]
+
+
+@pytest.mark.parametrize(
+    "files", ["patient{}/baseline", "patient{}/scan1/ct", "data/patient{}/ct", "images/patient{}/ct"]
+)
+@pytest.mark.parametrize("subject", [None, r"(patient\d+)"])
+def test_a_patient_is_looked_for_in_the_path(tmp_path: Path, files: str, subject: str | None) -> None:
+    """Scans that are all called alike are told apart by the folder, with the expression or without."""
+    names = [files.format(number) for number in range(6)]
+    touch(tmp_path, *[f"{name}.nii.gz" for name in names], *[f"{Path(name).parent / 'later'}.nii.gz" for name in names])
+    assert listing(tmp_path, subject=subject) == {"unlabelled.json": {"training": 10, "validation": 2}}
     listed = read_datalist(tmp_path, "unlabelled.json", labelled=False)
-    sides = [{case.id for case in cases} for cases in (listed.training, listed.validation)]
-    for site in "AB":
-        assert any({f"site{site}-1_x", f"site{site}-1_y"} <= side for side in sides)
+    training, validation = ({case.subject for case in part} for part in (listed.training, listed.validation))
+    assert training | validation == {f"patient{number}" for number in range(6)}
+    assert not training & validation

@@ -1,0 +1,82 @@
+"""The lists of a study together: who is held out is trained on nowhere, and no two lists contradict each other."""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from ssl_ray.data.datalist import Case, Splits, stem
+from ssl_ray.errors import UserError
+
+
+def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Splits) -> None:
+    """Check all lists of a study together, by names alone; `training` and `validation` are the unlabelled volumes.
+
+    A scan is known by its file, whatever links lead to it and whether it is compressed or not; a patient by the subject
+    in the lists. Labelled training patients may be among the unlabelled ones: their labels are what is asked about.
+
+    Raises:
+        UserError: naming lists, entries and both values, when a patient or scan is held out in one list and trained on
+            in another, or when two lists give an image different labels or patients.
+    """
+    labelled = [case for cases in splits.training.values() for case in cases]
+    _check_same([*labelled, *splits.validation, *splits.test], (*training, *validation))
+    seen: dict[tuple[str, str], tuple[str, Case]] = {}
+    for part, cases, held_out in (
+        ("unlabelled training", training, False),
+        ("unlabelled validation", validation, True),
+        ("labelled training", labelled, False),
+        ("labelled validation", splits.validation, True),
+        ("labelled test", splits.test, True),
+    ):
+        known = [(key, case) for case in cases for key in _known_by(case)]
+        for key, case in known if held_out else ():
+            if key in seen:
+                raise UserError(_on_both_sides(key, part, case, *seen[key]))
+        seen |= {key: (part, case) for key, case in known}
+
+
+def not_nested(splits: Splits) -> str | None:
+    """What to say where a smaller split is not part of the next larger one: the sizes then differ in more than size."""
+    for small, large in pairwise(sorted(splits.training)):
+        more = {os.path.realpath(case.image) for case in splits.training[large]}
+        lost = [case for case in splits.training[small] if os.path.realpath(case.image) not in more]
+        if lost:
+            return (
+                f"splits are not nested: {len(lost)} of the {small} training volumes, e.g. {lost[0].image}, are not "
+                f"among the {large}; a difference between the two is also one of who was labelled"
+            )
+    return None
+
+
+def _check_same(labelled: Sequence[Case], unlabelled: Sequence[Case]) -> None:
+    """Refuse an image that is given other labels, or another patient, in another list."""
+    known: dict[str, Case] = {}
+    for case in (*labelled, *unlabelled):
+        first = known.setdefault(os.path.realpath(case.image), case)
+        if case.label and first.label and os.path.realpath(case.label) != os.path.realpath(first.label):
+            _contradict(case, first, f"the label {case.label}", str(first.label))
+        # A list without labels need not say whose scans they are.
+        if case.subject != first.subject and (case.label or (case.subject and first.subject)):
+            _contradict(case, first, f"the subject {case.subject!r}", repr(first.subject))
+
+
+def _contradict(case: Case, first: Case, value: str, other: str) -> None:
+    raise UserError(f"{case.place}: {case.image} has {value} here, but {other} in {first.place}")
+
+
+def _on_both_sides(key: tuple[str, str], part: str, case: Case, other_part: str, other: Case) -> str:
+    kind, value = key
+    hint = "; if these are two people, give them different subjects" if kind == "patient" else ""
+    return (
+        f"{case.place}: {kind} {value} is in {part} ({case.image}) and also in {other_part} ({other.image}, "
+        f"{other.place}), but must be in one of them alone{hint}"
+    )
+
+
+def _known_by(case: Case) -> Iterator[tuple[str, str]]:
+    """What tells two cases apart: the file without its suffix and, where the list has it, the patient."""
+    file = Path(os.path.realpath(case.image))
+    yield "scan", str(file.with_name(stem(file)))
+    if case.subject:
+        yield "patient", case.subject

@@ -1,0 +1,66 @@
+"""The files of a folder that a list may name, and why it may not name the others."""
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from ssl_ray.data.datalist import is_nifti
+from ssl_ray.text import BREAKS
+
+OWN = "ssl_ray_labels"
+"""Folder under the root for label maps that we make out of masks."""
+_IMAGES = re.compile(r"(?i)\.(mha|mhd|nrrd|img|mgz)$|\.nii")
+"""Names of other formats, and of a NIfTI that is still being copied or packed in another way."""
+_LINKED_FOLDER = "a link to a folder, which is not followed; copy the folder, or write lists where it is"
+_DICOM = re.compile(r"(?i)\.(dcm|dicom|ima)$|^[^.]*$|^[\d.]+$")
+"""Names that files of a DICOM series have; a few of those without a suffix are looked into."""
+
+
+def usable_files(folder: Path) -> tuple[list[PurePosixPath], dict[str, str]]:
+    """NIfTI files below `folder`, relative to it and sorted, and what is left out, each with the reason."""
+    found: list[PurePosixPath] = []
+    left_out: dict[str, str] = {}
+
+    def cannot_read(error: OSError) -> None:
+        left_out[f"{Path(error.filename).relative_to(folder).as_posix()}/"] = f"cannot read: {error.strerror}"
+
+    for place, folders, names in os.walk(folder, onerror=cannot_read):
+        here = PurePosixPath(Path(place).relative_to(folder))
+        left_out |= {f"{here / name}/": _LINKED_FOLDER for name in folders if os.path.islink(os.path.join(place, name))}
+        folders[:] = sorted(name for name in folders if str(here / name) != OWN)
+        found += [here / name for name in names if is_nifti(name)]
+        others = [name for name in names if not is_nifti(name)]
+        series = [name for name in others if _DICOM.search(name)]
+        if any(_is_dicom(Path(place, name)) for name in sorted(series)[:9]):
+            left_out[f"{here}/"] = "a DICOM series; convert it to NIfTI first, e.g. with dcm2niix"
+        left_out |= {str(here / name): "no NIfTI file; convert it first" for name in others if _IMAGES.search(name)}
+    first: dict[str, PurePosixPath] = {}
+    root = os.path.join(os.path.realpath(folder), "")
+    for path in sorted(found, key=lambda path: (os.path.islink(folder / path), path)):  # a file before its links
+        real = os.path.realpath(folder / path)
+        if why := _unfit(path, real, root):
+            left_out[str(path)] = why
+        elif (same := first.setdefault(real, path)) != path:
+            left_out[str(path)] = f"a link to {same}"
+    return sorted(first.values()), left_out
+
+
+def _unfit(path: PurePosixPath, real: str, root: str) -> str | None:
+    """Why a list may not name the file `real` as `path`."""
+    if path.name.startswith("._"):
+        return "macOS's notes on another file"
+    if BREAKS.search(str(path)):
+        return "control characters in its name"
+    if not os.path.isfile(real):
+        return "not a regular file" if os.path.exists(real) else "a link that leads nowhere"
+    return None if real.startswith(root) else f"a link that leaves the root, to {real}"
+
+
+def _is_dicom(path: Path) -> bool:
+    """By the suffix, or by the letters after the preamble (DICOM PS3.10, section 7.1)."""
+    if path.suffix.lower() in (".dcm", ".dicom", ".ima"):
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"

@@ -1,0 +1,279 @@
+"""The layouts in which people keep CT: which file is a scan, which is its label map, whose it is, what is left out."""
+
+import posixpath
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from pydantic import BaseModel
+
+from ssl_ray.data.datalist import Section, read_json, stem
+from ssl_ray.data.layout_files import OWN, usable_files
+from ssl_ray.errors import UserError
+from ssl_ray.text import shown
+
+Key = tuple[str, ...]
+_LABEL = r"labels?|lbl|d?seg|segmentations?|masks?|msk|gt|annotations?"
+_FOLDER = re.compile(
+    rf"^((?P<label>(?i:{_LABEL}|derivatives))|(?P<image>(?i:images?|img|rawdata))|(?i:scans?|ct|volumes?))(?![a-z])"
+)
+"""How the folders of label maps and of images begin: labelsTr, images_v2; not `labelled`."""
+_LABEL_NAME = re.compile(rf"(?i)^({_LABEL})(?![a-z])|[_\-. ]({_LABEL})[_\-]?\d*$")
+"""Names of label maps that lie among the images: label0001, segmentation-3, s1_seg."""
+_WORDS = re.compile(rf"(?i)(?<![a-z])({_LABEL}|images?|img|imaging|volumes?|vol|scans?|ct|combined)(?![a-z])")
+"""What an image and its label may be called beside what they share."""
+_PART = re.compile(
+    r"(?i)(tr|ts|va|train(ing)?|test(ing)?|val(idation)?|(un)?label+ed|data)?[ _-]*((batch|part)[ _-]*\d+)?"
+)
+"""What folders are called that hold a part of the volumes, not one patient's; the first three with `images` before."""
+_TEST = re.compile(r"(?i)images?ts|test(ing)?")
+_CHANNEL = re.compile(r"(.*)_(\d{4})")
+_NOT_CT = re.compile(r"(?i)(^|_)(T[12]w|FLAIR|PDw|bold|dwi|sbref|swi|pet|suv|mri?)$")
+"""Names, or BIDS's suffixes, of scans of other kinds."""
+
+
+@dataclass
+class Scan:
+    """One CT; paths are relative to the root. `test`: the layout itself keeps it for testing."""
+
+    image: str
+    label: str | None = None
+    subject: str = ""
+    test: bool = False
+
+
+@dataclass
+class Layout:
+    """What a folder holds.
+
+    `subjects` says how patients are told apart, `organs` names label values, `left_out` has a reason by file, and
+    `masks` the masks, by value, out of which a label map of `scans` is still to be made.
+    """
+
+    name: str
+    subjects: str
+    scans: list[Scan] = field(default_factory=list)
+    organs: dict[int, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    masks: dict[str, dict[int, str]] = field(default_factory=dict)
+
+
+class _Dataset(BaseModel):
+    """A dataset.json of the Decathlon or of nnU-Net, of either version."""
+
+    training: Section = []
+    validation: Section = []
+    test: Section = []
+    labels: dict[str, int | str | list[int]] = {}
+
+    def organs(self, path: Path) -> dict[int, str]:
+        """Names by value, from {"1": "liver"} or {"liver": 1}."""
+        found = {}
+        for key, value in self.labels.items():
+            number, name = (key, value) if key.isdecimal() else (value, key)
+            if not re.fullmatch(r"[0-9]{1,3}", str(number)) or name == "ignore":
+                raise UserError(f"{path}: labels.{shown(key)}: must be one organ's name and value, got {shown(value)}")
+            found[int(str(number))] = str(name)
+        return found
+
+
+def read_layout(folder: Path) -> Layout:
+    """What `folder` holds, by the first layout that fits; no voxels are read.
+
+    Raises:
+        UserError: when there is no image in it, with what there is instead, when a dataset.json cannot be understood,
+            and when there is one further down, as label values of two data sets need not mean the same.
+    """
+    files, left_out = usable_files(folder)
+    dataset = read_json(path, _Dataset) if (path := folder / "dataset.json").is_file() else None
+    for below in sorted({path.parent.parent for path in files} - {PurePosixPath(".")}):
+        if (folder / below / "dataset.json").is_file():
+            raise UserError(f"{folder}: {below} is a data set with labels of its own; make lists of each by itself")
+    special = (layout(files, dataset) for layout in (_totalsegmentator, _nnunet, _decathlon, _bids))
+    found = next(filter(None, special), None) or _plain(files)
+    found.left_out = left_out | found.left_out
+    if dataset and not found.organs:
+        found.organs = dataset.organs(path)
+    for scan in found.scans:
+        scan.test |= scan.label is not None and any(map(_TEST.fullmatch, PurePosixPath(scan.image).parts[:-1]))
+    if not found.scans:
+        why = "".join(f"; {name}: {reason}" for name, reason in list(found.left_out.items())[:3])
+        raise UserError(f"{folder}: no image (.nii or .nii.gz) in it{why}")
+    return found
+
+
+def _totalsegmentator(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout | None:
+    """s0001/ct.nii.gz and s0001/segmentations/liver.nii.gz: a mask for each organ."""
+    images = {path.parent: path for path in files if stem(path) == "ct"}
+    masks: dict[PurePosixPath, dict[str, str]] = defaultdict(dict)
+    for path in files:
+        if path.parent.name == "segmentations" and path.parent.parent in images:
+            masks[path.parent.parent][stem(path)] = str(path)
+    if not masks:
+        return None
+    names = sorted({name for found in masks.values() for name in found})
+    found = Layout("TotalSegmentator", "by the folder of the scan")
+    found.organs = dict(enumerate(["background", *names]))
+    for place, image in images.items():
+        label = f"{OWN}/{place}.nii.gz"
+        if missing := [name for name in names if name not in masks.get(place, {})]:
+            if place in masks:
+                found.left_out[f"{place}/segmentations/"] = (
+                    f"has no mask of {len(missing)} organs, e.g. {missing[0]}; its scan is listed without label"
+                )
+        else:
+            found.masks[label] = {value: masks[place][name] for value, name in found.organs.items() if value}
+        found.scans.append(Scan(str(image), label if label in found.masks else None, str(place)))
+    known = {*images.values(), *(PurePosixPath(path) for organs in masks.values() for path in organs.values())}
+    found.left_out |= {str(path): "neither ct.nii.gz nor a mask beside one" for path in files if path not in known}
+    return found
+
+
+def _nnunet(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout | None:
+    """imagesTr/case_0000.nii.gz and labelsTr/case.nii.gz; imagesTs and labelsTs are for testing."""
+    found = Layout("nnU-Net", "")
+    images, labels = _told_apart(files, found.left_out)
+    inside = [path for path in images if path.parent.name.startswith("images")]
+    cases = {path: match.groups() for path in inside if (match := _CHANNEL.fullmatch(stem(path)))}
+    first = [path for path, (_, channel) in cases.items() if channel == "0000"]
+    names, labelled = {name for name, _ in cases.values()}, {stem(path) for path in labels}
+    numbered = any(stem(path) in labelled for path in cases)  # the four digits are a volume's number
+    if not first or numbered or not (labelled & names or len(names) > 1):
+        return None
+    for path in images:
+        if path not in cases:
+            found.left_out[str(path)] = "an image without a channel, such as _0000, in its name"
+        elif cases[path][1] != "0000":
+            found.left_out[str(path)] = f"channel {cases[path][1]} of a scan; only channel 0000 is read"
+    _pair(found, first, labels, lambda path: (*_parents(path), cases[path][0] if path in cases else stem(path)))
+    return found
+
+
+def _decathlon(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout | None:
+    """A dataset.json that lists the volumes."""
+    if not dataset or not dataset.training:
+        return None
+    found = Layout("Decathlon, by its dataset.json", "")
+    there = {str(path) for path in files}
+    scans: dict[str, Scan] = {}
+    for section in (dataset.training, dataset.validation, dataset.test):
+        for entry in section:
+            image, label = (posixpath.normpath(path) if path else None for path in (entry.image, entry.label))
+            missing = {path for path in (image, label) if path and path not in there}
+            found.left_out |= dict.fromkeys(missing, "dataset.json lists it, but no such file can be listed")
+            if image and image not in missing:
+                label = None if label in missing else label
+                tested = section is dataset.test and label is not None
+                scans.setdefault(image, Scan(image, label, entry.subject, tested))
+    found.scans = list(scans.values())
+    listed = {path for scan in found.scans for path in (scan.image, scan.label)}
+    found.left_out |= dict.fromkeys(sorted(there - listed), "not in dataset.json")
+    return found
+
+
+def _bids(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout | None:
+    """sub-01/ses-02/ct/sub-01_ses-02_ct.nii.gz, and its label under derivatives/ with the same entities or more."""
+    if not any(_patient(path) for path in files):
+        return None
+    found = Layout("BIDS", "by the folder sub-…")
+    images, labels = _told_apart(files, found.left_out)
+    entities = {path: {*stem(path).split("_")[:-1], *_patient(path)} for path in files}
+    of_patient: dict[Key, list[PurePosixPath]] = defaultdict(list)
+    for image in images:
+        of_patient[_patient(image)].append(image)
+    owners = {}
+    for label in labels:
+        fitting = [image for image in of_patient.get(_patient(label), []) if entities[image] <= entities[label]]
+        most = max((len(entities[image]) for image in fitting), default=0)
+        owners[label] = [image for image in fitting if len(entities[image]) == most]
+    _pair(found, images, labels, lambda path: (), owners)
+    for scan in found.scans:
+        scan.subject = "".join(_patient(PurePosixPath(scan.image))[:1])
+    return found
+
+
+def _plain(files: Sequence[PurePosixPath]) -> Layout:
+    """Any folder: label maps are known by their folder or name, and belong to the image of the same name."""
+    found = Layout("plain folder", "")
+    images, labels = _told_apart(files, found.left_out)
+    keys = {path: (*_parents(path), _shared(path)) for path in files}
+    _pair(found, images, labels, keys.__getitem__)
+    folders = {scan.image: _people(PurePosixPath(scan.image)) for scan in found.scans}
+    while (tops := {top[0] if top else "" for top in folders.values()}) and len(tops) == 1 and "" not in tops:
+        folders = {image: rest for image, (_, *rest) in folders.items()}
+    for scan in found.scans:
+        scan.subject = "".join(folders[scan.image][:1])
+    if any(scan.subject for scan in found.scans):
+        found.subjects = "by the folder, where a scan lies in one"
+    return found
+
+
+def _told_apart(
+    files: Iterable[PurePosixPath], left_out: dict[str, str]
+) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    """Images and label maps, by the name or the nearest folder that says which; scans other than CT are left out."""
+    images: list[PurePosixPath] = []
+    labels: list[PurePosixPath] = []
+    for path in files:
+        folders = (match for part in reversed(path.parts[:-1]) if (match := _FOLDER.match(part)))
+        nearest = next((match for match in folders if match["label"] or match["image"]), None)
+        is_label = _LABEL_NAME.search(stem(path)) or (nearest and nearest["label"])
+        if is_label:
+            labels.append(path)
+        elif match := _NOT_CT.search(stem(path)):
+            left_out[str(path)] = f"no CT by its name, which ends in {match[0]}"
+        else:
+            images.append(path)
+    return images, labels
+
+
+def _pair(
+    found: Layout,
+    images: Sequence[PurePosixPath],
+    labels: Sequence[PurePosixPath],
+    key: Callable[[PurePosixPath], Key],
+    owners: Mapping[PurePosixPath, Sequence[PurePosixPath]] | None = None,
+) -> None:
+    """Add the scans with their labels: those of the same `key`, or given as `owners`. What is not clear is left out."""
+    same: dict[Key, list[PurePosixPath]] = defaultdict(list)
+    for image in images:
+        same[key(image)].append(image)
+    claims: dict[PurePosixPath, list[PurePosixPath]] = defaultdict(list)
+    for label in labels:
+        fitting = owners[label] if owners else same.get(key(label), [])
+        fitting = [image for image in fitting if stem(image) == stem(label)] or fitting
+        if len(fitting) == 1:
+            claims[fitting[0]].append(label)
+        elif fitting:
+            found.left_out[str(label)] = f"a label map that could be of {fitting[0]} or of {fitting[1]}"
+        else:
+            found.left_out[str(label)] = "a label map without an image of its name"
+    for image in images:
+        mine = claims[image]
+        chosen = mine if len(mine) == 1 else [one for one in mine if stem(one) == stem(image)]
+        scan = Scan(str(image), str(chosen[0]) if len(chosen) == 1 else None)
+        others = [str(one) for one in mine if str(one) != scan.label]
+        found.left_out |= dict.fromkeys(others, f"one of {len(mine)} label maps of {image}")
+        found.scans.append(scan)
+
+
+def _parents(path: PurePosixPath) -> Key:
+    """The folders of an image or its label, without what says which of the two it is."""
+    return tuple(rest for part in path.parts[:-1] if (rest := _FOLDER.sub("", part).strip("_- ")))
+
+
+def _shared(path: PurePosixPath) -> str:
+    """What the names of an image and its label share."""
+    return re.sub(r"[_\-. ]+", "_", _WORDS.sub("", stem(path))).strip("_")
+
+
+def _patient(path: PurePosixPath) -> Key:
+    """BIDS's folders of patient and session."""
+    return tuple(part for part in path.parts[:-1] if part.startswith(("sub-", "ses-")))
+
+
+def _people(path: PurePosixPath) -> list[str]:
+    """The folders of an image that could be a patient's."""
+    return [part for part in path.parts[:-1] if not _PART.fullmatch(_FOLDER.sub("", part).strip("_- "))]
