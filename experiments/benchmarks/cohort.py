@@ -10,8 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from ssl_ray.config.schema import Preparation
-from ssl_ray.data.canonical import prepare
 from ssl_ray.data.nifti import Nifti
+from ssl_ray.data.normalise import prepare
 from ssl_ray.data.store import Store, Volume
 
 PREPARATION = Preparation(spacing=2, hu_window=(-57, 164))

@@ -15,7 +15,7 @@ from gpu_bench import Bench
 from gpu_pretrain import learner, rate, stepper, study
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.canonical import CanonicalVolume
+from ssl_ray.data.normalise import CanonicalVolume
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
 

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from ssl_ray.data.canonical import CanonicalVolume
+from ssl_ray.data.normalise import CanonicalVolume
 from ssl_ray.storage.files import MANIFEST, settle, write_file
 from ssl_ray.storage.mirror import Mirror
 

@@ -24,9 +24,9 @@ from volumes import (
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data import prepare as cache
-from ssl_ray.data.canonical import VERSION, prepare
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import read_label, read_nifti
+from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store
 

@@ -13,8 +13,8 @@ from nibabel.affines import apply_affine, voxel_sizes
 from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 
 from ssl_ray.config.schema import Preparation
-from ssl_ray.data.canonical import levels, prepare
 from ssl_ray.data.nifti import Nifti, read_label, read_nifti
+from ssl_ray.data.normalise import levels, prepare
 
 SHAPE = (22, 26, 19)
 
