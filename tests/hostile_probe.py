@@ -75,8 +75,8 @@ def label() -> Reader:
 @reader
 def prepare() -> Reader:
     import ssl_ray.data.resample  # noqa: F401  # MONAI
-    from ssl_ray.data.canonical import prepare
     from ssl_ray.data.nifti import read_nifti
+    from ssl_ray.data.normalise import prepare
     from ssl_ray.errors import UserError
 
     def read(path: Path) -> dict[str, Any]:

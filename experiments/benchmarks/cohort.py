@@ -10,8 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from ssl_ray.config.schema import Preparation
-from ssl_ray.data.canonical import prepare
 from ssl_ray.data.nifti import Nifti
+from ssl_ray.data.normalise import prepare
 from ssl_ray.data.store import Store, Volume
 
 PREPARATION = Preparation(spacing=2, hu_window=(-57, 164))
@@ -86,12 +86,13 @@ def fill(
             id=str(seed),
             image_source=f"{seed}.nii.gz",
             label_source=f"{seed}.nii.gz" if classes else None,
-            image_sha256=f"{seed:064x}",
+            content=f"{seed:064x}",
             shape=prepared.image.shape,
             spacing=preparation.spacing,
             affine=tuple(map(tuple, prepared.affine.tolist())),
             dtype=str(prepared.image.dtype),
             levels=prepared.levels,
+            channels=1,
             hu_window=preparation.hu_window,
             original_shape=shape,
             label_voxels={str(value): int(number) for value, number in enumerate(counts) if number},

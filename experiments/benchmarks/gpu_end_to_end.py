@@ -15,7 +15,7 @@ from gpu_bench import Bench
 from gpu_pretrain import learner, rate, stepper, study
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.canonical import CanonicalVolume
+from ssl_ray.data.normalise import CanonicalVolume
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
 
@@ -31,12 +31,13 @@ def fill(store: Store, count: int, shape: tuple[int, int, int], first: int = 0) 
             id=f"v{index:05d}",
             image_source=f"v{index:05d}.nii.gz",
             label_source=None,
-            image_sha256=key,
+            content=key,
             shape=shape,
             spacing=(2.0, 2.0, 2.0),
             affine=tuple(map(tuple, np.eye(4).tolist())),
             dtype="uint8",
             levels=255,
+            channels=1,
             hu_window=(-57.0, 164.0),
             original_shape=shape,
             label_voxels={},

@@ -4,8 +4,11 @@ One bad volume among thousands must be named; it must not crash a run, stall it 
 header promises is believed before the bytes are there.
 """
 
+import hashlib
 import io
+import logging
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from isal import igzip, isal_zlib
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -27,6 +31,25 @@ _MOST_EXTENSION = 2**26
 """Bytes in front of the voxels; in a compressed file, a kilobyte can hold a megabyte of them."""
 _CHUNK = 2**22
 """Bytes that are decompressed at a time."""
+_OTHERS = {
+    b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces by the volume",
+    b"/annex/objects/": "a git-annex pointer, which `git annex get` replaces by the volume",
+    b"<": "a web page or XML, as a failed download leaves it",
+    b"{": "JSON, as a failed download leaves it",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip inside of a gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\0" * 128 + b"DICM": "a DICOM file",
+    b"NRRD": "an NRRD file",
+}
+"""What is found under a volume's name, by how it begins."""
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+"""What may stand before it: blanks and a byte order mark."""
+_LONG_QUATERNION = 1.001
+"""Scanners write unit quaternions in few digits; a longer one than this is no rotation."""
+_SCALED = 1e-3
+"""Labels that a program stored as floats, or with a slope, are this close to integers."""
 
 
 @dataclass(frozen=True)
@@ -49,68 +72,102 @@ def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
     except OSError as error:
         raise UserError(f"{place}: cannot read: {error.strerror}") from error
     try:
-        image = _parse(raw)
+        header, raw = _parse(raw, place)
+        affine = _checked_affine(header)
         with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, which is refused below
-            voxels = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(image.shape[:3])
+            voxels = np.asanyarray(ArrayProxy(io.BytesIO(raw), header), dtype=np.float32)
     except (HeaderDataError, ImageFileError, isal_zlib.error, EOFError, OSError, OverflowError, ValueError) as error:
         raise UserError(f"{place}: {' '.join(str(error).split())}") from error
-    if not np.isfinite(voxels).all():
+    if not np.isfinite([voxels.min(), voxels.max()]).all():  # NaN would be both
         count = int(voxels.size - np.isfinite(voxels).sum())
         raise UserError(f"{place}: {count} of {voxels.size} voxels are not finite (NaN or infinite)")
-    return Nifti(voxels, np.asarray(image.affine, dtype=np.float64))
+    return Nifti(voxels.reshape(voxels.shape[:3]), affine)
 
 
 def read_label(path: Path, content: bytes | None = None) -> Nifti:
-    """Read one label map as `read_nifti` does; values that are not integers in 0..255 are refused."""
+    """Read one label map as `read_nifti` does; values that are not integers in 0..255, up to rounding, are refused."""
     label = read_nifti(path, content)
-    low, high = float(label.voxels.min()), float(label.voxels.max())
-    if low < 0 or high > 255 or not np.array_equal(label.voxels, np.rint(label.voxels)):
+    rule = f"{shown(path, 5000)}: label values must be integers in 0..255, got"
+    low, high, voxels = float(label.voxels.min()), float(label.voxels.max()), np.rint(label.voxels)
+    if low < 0 or high > 255:
+        raise UserError(f"{rule} values from {low:g} to {high:g}")
+    broken = label.voxels[np.abs(label.voxels - voxels) > _SCALED]
+    if broken.size:
         raise UserError(
-            f"{shown(path, 5000)}: label values must be integers in 0..255, got values from {low:g} to {high:g}"
+            f"{rule} {broken[0]:.4g} and {broken.size - 1} more that are none: was it interpolated when it was "
+            "resampled, or is it no label map?"
         )
-    return label
+    return Nifti(voxels, label.affine)
 
 
-def check_same_grid(image: Nifti, label: Nifti, place: Path) -> None:
-    """Refuse a label of another shape than its image, or with corner voxels more than 0.1 voxel from the image's."""
-    if image.voxels.shape != label.voxels.shape:
+def on_image_grid(image: Nifti, label: Nifti, place: Path) -> Nifti:
+    """A label map with its axes in the order and direction of its image's, and with the image's own affine.
+
+    Both files may lay out the same physical grid in their own way. Refused, as the file `place`, is a label of another
+    shape than its image, or with corner voxels more than 0.1 voxel from the image's.
+    """
+    turn = nib.io_orientation(np.linalg.solve(image.affine, label.affine))
+    voxels = nib.apply_orientation(label.voxels, turn)
+    if image.voxels.shape != voxels.shape:
         raise UserError(f"{place}: the label has shape {label.voxels.shape}, its image {image.voxels.shape}")
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(image.voxels.shape) - 1)
-    apart = nib.affines.apply_affine(image.affine, corners) - nib.affines.apply_affine(label.affine, corners)
+    affine = label.affine @ nib.orientations.inv_ornt_aff(turn, label.voxels.shape)
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(voxels.shape) - 1)
+    apart = nib.affines.apply_affine(image.affine, corners) - nib.affines.apply_affine(affine, corners)
     worst, voxel = float(np.linalg.norm(apart, axis=1).max()), float(nib.affines.voxel_sizes(image.affine).min())
     if worst > 0.1 * voxel:
         raise UserError(f"{place}: the label's affine puts its voxels up to {worst:.3g} mm from those of its image")
+    return Nifti(voxels.copy(order="K"), image.affine)  # torch takes no axis that runs backwards in memory
 
 
-def _parse(raw: bytes) -> Any:
-    """A nibabel image out of the bytes of a file; the errors, of several types, do not name the file."""
+def content_digest(scan: Nifti) -> str:
+    """The same for the same voxels, to the whole HU, whatever the file's name, format, compression and order of axes.
+
+    It is the SHA-256 of the shape and of a checksum of every slice, which takes a twentieth of the voxels' own.
+    """
+    turned = nib.apply_orientation(scan.voxels, nib.io_orientation(scan.affine))
+    slices = np.rint(turned.T, order="C")
+    slices += 0  # no negative zero
+    checksums = [isal_zlib.crc32(one) for one in slices]
+    return hashlib.sha256(f"{slices.shape} {checksums}".encode()).hexdigest()
+
+
+class _NamedLog(logging.LoggerAdapter[logging.Logger]):
+    """nibabel's log, with the file's name before what it mends in a header."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Called for every line."""
+        return f"{self.extra and self.extra['place']}: {msg}", kwargs
+
+
+def _parse(raw: bytes, place: str) -> tuple[Any, bytes]:
+    """Header and content of a whole volume; the errors, of several types, do not name the file."""
     compressed = raw[:2] == b"\x1f\x8b"
     with igzip.open(io.BytesIO(raw)) if compressed else io.BytesIO(raw) as stream:
         head = stream.read(544)
         second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
-        kind = nib.Nifti2Image if second else nib.Nifti1Image
-        if len(head) < (least := kind.header_class.single_vox_offset):
+        kind = nib.Nifti2Header if second else nib.Nifti1Header
+        other = next((what for start, what in _OTHERS.items() if head.lstrip(_BLANK).startswith(start)), None)
+        if other and head[344:347] != b"n+1":
+            raise ValueError(f"not a NIfTI file but {other}")
+        if len(head) < (least := kind.single_vox_offset):
             raise ValueError(f"not a NIfTI file: {len(head)} bytes of header, expected at least {least}")
-        # Without its extensions, which may reach beyond what has been read so far.
-        header = kind.header_class(head[: kind.header_class.sizeof_hdr], check=False)
-        size = _check_header(header)
+        header = kind(head[: kind.sizeof_hdr], check=False)
+        size = _check_header(header, place)
         if compressed:
             raw = _inflate(head, stream, size)
     if len(raw) < size:
         raise ValueError(f"truncated: {len(raw)} bytes of the {size} that the header promises")
-    image = kind.from_bytes(raw)
-    _check_affine(image.affine)
-    return image
+    return header, raw
 
 
-def _check_header(header: Any) -> int:
+def _check_header(header: Any, place: str) -> int:
     """Bytes that the whole file must have by its header."""
     magic, start, least = header["magic"].item(), float(header["vox_offset"]), header.single_vox_offset
     if magic[:3] not in (b"n+1", b"n+2"):
         raise ValueError(f"not a single-file NIfTI: magic {magic!r}")
     if not least <= start <= _MOST_EXTENSION or not start.is_integer():
         raise ValueError(f"vox_offset must be an integer from {least} to {_MOST_EXTENSION}, got {start:g}")
-    header.check_fix()
+    header.check_fix(_NamedLog(nib.imageglobals.logger, {"place": place}))
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if dtype.kind not in "iuf":
         raise ValueError(f"voxels must be integers or floats, got {dtype}")
@@ -127,7 +184,14 @@ def _check_header(header: Any) -> int:
     return int(start) + count * int(dtype.itemsize)
 
 
-def _check_affine(affine: npt.NDArray[Any]) -> None:
+def _checked_affine(header: Any) -> npt.NDArray[np.float64]:
+    """The affine (4, 4) of a header, in which a quaternion that is too long by rounding becomes a unit one."""
+    quaternion = [f"quatern_{axis}" for axis in "bcd"]
+    length = np.linalg.norm([float(header[part]) for part in quaternion])
+    if header.quaternion_threshold < length**2 - 1 and length < _LONG_QUATERNION:  # nibabel would refuse it
+        for part in quaternion:
+            header[part] = header[part] / length
+    affine = np.asarray(header.get_best_affine(), np.float64)
     with np.errstate(all="ignore"):  # numbers that overflow are refused below
         sides, volume = nib.affines.voxel_sizes(affine), abs(np.linalg.det(affine[:3, :3]))
     apart = volume > 1e-9 and volume >= 1e-3 * sides.prod()
@@ -136,6 +200,7 @@ def _check_affine(affine: npt.NDArray[Any]) -> None:
             "the affine must be finite, with voxel sides of 0.001 to 1000 mm, axes that are not parallel and an origin "
             f"within 1 km, got {affine.tolist()}"
         )
+    return affine
 
 
 def _inflate(head: bytes, stream: Any, size: int) -> bytes:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.config.schema import Preparation
-from ssl_ray.data.canonical import VERSION, prepare
 from ssl_ray.data.datalist import Case
-from ssl_ray.data.nifti import check_same_grid, read_label, read_nifti
+from ssl_ray.data.nifti import content_digest, on_image_grid, read_label, read_nifti
+from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import read_file, remove_stale, write_file
@@ -28,9 +28,10 @@ _SETTLED_NS = 2 * 10**9
 
 @dataclass(frozen=True)
 class BadVolume:
-    """A volume that could not be prepared, and why."""
+    """A volume that could not be prepared, and why; `image` is its path, as ids may repeat between cohorts."""
 
     id: str
+    image: str
     reason: str
 
 
@@ -63,8 +64,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
         return prepare_case(case, preparation, store, verify=True)
     image, label = read_nifti(case.image, content["image"]), None
     if case.label:
-        label = read_label(case.label, content["label"])
-        check_same_grid(image, label, case.label)
+        label = on_image_grid(image, read_label(case.label, content["label"]), case.label)
     try:
         canonical = prepare(image, label, preparation)
     except ValueError as error:
@@ -73,13 +73,14 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     counts = np.bincount(canonical.label.ravel()) if canonical.label is not None else np.zeros(0, np.int64)
     volume = Volume(
         key=key,
-        image_sha256=digests["image"],
         **named,
+        content=content_digest(image),
         shape=canonical.image.shape,
         spacing=preparation.spacing,
         affine=tuple(map(tuple, canonical.affine.tolist())),
         dtype=str(canonical.image.dtype),
         levels=canonical.levels,
+        channels=1,
         hu_window=preparation.hu_window,
         original_shape=(x, y, z),
         label_voxels={str(value): int(count) for value, count in enumerate(counts) if count},
@@ -129,13 +130,13 @@ def prepare_cohort(
         if isinstance(outcome, OSError):  # of the store, not of the volume
             raise UserError(str(outcome))
         if isinstance(outcome, Exception):
-            bad.append(BadVolume(case.id, str(outcome)))
+            bad.append(BadVolume(case.id, str(case.image), str(outcome)))
             continue
         volume, fresh = outcome
         prepared += fresh
         if classes and volume.largest_label >= classes:
             beyond = f"label {volume.largest_label} is beyond the {classes} classes (0..{classes - 1})"
-            bad.append(BadVolume(case.id, f"{case.label}: {beyond}"))
+            bad.append(BadVolume(case.id, str(case.image), f"{case.label}: {beyond}"))
         else:
             volumes[str(case.image)] = volume
     return volumes, sorted(bad, key=lambda one: one.id), prepared

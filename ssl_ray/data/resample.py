@@ -4,6 +4,7 @@ MONAI interpolates in three dimensions at once, in float64, at the coordinates o
 axes of the old one, whatever their obliquity: source coordinates are a permutation, a scale and a shift of the new
 ones. So three interpolations in one dimension give the same, and what the crop to the foreground will cut off need not
 be computed: that takes a tenth of the time. The grid itself is MONAI's, and so is the rare volume that this cannot do.
+Labels take the nearest voxel along each axis of their image's grid, in a tenth of the time of scipy's affine transform.
 """
 
 from dataclasses import dataclass
@@ -106,6 +107,23 @@ def resample(
     for dim in sorted(places, key=lambda dim: len(places[dim]) / data.shape[dim]):
         data = _along(data, dim, places[dim])
     return data.numpy().transpose([memory.index(axis) for axis in grid.axes]), np.array(first, np.int64)
+
+
+def nearest(
+    voxels: npt.NDArray[np.float32],
+    grid: VoxelGrid,
+    start: npt.NDArray[np.int64],
+    end: npt.NDArray[np.int64],
+) -> npt.NDArray[np.uint8]:
+    """The label map `voxels` (X, Y, Z) on the grid's voxels from `start` to before `end` (3): the nearest value.
+
+    A place in the middle between two voxels takes the even one, where MONAI's noise decides: that is no shift.
+    """
+    data = voxels.T.astype(np.uint8)  # a NIfTI's x is the fastest axis in memory
+    for axis, scale, shift, first, last in zip(grid.axes, grid.scale, grid.shift, start, end, strict=True):
+        place = np.rint(scale * np.arange(first, last) + shift).clip(0, voxels.shape[axis] - 1)
+        data = data.take(place.astype(np.int64), axis=2 - axis)
+    return data.T.transpose(grid.axes)
 
 
 def _reach(data: torch.Tensor, above: float) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from ssl_ray.data.canonical import CanonicalVolume
+from ssl_ray.data.normalise import CanonicalVolume
 from ssl_ray.storage.files import MANIFEST, settle, write_file
 from ssl_ray.storage.mirror import Mirror
 
@@ -37,21 +37,24 @@ from ssl_ray.storage.mirror import Mirror
 class Volume:
     """Manifest of one stored volume. Lengths in voxels, spacing in mm, the affine (4, 4) maps voxels to mm (RAS+).
 
-    `largest_label` is that of the file, where a structure may be too small to survive the resampling, but is still part
-    of the evaluation. `files` has bytes and sha256 of each. `subject` is the patient in the lists of a study, or
-    empty; it is not stored, as another study's lists may say something else.
+    `content` is the digest of the scan's voxels. `dtype`, `levels` (the largest stored value) and `channels` (1: the
+    image has no axis for them) say what the normalisation stored. `largest_label` is that of the file, where a
+    structure may be too small to survive the resampling, but is still part of the evaluation. `files` has bytes and
+    sha256 of each. `subject` is the patient in the lists of a study, or empty; it is not stored, as another study's
+    lists may say something else.
     """
 
     key: str
     id: str
     image_source: str
     label_source: str | None
-    image_sha256: str
+    content: str
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     affine: tuple[tuple[float, ...], ...]
     dtype: str
     levels: int
+    channels: int
     hu_window: tuple[float, float]
     original_shape: tuple[int, int, int]
     label_voxels: dict[str, int]

@@ -10,7 +10,7 @@ import torch
 
 from ssl_ray.cluster.malloc import keep_freed
 from ssl_ray.config.schema import Study
-from ssl_ray.data.canonical import levels
+from ssl_ray.data.normalise import levels
 from ssl_ray.data.store import Store
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.pretrain.job import Job, Recipe

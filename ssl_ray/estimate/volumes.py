@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ssl_ray.config.schema import Preparation, Study
-from ssl_ray.data.canonical import levels
 from ssl_ray.data.consistency import check_lists
 from ssl_ray.data.datalist import Case, read_labelled, read_unlabelled
+from ssl_ray.data.normalise import levels
 from ssl_ray.data.store import VOLUME_JSON, Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import validation_share

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.canonical import levels
+from ssl_ray.data.normalise import levels
 from ssl_ray.estimate.volumes import Group
 from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.unetr import build_autoencoder, build_unetr

@@ -1,7 +1,8 @@
 """The volumes of a study: read from its datalists, brought into the store, and kept apart."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,37 +76,51 @@ def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bo
     labelled, bad_labelled, fresh_labelled = prepare_cohort(
         splits.cases, settings.preparation, store, classes, progress, verify
     )
-    _tell_bad([*bad, *bad_labelled], folders.study / BAD_VOLUMES, skip=study.on_bad_volume == "skip")
-    _check_content(list(unlabelled.values()), labelled, splits)
+    held_out = {str(case.image): name for name in ("validation", "test") for case in getattr(splits, name)}
+    parts = [("unlabelled", one) for one in bad]
+    parts += [(held_out.get(one.image, "training"), one) for one in bad_labelled]
+    _tell_bad(parts, folders.study / BAD_VOLUMES, skip=study.on_bad_volume == "skip")
+    prepared = PreparedCohorts(usable(training, unlabelled), usable(validation, unlabelled), labelled, splits)
+    _check_content(prepared)
     say(f"prepared {fresh + fresh_labelled} of {len(unlabelled) + len(labelled)} volumes now; the store is {store}")
-    return PreparedCohorts(usable(training, unlabelled), usable(validation, unlabelled), labelled, splits)
+    return prepared
 
 
-def _tell_bad(bad: Sequence[BadVolume], record: Path, skip: bool) -> None:
-    """Refuse bad volumes, or go on without them and record which they are."""
+def _tell_bad(bad: Sequence[tuple[str, BadVolume]], record: Path, skip: bool) -> None:
+    """Refuse bad volumes, or go on without them and record which they are; each comes with its part of the study."""
     if not bad:
         record.unlink(missing_ok=True)
         return
-    table = "\n".join(f"  {one.id}  {one.reason}" for one in bad)
+    table = "\n".join(f"  {part}  {one.id}  {one.reason}" for part, one in bad)
     if not skip:
         raise UserError(
             f"{len(bad)} volumes cannot be used (on_bad_volume: skip goes on without them; the others are kept in the "
             f"store):\n{table}"
         )
-    write_file(record, json.dumps({one.id: one.reason for one in bad}, indent=1).encode())
-    say(f"going on without {len(bad)} volumes, recorded in {record}:\n{table}")
+    rows = [{"part": part, "id": one.id, "image": one.image, "reason": one.reason} for part, one in bad]
+    write_file(record, json.dumps(rows, indent=1).encode())
+    counts = ", ".join(f"{count} {part}" for part, count in Counter(part for part, _ in bad).items())
+    say(f"going on without {len(bad)} volumes ({counts}), recorded in {record}:\n{table}")
 
 
-def _check_content(unlabelled: Sequence[Volume], labelled: Mapping[str, Volume], splits: Splits) -> None:
-    """The same bytes under another name are still the same patient, so they may not be trained on and held out."""
+def _check_content(cohorts: PreparedCohorts) -> None:
+    """The same scan under another name, in another format or orientation, is still the same patient.
+
+    So it may not be trained on and held out, by its content any more than by its path.
+    """
+    splits, labelled = cohorts.splits, cohorts.labelled
     training = [volume for cases in splits.training.values() for volume in usable(cases, labelled)]
-    seen = {volume.image_sha256: volume.image_source for volume in (*unlabelled, *training)}
-    for part, cases in (("validation", splits.validation), ("test", splits.test)):
-        held_out = usable(cases, labelled)
-        for volume in held_out:
-            if volume.image_sha256 in seen:
+    seen = {volume.content: volume.image_source for volume in cohorts.training}
+    for part, volumes, others in (
+        ("unlabelled validation", cohorts.validation, ()),
+        ("labelled validation", usable(splits.validation, labelled), training),
+        ("labelled test", usable(splits.test, labelled), ()),
+    ):
+        seen |= {volume.content: volume.image_source for volume in others}
+        for volume in volumes:
+            if volume.content in seen:
                 raise UserError(
-                    f"{volume.image_source}: this labelled {part} volume has the same content as "
-                    f"{seen[volume.image_sha256]}, which is trained or selected on"
+                    f"{volume.image_source}: this {part} volume has the same content as {seen[volume.content]}, which "
+                    "is trained or selected on"
                 )
-        seen |= {volume.image_sha256: volume.image_source for volume in held_out}
+        seen |= {volume.content: volume.image_source for volume in volumes}

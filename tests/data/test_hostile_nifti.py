@@ -145,7 +145,7 @@ ROWS.add("one byte short", nifti()[:-1], "truncated")
 ROWS.add("trailing garbage", nifti() + b"more" * 50, right())
 for size in (0, -16, 7, 2**31 - 1, 2**20):
     extended = nifti(vox_offset=400)[:348] + struct.pack("<4bii", 1, 0, 0, 0, size, 6) + bytes(40)
-    ROWS.add(f"extension of {size} bytes", extended + nifti()[352:], "extension")
+    ROWS.add(f"extension of {size} bytes", extended + nifti()[352:], right())
 
 for name, change in {
     "NaN": {0: NAN}, "infinite": {0: INF}, "1e300": {0: 1e300},
@@ -170,13 +170,13 @@ GZIP.add("second member cut", PACKED + PACKED[:50], "ended before")
 GZIP.add("method 7", PACKED[:2] + b"\x07" + PACKED[3:], "")
 GZIP.add("reserved flags", PACKED[:3] + b"\xe0" + PACKED[4:], right())
 GZIP.add("name without end", PACKED[:3] + b"\x08" + PACKED[4:10] + b"x" * 10**6, "")
-GZIP.add("twice", gzip.compress(PACKED), "")
+GZIP.add("twice", gzip.compress(PACKED), "a gzip inside of a gzip")
 GZIP.add("zlib instead", zlib.compress(nifti()), "")
-GZIP.add("bzip2 instead", bz2.compress(nifti() * 20), "")
-GZIP.add("xz instead", lzma.compress(nifti() * 20), "")
-GZIP.add("zip instead", b"PK\x03\x04" + bytes(1000), "")
-GZIP.add("DICOM instead", bytes(128) + b"DICM" + bytes(1000), "")
-GZIP.add("a web page instead", b"<html>404</html>" * 50, "")
+GZIP.add("bzip2 instead", bz2.compress(nifti() * 20), "compressed by bzip2")
+GZIP.add("xz instead", lzma.compress(nifti() * 20), "compressed by xz")
+GZIP.add("zip instead", b"PK\x03\x04" + bytes(1000), "a zip archive")
+GZIP.add("DICOM instead", bytes(128) + b"DICM" + bytes(1000), "a DICOM file")
+GZIP.add("a web page instead", b"<html>404</html>" * 50, "a web page")
 
 
 def bomb(head: bytes, gigabytes: float) -> bytes:
@@ -210,10 +210,15 @@ for value, dtype in ((0.5, "f4"), (-1, "i2"), (256, "i2"), (2**31 - 1, "i4"), (2
     LABELS.add(f"value {value:g} as {dtype}", label(value, dtype), "label values must be integers in 0..255")
 LABELS.add("NaN", label(NAN, "f4"), "voxels are not finite")
 LABELS.add("floats that are integers", label(255, "f8"), {})
-LABELS.add("constant air", nifti(np.full((8, 8, 8), -1000, np.int16)), "no voxel lies above", "prepare")
-LABELS.add("constant bone", nifti(np.full((8, 8, 8), 900, np.int16)), {"highest": 255}, "prepare")
+LABELS.add("constant air", nifti(np.full((8, 8, 8), -1000, np.int16)), "there is nothing in it", "prepare")
+LABELS.add("constant bone", nifti(np.full((8, 8, 8), 900, np.int16)), "there is nothing in it", "prepare")
 LABELS.add("voxels of 900 mm", nifti(affine=np.diag([900, 900, 900, 1.0])), "is the affine in mm?", "prepare")
-LABELS.add("voxels of 3e38 HU", nifti(np.where(VOXELS > 0, 3e38, -3e38).astype("f4")), {"highest": 255}, "prepare")
+LABELS.add(
+    "voxels of 3e38 HU",
+    nifti(np.where(VOXELS > 0, 3e38, -3e38).astype("f4")),
+    "0.0% of them inside the window",
+    "prepare",
+)
 
 
 ROWS.add_no_files()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
 
-from ssl_ray.data.nifti import Nifti, check_same_grid, read_label, read_nifti
+from ssl_ray.data.nifti import Nifti, content_digest, on_image_grid, read_label, read_nifti
 
 SHAPE = (22, 26, 19)
 
@@ -47,6 +47,7 @@ def with_header(change: Callable[[Any], object], array: Array | None = None) -> 
     return header.tobytes() + content[348:]
 
 
+PAGE = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head>" + b"<p>not here</p>" * 50
 ARRAYS = {
     "int16": smooth_ct((7, 6, 5)),
     "uint8": organ_labels((7, 6, 5)),
@@ -213,7 +214,15 @@ def test_a_lying_header_gets_no_more_memory_than_the_stream_holds() -> None:
         (b"not a volume\n" * 100, "not "),
         (gzip.compress(b"not a volume\n" * 100), "not "),
         (b"\x1f\x8b", "ended before the end-of-stream"),
-        (b"PK\x03\x04" + bytes(1000), "not "),
+        (b"PK\x03\x04" + bytes(1000), "not a NIfTI file but a zip archive"),
+        (PAGE, "not a NIfTI file but a web page or XML, as a failed download leaves it"),
+        (gzip.compress(b"\xef\xbb\xbf\r\n" + PAGE), "not a NIfTI file but a web page or XML"),
+        (b"<html>", "not a NIfTI file but a web page or XML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "`git lfs pull` replaces"),
+        (b"/annex/objects/MD5E-s5000--0123.nii.gz\n", "`git annex get` replaces"),
+        (b'{"error": "no such series"}', "not a NIfTI file but JSON"),
+        (bytes(128) + b"DICM" + bytes(500), "not a NIfTI file but a DICOM file"),
+        (gzip.compress(compressed()), "not a NIfTI file but a gzip inside of a gzip"),
         (compressed(smooth_ct((9, 8, 7))[:, :, 0]), "must be a 3D volume, got shape (9, 8)"),
         (compressed(np.stack([smooth_ct((9, 8, 7))] * 2, -1)), "must be a 3D volume, got shape (9, 8, 7, 2)"),
         (compressed(smooth_ct((9, 8, 7))[:, :1]), "every axis must have at least 2 voxels, got shape (9, 1, 7)"),
@@ -248,35 +257,123 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(256, "got values from 0 to 256"), (-1, "got values from -1 to"), (0.5, "must be integers")]
+    ("value", "message"),
+    [
+        (256, "got values from 0 to 256$"),
+        (-1, "got values from -1 to 255$"),
+        (0.9882, r"must be integers in 0\.\.255, got 0\.9882 and 2 more that are none: was it interpolated"),
+    ],
 )
 def test_labels_are_small_integers(tmp_path: Path, value: float, message: str) -> None:
-    """A label map may be stored as floats, but holds integers in 0..255 only."""
+    """A label map may be stored as floats, but holds integers in 0..255 only; the message has the value at fault."""
     array = np.zeros((4, 4, 4), np.float32)
     array[1, 2, 3] = 255
     path = write_nifti(tmp_path / "label.nii.gz", array, AFFINE)
     np.testing.assert_array_equal(read_label(path).voxels, array)
-    array[0, 0, 0] = value
+    array[0, 0, :3] = value
     with pytest.raises(ValueError, match=message) as caught:
         read_label(write_nifti(path, array, AFFINE))
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_labels_that_were_stored_with_a_slope_are_integers(tmp_path: Path) -> None:
+    """nibabel keeps floats in 16 bits by a slope, which gives 12.9999 for 13: that is rounding, no interpolation."""
+    labels = np.linspace(0, 13, 14).reshape(2, 7, 1).repeat(3, axis=2)
+    image = nib.Nifti1Image(labels, AFFINE)
+    image.set_data_dtype(np.uint16)
+    nib.save(image, path := tmp_path / "label.nii.gz")
+    assert not np.array_equal(nib.load(path).get_fdata(), labels)
+    np.testing.assert_array_equal(read_label(path).voxels, labels)
 
 
 def test_a_label_lies_on_the_grid_of_its_image() -> None:
     """Another shape and an affine more than a tenth of a voxel off are refused; rounding is not."""
     image = Nifti(np.zeros(SHAPE, np.float32), AFFINE)
     place = Path("label.nii.gz")
-    check_same_grid(image, Nifti(image.voxels, AFFINE.astype(np.float32).astype(np.float64)), place)
+    on_image_grid(image, Nifti(image.voxels, AFFINE.astype(np.float32).astype(np.float64)), place)
     shifted = AFFINE.copy()
     for shift, fits in ((0.079, True), (0.081, False)):  # the smallest voxel side is 0.8 mm
         shifted[0, 3] = AFFINE[0, 3] + shift
         if fits:
-            check_same_grid(image, Nifti(image.voxels, shifted), place)
+            on_image_grid(image, Nifti(image.voxels, shifted), place)
         else:
             with pytest.raises(ValueError, match=r"label\.nii\.gz: the label's affine puts its voxels up to 0\.081 mm"):
-                check_same_grid(image, Nifti(image.voxels, shifted), place)
+                on_image_grid(image, Nifti(image.voxels, shifted), place)
     turned = AFFINE @ np.diag([1, 1, 1.01, 1])  # agrees at the origin, not at the far corner
     with pytest.raises(ValueError, match=r"up to 0\.45 mm"):
-        check_same_grid(image, Nifti(image.voxels, turned), place)
+        on_image_grid(image, Nifti(image.voxels, turned), place)
     with pytest.raises(ValueError, match=r"the label has shape \(22, 19, 26\), its image \(22, 26, 19\)"):
-        check_same_grid(image, Nifti(image.voxels.swapaxes(1, 2), AFFINE), place)
+        on_image_grid(image, Nifti(image.voxels.swapaxes(1, 2), AFFINE), place)
+    mirrored = AFFINE @ np.diag([-1, 1, 1, 1])  # a direction that the voxels do not have: they lie beside the image
+    with pytest.raises(ValueError, match=r"up to 16\.8 mm"):
+        on_image_grid(image, Nifti(image.voxels, mirrored), place)
+
+
+ORIENTATIONS = ["RAS", "LPS", "PIR", "ASL", "SAL"]
+
+
+def reoriented(array: Array, axes: str) -> nib.Nifti1Image:
+    """The volume in another order and direction of axes, by nibabel."""
+    image = nib.Nifti1Image(array, oblique_affine((0.8, 1.1, 2.5), 15))
+    turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axes))
+    return image.as_reoriented(turn)
+
+
+@pytest.mark.parametrize("axes", ORIENTATIONS)
+def test_a_label_in_another_orientation_is_taken_as_such(axes: str) -> None:
+    """A RAS label of an LPS image on the same physical grid is right input, whatever the order of its axes."""
+    image, labels = (Nifti(np.float32(one.dataobj), one.affine) for one in (
+        reoriented(smooth_ct(SHAPE), "LPS"), reoriented(organ_labels(SHAPE), axes)
+    ))  # fmt: skip
+    found = on_image_grid(image, labels, Path("label.nii.gz"))
+    np.testing.assert_array_equal(found.voxels, np.asarray(reoriented(organ_labels(SHAPE), "LPS").dataobj))
+    np.testing.assert_array_equal(found.affine, image.affine)
+
+
+def test_the_same_scan_has_the_same_digest(tmp_path: Path) -> None:
+    """Neither compression, type, slope nor the order of axes count, but any voxel, the shape and a shift in them do."""
+    hu = smooth_ct(SHAPE)
+    digest = content_digest(read_nifti(write_nifti(tmp_path / "scan.nii.gz", hu, AFFINE)))
+    sloped = nib.Nifti1Image(hu.astype(np.float64), AFFINE)
+    sloped.set_data_dtype(np.uint16)
+    nib.save(sloped, tmp_path / "sloped.nii")
+    nib.save(nib.Nifti2Image(hu.astype(np.float32), AFFINE), tmp_path / "other.nii")
+    for name in ("sloped.nii", "other.nii"):
+        assert content_digest(read_nifti(tmp_path / name)) == digest
+    for axes in ORIENTATIONS:
+        turned = reoriented(hu, axes)
+        assert content_digest(Nifti(np.float32(turned.dataobj), turned.affine)) == digest
+    changed = hu.copy()
+    changed[4, 5, 6] += 1
+    others = changed, np.roll(hu, 1, 2), hu[:-1], hu.reshape(26, 22, 19), hu[::-1]
+    digests = {content_digest(Nifti(np.float32(other), AFFINE)) for other in others}
+    assert len(digests | {digest}) == 6
+
+
+def test_a_quaternion_that_is_too_long_by_rounding_is_read() -> None:
+    """Scanners write half a turn with a quaternion that is off unit by 1e-6; a longer one is no rotation."""
+    half_turn = np.array([0.6, 0.8, 0.0])
+    affine = np.diag([1.0, 2, 3, 1])
+    affine[:3, :3] = (2 * np.outer(half_turn, half_turn) - np.eye(3)) * (1, 2, 3)
+    for kind in (nib.Nifti1Image, nib.Nifti2Image):
+        for off in (0, 1e-7, 1e-6, 1e-4, 3e-3):
+            image = kind(smooth_ct((9, 8, 7)), None)
+            image.set_qform(affine, 1)
+            content = image.to_bytes()
+            length = kind.header_class.sizeof_hdr
+            header = np.frombuffer(content[:length], kind.header_class.template_dtype).copy()
+            for axis, value in zip("bcd", half_turn * (1 + off), strict=True):
+                header[f"quatern_{axis}"] = value
+            changed = header.tobytes() + content[length:]
+            if off < 1e-3:
+                np.testing.assert_allclose(read_nifti(Path("v.nii"), changed).affine, affine, atol=1e-5)
+            else:
+                assert "w2 should be positive" in refusal(changed)
+
+
+def test_what_nibabel_mends_is_logged_with_the_file(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, and with the name: a cohort has a thousand files."""
+    content = with_header(lambda header: header["pixdim"].__setitem__(2, -1.1))
+    read_nifti(Path("scans/v17.nii"), content)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("scans/v17.nii: pixdim")

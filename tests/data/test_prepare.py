@@ -24,9 +24,9 @@ from volumes import (
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data import prepare as cache
-from ssl_ray.data.canonical import VERSION, prepare
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import read_label, read_nifti
+from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store
 
@@ -44,7 +44,7 @@ def test_what_is_stored_is_what_prepare_gives(store: Store, case: Case) -> None:
     assert store.get(volume.key) == volume
     assert volume.shape == expected.image.shape
     assert volume.spacing == PREPARATION.spacing
-    assert volume.levels == 65535
+    assert (volume.levels, volume.channels) == (65535, 1)
     assert volume.dtype == arrays["image"].dtype == np.uint16
     assert volume.original_shape == SHAPE
     np.testing.assert_array_equal(volume.affine, expected.affine)
@@ -154,7 +154,7 @@ def test_sources_that_have_not_changed_are_not_read_again(
     assert prepare_case(case, PREPARATION, store, verify=True) == (volume, False)
     assert read == [case.image, case.label]
     other, fresh = prepare_case(case, PREPARATION.model_copy(update={"spacing": (3, 3, 3)}), store)
-    assert (fresh, other.image_sha256) == (True, volume.image_sha256)
+    assert (fresh, other.content) == (True, volume.content)
     os.utime(case.image, (1e9, 1e9 + 1))
     read.clear()
     assert prepare_case(case, PREPARATION, store) == (volume, False)
@@ -201,7 +201,7 @@ def bad_case(folder: Path, kind: str) -> tuple[Case, str]:
             return case, f"{case.label}: label values must be integers"
         case _:
             write_nifti(case.image, np.full(SHAPE, -1000, np.int16), AFFINE)
-            return case, f"{case.image}: no voxel lies above -175 HU"
+            return case, f"{case.image}: not a CT in HU: the values are -1000 to -1000, 0.0% of them inside the window"
 
 
 BAD = ["truncated", "missing", "no label", "other grid", "fractions", "air"]

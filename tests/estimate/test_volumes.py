@@ -12,9 +12,9 @@ from planned import write
 from volumes import oblique_affine, smooth_ct
 
 from ssl_ray.config.schema import Preparation, Study
-from ssl_ray.data.canonical import prepare
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import Nifti
+from ssl_ray.data.normalise import prepare
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_ray.data.canonical import CanonicalVolume
+from ssl_ray.data.normalise import CanonicalVolume
 from ssl_ray.data.patch import open_array
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.storage.object_store import Place

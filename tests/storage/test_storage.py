@@ -16,8 +16,8 @@ import pytest
 from storage_worker import open_at_once, put_and_die
 from volumes import PREPARATION, make_case, small_disk
 
-from ssl_ray.data.canonical import prepare
 from ssl_ray.data.nifti import read_label, read_nifti
+from ssl_ray.data.normalise import prepare
 from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume

@@ -14,11 +14,17 @@ from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti
 from ssl_ray.errors import UserError
 
-VERSION = 3
+VERSION = 4
 """Part of the key in the store: raise it whenever `prepare` gives another result for the same input."""
 
 _MOST_VOXELS = 2**29
 """Voxels of a resampled volume, more than a whole body at 1 mm: an affine in the wrong unit would fill the memory."""
+_LEAST_INSIDE, _LEAST_RANGE, _MOST_DENSE, _LEAST_LIGHT = 0.005, 0.03, 0.05, 0.01
+"""What tells a CT in HU from other volumes, as shares: of the voxels, those inside the HU window; of the window, what
+99 % of the voxels span; of the voxels, those above 700 HU (dense bone, metal) and those at -900 to -30 (lung, fat). 54
+real CT of head, neck and torso and 6 synthetic ones, cropped to the body or not, have at least 0.060 and 1 in the
+windows -57..164 and -175..250, at most 0.030, and at least 0.012. With 1024 added: at least 0.085, at most 0.0001.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,14 +46,15 @@ def levels(window: tuple[float, float]) -> int:
 
 
 def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> CanonicalVolume:
-    """Bring an image, and its label on the same grid, to the canonical grid.
+    """Bring an image, and its label as `on_image_grid` gives it, to the canonical grid.
 
-    Refused are an image without a voxel above the window's lower end, and one whose new grid would be too large.
+    Refused are an image that is no CT in HU by its values, and one whose new grid would be too large.
     """
     # Imported here, as MONAI takes seconds to import and a run that finds all volumes in the store does without.
-    from ssl_ray.data.resample import by_monai, canonical_grid, resample
+    from ssl_ray.data.resample import by_monai, canonical_grid, nearest, resample
 
     _check_size(image, preparation)
+    check_contrast(image.voxels, preparation.hu_window)
     low, high = preparation.hu_window
     target = canonical_grid(image.voxels.shape, image.affine, preparation)
     if target is None:
@@ -69,9 +76,12 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Cano
     scaled = np.clip((voxels[_slices(start - first, end - first)] - np.float32(low)) / np.float32(high - low), 0, 1)
     stored = (scaled * np.float32(top)).round().astype(np.uint8 if top == 255 else np.uint16, order="C")
     stored_label = None
-    if label:
-        resampled = by_monai(label, preparation, "nearest").voxels
-        stored_label = resampled[_slices(start, end)].astype(np.uint8, order="C")
+    if label and target:
+        stored_label = nearest(label.voxels, target, start, end).copy()
+    elif label:
+        whole_label = by_monai(label, preparation, "nearest").voxels
+        stored_label = whole_label[_slices(start, end)].astype(np.uint8, order="C")
+    assert stored_label is None or stored_label.shape == stored.shape
     return CanonicalVolume(stored, stored_label, top, affine)
 
 
@@ -83,6 +93,30 @@ def _check_size(image: Nifti, preparation: Preparation) -> None:
             f"{' x '.join(f'{side:.4g}' for side in extent)} mm are {grid:.3g} voxels at spacing "
             f"{list(preparation.spacing)}, more than {_MOST_VOXELS}: is the affine in mm?"
         )
+
+
+def check_contrast(voxels: npt.NDArray[np.float32], window: tuple[float, float]) -> None:
+    """Refuse what its values show to be no CT in HU: it would be stored as a volume without contrast, or at an edge."""
+    low, high = window
+    sample = voxels[tuple(slice(None, None, 1 + side // 64) for side in voxels.shape)]
+    inside = float(((sample > low) & (sample < high)).mean())
+    span = float(np.ptp(np.percentile(np.clip(sample, low, high), (0.5, 99.5)))) / (high - low)
+    light, dense = float(((sample > -900) & (sample < -30)).mean()), float((sample > 700).mean())
+    least, most = float(voxels.min()), float(voxels.max())
+    if inside < _LEAST_INSIDE:
+        cause = "is it HU with another offset or unit, or no CT?" if least < most else "there is nothing in it"
+    elif span < _LEAST_RANGE:
+        cause = "was it scaled, to 0..1 or by mean and deviation?" if least < most else "there is nothing in it"
+    elif low < 0 and dense > _MOST_DENSE and light < _LEAST_LIGHT:
+        cause = f"{dense:.0%} lie above 700 HU and {light:.0%} where fat and lung do: is it HU + 1024?"
+    elif low < 0 <= least:
+        cause = "no value is negative: is it a label map, a picture of 8 bits or a CT scaled to one?"
+    else:
+        return
+    raise UserError(
+        f"not a CT in HU: the values are {least:g} to {most:g}, {inside:.1%} of them inside the window {low:g} to "
+        f"{high:g}; {cause}"
+    )
 
 
 def _slices(start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> tuple[slice, ...]:
