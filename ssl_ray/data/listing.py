@@ -53,7 +53,7 @@ def summary(folder: Path, found: Layout) -> str:
     people = len({_person(scan) for scan in found.scans})
     organs = [name for value, name in found.organs.items() if value]
     named = f", organs: {shown(', '.join(organs), 120)}" if organs else ""
-    tested = sum(scan.test for scan in found.scans)
+    tested = sum(scan.test for scan in labelled)
     named += f"; the folder keeps {tested} for testing (--test draws others)" if tested else ""
     lines = [
         f"{folder}: {found.name}: {len(found.scans)} images, {len(labelled)} of them with a label map{named}",

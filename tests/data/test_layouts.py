@@ -12,7 +12,7 @@ from volumes import AFFINE, PREPARATION, organ_labels, smooth_ct, touch, write_n
 
 from ssl_ray.cli import main
 from ssl_ray.config.schema import LabelledCohort
-from ssl_ray.data.datalist import read_labelled
+from ssl_ray.data.datalist import read_datalist, read_labelled
 from ssl_ray.data.layouts import Layout
 from ssl_ray.data.listing import LEFT_OUT, find_scans, summary, write_datalists
 from ssl_ray.data.prepare import prepare_case
@@ -289,6 +289,8 @@ def test_what_prepare_would_refuse_is_not_listed(tmp_path: Path) -> None:
         "linked/": "a link to a folder",
     }
     check_summary(root, found, left_out)
+    write_datalists(root, found, [], 0.2, 0, seed=0)
+    assert len(read_datalist(root, "unlabelled.json", labelled=False).training) == 3
 
 
 def test_a_long_list_of_what_is_left_out_is_in_a_file(tmp_path: Path) -> None:
