@@ -7,7 +7,7 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ssl_ray.evaluate.sliding_window import predict
@@ -89,15 +89,15 @@ def test_equal_classes_give_the_first_on_any_axis(shape: tuple[int, ...]) -> Non
     assert torch.equal(labels, monais(model, image, (16, 12, 16), 3, 0.5))
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that exist at once, of those that an operation made or got as a view."""
+class Live(TorchFunctionMode):
+    """Counts the bytes of all tensors that exist at once, of those that come out of a function or method of torch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
