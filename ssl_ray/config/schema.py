@@ -67,6 +67,18 @@ class Study(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pretrains_once_or_for_each_run(self) -> "Study":
+        pretrainings, runs = self.pretrain.pretrainings, self.finetune.runs
+        if pretrainings not in (1, runs):
+            raise ValueError(
+                f"pretrain.pretrainings: must be 1 or as many as finetune.runs, as runs that share a pretraining with "
+                f"some of the others would depend on each other; got {pretrainings} for {runs} runs"
+            )
+        if pretrainings > 1 and self.finetune.weights:
+            raise ValueError(f"pretrain.pretrainings: finetune.weights are of one pretraining, got {pretrainings}")
+        return self
+
     @property
     def pretrains(self) -> bool:
         """Whether the grid needs weights that this study has to make; if not, its unlabelled volumes are not read."""

@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, FailFast, Field, NonNegativeInt
 
 from ssl_ray.config.schema import LabelledCohort, Source
 from ssl_ray.errors import UserError
+from ssl_ray.random import number
 from ssl_ray.storage.files import read_file
 from ssl_ray.text import BREAKS, shown
 
@@ -30,11 +31,15 @@ _MOST_LABELS = 256
 
 @dataclass(frozen=True)
 class Case:
-    """One volume: a name for people, its image and, where there is one, its label."""
+    """One volume: a name for people, its image and, where there is one, its label.
+
+    `subject` is the patient, for whom the id stands where it is empty.
+    """
 
     id: str
     image: Path
     label: Path | None = None
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,36 @@ class Datalist:
 
 @dataclass(frozen=True)
 class Splits:
-    """The labelled cohort: a training split for each size, and the validation and test cases that all splits share."""
+    """The labelled cohort: a training split for each size, and the validation and test cases that all splits share.
+
+    With `pool`, `training` has one entry, the whole pool under its number of subjects, which `draw` takes from.
+    """
 
     training: dict[int, tuple[Case, ...]]
     validation: tuple[Case, ...]
     test: tuple[Case, ...]
     organs: tuple[str, ...]
+    pool: bool = False
 
     @property
     def cases(self) -> tuple[Case, ...]:
         """Every labelled case once."""
         every = [case for cases in self.training.values() for case in cases]
         return tuple({case.image: case for case in (*every, *self.validation, *self.test)}.values())
+
+    def draw(self, size: int, seed: int, run: int, usable: Container[str]) -> tuple[Case, ...]:
+        """The cases that a run trains on, out of those whose image path is in `usable`.
+
+        Published splits are the same in all runs. Out of a pool, they are those of the first `size` subjects in an
+        order that depends on seed and run: a smaller draw is part of a larger one, and a subject that is not usable
+        changes the place of no other.
+        """
+        listed = next(iter(self.training.values())) if self.pool else self.training[size]
+        cases = tuple(case for case in listed if str(case.image) in usable)
+        if not self.pool:
+            return cases
+        order = sorted({subject_of(case) for case in cases}, key=lambda subject: number(seed, "draw", run, subject))
+        return tuple(case for case in cases if subject_of(case) in order[:size])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +165,24 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     """The splits of the sizes asked for.
 
     Each must have as many training volumes as its name says, and no class beyond those of the cohort; validation and
-    test volumes must be the same in all.
+    test volumes must be the same in all. A pool must have as many subjects as the largest size.
     """
     lists: dict[int, Datalist] = {}
-    for size in sizes:
-        split = cohort.splits[size]
+    if cohort.pool:
+        pool = read_datalist(cohort.root, cohort.pool, labelled=True)
+        lists[len({subject_of(case) for case in pool.training})] = pool
+        if max(sizes) > max(lists):
+            raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {max(lists)}")
+    for size in () if cohort.pool else sizes:
+        split = (cohort.splits or {})[size]
         if isinstance(split, str):
             lists[size] = read_datalist(cohort.root, split, labelled=True)
         else:
             assert cohort.datalist is not None
             lists[size] = _select(read_datalist(cohort.root, cohort.datalist, labelled=True), split, size)
-    first = lists[sizes[0]]
+    first = next(iter(lists.values()))
     for size, listed in lists.items():
-        if len(listed.training) != size:
+        if not cohort.pool and len(listed.training) != size:
             raise UserError(f"{listed.path}: the split of {size} volumes lists {len(listed.training)} for training")
         for section in ("validation", "test"):
             files = [[(case.image, case.label) for case in getattr(one, section)] for one in (listed, first)]
@@ -167,7 +195,12 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
             raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
     organs = tuple(first.labels.get(value, f"label {value}") for value in range(1, cohort.classes))
     training = {size: listed.training for size, listed in lists.items()}
-    return Splits(training, first.validation, first.test, organs)
+    return Splits(training, first.validation, first.test, organs, pool=cohort.pool is not None)
+
+
+def subject_of(case: Case) -> str:
+    """The patient of a case."""
+    return case.subject or case.id
 
 
 def check_held_out(unlabelled: Iterable[Case], splits: Splits) -> None:
@@ -211,7 +244,7 @@ def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[
         if not real(target).startswith(os.path.join(real(str(base)), "")):
             raise UserError(f"{place}.{key}: {shown(path)} leaves the root {base}")
         inside.append(Path(target))
-    return Case(stem(inside[0]), *inside)
+    return Case(stem(inside[0]), inside[0], inside[1] if labelled else None)
 
 
 def _check_files(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[[str], str]) -> None:

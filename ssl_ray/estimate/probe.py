@@ -44,7 +44,7 @@ def probe_finetuning(study: Study) -> tuple[float, float]:
     """Seconds of a trial's optimizer step, without reading its patches, and of predicting one sliding window."""
     config, rate = study.finetune, study.finetune.optimizer.lr
     device = _device(config.gpus_per_trial > 0, config.cpus_per_trial)
-    learner = SegmentationLearner(config, study.network, device, rate, seed=0)
+    learner = SegmentationLearner(config, study.network, device, seed=0)
     images = torch.rand(config.volumes_per_step * config.patches_per_volume, 1, *config.patch_size, device=device)
     labels = torch.randint(config.cohort.classes, images.shape, device=device, dtype=torch.uint8)
     windows = torch.rand(config.sliding_window_batch, 1, *config.patch_size, device=device)

@@ -25,13 +25,12 @@ class SegmentationLearner:
         config: Finetune,
         network: Network,
         device: torch.device,
-        lr: float,
         seed: int,
         weights: Path | None = None,
     ) -> None:
         """Build the network by `seed`, with the encoder out of the file `weights` where one is given.
 
-        The decoder does not depend on whether one is given. The configured learning rate is replaced by `lr`.
+        The decoder does not depend on whether one is given.
 
         Raises:
             UserError: when the pretrained weights do not match the network.
@@ -51,8 +50,7 @@ class SegmentationLearner:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
-        self.optimizer_config = config.optimizer.model_copy(update={"lr": lr})
-        self.optimizer = build_optimizer(self.optimizer_config, self.network.parameters())
+        self.optimizer = build_optimizer(config.optimizer, self.network.parameters())
         # Only the objective is compiled. Prediction calls the network itself, because its windows have other shapes.
         self.objective = _Objective(self.network, config.loss, device, self.dtype)
         self.compiled = config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
@@ -65,7 +63,7 @@ class SegmentationLearner:
             the weights are those before the step.
         """
         loss = self._backward(*(batch.to(self.device, non_blocking=True) for batch in (images, labels)))
-        return loss.detach(), take_step(self.optimizer, self.optimizer_config, lr)
+        return loss.detach(), take_step(self.optimizer, self.config.optimizer, lr)
 
     def predict(self, image: Tensor) -> Tensor:
         """Segment a volume (X, Y, Z) in 0..1 by sliding windows: uint8 of the same shape, on the device."""

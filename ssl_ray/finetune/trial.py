@@ -41,7 +41,7 @@ class Trial:
             UserError: when the pretrained weights do not match the network.
         """
         self.job, self.config = job, job.config
-        self.learner = SegmentationLearner(job.config, job.network, device, job.lr, job.seed, job.weights)
+        self.learner = SegmentationLearner(job.config, job.network, device, job.seed, job.weights)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
         self.flops = network_cost(build_unetr, job.network, self.config.patch_size, self.config.cohort.classes).training
         self.losses = FiniteSum()
@@ -69,7 +69,7 @@ class Trial:
         self._begin_record(start)
         batches = ahead(self._batch, range(start, config.steps), threads=1)
         for step in range(start, config.steps):
-            lr, asked = learning_rate(self.learner.optimizer_config, step, config.steps), time.perf_counter()
+            lr, asked = learning_rate(self.config.optimizer, step, config.steps), time.perf_counter()
             images, labels = next(batches)
             waited = time.perf_counter() - asked
             loss, norm = self.learner.step(images, labels, lr)
@@ -144,7 +144,7 @@ class Trial:
         volumes = ", ".join(dict.fromkeys(str(patch["volume"]) for patch in patches))
         origin = f"patches {patches[0]['patch']} to {patches[-1]['patch']} of seed {sampler.seed}, volumes {volumes}"
         facts = {"seed": sampler.seed, "patches": patches, "precision": str(self.learner.dtype)}
-        facts |= {"lr": learning_rate(self.learner.optimizer_config, step, self.config.steps)}
+        facts |= {"lr": learning_rate(self.config.optimizer, step, self.config.steps)}
         # On a GPU the next step is already done: if it was finite, these are the weights after it.
         images, labels = sampler.batch(step)
         tensors = {f"model.{name}": value for name, value in self.learner.network.state_dict().items()}

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssl_ray.cluster.connect import first_error
 from ssl_ray.cluster.resources import check_resources
-from ssl_ray.config.schema import Pretrain
+from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata
@@ -51,19 +51,8 @@ class Pretrained:
 
 def pretraining_key(recipe: Recipe, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
     """Digest of everything that the pretrained weights depend on."""
-    config = recipe.settings
-    settings = config.model_dump(mode="json", exclude=Pretrain.HOW | {"sources"})
-    return digest(
-        settings,
-        # Negatives of the contrastive loss are the rank's own patches.
-        config.workers if config.contrastive.enabled else None,
-        # What `auto` precision means depends on the kind of device.
-        config.gpu if config.precision == "auto" else None,
-        recipe.network.model_dump(mode="json", exclude={"feature_size"}),
-        recipe.seed,
-        [volume.key for volume in training],
-        [volume.key for volume in validation],
-    )
+    volumes = [[volume.key for volume in part] for part in (training, validation)]
+    return digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes)
 
 
 def pretrain(
@@ -74,8 +63,11 @@ def pretrain(
     tracker: Tracker,
     params: Mapping[str, str],
     config_yaml: str,
+    name: str = "pretrain",
 ) -> Pretrained:
     """Pretrain, or find that it is done already; a run that was cut off goes on from its last checkpoint.
+
+    `name` is that of its run in MLflow, which gets `params`.
 
     Raises:
         RuntimeError: when workers failed more often than `max_failures` allows.
@@ -96,7 +88,7 @@ def pretrain(
     job = Job(recipe, *feeds, folder, folders.output, key, reports)
     steps = job.training.table.steps
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": steps}
-    run = tracker.open("pretraining", key, "pretrain", {**params, **counts})
+    run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
     try:
         _train(job, folders, run)
