@@ -79,6 +79,7 @@ class TrialJob:
     config: with the cell's own values.
     seed: of the initial weights and of the order of the patches.
     weights: pretrained weights to start from; None for random ones.
+    arms: folders of the cells that this one is compared with.
     """
 
     config: Finetune
@@ -87,3 +88,4 @@ class TrialJob:
     data: TrialData
     weights: Path | None
     folder: TrialFolder
+    arms: tuple[Path, ...] = ()

@@ -42,11 +42,7 @@ class SegmentationLearner:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
         # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
         self.network.to(device, memory_format=torch.channels_last_3d)
-        self.dtype = resolve(config.precision, device)
-        if device.type == "cpu" and config.patch_size[0] == VIT_PATCH:
-            # Some convolutions are then two voxels deep. Their bfloat16 weight gradients, as oneDNN 3.12 (torch 2.13)
-            # computes them, come out of memory that it never wrote: other numbers every time, inf and nan among them.
-            self.dtype = torch.float32
+        self.dtype = precision_of(config, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
@@ -89,6 +85,16 @@ class SegmentationLearner:
         images = torch.zeros(patches, 1, *self.config.patch_size, device=self.device)
         self._backward(images, images.to(torch.uint8))
         self.network.zero_grad(set_to_none=True)
+
+
+def precision_of(config: Finetune, device: torch.device) -> torch.dtype:
+    """What a step computes in on a device."""
+    if config.precision == "auto" and config.patch_size[0] == VIT_PATCH:
+        # Some convolutions are then two voxels deep. Their bfloat16 weight gradients, as oneDNN 3.12 (torch 2.13)
+        # computes them on a CPU, come out of memory that it never wrote: other numbers every time, inf and nan among
+        # them. On a GPU neither, so that a CPU may go on with the trial.
+        return torch.float32
+    return resolve(config.precision, device)
 
 
 class _Objective(nn.Module):

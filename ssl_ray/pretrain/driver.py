@@ -29,8 +29,9 @@ from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.tracking.tracker import Run, Tracker
-from ssl_ray.training.checkpoint import digest
+from ssl_ray.training.checkpoint import digest, load_latest
 from ssl_ray.training.meters import ObjectStore, as_system
+from ssl_ray.training.precision import settled
 
 _RESIZE_SECONDS = 60.0
 """How often Ray Train looks whether the cluster has room for more workers, where the experiment allows more."""
@@ -40,12 +41,14 @@ _RESIZE_SECONDS = 60.0
 class Pretrained:
     """The autoencoder that did best on validation, and the key of what it depends on.
 
-    `run_id` is MLflow's id of the run that made it, None where that was elsewhere; `fresh` means trained just now.
+    `run_id` is MLflow's id of the run that made it, `precision` the type it was computed in, None where that was
+    elsewhere; `fresh` means trained just now.
     """
 
     weights: Path
     key: str
     run_id: str | None = None
+    precision: str | None = None
     fresh: bool = False
 
 
@@ -77,7 +80,7 @@ def pretrain(
     folder = folders.study / f"pretrain-{key}"
     weights = folder / "best.safetensors"
     if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
-        return Pretrained(weights, key, done)
+        return Pretrained(weights, key, done, settled(recipe.settings.precision, folder, folders.output))
     workers = recipe.settings.worker_range[0]
     cpus, gpus = workers * recipe.settings.cpus_per_worker, workers * recipe.settings.gpu
     check_resources("pretrain.workers", f"{workers} workers", cpus, gpus)
@@ -91,7 +94,10 @@ def pretrain(
     run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
     try:
+        _rewind(job)
         _train(job, folders, run)
+        precision = settled(recipe.settings.precision, folder, folders.output)
+        run.params({"precision": precision})
         folders.output.pull(job.weights)
         facts = load_metadata(job.weights)
         run.artifact(job.weights)
@@ -101,7 +107,27 @@ def pretrain(
         run.close("FAILED")
         raise
     run.close()
-    return Pretrained(weights, key, run.id, fresh=True)
+    return Pretrained(weights, key, run.id, precision, fresh=True)
+
+
+def _rewind(job: Job) -> None:
+    """Where the best weights were deleted, go back to the newest checkpoint from before they were found, or to step 0.
+
+    Going on from a later one would give back the weights of another step under the same key.
+    """
+    folder, mirror = job.folder / "checkpoints", job.mirror
+    newest = None if mirror.has(job.weights) else load_latest(folder, job.key, mirror)
+    if newest is None or math.isinf(newest["best"]):  # nothing was selected yet
+        return
+    state: dict[str, Any] | None = newest
+    while state and state["best"] <= newest["best"]:
+        for name in (name for name in mirror.names(folder) if name.isdigit() and int(name) >= state["step"]):
+            mirror.drop(folder / name)
+        state = load_latest(folder, job.key, mirror)
+    say(
+        f"WARNING: {job.weights} was deleted, which had the weights that did best on validation; training goes on from "
+        f"step {state['step'] if state else 0}, before they were found, to find them again"
+    )
 
 
 def _train(job: Job, folders: Folders, run: Run) -> None:

@@ -77,6 +77,7 @@ class TrialCallback(tune.Callback):
         if "started_at" in metrics:  # the first record of every start
             replayed = max(0, max(run.logged("lr"), default=0) - step)
             run.metrics({"started_at": step, "replayed_steps": replayed}, len(run.logged("started_at")))
+            run.params({"precision": result["precision"]})
         elif step not in run.logged("selected/step" if "selected/step" in metrics else "lr"):
             run.metrics(metrics, step)
         if "selected/step" in metrics:

@@ -1,8 +1,9 @@
 """Ray Tune over the cells of the fine-tuning grid: labelled volumes x initialisation x learning rate x run."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,11 @@ def trial_jobs(
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         data = TrialData(store, training, validation, test, splits.organs)
         jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder)
-    return grid_key, jobs
+    pairs: dict[Any, dict[Cell, Path]] = defaultdict(dict)
+    for cell, job in jobs.items():
+        pairs[cell.pair][cell] = job.folder.path
+    arms = {cell: tuple(path for other, path in pairs[cell.pair].items() if other != cell) for cell in jobs}
+    return grid_key, {cell: replace(job, arms=arms[cell]) for cell, job in jobs.items()}
 
 
 def _open(
@@ -167,10 +172,12 @@ def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key
         try:
             trial = Trial(job, device)
             for step, metrics in trial.train():
-                tune.report({"step": step, "metrics": metrics})
+                tune.report({"step": step, "metrics": metrics, "precision": trial.config.precision})
             tune.report({"step": config.steps, "metrics": trial.evaluate()})
         except FloatingPointError as error:  # reported, not raised: Tune would try the trial again, with the same end
             tune.report({"failure": str(error), "nonfinite": True})
+        except UserError as error:
+            tune.report({"failure": str(error)})
 
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tune.Tuner(

@@ -100,7 +100,7 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
         recipe, name = recipe_of(study, number), f"pretrain-run{number}" if number else "pretrain"
         own = params | {"seed": str(recipe.seed), "run": str(number)}
         done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, own, resolved, name)
-        say(f"pretraining {'is done' if done.fresh else 'was done already'}: {done.weights}")
+        say(f"pretraining {'is done' if done.fresh else 'was done already'} in {done.precision}: {done.weights}")
         made.append(done)
     return made
 
