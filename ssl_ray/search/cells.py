@@ -41,24 +41,21 @@ class Cell:
         overrides: dict[str, Any] = {"size": size, "init": init, "optimizer.lr": lr, **more}
         return cls(tuple(sorted(overrides.items())), run)
 
-    def __getitem__(self, key: str) -> Any:
-        return dict(self.overrides)[key]
-
     @property
     def size(self) -> int:
         """Number of labelled volumes, or of subjects where they are drawn from a pool."""
-        return int(self["size"])
+        return int(dict(self.overrides)["size"])
 
     @property
     def init(self) -> Init:
         """What the encoder starts from."""
-        init: Init = self["init"]
+        init: Init = dict(self.overrides)["init"]
         return init
 
     @property
     def lr(self) -> float:
         """Peak learning rate."""
-        return float(self["optimizer.lr"])
+        return float(dict(self.overrides)["optimizer.lr"])
 
     @property
     def settings(self) -> Mapping[str, Any]:
