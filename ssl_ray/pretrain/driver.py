@@ -1,5 +1,6 @@
 """A pretraining as the driver sees it: the key of its result, the TorchTrainer around the workers, their records."""
 
+import json
 import math
 import signal
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import ray.exceptions
 from ray import train
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
@@ -27,7 +29,6 @@ from ssl_ray.pretrain.job import Job, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.folders import Folders
-from ssl_ray.storage.mirror import Mirror
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest, load_latest
 from ssl_ray.training.meters import ObjectStore, as_system
@@ -150,7 +151,7 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
     )
     with (
         Bar("pretraining", job.training.table.steps) as bar,
-        _Collector(job.reports, run, bar, folders.output) as collector,
+        _Collector(job, run, bar) as collector,
     ):
         _fit(trainer)
     if collector.fatal:
@@ -161,9 +162,16 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
 
 
 def _fit(trainer: TorchTrainer) -> None:
-    """`trainer.fit()`, whose errors become one line, and after which Ctrl-C does what it did before."""
-    interrupt = signal.getsignal(signal.SIGINT)
+    """`trainer.fit()`, whose errors become one line, and after which signals do what they did before.
+
+    Ray Train's own handler of Ctrl-C stops the workers before it leaves. SIGTERM (`ray job stop`) does the same here:
+    workers that train on while the driver takes its leave would be trained for nothing.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if main:
+            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         trainer.fit()
     except SystemExit as error:  # Ray Train's own handler of Ctrl-C leaves with code 0, and stays installed
         raise KeyboardInterrupt from error
@@ -172,8 +180,8 @@ def _fit(trainer: TorchTrainer) -> None:
         what = first_error(str(cause)) or f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         raise RuntimeError(f"pretraining failed on rank {rank} of the workers: {what}") from error
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupt)
+        for number, handler in before.items() if main else ():
+            signal.signal(number, handler)
 
 
 def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed:
@@ -187,47 +195,74 @@ def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed
 
 
 class _Collector:
-    """A thread that takes records from Ray's queue to MLflow, which gets no step twice, and to the progress bar."""
+    """Takes what workers tell to MLflow, which gets no step twice, and to the progress bar, in a thread of its own.
 
-    def __init__(self, reports: Queue, run: Run, bar: Bar, mirror: Mirror) -> None:
-        self._reports, self._run, self._bar, self._mirror = reports, run, bar, mirror
+    Records come through Ray's queue. Those that were lost with it, or with the driver before, are in the job's file,
+    which is read at the beginning and at the end.
+    """
+
+    def __init__(self, job: Job, run: Run, bar: Bar) -> None:
+        self._job, self._run, self._bar = job, run, bar
         self._known, self._starts = run.logged("lr"), len(run.logged("started_at"))
         self._store = ObjectStore()
         self.fatal: list[str] = []  # what workers said about the steps that ended the training
         self._thread = threading.Thread(target=self._collect, daemon=True)
 
     def __enter__(self) -> "_Collector":
+        self._read_file()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._reports.put(None)
+        with suppress(ray.exceptions.RayError):  # the queue is an actor, and may be gone
+            self._job.reports.put(None)
         self._thread.join()
-        self._reports.shutdown()
+        self._read_file()
+        self._job.reports.shutdown()
+
+    def _read_file(self) -> None:
+        with suppress(OSError):  # the object store may be away; every later start reads the file again
+            if self._job.mirror.pull(self._job.records):
+                for line in self._job.records.read_bytes().split(b"\n"):
+                    with suppress(ValueError):  # a killed worker's last line, or one that is being written
+                        self._record(json.loads(line))
 
     def _collect(self) -> None:
-        while (item := self._reports.get()) is not None:
-            kind, content = item
-            if kind == "started":
-                self._started(content)
-            elif kind == "records":
-                for record in content:
-                    self._record(record)
-            elif kind == "skipped":
-                say(f"WARNING: not finite, skipped: {content}")
-            else:
-                self.fatal.append(content)
+        told = False
+        while True:
+            try:
+                item = self._job.reports.get()
+                if item is None:
+                    return
+                kind, content = item
+                if kind == "started":
+                    self._started(content)
+                elif kind == "record":
+                    self._record(content)
+                    self._bar.update(content["step"], progress(content))
+                elif kind == "skipped":
+                    say(f"WARNING: not finite, skipped: {content}")
+                else:
+                    self.fatal.append(content)
+            except ray.exceptions.RayError as error:
+                say(f"WARNING: {first_error(str(error)) or error}; metrics follow at the end from {self._job.records}")
+                return
+            except Exception as error:  # one record that cannot be logged must not end the logging of the others
+                if not told:
+                    say(f"WARNING: a metric is not logged: {type(error).__name__}: {error}")
+                told = True
 
     def _record(self, record: dict[str, Any]) -> None:
-        step, picture = int(record.pop("step")), record.pop("picture", None)
-        if step not in self._known:
-            self._known.add(step)
-            self._run.metrics(record | as_system(record) | self._store.sample(), step)
-            # Without its picture a run goes on; a fault of the object store is raised where it matters.
-            with suppress(OSError):
-                if picture and (Path(picture).is_file() or self._mirror.pull(Path(picture))):
-                    self._run.artifact(Path(picture), "pictures")
-        self._bar.update(step, progress(record))
+        step, picture = int(record["step"]), record.get("picture")
+        if step in self._known:
+            return
+        numbers = {name: value for name, value in record.items() if name not in ("step", "picture")}
+        self._run.metrics(numbers | as_system(numbers) | self._store.sample(), step)
+        self._known.add(step)
+        # Without its picture a run goes on; a fault of the object store is raised where it matters.
+        with suppress(OSError):
+            if picture and (Path(picture).is_file() or self._job.mirror.pull(Path(picture))):
+                self._run.artifact(Path(picture), "pictures")
 
     def _started(self, step: int) -> None:
         """Log the step that training goes on from: 0, and after every fault that of a checkpoint."""

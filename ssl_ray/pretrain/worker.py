@@ -1,5 +1,6 @@
 """What every pretraining worker does, step by step, and what it reports: sums over steps and ranks, and faults."""
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,6 @@ import torch
 from ray import train
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
-from ray.util.queue import Queue
 from torch import Tensor, distributed
 
 from ssl_ray.networks.flops import network_cost
@@ -38,10 +38,12 @@ def train_loop(job: Job) -> None:
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
     flops = learner.views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
     totals = _Totals(world, flops, learner.device, learner.dtype)
-    reporter, preemption = _Reporter(job.reports, rank), _Preemption()
-    saver, saved = Saver(job.folder / "checkpoints", config.keep_checkpoints, job.mirror), time.monotonic()
+    reporter, preemption = _Reporter(job, rank), _Preemption()
+    saver = Saver(job.folder / "checkpoints", config.keep_checkpoints, job.mirror, first=job.records)
+    saved = time.monotonic()
 
-    start = _restore(job, rank, learner, watch, reporter)
+    start = _restore(job, rank, learner, watch)
+    reporter.start(start)
     if start == table.steps and not job.mirror.has(job.weights):  # done, but its result was deleted
         learner.best = math.inf
         learner.validate(rank, world, start, picture=False)
@@ -77,7 +79,7 @@ def train_loop(job: Job) -> None:
         reporter.record(record)
         leaving = ask_due and preemption.announced()
         if save or save_due or leaving:
-            state = learner.state() | {"step": done, "key": job.key, "records": reporter.carry()}
+            state = learner.state() | {"step": done, "key": job.key}
             if rank == 0:
                 saver.save(state | {"row_not_finite": watch.row})
             saved = time.monotonic()
@@ -85,7 +87,7 @@ def train_loop(job: Job) -> None:
             saver.wait()
 
 
-def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch[Batch], reporter: "_Reporter") -> int:
+def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch[Batch]) -> int:
     """Go on from the newest whole checkpoint, which rank 0 reads for all; returns its step, 0 where there is none."""
     found = load_latest(job.folder / "checkpoints", job.key, job.mirror) if rank == 0 else None
     plain = {name: found[name] for name in ("step", "best", "row_not_finite")} if found else {"step": 0}
@@ -93,7 +95,6 @@ def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch[Batc
     if plain["step"]:
         learner.load(found or plain)
         watch.row = plain["row_not_finite"]
-    reporter.start(plain["step"], found["records"] if found else [])
     return int(plain["step"])
 
 
@@ -169,42 +170,33 @@ class _Totals:
 
 
 class _Reporter:
-    """Puts into the driver's queue; records only on rank 0, whose are those of all ranks.
+    """Tells the driver; rank 0, whose records are those of all ranks, writes them to `job.records` first.
 
-    Records are kept until the checkpoint after the next one and travel in it: when the driver is killed, it gets those
-    again that it may not have seen.
+    The driver reads that file whenever it begins and ends: no record is lost with a driver, a queue or a worker.
     """
 
-    def __init__(self, reports: Queue, rank: int) -> None:
-        self._put, self._rank = reports.actor.put_nowait.remote, rank  # the call returns at once
-        self._older: list[dict[str, Any]] = []
-        self._newer: list[dict[str, Any]] = []
+    def __init__(self, job: Job, rank: int) -> None:
+        self._put, self._rank, self._path = job.reports.actor.put_nowait.remote, rank, job.records  # returns at once
 
-    def start(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Tell the step that training goes on from, after the records that its checkpoint carried."""
-        self._older = records
+    def start(self, step: int) -> None:
+        """Tell the step that training goes on from."""
         if self._rank == 0:
-            self._put(("records", records))
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(b"\n")  # ends a line that a killed worker may have left half written
             self._put(("started", step))
 
     def record(self, record: dict[str, Any]) -> None:
-        """Send what happened since the record before."""
-        self._newer.append(record)
+        """Keep and send what happened since the record before."""
         if self._rank == 0:
-            self._put(("records", [record]))
+            with self._path.open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+            self._put(("record", record))
 
     def fault(self, text: str, fatal: bool) -> None:
         """Send the line about a step that was not finite, from any rank that has one."""
         if text:
             self._put(("fatal" if fatal else "skipped", text))
-
-    def carry(self) -> list[dict[str, Any]]:
-        """Records for a checkpoint that is written now; the driver gets them again: a call may have been lost."""
-        records = self._older + self._newer
-        if self._rank == 0:
-            self._put(("records", records))
-        self._older, self._newer = self._newer, []
-        return records
 
 
 class _Preemption:

@@ -101,15 +101,21 @@ def snapshot(value: Any) -> Any:
 class Saver:
     """Writes checkpoints in a thread of its own, one at a time and in order."""
 
-    def __init__(self, folder: Path, keep: int, mirror: Mirror | None = None) -> None:
-        self._folder, self._keep, self._mirror = folder, keep, mirror
+    def __init__(self, folder: Path, keep: int, mirror: Mirror | None = None, first: Path | None = None) -> None:
+        """`first` is a file that has to be in the mirror before each checkpoint; the rest as for `save_latest`."""
+        self._folder, self._keep, self._mirror, self._first = folder, keep, mirror, first
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Begin to write a copy of `state`, once the checkpoint before is written; raises that one's OSError."""
         self.wait()
-        self._pending = self._pool.submit(save_latest, self._folder, snapshot(state), self._keep, self._mirror)
+        self._pending = self._pool.submit(self._write, snapshot(state))
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        if self._mirror and self._first:
+            self._mirror.push(self._first)
+        save_latest(self._folder, state, self._keep, self._mirror)
 
     def wait(self) -> None:
         """Return when the last checkpoint is written; raises its OSError."""
