@@ -22,13 +22,16 @@ Words, each for one thing:
     checkpoint        training state by step, from which a training goes on exactly
     transfer          pretrained encoder weights into a segmentation network, all or nothing
     split             a number of labelled training volumes, and which they are
-    cell              one combination of the grid: split, initialisation, learning rate, seed
+    pool, draw        all labelled training volumes; those of one size that a run gets of them
+    run               a fine-tuning seed, a draw and a pretraining, numbered from 0
+    pair              a random and a pretrained cell that differ in nothing else
+    cell              overrides of the section `finetune` (size, initialisation, learning rate, ...) and a run
     trial             the training of one cell under Ray Tune
     sliding window    how a whole volume is segmented, patch by patch
     canonical grid    the voxels of a prepared volume; original grid: those of its NIfTI file
     study             one experiment's YAML, carried out; its name stands for one configuration
     key               digest of everything that a result depends on
-    run               one MLflow run: a pretraining, a grid, a trial
+    MLflow run        a pretraining, a grid, a trial
     journal           what was logged for MLflow, on disk: all of it, and how much MLflow has
     place, mirror     a path or s3:// URI; a local folder that is kept there as well
     estimate          what a study will take, before it starts (`ssl-ray plan`)

@@ -1,5 +1,7 @@
 """Random numbers that are addressed, not drawn in turn."""
 
+import hashlib
+
 import numpy as np
 
 
@@ -9,3 +11,13 @@ def generator(seed: int, stream: int, index: int) -> np.random.Generator:
     Counter-based (Salmon et al., SC 2011): any index costs the same, none depends on another.
     """
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
+
+
+def number(*address: object) -> int:
+    """A number in 0..2⁶³-1 that depends on its address alone, e.g. `(seed, "draw", run, subject)`."""
+    return int.from_bytes(hashlib.sha256(repr(address).encode()).digest()[:8]) >> 1
+
+
+def run_seed(seed: int, stage: str, run: int) -> int:
+    """The seed of a stage in run `run` of a study; in run 0 it is the study's own."""
+    return number(seed, stage, run) if run else seed

@@ -130,7 +130,7 @@ def run(bench: Bench) -> None:
         store = Store(bench.folder / f"store-{name}")
         volumes = fill(store, 2 if bench.quick else 3, shape, made.finetune.preparation, CLASSES)
         data = TrialData(store, tuple(volumes), tuple(volumes[:1]), (), tuple(f"organ {i}" for i in range(1, CLASSES)))
-        job = TrialJob(made.finetune, made.network, 1e-4, 0, data, None, _folder(bench, name))
+        job = TrialJob(made.finetune, made.network, 0, data, None, _folder(bench, name))
         trial = Trial(job, torch.device("cpu"))
         plain = Elsewhere(Plain, store, volumes, network, side)
         batches = ahead(trial._batch, range(10**6), threads=1)

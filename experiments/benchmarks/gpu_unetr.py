@@ -26,7 +26,7 @@ def unetr(bench: Bench) -> None:
 
     def learner(**finetune: Any) -> SegmentationLearner:
         changed = base.model_copy(update={"finetune": recipe.model_copy(update=finetune)})
-        return SegmentationLearner(changed.finetune, changed.network, bench.device, 1e-4, seed=0)
+        return SegmentationLearner(changed.finetune, changed.network, bench.device, seed=0)
 
     def step(change: Callable[[SegmentationLearner], Any] = lambda made: None, **finetune: Any) -> Build:
         def build() -> Callable[[], Any]:

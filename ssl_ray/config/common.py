@@ -1,7 +1,7 @@
 """What the sections of an experiment share: types of fields, preparation, network, optimizer."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -97,9 +97,6 @@ class Optimizer(Section):
 
 class Stage(Section):
     """What pretraining and fine-tuning have in common."""
-
-    HOW: ClassVar[set[str]] = {"compile", "on_nonfinite", "max_skipped", "max_failures", "checkpoint_minutes"}
-    """Fields that say how a stage is carried out, not what it computes: they may change before it goes on."""
 
     preparation: Preparation
     patch_size: PatchSize = (96, 96, 96)

@@ -1,23 +1,36 @@
 """The section `finetune` of an experiment; the defaults are the recipe of MONAI's tutorial."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import VIT_PATCH, Optimizer, Section, Seed, Share, Stage, one_or_more
+from ssl_ray.config.common import VIT_PATCH, Optimizer, Section, Share, Stage, one_or_more
+
+_Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
 
 
 class LabelledCohort(Section):
-    """Labelled volumes: one datalist for each split, or one datalist for all and the training ids of each split."""
+    """Labelled volumes: a pool that every run draws its own from, or published splits, which all runs share.
+
+    The pool is one datalist, whose validation and test volumes are those of all runs. A split is a datalist too, or the
+    ids of its training volumes out of `datalist`.
+    """
 
     root: str
     classes: int = Field(ge=2, le=256, description="organs + background")
-    splits: Annotated[dict[PositiveInt, str | tuple[str, ...]], one_or_more]
+    pool: str | None = None
+    sizes: _Sizes | None = Field(None, description="subjects to draw from the pool")
+    splits: Annotated[dict[PositiveInt, str | tuple[str, ...]], one_or_more] | None = None
     datalist: str | None = None
 
     @model_validator(mode="after")
-    def _ids_have_a_list(self) -> "LabelledCohort":
-        by_ids = [size for size, split in self.splits.items() if not isinstance(split, str)]
+    def _either(self) -> "LabelledCohort":
+        if (self.pool is None) == (self.splits is None):
+            both = "neither" if self.pool is None else "both"
+            raise ValueError(f"name either a 'pool', with 'sizes', or published 'splits', got {both}")
+        if (self.pool is None) != (self.sizes is None):
+            raise ValueError("'pool' needs the 'sizes' that are drawn from it, and 'splits' name their own")
+        by_ids = [size for size, split in (self.splits or {}).items() if not isinstance(split, str)]
         if by_ids and self.datalist is None:
             raise ValueError(f"splits.{by_ids[0]} lists ids: name the list that they come from in 'datalist'")
         return self
@@ -40,21 +53,24 @@ class SegmentationLoss(Section):
     batch: bool = Field(False, description="one Dice over the batch instead of one a patch, steadier for small organs")
 
 
-class Grid(Section):
-    """The cells that Ray Tune runs: every combination of these values."""
+class TrialOptimizer(Optimizer):
+    """That of the recipe, also where the YAML gives it another learning rate alone."""
 
-    splits: Annotated[tuple[PositiveInt, ...], one_or_more] | None = Field(
-        None, description="sizes out of cohort.splits; all of them if left out"
-    )
+    weight_decay: float = Field(1e-5, ge=0)
+
+
+class Grid(Section):
+    """The cells that Ray Tune runs: every combination of these values, `runs` times."""
+
+    sizes: _Sizes | None = Field(None, description="out of the cohort's splits or sizes; all of them if left out")
     init: Annotated[tuple[Literal["random", "pretrained"], ...], one_or_more] = ("random", "pretrained")
-    lr: Annotated[tuple[PositiveFloat, ...], one_or_more] = (1e-4,)
-    seeds: Annotated[tuple[Seed, ...], one_or_more] = (0,)
+    lr: Annotated[tuple[PositiveFloat, ...], one_or_more] | None = Field(
+        None, description="learning rates; optimizer.lr alone if left out"
+    )
 
 
 class Finetune(Stage):
     """Segmentation with UNETR over the grid."""
-
-    HOW: ClassVar[set[str]] = Stage.HOW | {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial"}
 
     cohort: LabelledCohort
     volumes_per_step: PositiveInt = 1
@@ -68,8 +84,11 @@ class Finetune(Stage):
     surface_tolerance: PositiveFloat = Field(2.0, description="mm, for surface Dice")
     augmentation: Augmentation = Augmentation()
     loss: SegmentationLoss = SegmentationLoss()
-    optimizer: Optimizer = Optimizer(name="adamw", weight_decay=1e-5)
+    optimizer: TrialOptimizer = TrialOptimizer()
     grid: Grid = Grid()
+    runs: PositiveInt = Field(1, description="each with a seed, a draw of the labelled volumes and a pretraining")
+    margin: PositiveFloat = Field(0.02, description="foreground Dice; a smaller difference does not matter")
+    primary: PositiveInt | None = Field(None, description="size that decides the headline; the smallest if left out")
     weights: str | None = Field(None, description="pretrained weights to start from instead of this study's own")
     max_concurrent_trials: PositiveInt | None = None
     cpus_per_trial: PositiveFloat = Field(1, description="all but one score volumes while the next is predicted")
@@ -78,9 +97,18 @@ class Finetune(Stage):
     checkpoint_minutes: float = Field(5, ge=0, description="at a validation; 0: at every one")
 
     @property
-    def split_sizes(self) -> tuple[int, ...]:
-        """Numbers of training volumes in the grid, ascending."""
-        return tuple(sorted(self.grid.splits or self.cohort.splits))
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of labelled volumes (of subjects, where there is a pool) in the grid, ascending."""
+        return tuple(sorted(self.grid.sizes or self._listed))
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates of the grid."""
+        return self.grid.lr or (self.optimizer.lr,)
+
+    @property
+    def _listed(self) -> tuple[int, ...]:
+        return self.cohort.sizes or tuple(self.cohort.splits or ())
 
     @model_validator(mode="after")
     def _fits(self) -> "Finetune":
@@ -92,7 +120,9 @@ class Finetune(Stage):
         self.optimizer.check_warmup(self.steps)
         if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
             raise ValueError(f"gpus_per_trial must be a share of one GPU or a whole number, got {self.gpus_per_trial}")
-        unknown = sorted(set(self.split_sizes) - set(self.cohort.splits))
+        unknown = sorted(set(self.sizes) - set(self._listed))
         if unknown:
-            raise ValueError(f"grid.splits: {unknown} are not in cohort.splits, which has {sorted(self.cohort.splits)}")
+            raise ValueError(f"grid.sizes: {unknown} are not in the cohort, which has {sorted(self._listed)}")
+        if self.primary is not None and self.primary not in self.sizes:
+            raise ValueError(f"primary: must be one of the grid's sizes {list(self.sizes)}, got {self.primary}")
         return self

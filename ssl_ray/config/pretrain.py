@@ -1,6 +1,6 @@
 """The section `pretrain` of an experiment; the defaults are the recipe of MONAI's tutorial."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -44,21 +44,23 @@ class Contrastive(Section):
     temperature: PositiveFloat = 0.05
 
 
+class PretrainingOptimizer(Optimizer):
+    """That of the recipe, also where the YAML gives it another learning rate alone."""
+
+    name: Literal["adam", "adamw"] = "adam"
+
+
 class Pretrain(Stage):
     """Self-supervised pretraining of ViTAutoEnc."""
-
-    HOW: ClassVar[set[str]] = Stage.HOW | {
-        *("workers", "shard", "microbatch", "gpu", "cpus_per_worker", "block_megabytes"),
-        *("log_every", "picture_every", "checkpoint_every", "keep_checkpoints"),
-    }
 
     sources: Annotated[tuple[Source, ...], one_or_more]
     patches_per_volume: PositiveInt = 2
     batch_size: PositiveInt = Field(8, description="patches a step, over all workers")
     epochs: PositiveInt = 300
+    pretrainings: PositiveInt = Field(1, description="1: all runs start from the same; finetune.runs: each has its own")
     corruption: Corruption = Corruption()
     contrastive: Contrastive = Contrastive()
-    optimizer: Optimizer = Optimizer(name="adam")
+    optimizer: PretrainingOptimizer = PretrainingOptimizer()
     validate_every: PositiveInt = Field(2, description="epochs")
     picture_every: PositiveInt = Field(5, description="validations")
     checkpoint_every: PositiveInt | None = Field(None, description="steps; beside checkpoint_minutes")

@@ -6,7 +6,7 @@ follow in `ssl_ray.data`. This module only describes; `ssl_ray.config.loading` g
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from ssl_ray.config.common import VIT_LAYERS, VIT_PATCH, Network, Optimizer, Preparation, Section, Seed
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
@@ -58,6 +58,18 @@ class Study(Section):
     finetune: Finetune
     tracking: Tracking = Tracking()
     cluster: LocalCluster = LocalCluster()
+
+    @model_validator(mode="after")
+    def _pretrains_once_or_for_each_run(self) -> "Study":
+        pretrainings, runs = self.pretrain.pretrainings, self.finetune.runs
+        if pretrainings not in (1, runs):
+            raise ValueError(
+                f"pretrain.pretrainings: must be 1 or as many as finetune.runs, as runs that share a pretraining with "
+                f"some of the others would depend on each other; got {pretrainings} for {runs} runs"
+            )
+        if pretrainings > 1 and self.finetune.weights:
+            raise ValueError(f"pretrain.pretrainings: finetune.weights are of one pretraining, got {pretrainings}")
+        return self
 
     @property
     def pretrains(self) -> bool:

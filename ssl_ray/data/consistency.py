@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from ssl_ray.data.datalist import Case, Splits, stem
+from ssl_ray.data.datalist import Case, stem
+from ssl_ray.data.splits import Splits
 from ssl_ray.errors import UserError
 
 

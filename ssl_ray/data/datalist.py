@@ -9,16 +9,15 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, FailFast, Field, NonNegativeInt, ValidationError
 
-from ssl_ray.config.schema import LabelledCohort, Source
+from ssl_ray.config.schema import Source
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import read_file
 from ssl_ray.text import BREAKS, shown
@@ -55,22 +54,6 @@ class Datalist:
     validation: tuple[Case, ...]
     test: tuple[Case, ...]
     labels: dict[int, str]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The labelled cohort: a training split for each size, and the validation and test cases that all splits share."""
-
-    training: dict[int, tuple[Case, ...]]
-    validation: tuple[Case, ...]
-    test: tuple[Case, ...]
-    organs: tuple[str, ...]
-
-    @property
-    def cases(self) -> tuple[Case, ...]:
-        """Every labelled case once."""
-        every = [case for cases in self.training.values() for case in cases]
-        return tuple({case.image: case for case in (*every, *self.validation, *self.test)}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,45 +131,9 @@ def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[
     return tuple(training), tuple(validation)
 
 
-def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
-    """The splits of the sizes asked for.
-
-    Each must have as many training volumes as its name says, and no class beyond those of the cohort; validation and
-    test volumes and the names of organs must be the same in all.
-    """
-    lists: dict[int, Datalist] = {}
-    for size in sizes:
-        split = cohort.splits[size]
-        if isinstance(split, str):
-            lists[size] = read_datalist(cohort.root, split, labelled=True)
-        else:
-            assert cohort.datalist is not None
-            lists[size] = _select(read_datalist(cohort.root, cohort.datalist, labelled=True), split, size)
-    first = lists[sizes[0]]
-    names: dict[int, tuple[Path, str]] = {}
-    for size, listed in lists.items():
-        if len(listed.training) != size:
-            raise UserError(f"{listed.path}: the split of {size} volumes lists {len(listed.training)} for training")
-        for section in ("validation", "test"):
-            for one, other in zip_longest(getattr(listed, section), getattr(first, section)):
-                if _written(one) != _written(other):
-                    raise UserError(
-                        f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it: "
-                        f"{_written(one)} against {_written(other)}"
-                    )
-        if not listed.validation:
-            raise UserError(f"{listed.path}: 'validation' must list at least one labelled volume")
-        beyond = sorted(value for value in listed.labels if value >= cohort.classes)
-        if beyond:
-            raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
-        for value in sorted(names.keys() & listed.labels.keys() - {0}):
-            name, (other, before) = listed.labels[value], names[value]
-            if name != before:
-                raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {other}; name it alike")
-        names = {value: (listed.path, name) for value, name in listed.labels.items()} | names
-    organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
-    training = {size: listed.training for size, listed in lists.items()}
-    return Splits(training, first.validation, first.test, organs)
+def subject_of(case: Case) -> str:
+    """The patient of a case."""
+    return case.subject or case.id
 
 
 def stem(path: PurePath) -> str:
@@ -231,13 +178,6 @@ def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[
     return Case(stem(inside[0]), inside[0], inside[1] if labelled else None, shown(entry.subject), place)
 
 
-def _written(case: Case | None) -> str:
-    """A case as its list has it; None: the list is shorter than the other."""
-    if not case:
-        return "no volume"
-    return " and ".join(str(part) for part in (case.image, case.label, case.subject) if part)
-
-
 def _check_files(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[[str], str]) -> None:
     """Refuse images that are listed twice, also by a link to the other one, and files that do not exist."""
     where: dict[str, str] = {}
@@ -258,21 +198,3 @@ def _unique_ids(cases: dict[str, tuple[Case, ...]], base: Path) -> dict[str, tup
         return case if count[case.id] == 1 else replace(case, id=os.path.relpath(case.image, base))
 
     return {section: tuple(map(named, listed)) for section, listed in cases.items()}
-
-
-def _select(listed: Datalist, ids: Sequence[str], size: int) -> Datalist:
-    """The training cases named by ids; `img0001..img0006` is a range over the trailing number."""
-    by_id = {case.id: case for case in listed.training}
-    wanted = [name for entry in ids for name in _expand(entry)]
-    unknown = [name for name in wanted if name not in by_id]
-    if unknown:
-        raise UserError(f"{listed.path}: splits.{size}: no training volume has the id {unknown[0]!r}")
-    return replace(listed, training=tuple(by_id[name] for name in dict.fromkeys(wanted)))
-
-
-def _expand(entry: str) -> list[str]:
-    match = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", entry)
-    if not match or match[1] != match[3]:
-        return [entry]
-    width = len(match[2])
-    return [f"{match[1]}{number:0{width}d}" for number in range(int(match[2]), int(match[4]) + 1)]

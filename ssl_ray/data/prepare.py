@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ssl_ray.config import depends
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import content_digest, on_image_grid, read_label, read_nifti
@@ -52,7 +53,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
             digests[name], content[name] = _read_source(file, store, verify)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot read: {error.strerror}") from error
-    recipe = {"version": VERSION, "preparation": preparation.model_dump(mode="json"), **digests}
+    recipe = depends.preparation(preparation, VERSION, digests)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
     # The name and place that it has in this study, which its key does not cover.
     label_source = str(case.label) if case.label else None

@@ -18,7 +18,7 @@ from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.training.precision import autocast
+from ssl_ray.training.precision import autocast, resolve
 
 _CALLS, _SECONDS = 20, 15.0
 """So many calls are timed, or fewer where they take longer than this."""
@@ -30,8 +30,9 @@ def probe_pretraining(study: Study) -> float:
     world, top = config.worker_range[1], levels(config.preparation.hu_window)
     table = SampleTable(0, np.array([config.patch_size]), config.patch_size, 1, config.batch_size, 1)
     feed = Feed(table, Store(here), (), (), "uint8" if top == 255 else "uint16", top)
-    recipe = Recipe(config, study.network, study.seed)
     device = _device(config.gpu, config.cpus_per_worker)
+    precision = str(resolve(config.precision, device)).removeprefix("torch.")  # `auto` would be written down
+    recipe = Recipe(config.model_copy(update={"precision": precision}), study.network, study.seed)
     learner = PretrainingLearner(Job(recipe, feed, feed, here, Mirror(here), "", None), device)  # type: ignore[arg-type]
     indices = np.array(table.rank_samples(0, 0, world))
     dtype, pinned = getattr(torch, feed.dtype), device.type == "cuda"  # as the stream's
@@ -44,7 +45,7 @@ def probe_finetuning(study: Study) -> tuple[float, float]:
     """Seconds of a trial's optimizer step, without reading its patches, and of predicting one sliding window."""
     config, rate = study.finetune, study.finetune.optimizer.lr
     device = _device(config.gpus_per_trial > 0, config.cpus_per_trial)
-    learner = SegmentationLearner(config, study.network, device, rate, seed=0)
+    learner = SegmentationLearner(config, study.network, device, seed=0)
     images = torch.rand(config.volumes_per_step * config.patches_per_volume, 1, *config.patch_size, device=device)
     labels = torch.randint(config.cohort.classes, images.shape, device=device, dtype=torch.uint8)
     windows = torch.rand(config.sliding_window_batch, 1, *config.patch_size, device=device)

@@ -68,7 +68,8 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
         step = _step_seconds(work, device, study.pretrain.precision) if device else None
         if here and (gpus or not study.pretrain.gpu):
             step = probe_pretraining(study)
-        work |= {"step_seconds": step, "total_seconds": step and step * work["flops"] / work["flops_per_step"]}
+        steps = study.pretrain.pretrainings * work["flops"] / work["flops_per_step"]
+        work |= {"step_seconds": step, "total_seconds": step and step * steps}
         hours = hours and step and hours + work["total_seconds"]
     lacks = _lacks(study, folders, cluster, work, grid, groups)
     return StudyEstimate(hours, cluster, groups, work, grid, _BASIS, tuple(lacks))

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.consistency import check_lists
-from ssl_ray.data.datalist import Case, read_labelled, read_unlabelled
+from ssl_ray.data.datalist import Case, read_unlabelled
 from ssl_ray.data.normalise import levels
+from ssl_ray.data.splits import read_labelled
 from ssl_ray.data.store import VOLUME_JSON, Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import validation_share
@@ -52,10 +53,11 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
     made, config = study.phantom, study.finetune
     if made and not (Path(made.root) / "unlabelled.json").is_file():
         held_out = validation_share(made.unlabelled)
-        numbers = made.unlabelled - held_out, held_out, max(config.split_sizes), made.validation, made.test
+        trained = made.labelled if config.cohort.pool else max(config.sizes)
+        numbers = made.unlabelled - held_out, held_out, trained, made.validation, made.test
         return {name: Group(number) for name, number in zip(_GROUPS, numbers, strict=True)}
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
-    splits = read_labelled(config.cohort, config.split_sizes)
+    splits = read_labelled(config.cohort, config.sizes)
     check_lists(training, validation, splits)
     labelled = {case.image: case for cases in splits.training.values() for case in cases}
     sections = training, validation, tuple(labelled.values()), splits.validation, splits.test

@@ -29,7 +29,7 @@ Record = tuple[int, dict[str, float]]
 
 @dataclass(frozen=True)
 class TrialData:
-    """Prepared volumes that a trial reads; trials of one split share them. The classes 1, 2, ... are the organs."""
+    """Prepared volumes that a trial reads; cells of one draw share them. The classes 1, 2, ... are the organs."""
 
     store: Store
     training: tuple[Volume, ...]
@@ -76,15 +76,16 @@ class TrialFolder:
 class TrialJob:
     """One cell of the grid, with all that its result depends on and the folder that it writes to.
 
-    lr: instead of the one in `config.optimizer`.
+    config: with the cell's own values.
     seed: of the initial weights and of the order of the patches.
     weights: pretrained weights to start from; None for random ones.
+    arms: folders of the cells that this one is compared with.
     """
 
     config: Finetune
     network: Network
-    lr: float
     seed: int
     data: TrialData
     weights: Path | None
     folder: TrialFolder
+    arms: tuple[Path, ...] = ()

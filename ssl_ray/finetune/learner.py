@@ -25,13 +25,12 @@ class SegmentationLearner:
         config: Finetune,
         network: Network,
         device: torch.device,
-        lr: float,
         seed: int,
         weights: Path | None = None,
     ) -> None:
         """Build the network by `seed`, with the encoder out of the file `weights` where one is given.
 
-        The decoder does not depend on whether one is given. The configured learning rate is replaced by `lr`.
+        The decoder does not depend on whether one is given.
 
         Raises:
             UserError: when the pretrained weights do not match the network.
@@ -43,16 +42,11 @@ class SegmentationLearner:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
         # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
         self.network.to(device, memory_format=torch.channels_last_3d)
-        self.dtype = resolve(config.precision, device)
-        if device.type == "cpu" and config.patch_size[0] == VIT_PATCH:
-            # Some convolutions are then two voxels deep. Their bfloat16 weight gradients, as oneDNN 3.12 (torch 2.13)
-            # computes them, come out of memory that it never wrote: other numbers every time, inf and nan among them.
-            self.dtype = torch.float32
+        self.dtype = precision_of(config, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
-        self.optimizer_config = config.optimizer.model_copy(update={"lr": lr})
-        self.optimizer = build_optimizer(self.optimizer_config, self.network.parameters())
+        self.optimizer = build_optimizer(config.optimizer, self.network.parameters())
         # Only the objective is compiled. Prediction calls the network itself, because its windows have other shapes.
         self.objective = _Objective(self.network, config.loss, device, self.dtype)
         self.compiled = config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
@@ -65,7 +59,7 @@ class SegmentationLearner:
             the weights are those before the step.
         """
         loss = self._backward(*(batch.to(self.device, non_blocking=True) for batch in (images, labels)))
-        return loss.detach(), take_step(self.optimizer, self.optimizer_config, lr)
+        return loss.detach(), take_step(self.optimizer, self.config.optimizer, lr)
 
     def predict(self, image: Tensor) -> Tensor:
         """Segment a volume (X, Y, Z) in 0..1 by sliding windows: uint8 of the same shape, on the device."""
@@ -91,6 +85,16 @@ class SegmentationLearner:
         images = torch.zeros(patches, 1, *self.config.patch_size, device=self.device)
         self._backward(images, images.to(torch.uint8))
         self.network.zero_grad(set_to_none=True)
+
+
+def precision_of(config: Finetune, device: torch.device) -> torch.dtype:
+    """What a step computes in on a device."""
+    if config.precision == "auto" and config.patch_size[0] == VIT_PATCH:
+        # Some convolutions are then two voxels deep. Their bfloat16 weight gradients, as oneDNN 3.12 (torch 2.13)
+        # computes them on a CPU, come out of memory that it never wrote: other numbers every time, inf and nan among
+        # them. On a GPU neither, so that a CPU may go on with the trial.
+        return torch.float32
+    return resolve(config.precision, device)
 
 
 class _Objective(nn.Module):

@@ -13,10 +13,11 @@ from torch import Tensor
 from ssl_ray.data.nifti import read_label
 from ssl_ray.data.patch import open_array
 from ssl_ray.data.store import Volume
+from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.finetune.job import Record, TrialJob
-from ssl_ray.finetune.learner import SegmentationLearner
+from ssl_ray.finetune.learner import SegmentationLearner, precision_of
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.unetr import build_unetr
@@ -24,6 +25,7 @@ from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
+from ssl_ray.training.precision import settle, settled
 from ssl_ray.training.prefetch import ahead
 
 
@@ -38,10 +40,11 @@ class Trial:
         """Build the network and its optimizer.
 
         Raises:
-            UserError: when the pretrained weights do not match the network.
+            UserError: when the pretrained weights do not match the network, or the other arm has another precision.
         """
-        self.job, self.config = job, job.config
-        self.learner = SegmentationLearner(job.config, job.network, device, job.lr, job.seed, job.weights)
+        self.job = job
+        self.config = job.config.model_copy(update={"precision": _settle(job, precision_of(job.config, device))})
+        self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
         self.flops = network_cost(build_unetr, job.network, self.config.patch_size, self.config.cohort.classes).training
         self.losses = FiniteSum()
@@ -69,7 +72,7 @@ class Trial:
         self._begin_record(start)
         batches = ahead(self._batch, range(start, config.steps), threads=1)
         for step in range(start, config.steps):
-            lr, asked = learning_rate(self.learner.optimizer_config, step, config.steps), time.perf_counter()
+            lr, asked = learning_rate(self.config.optimizer, step, config.steps), time.perf_counter()
             images, labels = next(batches)
             waited = time.perf_counter() - asked
             loss, norm = self.learner.step(images, labels, lr)
@@ -144,7 +147,7 @@ class Trial:
         volumes = ", ".join(dict.fromkeys(str(patch["volume"]) for patch in patches))
         origin = f"patches {patches[0]['patch']} to {patches[-1]['patch']} of seed {sampler.seed}, volumes {volumes}"
         facts = {"seed": sampler.seed, "patches": patches, "precision": str(self.learner.dtype)}
-        facts |= {"lr": learning_rate(self.learner.optimizer_config, step, self.config.steps)}
+        facts |= {"lr": learning_rate(self.config.optimizer, step, self.config.steps)}
         # On a GPU the next step is already done: if it was finite, these are the weights after it.
         images, labels = sampler.batch(step)
         tensors = {f"model.{name}": value for name, value in self.learner.network.state_dict().items()}
@@ -222,3 +225,17 @@ class Trial:
         self.best, self.best_step, self.best_weights = (state[n] for n in ("best", "best_step", "best_weights"))
         self.watch.row, self.records = state["row"], (state["records"], [])
         return int(state["step"])
+
+
+def _settle(job: TrialJob, here: torch.dtype) -> str:
+    """The precision of a trial, which is that of the trials it is compared with."""
+    folder, setting = job.folder, job.config.precision
+    mine = settled(setting, folder.path, folder.mirror) or str(here).removeprefix("torch.")
+    for arm in job.arms:
+        other = settled(setting, arm, folder.mirror)
+        if other not in (None, mine):
+            raise UserError(
+                f"finetune.precision: auto is {mine} for {folder.path.name}, but {other} for {arm.name}, which it is "
+                "compared with: train both on one kind of machine, or name the precision"
+            )
+    return settle(setting, here, folder.path, folder.mirror)

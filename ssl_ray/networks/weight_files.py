@@ -4,6 +4,7 @@ A file of weights may come from anywhere. Reading it runs no pickled code and ta
 long. The driver reads metadata before it needs any network: MONAI takes seconds to import and is not here.
 """
 
+import json
 import os
 import pickle
 import zipfile
@@ -20,6 +21,9 @@ from ssl_ray.config.schema import Network
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import appearing, open_file, write_file
 from ssl_ray.text import shown
+
+_METADATA = "ssl_ray"
+"""The entry of a safetensors file that holds our metadata, as JSON."""
 
 
 def describe(network: Network, patch_size: Sequence[int]) -> dict[str, str]:
@@ -42,7 +46,9 @@ def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mappin
     }
     with appearing(path.with_suffix(".pt")) as part, part.open("wb") as file:
         torch.save({"state_dict": state}, file)
-    write_file(path, save(state, dict(metadata)))  # safetensors' `save_file` would let only the owner read it
+    # Safetensors writes several entries in no fixed order, and two equal trainings would leave files of other bytes.
+    entry = {_METADATA: json.dumps(dict(metadata), sort_keys=True)}
+    write_file(path, save(state, entry))  # `save_file` would let only the owner read it
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -81,8 +87,10 @@ def load_metadata(path: Path) -> dict[str, str]:
     try:
         open_file(path).close()
         with safe_open(path, "pt") as file:
-            return {name: shown(value) for name, value in (file.metadata() or {}).items()}
-    except (OSError, SafetensorError) as error:
+            found = file.metadata() or {}
+        found |= dict(json.loads(found.pop(_METADATA, "{}")))
+        return {shown(name): shown(value) for name, value in found.items()}
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot read the metadata: {shown(error)}") from error
 
 

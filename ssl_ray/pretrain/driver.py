@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssl_ray.cluster.connect import first_error
 from ssl_ray.cluster.resources import check_resources
-from ssl_ray.config.schema import Pretrain
+from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata
@@ -30,8 +30,9 @@ from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import Run, Tracker
-from ssl_ray.training.checkpoint import digest
+from ssl_ray.training.checkpoint import digest, load_latest
 from ssl_ray.training.meters import ObjectStore, as_system
+from ssl_ray.training.precision import settled
 
 _RESIZE_SECONDS = 60.0
 """How often Ray Train looks whether the cluster has room for more workers, where the experiment allows more."""
@@ -41,30 +42,21 @@ _RESIZE_SECONDS = 60.0
 class Pretrained:
     """The autoencoder that did best on validation, and the key of what it depends on.
 
-    `run_id` is MLflow's id of the run that made it, None where that was elsewhere; `fresh` means trained just now.
+    `run_id` is MLflow's id of the run that made it, `precision` the type it was computed in, None where that was
+    elsewhere; `fresh` means trained just now.
     """
 
     weights: Path
     key: str
     run_id: str | None = None
+    precision: str | None = None
     fresh: bool = False
 
 
 def pretraining_key(recipe: Recipe, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
     """Digest of everything that the pretrained weights depend on."""
-    config = recipe.settings
-    settings = config.model_dump(mode="json", exclude=Pretrain.HOW | {"sources"})
-    return digest(
-        settings,
-        # Negatives of the contrastive loss are the rank's own patches.
-        config.workers if config.contrastive.enabled else None,
-        # What `auto` precision means depends on the kind of device.
-        config.gpu if config.precision == "auto" else None,
-        recipe.network.model_dump(mode="json", exclude={"feature_size"}),
-        recipe.seed,
-        [volume.key for volume in training],
-        [volume.key for volume in validation],
-    )
+    volumes = [[volume.key for volume in part] for part in (training, validation)]
+    return digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes)
 
 
 def pretrain(
@@ -75,8 +67,11 @@ def pretrain(
     tracker: Tracker,
     params: Mapping[str, str],
     config_yaml: str,
+    name: str = "pretrain",
 ) -> Pretrained:
     """Pretrain, or find that it is done already; a run that was cut off goes on from its last checkpoint.
+
+    `name` is that of its run in MLflow, which gets `params`.
 
     Raises:
         RuntimeError: when workers failed more often than `max_failures` allows.
@@ -86,7 +81,7 @@ def pretrain(
     folder = folders.study / f"pretrain-{key}"
     weights = folder / "best.safetensors"
     if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
-        return Pretrained(weights, key, done)
+        return Pretrained(weights, key, done, settled(recipe.settings.precision, folder, folders.output))
     workers = recipe.settings.worker_range[0]
     cpus, gpus = workers * recipe.settings.cpus_per_worker, workers * recipe.settings.gpu
     check_resources("pretrain.workers", f"{workers} workers", cpus, gpus)
@@ -97,10 +92,13 @@ def pretrain(
     job = Job(recipe, *feeds, folder, folders.output, key, reports)
     steps = job.training.table.steps
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": steps}
-    run = tracker.open("pretraining", key, "pretrain", {**params, **counts})
+    run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
     try:
+        _rewind(job)
         _train(job, folders, run)
+        precision = settled(recipe.settings.precision, folder, folders.output)
+        run.params({"precision": precision})
         folders.output.pull(job.weights)
         facts = load_metadata(job.weights)
         run.artifact(job.weights)
@@ -110,7 +108,27 @@ def pretrain(
         run.close("FAILED")
         raise
     run.close()
-    return Pretrained(weights, key, run.id, fresh=True)
+    return Pretrained(weights, key, run.id, precision, fresh=True)
+
+
+def _rewind(job: Job) -> None:
+    """Where the best weights were deleted, go back to the newest checkpoint from before they were found, or to step 0.
+
+    Going on from a later one would give back the weights of another step under the same key.
+    """
+    folder, mirror = job.folder / "checkpoints", job.mirror
+    newest = None if mirror.has(job.weights) else load_latest(folder, job.key, mirror)
+    if newest is None or math.isinf(newest["best"]):  # nothing was selected yet
+        return
+    state: dict[str, Any] | None = newest
+    while state and state["best"] <= newest["best"]:
+        for name in (name for name in mirror.names(folder) if name.isdigit() and int(name) >= state["step"]):
+            mirror.drop(folder / name)
+        state = load_latest(folder, job.key, mirror)
+    say(
+        f"WARNING: {job.weights} was deleted, which had the weights that did best on validation; training goes on from "
+        f"step {state['step'] if state else 0}, before they were found, to find them again"
+    )
 
 
 def _train(job: Job, folders: Folders, run: Run) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from ssl_ray.config.schema import Pretrain
 from ssl_ray.networks.faster import use_fast_attention, use_patch_products
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
@@ -27,19 +28,18 @@ from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.gpu import StepGraph, Upload
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
-from ssl_ray.training.precision import autocast, resolve
+from ssl_ray.training.precision import autocast, resolve, settle
 
 
 class PretrainingLearner:
     """A rank's autoencoder with its optimizer: takes steps and validates."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        self.job, self.config, self.device = job, job.recipe.settings, device
+        self.job, self.config, self.device = job, _settled(job, device), device
         torch.manual_seed(job.recipe.seed)
         self.network = build_autoencoder(job.recipe.network, self.config.patch_size).to(device)
         self.dtype = resolve(self.config.precision, device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)
             use_fast_attention(self.network)
         if self.dtype != torch.float32:
             use_patch_products(self.network)
@@ -187,6 +187,20 @@ class PretrainingLearner:
             total = self.restoration(torch.cat([clean] * self.views), clean)[1]
         total.backward()
         self.network.zero_grad(set_to_none=True)
+
+
+def _settled(job: Job, device: torch.device) -> Pretrain:
+    """The settings with the precision that the training was begun in, the same on all ranks."""
+    settings, precision = job.recipe.settings, [""]
+    ranks = distributed.is_initialized()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not ranks or distributed.get_rank() == 0:
+        here = resolve(settings.precision, device)
+        precision = [settle(settings.precision, here, job.folder, job.mirror)]
+    if ranks:
+        distributed.broadcast_object_list(precision)
+    return settings.model_copy(update={"precision": precision[0]})
 
 
 def scale(stored: Tensor, levels: int) -> Tensor:

@@ -74,7 +74,7 @@ class Arm:
         for trial in self.trials:
             for case in trial.cases[part]:
                 if (score := measure.of(case)) is not None:
-                    found[case.case][trial.cell.seed] = score
+                    found[case.case][trial.cell.run] = score
         return dict(found)
 
 
@@ -179,7 +179,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     trials = [_trial(tracker, cell, newest.get(keys.get(cell.name, ""))) for cell in cells(study.finetune)]
     by_arm = defaultdict(list)
     for trial in trials:
-        by_arm[trial.cell.split, trial.cell.init].append(trial)
+        by_arm[trial.cell.size, trial.cell.init].append(trial)
     inits = [init for init in ("random", "pretrained") if init in study.finetune.grid.init]
     lineage = dict.fromkeys(trial.pretraining_run for trial in trials if trial.pretraining_run)
     return Results(
@@ -189,7 +189,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
         as_given=configs[grid.info.run_id] == given,
         transfer=json.loads(tracker.read(grid.info.run_id, "weight_transfer.json") or b"null"),
         trials=trials,
-        arms={split: {init: _arm(by_arm[split, init]) for init in inits} for split in study.finetune.split_sizes},
+        arms={split: {init: _arm(by_arm[split, init]) for init in inits} for split in study.finetune.sizes},
         part="test" if any(trial.cases.get("test") for trial in trials) else "validation",
         pretraining=[_pretraining(tracker, run_id, number) for number, run_id in enumerate(lineage, start=1)],
     )
@@ -212,7 +212,7 @@ def _trial(tracker: Tracker, cell: Cell, run: "MlflowRun | None") -> Trial:
         cases={part: [CaseScores(**case) for case in tree.get(part, ())] for part in get_args(Part)},
         organs=tree.get("organs", ()),
         pretraining_run=tags.get(PRETRAINING_RUN),
-        left_out=cell.split - int(run.data.params.get("training_volumes", cell.split)),
+        left_out=cell.size - int(run.data.params.get("training_volumes", cell.size)),
         failure=tags.get(FAILURE, "") if status == "failed" else "",
     )
 
@@ -227,7 +227,7 @@ def _arm(trials: Sequence[Trial]) -> Arm:
     for trial in trials:
         if trial.status == "finished":
             by_lr[trial.cell.lr].append(trial)
-    expected = len({trial.cell.seed for trial in trials})
+    expected = len({trial.cell.run for trial in trials})
     if not by_lr:
         return Arm(
             expected, hole=min((trial.status for trial in trials), key=("failed", "unfinished", "missing").index)

@@ -94,7 +94,7 @@ def cell_table(results: Results) -> Table:
         status = trial.status if trial.status == "finished" else f"**{trial.status}**"
         step = f"{trial.metrics['selected/step']:,.0f}" if "selected/step" in trial.metrics else ""
         scores = [one.value(trial.metrics[name]) if name in trial.metrics else "" for name, one in measures.items()]
-        rows.append([str(cell.split), cell.init, f"{mark}{cell.lr:g}{mark}", str(cell.seed), status, step, *scores])
+        rows.append([str(cell.size), cell.init, f"{mark}{cell.lr:g}{mark}", str(cell.run), status, step, *scores])
     header = ["training volumes", "initialisation", "learning rate", "seed", "status", "selected step"]
     header += ["Dice, validation, resampled grid (selects)"]
     header += [f"{label}, {results.part}" for label in ("Dice", "HD95 (mm)", "surface Dice")]

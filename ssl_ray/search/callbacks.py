@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from ray import tune
 from ssl_ray.cluster.connect import first_error
 from ssl_ray.console import Bar, say
 from ssl_ray.finetune.job import TrialJob
-from ssl_ray.search.cells import FAILURE, Cell
+from ssl_ray.search.cells import FAILURE, NONFINITE, Cell
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Run, Tracker
 
 
@@ -28,18 +27,18 @@ class TrialCallback(tune.Callback):
         parent: str,
         params: Mapping[str, str],
         jobs: Mapping[Cell, TrialJob],
-        pretraining_run: str | None,
+        made_by: Mapping[Path, str | None],
         bar: Bar,
         done: int,
     ) -> None:
         """Begin with no run, and the bar at `done`, the steps of the cells that were finished before.
 
         `parent` is the id of the grid's run, every run gets `params`, `jobs` are those of the cells that are trained
-        now, and the run `pretraining_run` made the weights that some of them start from.
+        now, and `made_by` has the runs that made the weights that some of them start from.
         """
         self._tracker, self._parent, self._jobs, self._bar, self._done = tracker, parent, jobs, bar, done
         self._params = {name: value for name, value in params.items() if "grid" not in name}
-        self._pretraining_run = pretraining_run
+        self._made_by = made_by
         self._open: dict[str, Run] = {}
         self._steps: dict[str, int] = {}
         self.completed = 0
@@ -56,12 +55,13 @@ class TrialCallback(tune.Callback):
             return
         cell: Cell = trial.config["cell"]
         job = self._jobs[cell]
-        params: dict[str, Any] = {**self._params, **asdict(cell)}
-        # Fewer volumes than the split lists where bad ones were skipped.
+        params: dict[str, Any] = self._params | {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run}
+        params |= {f"finetune.{key}": value for key, value in cell.settings.items()} | {"seed": job.seed}
+        # Fewer volumes than a split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
-        tags = {FAILURE: ""}  # of an earlier attempt
-        if job.weights and self._pretraining_run:
-            tags[PRETRAINING_RUN] = self._pretraining_run
+        tags = {FAILURE: "", NONFINITE: ""}  # of an earlier attempt
+        if job.weights and (made_by := self._made_by.get(job.weights)):
+            tags[PRETRAINING_RUN] = made_by
         self._open[trial.trial_id] = self._tracker.open("trial", job.folder.key, cell.name, params, self._parent, tags)
 
     def on_trial_result(
@@ -77,6 +77,7 @@ class TrialCallback(tune.Callback):
         if "started_at" in metrics:  # the first record of every start
             replayed = max(0, max(run.logged("lr"), default=0) - step)
             run.metrics({"started_at": step, "replayed_steps": replayed}, len(run.logged("started_at")))
+            run.params({"precision": result["precision"]})
         elif step not in run.logged("selected/step" if "selected/step" in metrics else "lr"):
             run.metrics(metrics, step)
         if "selected/step" in metrics:
@@ -91,7 +92,7 @@ class TrialCallback(tune.Callback):
         """End the run; it has failed if the trial gave up by itself."""
         cell = trial.config["cell"]
         if failure := trial.last_result.get("failure"):
-            self._fail(trial, failure, failure)
+            self._fail(trial, failure, failure, {NONFINITE: "true"} if trial.last_result.get("nonfinite") else {})
             return
         self._open.pop(trial.trial_id).close()
         self.completed += 1
@@ -107,9 +108,9 @@ class TrialCallback(tune.Callback):
         while self._open:
             self._open.popitem()[1].close("KILLED")
 
-    def _fail(self, trial: Any, cause: str, error: str) -> None:
+    def _fail(self, trial: Any, cause: str, error: str, tags: Mapping[str, str] | None = None) -> None:
         run, name = self._open.pop(trial.trial_id), trial.config["cell"].name
-        run.tags({FAILURE: cause[:500]})
+        run.tags({FAILURE: cause[:500], **(tags or {})})
         run.text(error, "failure.txt")
         run.close("FAILED")
         self.failed.append(name)

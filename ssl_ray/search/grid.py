@@ -1,32 +1,32 @@
-"""Ray Tune over the cells of the fine-tuning grid: labelled split x initialisation x learning rate x seed."""
+"""Ray Tune over the cells of the fine-tuning grid: labelled volumes x initialisation x learning rate x run."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from ssl_ray.cluster.resources import check_resources
+from ssl_ray.config import depends
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.console import Bar
-from ssl_ray.data.datalist import Splits
 from ssl_ray.data.prepare import usable
+from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.finetune.job import TrialData, TrialFolder, TrialJob
 from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.pretrain.driver import Pretrained
+from ssl_ray.random import run_seed
 from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest
-
-_DIGESTED_APART = frozenset({"grid", "cohort", "weights"})
-"""Fields that the grid's digest leaves out, because each cell's own digest covers them."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[st
 def finetune(
     config: Finetune,
     network: Network,
+    seed: int,
     splits: Splits,
     volumes: Mapping[str, Volume],
-    pretrained: Pretrained | None,
+    pretrained: Sequence[Pretrained],
     folders: Folders,
     tracker: Tracker,
     params: Mapping[str, str],
@@ -64,28 +65,30 @@ def finetune(
 ) -> GridResult:
     """Train every cell of the grid that is not finished yet.
 
-    `volumes` are the prepared ones by image path; a case that is not among them was skipped as bad. Cells with
-    `init: pretrained` start from `pretrained`, which is None where the grid has no such cell. The grid's MLflow run
-    keeps `config_yaml`, and every run gets `params`.
+    `seed` is the study's. `volumes` are the prepared ones by image path; a case that is not among them was skipped as
+    bad. Cells with `init: pretrained` start from the one of `pretrained`, or from that of their run; it is empty where
+    the grid has no such cell. The grid's MLflow run keeps `config_yaml`, and every run gets `params`.
 
     Raises:
-        UserError: when a split has no usable volume left, the pretrained weights do not match, or the cluster cannot
+        UserError: when a cell has no usable volume left, the pretrained weights do not match, or the cluster cannot
             hold a trial.
     """
-    key, jobs = _trial_jobs(config, network, splits, volumes, pretrained, folders)
-    grid_run = _open(key, jobs, folders, tracker, params, config_yaml)
+    key, jobs = trial_jobs(config, network, seed, splits, volumes, pretrained, folders)
+    counts = {"pool_subjects": str(*splits.training)} if splits.pool else {}
+    grid_run = _open(key, jobs, folders, tracker, {**params, **counts}, config_yaml)
     pending = {cell: job for cell, job in jobs.items() if not tracker.finished("trial", job.folder.key)}
     finished = [job for cell, job in jobs.items() if cell not in pending]
     for job in finished:  # a driver that was killed may not have come to this
         job.folder.clear()
     with Bar("fine-tuning", len(jobs) * config.steps) as bar:
-        made_by = pretrained.run_id if pretrained else None
+        made_by = {made.weights: made.run_id for made in pretrained}
         runs = TrialCallback(tracker, grid_run.id, params, pending, made_by, bar, len(finished) * config.steps)
         try:
-            if pretrained:
-                report = check_transfer(config, network, pretrained.weights)
-                grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
-                grid_run.metrics({"transferred_share": report["share"]}, 0)
+            for number, made in enumerate(pretrained):
+                report = check_transfer(config, network, made.weights)
+                if number == 0:  # the others differ in their numbers alone
+                    grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
+                    grid_run.metrics({"transferred_share": report["share"]}, 0)
             if pending:
                 needed = config.cpus_per_trial, config.gpus_per_trial
                 check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
@@ -98,38 +101,38 @@ def finetune(
     return GridResult(runs.completed, len(finished), tuple(runs.failed))
 
 
-def _trial_jobs(
+def trial_jobs(
     config: Finetune,
     network: Network,
+    seed: int,
     splits: Splits,
     volumes: Mapping[str, Volume],
-    pretrained: Pretrained | None,
+    pretrained: Sequence[Pretrained],
     folders: Folders,
 ) -> tuple[str, dict[Cell, TrialJob]]:
     """The grid's key, a digest of what all cells depend on, and what each cell's trial is started with."""
-    store, data = Store(folders.cache, folders.scratch), {}
+    store, jobs = Store(folders.cache, folders.scratch), {}
     validation, test = usable(splits.validation, volumes), usable(splits.test, volumes)
-    for size in config.split_sizes:
-        data[size] = TrialData(store, usable(splits.training[size], volumes), validation, test, splits.organs)
-        if not data[size].training or not validation:
-            raise UserError(f"finetune.cohort.splits.{size}: no usable volume is left for training or validation")
-    base = [
-        config.model_dump(mode="json", exclude=Finetune.HOW | _DIGESTED_APART),
-        config.cohort.classes,
-        config.gpus_per_trial > 0 if config.precision == "auto" else None,  # `auto` depends on the kind of device
-        network.model_dump(mode="json"),
-        [volume.key for volume in validation + test],
-    ]
-    grid_key = digest(base, pretrained.key if pretrained else None)
-    jobs = {}
+    held_out = [volume.key for volume in validation + test]
+    # More runs, with pretrainings of their own, belong to the same grid.
+    grid_key = digest(depends.grid(config, network), held_out, pretrained[0].key if pretrained else None)
     for cell in cells(config):
-        start = pretrained if cell.init == "pretrained" else None
-        volume_keys = [volume.key for volume in data[cell.split].training]
-        cell_key = digest(base, [cell.split, cell.init, cell.lr, cell.seed], volume_keys, start.key if start else None)
+        training = usable(splits.draw(cell.size, seed, cell.run, volumes), volumes)
+        if not training or not validation:
+            raise UserError(f"finetune.cohort: no usable volume is left for training (size {cell.size}) or validation")
+        start = pretrained[cell.run % len(pretrained)] if cell.init == "pretrained" else None
+        own, trial_seed = cell.apply(config), run_seed(seed, "finetune", cell.run)
+        parts = [cell.size, trial_seed, [volume.key for volume in training], held_out, start.key if start else None]
+        cell_key = digest(depends.finetuning(own, network), *parts)
         path = folders.study / f"finetune-{grid_key}" / f"{cell.name}-{cell_key[:8]}"
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
-        jobs[cell] = TrialJob(config, network, cell.lr, cell.seed, data[cell.split], weights, folder)
-    return grid_key, jobs
+        data = TrialData(store, training, validation, test, splits.organs)
+        jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder)
+    pairs: dict[Any, dict[Cell, Path]] = defaultdict(dict)
+    for cell, job in jobs.items():
+        pairs[cell.pair][cell] = job.folder.path
+    arms = {cell: tuple(path for other, path in pairs[cell.pair].items() if other != cell) for cell in jobs}
+    return grid_key, {cell: replace(job, arms=arms[cell]) for cell, job in jobs.items()}
 
 
 def _open(
@@ -169,9 +172,11 @@ def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key
         try:
             trial = Trial(job, device)
             for step, metrics in trial.train():
-                tune.report({"step": step, "metrics": metrics})
+                tune.report({"step": step, "metrics": metrics, "precision": trial.config.precision})
             tune.report({"step": config.steps, "metrics": trial.evaluate()})
         except FloatingPointError as error:  # reported, not raised: Tune would try the trial again, with the same end
+            tune.report({"failure": str(error), "nonfinite": True})
+        except UserError as error:
             tune.report({"failure": str(error)})
 
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}

@@ -9,8 +9,9 @@ from pathlib import Path
 from ssl_ray.config.schema import Pretrain, Study
 from ssl_ray.console import say, track
 from ssl_ray.data.consistency import check_lists, not_nested
-from ssl_ray.data.datalist import Case, Splits, read_labelled, read_unlabelled
+from ssl_ray.data.datalist import Case, read_unlabelled
 from ssl_ray.data.prepare import BadVolume, prepare_cohort, usable
+from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import write_cohort
@@ -40,7 +41,7 @@ def read_cohorts(study: Study) -> Cohorts:
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
     if training:
         _check_warmup(study.pretrain, len(training))
-    splits = read_labelled(study.finetune.cohort, study.finetune.split_sizes)
+    splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
     check_lists(training, validation, splits)
     if warning := not_nested(splits):
         say(warning)

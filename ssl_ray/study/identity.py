@@ -1,60 +1,67 @@
 """A study's name stands for one configuration and, at a time, one process.
 
-What a result depends on is also in its key, where it is made: `pretrain.driver.pretraining_key` and the keys of the
-cells in `search.grid`. Here the user is told before anything starts, with the settings that differ.
+What a result depends on (`ssl_ray.config.depends`) is also in its key, so that nothing wrong is ever taken up. Here the
+user is told, with the difference, instead of seeing a stage start again from zero under another key.
 """
 
 import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, get_args
 
 import yaml
 
+from ssl_ray.config import depends
+from ssl_ray.config.depends import Stage
 from ssl_ray.config.loading import flatten
-from ssl_ray.config.schema import Finetune, Pretrain, Study
+from ssl_ray.config.schema import Study
+from ssl_ray.data.normalise import VERSION
+from ssl_ray.data.store import Volume
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import rename_experiment
-
-Stage = Literal["pretrain", "finetune"]
-
-_MAY_CHANGE: dict[Stage, set[str]] = {"pretrain": Pretrain.HOW, "finetune": Finetune.HOW | {"grid"}}
-"""Fields of each stage that may change after it was begun. The grid may grow, as each of its cells has its own key."""
+from ssl_ray.training.checkpoint import digest
 
 
 def check_unchanged(study: Study, folders: Folders) -> None:
     """Compare a study with the configuration under which each of its stages was begun.
 
     Raises:
-        UserError: with every difference.
+        UserError: with every difference, and for what an older version of this program has begun.
     """
     before: dict[str, str] = {}
     now: dict[str, str] = {}
-    for stage in _MAY_CHANGE:
-        path = folders.study / f"{stage}.yaml"
-        if folders.output.pull(path):
-            before |= yaml.safe_load(path.read_text())
+    for stage in get_args(Stage):
+        if begun := _begun(folders, stage):
+            before |= begun["settings"]
             now |= _settings(study, stage)
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    if changed:
-        none = "(not set)"
-        changes = "\n".join(f"  {key}: {before.get(key, none)} -> {now.get(key, none)}" for key in changed)
-        raise UserError(
-            f"{folders.study}: {study.name!r} was begun with another configuration; give the study another name, or "
-            f"--fresh to start again and keep the old one:\n{changes}"
-        )
+    _compare(folders, before, now)
 
 
-def record(study: Study, folders: Folders, stage: Stage) -> None:
-    """Write down with which settings a stage is begun."""
+def record(study: Study, folders: Folders, stage: Stage, content: Mapping[str, str]) -> None:
+    """Write down with which settings a stage is begun, and on what: `content` has digests of its parts, by name.
+
+    Parts may be added, as a grid may grow.
+
+    Raises:
+        UserError: with every part that has another content than before.
+    """
+    known = (_begun(folders, stage) or {"content": {}})["content"]
+    shared = known.keys() & content.keys()
+    _compare(folders, {name: known[name] for name in shared}, {name: content[name] for name in shared})
     path = folders.study / f"{stage}.yaml"
-    write_file(path, yaml.safe_dump(_settings(study, stage)).encode())
+    tree = {"settings": _settings(study, stage), "content": known | dict(content)}
+    write_file(path, yaml.safe_dump(tree).encode())
     folders.output.push(path)
+
+
+def told(volumes: Sequence[Volume]) -> str:
+    """What `record` is given of volumes, wherever they lie: their number, and the digest of their content."""
+    return f"{len(volumes)} ({digest([volume.key for volume in volumes])})"
 
 
 def set_aside(study: Study, folders: Folders) -> str | None:
@@ -99,16 +106,36 @@ def only_one(folders: Folders) -> Iterator[None]:
         yield
 
 
+def _begun(folders: Folders, stage: Stage) -> dict[str, Any] | None:
+    """What `record` wrote of a stage, or None where it was not begun."""
+    path = folders.study / f"{stage}.yaml"
+    if not folders.output.pull(path):
+        return None
+    tree: dict[str, Any] = yaml.safe_load(path.read_text())
+    if "settings" not in tree:
+        raise UserError(
+            f"{path}: begun by an older version of ssl_ray, whose results this one does not go on from; give the study "
+            "another name, or --fresh to start again and keep the old one"
+        )
+    return tree
+
+
+def _compare(folders: Folders, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        none = "(not set)"
+        changes = "\n".join(f"  {key}: {before.get(key, none)} -> {now.get(key, none)}" for key in changed)
+        raise UserError(
+            f"{folders.study}: {folders.name!r} was begun with another configuration; give the study another name, or "
+            f"--fresh to start again and keep the old one:\n{changes}"
+        )
+
+
 def _settings(study: Study, stage: Stage) -> dict[str, str]:
     """The settings that a stage's results depend on, flat."""
-    may_change = {f"{stage}.{name}" for name in _MAY_CHANGE[stage]}
-    if study.pretrain.precision == "auto":  # may mean another type on a GPU
-        may_change.discard(f"{stage}.gpu")
     if stage == "pretrain":
-        may_change.add("network.feature_size")  # the width of UNETR's decoder, which pretraining does not have
-    return {
-        key: value
-        for key, value in flatten(study).items()
-        if key.partition(".")[0] in ("seed", "phantom", "network", stage)
-        and not any(key == name or key.startswith(f"{name}.") for name in may_change)
-    }
+        tree = depends.pretraining(study.pretrain, study.network)
+    else:
+        tree = depends.grid(study.finetune, study.network)
+    phantom = {"phantom": study.phantom.model_dump(exclude={"root"})} if study.phantom else {}
+    return flatten({"seed": study.seed, "preparation version": VERSION, **phantom, **tree})

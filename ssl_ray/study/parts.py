@@ -3,6 +3,7 @@
 from ssl_ray.config.loading import flatten
 from ssl_ray.config.schema import Study
 from ssl_ray.pretrain.job import Recipe
+from ssl_ray.random import run_seed
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import Tracker, tracking_uri
 
@@ -19,9 +20,9 @@ def tracker_of(study: Study, create: bool = True) -> Tracker:
     return Tracker(study.tracking, folders_of(study), create)
 
 
-def recipe_of(study: Study) -> Recipe:
-    """What the study's pretrained weights depend on, beside the volumes."""
-    return Recipe(study.pretrain, study.network, study.seed)
+def recipe_of(study: Study, number: int = 0) -> Recipe:
+    """What the weights of a pretraining of the study depend on, beside the volumes."""
+    return Recipe(study.pretrain, study.network, run_seed(study.seed, "pretrain", number))
 
 
 def run_params(study: Study, section: str) -> dict[str, str]:

@@ -1,13 +1,16 @@
 """A study from its volumes to its answer; each step finds out what is done already and does the rest."""
 
 import hashlib
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ssl_ray.cluster.connect import connect
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
+from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
@@ -46,7 +49,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         return ()
     tracker = tracker_of(study)
     try:
-        pretrained = _make_weights(study, folders, tracker, prepared) if needs_weights else None
+        pretrained = _make_weights(study, folders, tracker, prepared) if needs_weights else []
         if last == "pretrain":
             return ()
         grid = _run_grid(study, folders, tracker, prepared, pretrained)
@@ -85,30 +88,44 @@ def report(study: Study, folders: Folders) -> None:
     say(f"MLflow:  {server}   (experiment {tracker.experiment!r})")
 
 
-def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts) -> Pretrained:
+def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts) -> list[Pretrained]:
     """The weights that `init: pretrained` starts from: this study's own, or those in `finetune.weights`."""
     if given := study.finetune.weights:
         say(f"pretrained weights are given: {given}")
-        return Pretrained(Path(given).absolute(), hashlib.sha256(Path(given).read_bytes()).hexdigest()[:16])
+        return [Pretrained(Path(given).absolute(), hashlib.sha256(Path(given).read_bytes()).hexdigest()[:16])]
     if not prepared.training or not prepared.validation:
         raise UserError("pretrain.sources: no usable volume is left for training or validation")
-    identity.record(study, folders, "pretrain")
-    recipe, params = recipe_of(study), run_params(study, "pretrain")
-    done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, params, dump(study))
-    say(f"pretraining {'is done' if done.fresh else 'was done already'}: {done.weights}")
-    return done
+    parts = {"training": prepared.training, "validation": prepared.validation}
+    content = {f"unlabelled {part} volumes": identity.told(volumes) for part, volumes in parts.items()}
+    identity.record(study, folders, "pretrain", content)
+    params, resolved, made = run_params(study, "pretrain"), dump(study), []
+    for number in range(study.pretrain.pretrainings):
+        recipe, name = recipe_of(study, number), f"pretrain-run{number}" if number else "pretrain"
+        own = params | {"seed": str(recipe.seed), "run": str(number)}
+        done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, own, resolved, name)
+        say(f"pretraining {'is done' if done.fresh else 'was done already'} in {done.precision}: {done.weights}")
+        made.append(done)
+    return made
 
 
 def _run_grid(
-    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, pretrained: Pretrained | None
+    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, pretrained: Sequence[Pretrained]
 ) -> GridResult:
     """Every cell of the fine-tuning grid."""
-    identity.record(study, folders, "finetune")
+    config, splits, labelled = study.finetune, prepared.splits, prepared.labelled
+    content = {"labelled volumes held out": identity.told(usable(splits.validation + splits.test, labelled))}
+    for size, run in itertools.product(config.sizes, range(config.runs)):
+        drawn = usable(splits.draw(size, study.seed, run, labelled), labelled)
+        content[f"labelled volumes, size {size}, run {run}"] = identity.told(drawn)
+        if pretrained:
+            content[f"pretrained weights, run {run}"] = pretrained[run % len(pretrained)].key
+    identity.record(study, folders, "finetune", content)
     done = finetune(
-        study.finetune,
+        config,
         study.network,
-        prepared.splits,
-        prepared.labelled,
+        study.seed,
+        splits,
+        labelled,
         pretrained,
         folders,
         tracker,

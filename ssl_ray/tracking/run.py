@@ -102,6 +102,10 @@ class Run:
         if new:
             self.append({"do": "metrics", "at": now(), "step": step, "values": new})
 
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Set parameters; those that the run has already stay as they are."""
+        self.append({"do": "params", "values": {key: str(value)[:6000] for key, value in values.items()}})  # its limit
+
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags, without passwords; a value that is another run's `id` becomes MLflow's id of that run."""
         self.append({"do": "tags", "values": {key: without_password(value) for key, value in values.items()}})

@@ -182,7 +182,7 @@ class Tracker:
                 record["known"] = {metric: theirs for metric, theirs in new.items() if theirs}
             self._opened.add(journal)
         run.append(record)
-        run.append({"do": "params", "values": {key: str(value)[:6000] for key, value in params.items()}})  # its limit
+        run.params(params)
         run.tags({**(tags or {}), **({PARENT: parent} if parent else {})})
         return run
 

@@ -1,10 +1,15 @@
 """Which floating-point type a step computes in."""
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
 from ssl_ray.config.common import Precision
+from ssl_ray.storage.files import write_file
+from ssl_ray.storage.mirror import Mirror
+
+_FILE = "precision.txt"
 
 
 def resolve(precision: Precision, device: torch.device) -> torch.dtype:
@@ -19,6 +24,23 @@ def resolve(precision: Precision, device: torch.device) -> torch.dtype:
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_multiplies_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def settled(setting: Precision, folder: Path, mirror: Mirror) -> str | None:
+    """The type that the training in a folder computes in, on whatever machine; None before it has begun."""
+    if setting != "auto":
+        return setting
+    return (folder / _FILE).read_text() if mirror.pull(folder / _FILE) else None
+
+
+def settle(setting: Precision, here: torch.dtype, folder: Path, mirror: Mirror) -> str:
+    """The same once it begins: what `auto` comes to `here`, where the first step is taken, is written down."""
+    known = settled(setting, folder, mirror)
+    if known is None:
+        known = str(here).removeprefix("torch.")
+        write_file(folder / _FILE, known.encode())
+        mirror.push(folder / _FILE)
+    return known
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

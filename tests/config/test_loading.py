@@ -90,6 +90,14 @@ def test_the_recipe_is_the_default(file: Path) -> None:
     assert (finetune.sliding_window_batch, finetune.validate_every) == (4, 100)
 
 
+def test_a_learning_rate_changes_nothing_else(file: Path) -> None:
+    """The rest of the optimizer stays the recipe's where one key of it is given."""
+    study, given = load(file), load(file, ["pretrain.optimizer.lr=1e-3", "finetune.optimizer.lr=1e-3"])
+    for stage in ("pretrain", "finetune"):
+        expected = getattr(study, stage).optimizer.model_copy(update={"lr": 1e-3})
+        assert getattr(given, stage).optimizer == expected
+
+
 def test_resolved_study_survives_dump_with_everything_set(file: Path, tmp_path: Path) -> None:
     """No field loses its value or type on the way through YAML."""
     study = load(
@@ -97,7 +105,10 @@ def test_resolved_study_survives_dump_with_everything_set(file: Path, tmp_path: 
         [
             "finetune.cohort.splits={1: [img0001], 3: [img0001..img0003]}",
             "finetune.cohort.datalist=all.json",
-            "finetune.grid={splits: [1], lr: [1e-4, 3e-5], seeds: [0, 7], init: [pretrained]}",
+            "finetune.runs=3",
+            "finetune.primary=1",
+            "pretrain.pretrainings=3",
+            "finetune.grid={sizes: [1], lr: [1e-4, 3e-5], init: [pretrained]}",
             "phantom={root: p, unlabelled: 3, labelled: 2, validation: 1, test: 1, splits: [1, 2], seed: 5}",
             "pretrain.optimizer={name: adamw, lr: 1e-12, schedule: cosine, warmup_steps: 9, clip_norm: 0.5}",
             "pretrain.patch_size=[32, 48, 64]",
@@ -121,7 +132,7 @@ def test_resolved_study_survives_dump_with_everything_set(file: Path, tmp_path: 
         ("finetune.preparation.spacng", "spacing"),
         ("finetune.augmentation.flip_axis", "flip_axes"),
         ("finetune.optimizer.learning_rate", None),
-        ("finetune.grid.seed", "seeds"),
+        ("finetune.grid.size", "sizes"),
         ("finetune.loss.include_backgrund", "include_background"),
         ("pretrain.contrastive.enable", "enabled"),
         ("pretrain.corruption.inpaint_box", "inpaint_boxes"),
@@ -181,10 +192,16 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("finetune.cohort.splits", {"six": "a"}, "finetune.cohort.splits.six: input should be a valid integer"),
         ("finetune.cohort.splits", {6: 5}, "finetune.cohort.splits.6: input should be a valid string, got 5"),
         ("finetune.cohort.classes", 1, "finetune.cohort.classes: input should be greater than or equal to 2, got 1"),
-        ("finetune.grid.splits", [6, 24], "grid.splits: [24] are not in cohort.splits, which has [6, 12]"),
-        ("finetune.grid.splits", [], "finetune.grid.splits: at least one value, and none twice, got []"),
+        ("finetune.grid.sizes", [6, 24], "grid.sizes: [24] are not in the cohort, which has [6, 12]"),
+        ("finetune.grid.sizes", [], "finetune.grid.sizes: at least one value, and none twice, got []"),
         ("finetune.grid.lr", [1e-4, 0.0001], "grid.lr: at least one value, and none twice, got [0.0001, 0.0001]"),
-        ("finetune.grid.seeds", [-1], "finetune.grid.seeds.0: input should be greater than or equal to 0, got -1"),
+        ("finetune.runs", 0, "finetune.runs: input should be greater than 0, got 0"),
+        ("finetune.primary", 24, "finetune: primary: must be one of the grid's sizes [6, 12], got 24"),
+        ("finetune.cohort.pool", "all.json", "either a 'pool', with 'sizes', or published 'splits', got both"),
+        ("finetune.cohort", {"root": "r", "classes": 2}, "a 'pool', with 'sizes', or published 'splits', got neither"),
+        ("finetune.cohort", {"root": "r", "classes": 2, "pool": "p"}, "'pool' needs the 'sizes' that are drawn"),
+        ("finetune.cohort.sizes", [6], "and 'splits' name their own"),
+        ("pretrain.pretrainings", 2, "pretrainings: must be 1 or as many as finetune.runs, as runs"),
         ("finetune.grid.init", ["scratch"], "grid.init.0: input should be 'random' or 'pretrained', got 'scratch'"),
         ("finetune.sliding_window_overlap", 1.0, "finetune.sliding_window_overlap: input should be less than 1, got"),
         ("network.num_heads", 7, "network: hidden_size must be a multiple of num_heads, got 768 and 7"),
@@ -416,6 +433,24 @@ def test_the_recipe_is_to_the_number() -> None:
     assert (augmentation.shift, augmentation.shift_prob, finetune.foreground_prob) == (0.1, 0.5, 0.5)
     assert (finetune.steps, finetune.validate_every, finetune.sliding_window_batch) == (30_000, 100, 4)
     optimizer = finetune.optimizer
-    assert (optimizer.name, optimizer.weight_decay, finetune.grid.lr) == ("adamw", 1e-5, (1e-4,))
+    assert (optimizer.name, optimizer.weight_decay, finetune.rates) == ("adamw", 1e-5, (1e-4,))
     assert optimizer.schedule == "constant"
     assert (finetune.loss.include_background, finetune.loss.batch, finetune.balance_organs) == (True, False, False)
+
+
+def test_three_runs_of_the_recipe_are_the_recipe() -> None:
+    """But for their name, their number, and a pretraining for each."""
+    folder = EXPERIMENTS[0].parent
+    recipe, runs = (load(folder / name) for name in ("tcia_btcv.yaml", "tcia_btcv_runs.yaml"))
+    assert runs == load(
+        folder / "tcia_btcv.yaml", ["name=tcia_btcv_runs", "finetune.runs=3", "pretrain.pretrainings=3"]
+    )
+    assert recipe.finetune.runs == recipe.pretrain.pretrainings == 1
+
+
+@pytest.mark.parametrize("name", ["demo.yaml", "real_ct.yaml"])
+def test_what_claims_something_has_three_runs(name: str) -> None:
+    """With labelled volumes of its own in each."""
+    config = load(EXPERIMENTS[0].parent / name).finetune
+    assert config.runs == 3
+    assert config.cohort.pool

@@ -11,8 +11,9 @@ from volumes import PREPARATION, make_case, touch
 
 from ssl_ray.config.schema import LabelledCohort, Source, Study
 from ssl_ray.data.consistency import check_lists, not_nested
-from ssl_ray.data.datalist import Splits, read_datalist, read_labelled, read_unlabelled
+from ssl_ray.data.datalist import read_datalist, read_unlabelled
 from ssl_ray.data.prepare import prepare_case
+from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
 from ssl_ray.study.cohorts import read_cohorts

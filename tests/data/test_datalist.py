@@ -14,7 +14,8 @@ from volumes import touch
 
 from ssl_ray.config.schema import LabelledCohort, Source
 from ssl_ray.data.consistency import check_lists
-from ssl_ray.data.datalist import Case, Splits, read_datalist, read_labelled, read_unlabelled, stem
+from ssl_ray.data.datalist import Case, read_datalist, read_unlabelled, stem
+from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.errors import UserError
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "datalists"

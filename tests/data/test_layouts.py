@@ -12,10 +12,11 @@ from volumes import AFFINE, PREPARATION, organ_labels, smooth_ct, touch, write_n
 
 from ssl_ray.cli import main
 from ssl_ray.config.schema import LabelledCohort
-from ssl_ray.data.datalist import read_datalist, read_labelled
+from ssl_ray.data.datalist import read_datalist
 from ssl_ray.data.layouts import Layout
 from ssl_ray.data.listing import LEFT_OUT, find_scans, summary, write_datalists
 from ssl_ray.data.prepare import prepare_case
+from ssl_ray.data.splits import read_labelled
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
 

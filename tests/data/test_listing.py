@@ -13,8 +13,9 @@ from volumes import touch
 
 from ssl_ray.config.schema import LabelledCohort, Source
 from ssl_ray.data.consistency import check_lists
-from ssl_ray.data.datalist import Case, read_datalist, read_labelled, read_unlabelled
+from ssl_ray.data.datalist import Case, read_datalist, read_unlabelled
 from ssl_ray.data.listing import find_scans, write_datalists
+from ssl_ray.data.splits import read_labelled
 from ssl_ray.errors import UserError
 
 SUBJECT = r"(s\d+)_"

@@ -27,6 +27,7 @@ from ssl_ray.config.schema import Study
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
+from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import CaseScores
 from ssl_ray.finetune.job import Record, TrialData, TrialFolder, TrialJob
 from ssl_ray.finetune.trial import Trial
@@ -51,7 +52,7 @@ def study() -> Study:
             "steps": 12,
             "validate_every": 4,
             "checkpoint_minutes": 0,
-            "optimizer": {"schedule": "cosine", "warmup_steps": 2},
+            "optimizer": {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 2},
         }
     )
 
@@ -76,8 +77,8 @@ KEY = "key of the cell"
 def job(
     study: Study, data: TrialData, folder: Path, seed: int = 2, weights: Path | None = None, key: str = KEY
 ) -> TrialJob:
-    """A cell with learning rate 2e-3; with seed 2 its Dice is better at every validation."""
-    return TrialJob(study.finetune, study.network, 2e-3, seed, data, weights, TrialFolder(folder, key, Mirror(folder)))
+    """A cell; with seed 2 its Dice is better at every validation."""
+    return TrialJob(study.finetune, study.network, seed, data, weights, TrialFolder(folder, key, Mirror(folder)))
 
 
 def plain(records: Iterable[Record]) -> list[Record]:
@@ -123,6 +124,8 @@ def results(folder: Path) -> tuple[dict[str, Tensor], str]:
 def assert_same(folder: Path, other: Path) -> None:
     (weights, evaluation), (others, expected) = results(folder), results(other)
     assert evaluation == expected
+    files = [(place / "unetr.safetensors").read_bytes() for place in (folder, other)]
+    assert files[0] == files[1], "a digest of the file is one of the training"
     assert weights.keys() == others.keys()
     for name, value in others.items():
         assert torch.equal(weights[name], value), name
@@ -539,3 +542,30 @@ def test_weights_of_another_network_stop_the_trial(study: Study, data: TrialData
     export(weights, build_autoencoder(other, (16, 16, 16)).state_dict(), describe(other, (16, 16, 16)))
     with pytest.raises(ValueError, match=r"other\.safetensors"):
         next(start(study, data, tmp_path, weights=weights))
+
+
+def test_a_trial_keeps_the_precision_it_was_begun_in(
+    study: Study, data: TrialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` is settled where the trial begins; a machine that would choose otherwise goes on in the same."""
+    study = changed(study, precision="auto")
+    monkeypatch.setattr("ssl_ray.finetune.trial.precision_of", lambda *_: torch.bfloat16)
+    assert make(study, data, tmp_path / "a").learner.dtype == torch.bfloat16
+    monkeypatch.undo()
+    assert make(study, data, tmp_path / "b").learner.dtype == torch.float32
+    again = make(study, data, tmp_path / "a")
+    assert (again.learner.dtype, again.config.precision) == (torch.bfloat16, "bfloat16")
+
+
+def test_arms_in_different_precisions_are_refused(
+    study: Study, data: TrialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their difference would not be that of the weights they start from; on the right machine it still may begin."""
+    study = changed(study, precision="auto")
+    make(study, data, tmp_path / "random")
+    arm = replace(job(study, data, tmp_path / "pretrained"), arms=(tmp_path / "random",))
+    monkeypatch.setattr("ssl_ray.finetune.trial.precision_of", lambda *_: torch.bfloat16)
+    with pytest.raises(UserError, match="auto is bfloat16 for pretrained, but float32 for random"):
+        Trial(arm, CPU)
+    monkeypatch.undo()
+    assert Trial(arm, CPU).config.precision == "float32"

@@ -21,7 +21,7 @@ def make(**finetune: Any) -> SegmentationLearner:
     """A tiny one on patches of 16 x 16 x 32 voxels."""
     defaults = {"cohort": {"classes": 3}, "patch_size": [16, 16, 32], "patches_per_volume": 2}
     study = small_study(finetune=defaults | finetune)
-    return SegmentationLearner(study.finetune, study.network, CPU, 1e-2, 0)
+    return SegmentationLearner(study.finetune, study.network, CPU, 0)
 
 
 def steps(made: SegmentationLearner, first: int, last: int) -> list[float]:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from monai.networks.nets import UNETR, ViTAutoEnc
+from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.config.schema import Network
+from ssl_ray.errors import UserError
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export, load_metadata, load_weights
 
@@ -162,3 +164,25 @@ def test_damaged_files_are_refused(tmp_path: Path, ending: str) -> None:
             path.write_bytes(content)
             with pytest.raises(ValueError, match=rf"broken\{ending}: "):
                 load_weights(path)
+
+
+def test_equal_trainings_write_equal_bytes(tmp_path: Path) -> None:
+    """Both files; safetensors alone would write the entries of its metadata in another order every time."""
+    state, facts = trained().state_dict(), {f"fact {number}": str(number) for number in range(20)}
+    for attempt in ("a", "b"):
+        (tmp_path / attempt).mkdir()
+        export(tmp_path / attempt / "best.safetensors", state, facts)
+    for name in ("best.safetensors", "best.pt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert load_metadata(tmp_path / "a" / "best.safetensors") == facts
+
+
+def test_metadata_of_others_are_read(tmp_path: Path) -> None:
+    """Plain entries, as files from before and those of others have them; what is not ours in our entry is refused."""
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(save({"a": torch.zeros(1)}, {"patch_size": "[16, 16, 16]"}))
+    assert load_metadata(path) == {"patch_size": "[16, 16, 16]"}
+    for broken in ("{", "[1]", "null", "[" * 100_000):
+        path.write_bytes(save({"a": torch.zeros(1)}, {"ssl_ray": broken}))
+        with pytest.raises(UserError, match="cannot read the metadata"):
+            load_metadata(path)

@@ -162,3 +162,13 @@ def test_a_recorded_run_resumes_from_a_checkpoint_of_either_kind(tmp_path: Path)
         steps(other, 5, 7)  # recorded before the state is loaded
         other.load(copy.deepcopy(one.state()))
         np.testing.assert_allclose(steps(other, 3, 6), steps(one, 3, 6), rtol=1e-4)
+
+
+def test_a_pretraining_keeps_the_precision_it_was_begun_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is settled where the training begins; one that names a type needs no note of it."""
+    monkeypatch.setattr("ssl_ray.pretrain.learner.resolve", lambda *_: torch.bfloat16)
+    make(tmp_path, precision="auto")
+    monkeypatch.undo()
+    assert make(tmp_path, precision="auto").dtype == torch.bfloat16
+    assert make(tmp_path / "named", precision="float32").dtype == torch.float32
+    assert not (tmp_path / "named").exists()

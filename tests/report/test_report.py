@@ -51,10 +51,10 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_study(folder: Path, **grid: Any) -> Study:
-    grid = {"splits": [6, 12], "lr": [1e-4, 3e-4], "seeds": [0]} | grid
+def make_study(folder: Path, runs: int = 1, **grid: Any) -> Study:
+    grid = {"sizes": [6, 12], "lr": [1e-4, 3e-4]} | grid
     cohort = {"classes": 3, "splits": {size: f"{size}.json" for size in (6, 12, 24)}}
-    return small_study(folder, name="fake", finetune={"cohort": cohort, "steps": 400, "grid": grid})
+    return small_study(folder, name="fake", finetune={"cohort": cohort, "steps": 400, "grid": grid, "runs": runs})
 
 
 def case(name: str, dice: Sequence[float | None], background: float = 0.99, hd95: float = 5.0) -> CaseScores:
@@ -105,8 +105,8 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, pretrainin
     grid.text(json.dumps(transfer), "weight_transfer.json")
     grid.text(json.dumps({cell.name: cell.name for cell in outcomes}), "cells.json")
     for cell, outcome in outcomes.items():
-        params = {"split": cell.split, "init": cell.init, "lr": cell.lr, "seed": cell.seed}
-        params["training_volumes"] = cell.split - outcome.left_out
+        params = {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run}
+        params["training_volumes"] = cell.size - outcome.left_out
         tags = lineage if cell.init == "pretrained" else {}
         run = tracker.open("trial", cell.name, cell.name, params, grid.id, tags)
         for step, value in outcome.curve.items():
@@ -173,7 +173,7 @@ class Page(HTMLParser):
 
 def test_tables_show_the_numbers_that_the_trials_logged(tmp_path: Path) -> None:
     """Published: background included, in percent; honest: organs only, as mean over volumes of their organs' mean."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     random = [case("a", [0.4, None], 0.96), case("b", [0.6, 0.8], 0.98)]
     pretrained = [case("b", [0.7, 0.9], 0.98), case("a", [0.5, None], 0.96)]  # paired by id, not by position
     outcomes = {cell: Outcome([], random if cell.init == "random" else pretrained) for cell in cells(study.finetune)}
@@ -190,7 +190,7 @@ def test_tables_show_the_numbers_that_the_trials_logged(tmp_path: Path) -> None:
 
 def test_learning_rate_is_chosen_on_validation_not_on_test(tmp_path: Path) -> None:
     """The cell that is best on validation is reported, although the other one is better on test."""
-    study = make_study(tmp_path, splits=[6])
+    study = make_study(tmp_path, sizes=[6])
     outcomes = {
         cell: Outcome(flat([0.8 if cell.lr == 1e-4 else 0.7]), flat([0.5 if cell.lr == 1e-4 else 0.9]))
         for cell in cells(study.finetune)
@@ -202,22 +202,22 @@ def test_learning_rate_is_chosen_on_validation_not_on_test(tmp_path: Path) -> No
 
 def test_a_learning_rate_that_fails_does_not_win_by_its_survivors(tmp_path: Path) -> None:
     """With a failed seed, a higher mean of the other seeds is not enough."""
-    study = make_study(tmp_path, splits=[6], seeds=[0, 1])
+    study = make_study(tmp_path, sizes=[6], runs=2)
     outcomes = {cell: Outcome(flat([0.9 if cell.lr == 3e-4 else 0.6]), flat([0.5])) for cell in cells(study.finetune)}
     for cell, outcome in outcomes.items():
-        if cell.lr == 3e-4 and cell.seed == 1:
+        if cell.lr == 3e-4 and cell.run == 1:
             outcome.status = "FAILED"
     assert read_results(study, record(study, outcomes, tmp_path)).arms[6]["random"].lr == 1e-4
 
 
 def test_seeds_are_averaged_before_volumes_are_resampled(tmp_path: Path) -> None:
     """Tables show mean and standard deviation over seeds; the interval is over volumes."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4], seeds=[0, 1, 2])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4], runs=3)
     gains = np.array([0.1, 0.2, 0.15, 0.05, 0.1, 0.12])
     outcomes = {}
     for cell in cells(study.finetune):
-        base = 0.5 + 0.1 * cell.seed
-        values = np.full(6, base) if cell.init == "random" else base + gains * (1 + 0.5 * (cell.seed - 1))
+        base = 0.5 + 0.1 * cell.run
+        values = np.full(6, base) if cell.init == "random" else base + gains * (1 + 0.5 * (cell.run - 1))
         outcomes[cell] = Outcome([], flat(list(values)))
     results = read_results(study, record(study, outcomes, tmp_path))
     assert honest_table(results).rows[0][3] == "0.600 ± 0.100"
@@ -231,12 +231,12 @@ def test_seeds_are_averaged_before_volumes_are_resampled(tmp_path: Path) -> None
 def test_holes_are_named_where_the_number_would_stand(tmp_path: Path, going_on: str) -> None:
     """Failed, unfinished and missing cells appear in the tables, a failed one with its reason; the others keep their
     numbers."""
-    study = make_study(tmp_path, splits=[6, 12, 24], lr=[1e-4])
+    study = make_study(tmp_path, sizes=[6, 12, 24], lr=[1e-4])
     outcomes = constant(study, 0.5, 0.6)
-    failed = Cell(6, "pretrained", 1e-4, 0)
+    failed = Cell.of(6, "pretrained", 1e-4, 0)
     outcomes[failed].status, outcomes[failed].failure = "FAILED", "OSError: http://me:secret@server is <gone>"
-    outcomes[Cell(12, "random", 1e-4, 0)].status = going_on
-    del outcomes[Cell(24, "pretrained", 1e-4, 0)]
+    outcomes[Cell.of(12, "random", 1e-4, 0)].status = going_on
+    del outcomes[Cell.of(24, "pretrained", 1e-4, 0)]
     tracker = record(study, outcomes, tmp_path)
     results = read_results(study, tracker)
     assert [row[2:4] for row in published_table(results).rows] == [
@@ -255,10 +255,10 @@ def test_holes_are_named_where_the_number_would_stand(tmp_path: Path, going_on: 
 
 def test_what_limits_the_numbers_is_said_with_them(tmp_path: Path) -> None:
     """Learning rates at the edge, a late best checkpoint, bad volumes, and a grid of another experiment."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4, 3e-4, 1e-3])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4, 3e-4, 1e-3])
     outcomes = {cell: Outcome(flat([1 - 100 * cell.lr]), flat([0.5])) for cell in cells(study.finetune)}
-    outcomes[Cell(6, "random", 3e-4, 0)].left_out = 1
-    outcomes[Cell(6, "pretrained", 3e-4, 0)].selected = 400
+    outcomes[Cell.of(6, "random", 3e-4, 0)].left_out = 1
+    outcomes[Cell.of(6, "pretrained", 3e-4, 0)].selected = 400
     record(study, outcomes, tmp_path)
     other = study.model_copy(update={"cache": "elsewhere"})
     page = " ".join(report_on(other, tmp_path / "report").markdown.read_text().split())
@@ -266,7 +266,7 @@ def test_what_limits_the_numbers_is_said_with_them(tmp_path: Path) -> None:
         "Of 2 chosen learning rates, 2 lay at the edge of what was tried.",
         "In 1 of 6 finished cells the last checkpoint was the best (step 400). Training may have ended",
         "**1 cell trained on fewer volumes than the split says**",
-        "n06-random-lr0.0003-seed0 on 5.",
+        "n06-random-lr0.0003-run0 on 5.",
         "**This grid was run with another version of the experiment**",
     ):
         assert note in page
@@ -314,7 +314,7 @@ def test_an_answer_is_clear_only_if_the_interval_excludes_zero(
     tmp_path: Path, gains: list[float], verdict: str
 ) -> None:
     """And if there are volumes enough that chance alone could not have done it."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     outcomes = {
         cell: Outcome([], flat([0.5 + (gain if cell.init == "pretrained" else 0) for gain in gains]))
         for cell in cells(study.finetune)
@@ -345,10 +345,10 @@ def test_three_equal_gains_are_never_clear_and_six_are() -> None:
 
 def test_a_gain_that_one_seed_contradicts_is_not_clear(tmp_path: Path) -> None:
     """Volumes agree with each other here, trainings do not."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4], seeds=[0, 1])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4], runs=2)
     gains = {0: 0.1, 1: -0.02}
     outcomes = {
-        cell: Outcome([], flat([0.5 + (gains[cell.seed] if cell.init == "pretrained" else 0)] * 8))
+        cell: Outcome([], flat([0.5 + (gains[cell.run] if cell.init == "pretrained" else 0)] * 8))
         for cell in cells(study.finetune)
     }
     assert "but the seeds disagree: +0.100, -0.020" in answer(read_results(study, record(study, outcomes, tmp_path)), 6)
@@ -356,7 +356,7 @@ def test_a_gain_that_one_seed_contradicts_is_not_clear(tmp_path: Path) -> None:
 
 def test_without_a_test_split_validation_is_reported_and_called_so(tmp_path: Path) -> None:
     """The tables' headers and a note say that the same volumes made the selection."""
-    study = make_study(tmp_path, splits=[6])
+    study = make_study(tmp_path, sizes=[6])
     outcomes = {cell: Outcome(flat([0.5, 0.7])) for cell in cells(study.finetune)}
     results = read_results(study, record(study, outcomes, tmp_path))
     assert "validation volumes" in honest_table(results).header
@@ -365,7 +365,7 @@ def test_without_a_test_split_validation_is_reported_and_called_so(tmp_path: Pat
 
 def test_organs_have_the_volumes_that_hold_them(tmp_path: Path) -> None:
     """An organ that is absent from a volume does not count there; names that MLflow refuses are found again."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     scored = [case("a", [0.4, None], hd95=4), case("b", [0.6, 0.8], hd95=8)]
     organs = ("liver (right|left)", "spleen")
     outcomes = {cell: Outcome([], scored, organs=organs) for cell in cells(study.finetune)}
@@ -422,13 +422,13 @@ def test_listings_are_folded_away_and_groups_of_rows_set_apart(written: Written)
 
 def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
     """An organ's name and an error may look like HTML or Markdown: the page shows them, and nothing is loaded."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     organs = ("<script>x</script>", "[a](http://b) | ![c](http://d)")
     outcomes = constant(study, 0.5, 0.6)
     for outcome in outcomes.values():
         outcome.organs = organs
     failure = r"a <b> *c* `d` __e__ ![f](http://g) <http://h> \[i\] &amp; "
-    failed = Cell(6, "random", 1e-4, 0)
+    failed = Cell.of(6, "random", 1e-4, 0)
     outcomes[failed].status, outcomes[failed].failure = "FAILED", failure
     record(study, outcomes, tmp_path)
     page = Page(report_on(study, tmp_path / "report").html.read_text())
@@ -458,11 +458,11 @@ def test_the_grid_run_keeps_the_report(written: Written) -> None:
 
 def test_newest_run_of_a_cell_counts_and_strangers_do_not(tmp_path: Path) -> None:
     """A repeated cell replaces the older one; trials that the study's grid does not name are left out."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     outcomes = constant(study, 0.5, 0.6)
-    outcomes[Cell(6, "random", 1e-2, 0)] = Outcome(flat([0.99]), flat([0.99]))
+    outcomes[Cell.of(6, "random", 1e-2, 0)] = Outcome(flat([0.99]), flat([0.99]))
     tracker = record(study, outcomes, tmp_path)
-    repeated = Cell(6, "random", 1e-4, 0).name
+    repeated = Cell.of(6, "random", 1e-4, 0).name
     tracker.open("trial", repeated, repeated, {}).close("FAILED")
     results = read_results(study, tracker)
     assert results.arms[6]["random"].hole == "failed"
@@ -471,9 +471,9 @@ def test_newest_run_of_a_cell_counts_and_strangers_do_not(tmp_path: Path) -> Non
 
 def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -> None:
     """A grid with new pretrained weights does not train its random cells again; their runs lie under the older grid."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     tracker = record(study, constant(study, 0.5, 0.6), tmp_path)
-    random, pretrained = Cell(6, "random", 1e-4, 0).name, Cell(6, "pretrained", 1e-4, 0).name
+    random, pretrained = Cell.of(6, "random", 1e-4, 0).name, Cell.of(6, "pretrained", 1e-4, 0).name
     time.sleep(0.01)
     grid = tracker.open("grid", "h", "grid", run_params(study, "finetune"))
     grid.text(dump(study), "experiment.yaml")
@@ -487,7 +487,7 @@ def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -
 
 def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> None:
     """Run ids, the weight transfer, the resolved experiment, and how to open MLflow."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     secret = study.model_copy(update={"cache": "s3://user:secret@store/cache"})
     tracker = record(secret, constant(secret, 0.5, 0.6), tmp_path)
     report = report_on(secret, tmp_path / "report")
@@ -515,7 +515,7 @@ def test_a_study_without_a_grid_says_so(tmp_path: Path) -> None:
 
 def test_hd95_difference_of_shared_volumes_is_in_millimetres(tmp_path: Path) -> None:
     """Pretrained minus random, so that less is better."""
-    study = make_study(tmp_path, splits=[6], lr=[1e-4])
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     outcomes = {
         cell: Outcome([], [case(f"t{n}", [0.5, 0.5], hd95=9.0 if cell.init == "random" else 6.5) for n in range(6)])
         for cell in cells(study.finetune)

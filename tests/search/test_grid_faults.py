@@ -38,7 +38,7 @@ wait_for = partial(runs.wait_for, seconds=120)
 for module in (events, sys.modules[__name__]):
     ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import a test
 
-A, B = "n02-random-lr0.001-seed0", "n04-random-lr0.001-seed0"
+A, B = "n02-random-lr0.001-run0", "n04-random-lr0.001-run0"
 STEPS = 12
 """Validations and checkpoints at steps 4, 8 and 12."""
 

@@ -7,6 +7,7 @@ import pytest
 from runs import write
 
 from ssl_ray.cli import main
+from ssl_ray.config import depends
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
@@ -14,13 +15,13 @@ from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
 
-def begin(path: Path, stage: identity.Stage) -> None:
+def begin(path: Path, stage: depends.Stage, **content: str) -> None:
     study = load(path)
-    identity.record(study, folders_of(study), stage)
+    identity.record(study, folders_of(study), stage, content)
 
 
-def check(path: Path, setting: str) -> None:
-    study = load(path, [setting])
+def check(path: Path, *settings: str) -> None:
+    study = load(path, settings)
     identity.check_unchanged(study, folders_of(study))
 
 
@@ -61,6 +62,15 @@ def test_a_changed_configuration_is_refused(
         "pretrain.checkpoint_minutes=1",
         "pretrain.max_failures=9",
         "finetune.grid.lr=[1e-3, 1e-4]",
+        "finetune.optimizer.lr=3e-3",
+        "finetune.runs=3",
+        "finetune.margin=0.01",
+        "finetune.sliding_window_batch=1",
+        "pretrain.microbatch=2",
+        "pretrain.gpu=true",
+        "finetune.gpus_per_trial=1",
+        "finetune.cohort.root=/moved",
+        "pretrain.sources.0.root=/moved",
         "finetune.max_concurrent_trials=1",
         "cluster.cpus=1",
         "on_bad_volume=skip",
@@ -71,12 +81,51 @@ def test_how_a_run_is_carried_out_may_change(begun: Path, setting: str) -> None:
     check(begun, setting)
 
 
-def test_precision_auto_binds_the_device(cohort: Path, tmp_path: Path) -> None:
-    """With `precision: auto`, a GPU may compute in another type than the CPU, so `gpu` may not change."""
+def test_the_device_does_not_bind_precision_auto(cohort: Path, tmp_path: Path) -> None:
+    """What it comes to is kept by the training itself, so the study may go on elsewhere."""
     path = write(tmp_path, cohort, precision="auto")
     begin(path, "pretrain")
-    with pytest.raises(UserError, match=r"pretrain.gpu: False -> True"):
-        check(path, "pretrain.gpu=true")
+    check(path, "pretrain.gpu=true")
+    with pytest.raises(UserError, match=r"pretrain.precision: auto -> float32"):
+        check(path, "pretrain.precision=float32")
+
+
+def test_workers_bind_where_the_loss_is_between_their_own_patches(cohort: Path, tmp_path: Path) -> None:
+    """With the contrastive loss, another number of workers is another result, and is said to be."""
+    path = write(tmp_path, cohort, contrastive={"enabled": True})
+    begin(path, "pretrain")
+    check(path, "pretrain.workers=1")
+    with pytest.raises(UserError, match=r"pretrain.workers: 1 -> 2"):
+        check(path, "pretrain.workers=2")
+
+
+def test_a_setting_that_nothing_reads_does_not_bind(begun: Path) -> None:
+    """The temperature of a loss that is off."""
+    check(begun, "pretrain.contrastive.temperature=0.1")
+
+
+def test_another_version_of_the_code_is_said(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage whose code gives other weights now does not silently start again."""
+    monkeypatch.setitem(depends.VERSION, "pretrain", 99)
+    with pytest.raises(UserError, match=r"pretrain.version: \d+ -> 99"):
+        check(begun)
+
+
+def test_other_volumes_are_said(begun: Path) -> None:
+    """Files that were exchanged under their names change keys, and are refused; parts may be added."""
+    begin(begun, "finetune", held_out="6 (a)", size_6="6 (b)")
+    begin(begun, "finetune", held_out="6 (a)", size_12="12 (c)")
+    with pytest.raises(UserError, match=r"size_6: 6 \(b\) -> 6 \(d\)"):
+        begin(begun, "finetune", size_6="6 (d)")
+    begin(begun, "finetune", size_12="12 (c)", size_6="6 (b)")
+
+
+def test_a_folder_of_an_older_version_is_refused(begun: Path) -> None:
+    """Its keys were made otherwise: all would silently be trained again beside it."""
+    study = load(begun)
+    (folders_of(study).study / "pretrain.yaml").write_text("pretrain.epochs: '120'\nseed: '0'\n")
+    with pytest.raises(UserError, match=r"pretrain.yaml: begun by an older version of ssl_ray.*--fresh"):
+        check(begun)
 
 
 def test_only_what_was_begun_is_compared(cohort: Path, tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""The labelled cohort: which volumes each number of labels means, in published lists or drawn from a pool."""
+
+import re
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+
+from ssl_ray.config.schema import LabelledCohort
+from ssl_ray.data.datalist import Case, Datalist, read_datalist, subject_of
+from ssl_ray.errors import UserError
+from ssl_ray.random import number
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The labelled cohort: a training split for each size, and the validation and test cases that all splits share.
+
+    With `pool`, `training` has one entry, the whole pool under its number of subjects, which `draw` takes from.
+    """
+
+    training: dict[int, tuple[Case, ...]]
+    validation: tuple[Case, ...]
+    test: tuple[Case, ...]
+    organs: tuple[str, ...]
+    pool: bool = False
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """Every labelled case once."""
+        every = [case for cases in self.training.values() for case in cases]
+        return tuple({case.image: case for case in (*every, *self.validation, *self.test)}.values())
+
+    def draw(self, size: int, seed: int, run: int, usable: Container[str]) -> tuple[Case, ...]:
+        """The cases that a run trains on, out of those whose image path is in `usable`.
+
+        Published splits are the same in all runs. Out of a pool, they are those of the first `size` subjects in an
+        order that depends on seed and run: a smaller draw is part of a larger one, and a subject that is not usable
+        changes the place of no other.
+        """
+        listed = next(iter(self.training.values())) if self.pool else self.training[size]
+        cases = tuple(case for case in listed if str(case.image) in usable)
+        if not self.pool:
+            return cases
+        order = sorted({subject_of(case) for case in cases}, key=lambda subject: number(seed, "draw", run, subject))
+        return tuple(case for case in cases if subject_of(case) in order[:size])
+
+
+def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
+    """The splits of the sizes asked for.
+
+    Each must have as many training volumes as its name says, and no class beyond those of the cohort; validation and
+    test volumes and the names of organs must be the same in all. A pool must have as many subjects as the largest size.
+    """
+    lists: dict[int, Datalist] = {}
+    if cohort.pool:
+        pool = read_datalist(cohort.root, cohort.pool, labelled=True)
+        lists[len({subject_of(case) for case in pool.training})] = pool
+        if max(sizes) > max(lists):
+            raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {max(lists)}")
+    for size in () if cohort.pool else sizes:
+        split = (cohort.splits or {})[size]
+        if isinstance(split, str):
+            lists[size] = read_datalist(cohort.root, split, labelled=True)
+        else:
+            assert cohort.datalist is not None
+            lists[size] = _select(read_datalist(cohort.root, cohort.datalist, labelled=True), split, size)
+    first = next(iter(lists.values()))
+    names: dict[int, tuple[Path, str]] = {}
+    for size, listed in lists.items():
+        if not cohort.pool and len(listed.training) != size:
+            raise UserError(f"{listed.path}: the split of {size} volumes lists {len(listed.training)} for training")
+        for section in ("validation", "test"):
+            for one, other in zip_longest(getattr(listed, section), getattr(first, section)):
+                if _written(one) != _written(other):
+                    raise UserError(
+                        f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it: "
+                        f"{_written(one)} against {_written(other)}"
+                    )
+        if not listed.validation:
+            raise UserError(f"{listed.path}: 'validation' must list at least one labelled volume")
+        beyond = sorted(value for value in listed.labels if value >= cohort.classes)
+        if beyond:
+            raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
+        for value in sorted(names.keys() & listed.labels.keys() - {0}):
+            name, (other, before) = listed.labels[value], names[value]
+            if name != before:
+                raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {other}; name it alike")
+        names = {value: (listed.path, name) for value, name in listed.labels.items()} | names
+    organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
+    training = {size: listed.training for size, listed in lists.items()}
+    return Splits(training, first.validation, first.test, organs, pool=cohort.pool is not None)
+
+
+def _written(case: Case | None) -> str:
+    """A case as its list has it; None: the list is shorter than the other."""
+    if not case:
+        return "no volume"
+    return " and ".join(str(part) for part in (case.image, case.label, case.subject) if part)
+
+
+def _select(listed: Datalist, ids: Sequence[str], size: int) -> Datalist:
+    """The training cases named by ids; `img0001..img0006` is a range over the trailing number."""
+    by_id = {case.id: case for case in listed.training}
+    wanted = [name for entry in ids for name in _expand(entry)]
+    unknown = [name for name in wanted if name not in by_id]
+    if unknown:
+        raise UserError(f"{listed.path}: splits.{size}: no training volume has the id {unknown[0]!r}")
+    return replace(listed, training=tuple(by_id[name] for name in dict.fromkeys(wanted)))
+
+
+def _expand(entry: str) -> list[str]:
+    match = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", entry)
+    if not match or match[1] != match[3]:
+        return [entry]
+    width = len(match[2])
+    return [f"{match[1]}{number:0{width}d}" for number in range(int(match[2]), int(match[4]) + 1)]
