@@ -144,7 +144,7 @@ def pretrain(experiment: Experiment, overrides: Overrides, fresh: Fresh = False)
     _carry_out(load(experiment, overrides), "pretrain", fresh)
 
 
-@app.command(epilog="Example: ssl-ray finetune experiments/demo.yaml --set 'finetune.grid.seeds=[0,1,2]'")
+@app.command(epilog="Example: ssl-ray finetune experiments/demo.yaml --set finetune.runs=3")
 def finetune(experiment: Experiment, overrides: Overrides, fresh: Fresh = False) -> None:
     """Prepare, pretrain, then fine-tune the grid."""
     _carry_out(load(experiment, overrides), "finetune", fresh)

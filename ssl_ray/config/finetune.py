@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import VIT_PATCH, Optimizer, Section, Seed, Share, Stage, one_or_more
+from ssl_ray.config.common import VIT_PATCH, Optimizer, Section, Share, Stage, one_or_more
 
 
 class LabelledCohort(Section):
@@ -14,6 +14,7 @@ class LabelledCohort(Section):
     classes: int = Field(ge=2, le=256, description="organs + background")
     splits: Annotated[dict[PositiveInt, str | tuple[str, ...]], one_or_more]
     datalist: str | None = None
+    pool: str | None = None
 
     @model_validator(mode="after")
     def _ids_have_a_list(self) -> "LabelledCohort":
@@ -43,12 +44,11 @@ class SegmentationLoss(Section):
 class Grid(Section):
     """The cells that Ray Tune runs: every combination of these values."""
 
-    splits: Annotated[tuple[PositiveInt, ...], one_or_more] | None = Field(
-        None, description="sizes out of cohort.splits; all of them if left out"
+    sizes: Annotated[tuple[PositiveInt, ...], one_or_more] | None = Field(
+        None, description="out of cohort.splits; all of them if left out"
     )
     init: Annotated[tuple[Literal["random", "pretrained"], ...], one_or_more] = ("random", "pretrained")
     lr: Annotated[tuple[PositiveFloat, ...], one_or_more] = (1e-4,)
-    seeds: Annotated[tuple[Seed, ...], one_or_more] = (0,)
 
 
 class Finetune(Stage):
@@ -70,6 +70,9 @@ class Finetune(Stage):
     loss: SegmentationLoss = SegmentationLoss()
     optimizer: Optimizer = Optimizer(name="adamw", weight_decay=1e-5)
     grid: Grid = Grid()
+    runs: PositiveInt = Field(1, description="each with a seed, a draw of the labelled volumes and a pretraining")
+    margin: PositiveFloat = Field(0.02, description="foreground Dice; a smaller difference does not matter")
+    primary: PositiveInt | None = Field(None, description="size that decides the headline; the smallest if left out")
     weights: str | None = Field(None, description="pretrained weights to start from instead of this study's own")
     max_concurrent_trials: PositiveInt | None = None
     cpus_per_trial: PositiveFloat = Field(1, description="all but one score volumes while the next is predicted")
@@ -78,9 +81,14 @@ class Finetune(Stage):
     checkpoint_minutes: float = Field(5, ge=0, description="at a validation; 0: at every one")
 
     @property
-    def split_sizes(self) -> tuple[int, ...]:
-        """Numbers of training volumes in the grid, ascending."""
-        return tuple(sorted(self.grid.splits or self.cohort.splits))
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of labelled volumes in the grid, ascending."""
+        return tuple(sorted(self.grid.sizes or self.cohort.splits))
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates of the grid."""
+        return self.grid.lr
 
     @model_validator(mode="after")
     def _fits(self) -> "Finetune":
@@ -89,7 +97,7 @@ class Finetune(Stage):
                 f"precision: on a CPU bfloat16 needs patches more than {VIT_PATCH} voxels deep, as gradients are wrong "
                 f"otherwise (oneDNN); got patch_size {list(self.patch_size)}"
             )
-        unknown = sorted(set(self.split_sizes) - set(self.cohort.splits))
+        unknown = sorted(set(self.sizes) - set(self.cohort.splits))
         if unknown:
-            raise ValueError(f"grid.splits: {unknown} are not in cohort.splits, which has {sorted(self.cohort.splits)}")
+            raise ValueError(f"grid.sizes: {unknown} are not in cohort.splits, which has {sorted(self.cohort.splits)}")
         return self

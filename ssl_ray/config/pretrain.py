@@ -56,6 +56,7 @@ class Pretrain(Stage):
     patches_per_volume: PositiveInt = 2
     batch_size: PositiveInt = Field(8, description="patches a step, over all workers")
     epochs: PositiveInt = 300
+    pretrainings: PositiveInt = Field(1, description="1: all runs start from the same; finetune.runs: each has its own")
     corruption: Corruption = Corruption()
     contrastive: Contrastive = Contrastive()
     optimizer: Optimizer = Optimizer(name="adam")

@@ -51,10 +51,10 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
     made, config = study.phantom, study.finetune
     if made and not (Path(made.root) / "unlabelled.json").is_file():
         held_out = validation_share(made.unlabelled)
-        numbers = made.unlabelled - held_out, held_out, max(config.split_sizes), made.validation, made.test
+        numbers = made.unlabelled - held_out, held_out, max(config.sizes), made.validation, made.test
         return {name: Group(number) for name, number in zip(_GROUPS, numbers, strict=True)}
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
-    splits = read_labelled(config.cohort, config.split_sizes)
+    splits = read_labelled(config.cohort, config.sizes)
     check_held_out((*training, *validation), splits)
     labelled = {case.image: case for cases in splits.training.values() for case in cases}
     sections = training, validation, tuple(labelled.values()), splits.validation, splits.test

@@ -39,6 +39,10 @@ class CaseScores:
     original_hd95: Scores | None = None
     """mm"""
     original_surface_dice: Scores | None = None
+    subject: str = ""
+    """Whose volume it is; empty: nobody else's."""
+    false_positives: Sequence[bool | None] | None = None
+    """Original grid, (classes - 1,): whether an organ that is absent from the truth was predicted; None if present."""
 
 
 def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, float]:

@@ -15,24 +15,31 @@ BAD_VOLUMES = "bad_volumes.json"
 FAILURE = "ssl_ray.failure"
 """Tag of a failed trial: the cause in one line. The whole error is its artifact `failure.txt`."""
 
+NONFINITE = "ssl_ray.nonfinite"
+"""Tag of a trial that failed because its loss or gradient was not finite: "true"."""
+
 
 @dataclass(frozen=True)
 class Cell:
     """One cell of the grid."""
 
-    split: int
+    size: int
     init: Literal["random", "pretrained"]
     lr: float
-    seed: int
+    run: int = 0
+
+    @classmethod
+    def of(cls, size: int, init: Literal["random", "pretrained"], lr: float, run: int = 0) -> "Cell":
+        """The cell of these values."""
+        return cls(size, init, lr, run)
 
     @property
     def name(self) -> str:
-        """For run names and folders, e.g. `n06-pretrained-lr0.0001-seed0`."""
-        return f"n{self.split:02d}-{self.init}-lr{self.lr:g}-seed{self.seed}"
+        """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
+        return f"n{self.size:02d}-{self.init}-lr{self.lr:g}-run{self.run}"
 
 
 def cells(settings: Finetune) -> list[Cell]:
     """Every cell of the grid, those with few volumes first."""
-    grid = settings.grid
-    product = itertools.product(settings.split_sizes, grid.init, grid.lr, grid.seeds)
-    return [Cell(split, init, lr, seed) for split, init, lr, seed in product]
+    product = itertools.product(settings.sizes, settings.grid.init, settings.rates, range(settings.runs))
+    return [Cell.of(*values) for values in product]

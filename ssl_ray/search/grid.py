@@ -25,7 +25,7 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest
 
-_DIGESTED_APART = frozenset({"grid", "cohort", "weights"})
+_DIGESTED_APART = frozenset({"grid", "cohort", "weights", "runs", "margin", "primary"})
 """Fields that the grid's digest leaves out, because each cell's own digest covers them."""
 
 
@@ -109,7 +109,7 @@ def _trial_jobs(
     """The grid's key, a digest of what all cells depend on, and what each cell's trial is started with."""
     store, data = Store(folders.cache, folders.scratch), {}
     validation, test = usable(splits.validation, volumes), usable(splits.test, volumes)
-    for size in config.split_sizes:
+    for size in config.sizes:
         data[size] = TrialData(store, usable(splits.training[size], volumes), validation, test, splits.organs)
         if not data[size].training or not validation:
             raise UserError(f"finetune.cohort.splits.{size}: no usable volume is left for training or validation")
@@ -124,11 +124,11 @@ def _trial_jobs(
     jobs = {}
     for cell in cells(config):
         start = pretrained if cell.init == "pretrained" else None
-        volume_keys = [volume.key for volume in data[cell.split].training]
-        cell_key = digest(base, [cell.split, cell.init, cell.lr, cell.seed], volume_keys, start.key if start else None)
+        volume_keys = [volume.key for volume in data[cell.size].training]
+        cell_key = digest(base, [cell.size, cell.init, cell.lr, cell.run], volume_keys, start.key if start else None)
         path = folders.study / f"finetune-{grid_key}" / f"{cell.name}-{cell_key[:8]}"
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
-        jobs[cell] = TrialJob(config, network, cell.lr, cell.seed, data[cell.split], weights, folder)
+        jobs[cell] = TrialJob(config, network, cell.lr, cell.run, data[cell.size], weights, folder)
     return grid_key, jobs
 
 

@@ -36,7 +36,7 @@ def read_cohorts(study: Study) -> Cohorts:
         numbers = phantom.model_dump(exclude={"root"})
         write_cohort(Path(phantom.root), **numbers, progress=track("synthesizing volumes"))
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
-    splits = read_labelled(study.finetune.cohort, study.finetune.split_sizes)
+    splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
     check_held_out((*training, *validation), splits)
     return training, validation, splits
 
