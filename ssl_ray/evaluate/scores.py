@@ -22,7 +22,12 @@ DICE_FOREGROUND = "dice_foreground"
 ORIGINAL_DICE_FOREGROUND = "original_dice_foreground"
 ORIGINAL_HD95 = "original_hd95"
 ORIGINAL_SURFACE_DICE = "original_surface_dice"
-"""These three on the original grid, HD95 in mm: mean over volumes of the mean over present organs."""
+"""These three on the original grid: mean over volumes of the mean over present organs; HD95, in mm, over those of them
+that were found, so that it means nothing without the next one."""
+ORIGINAL_MISS_RATE = "original_miss_rate"
+"""Original grid: mean over volumes of the share of present organs that were missed, not a voxel of them predicted."""
+ORIGINAL_FALSE_POSITIVES = "original_false_positives"
+"""Original grid: mean over volumes of the number of absent organs that were predicted."""
 
 Scores = Sequence[float | None]
 
@@ -37,20 +42,30 @@ class CaseScores:
     original_dice: Scores | None = None
     """Original grid, (classes - 1,) like the next two; None if only the canonical grid was scored."""
     original_hd95: Scores | None = None
-    """mm"""
+    """mm; None for a missed organ, too"""
     original_surface_dice: Scores | None = None
     subject: str = ""
-    """Whose volume it is; empty: nobody else's."""
+    """Whose volume it is, as in the datalist."""
     false_positives: Sequence[bool | None] | None = None
-    """Original grid, (classes - 1,): whether an organ that is absent from the truth was predicted; None if present."""
+    """Original grid, (classes - 1,): whether an absent organ was predicted; None for a present one."""
+
+    @property
+    def missed(self) -> Sequence[bool | None] | None:
+        """Original grid, (classes - 1,): whether a present organ was not predicted at all; None for an absent one."""
+        if self.original_dice is None or self.original_hd95 is None:
+            return None
+        pairs = zip(self.original_dice, self.original_hd95, strict=True)
+        return [None if dice is None else hd95 is None for dice, hd95 in pairs]
 
 
 def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, float]:
     """Means over volumes by MLflow metric name; metrics that no volume has are left out.
 
     These are the metrics of this module's constants, and for every organ, a name of the classes 1, 2, ..., the mean
-    over the volumes that have it: `original_dice/<organ>`, `original_hd95/<organ>` (mm),
-    `original_surface_dice/<organ>`, with `organ_keys`. The order of the cases matters to `published_dice` alone.
+    over the volumes that have it: `original_dice/<organ>`, `original_hd95/<organ>` (mm, where it was found),
+    `original_surface_dice/<organ>`, `original_miss_rate/<organ>`; and `original_false_positives/<organ>`, the share of
+    the volumes without it where it was predicted. Organs' names are those of `organ_keys`. The order of the cases
+    matters to `published_dice` alone.
     """
     canonical = _table(cases, "dice", len(organs) + 1)
     with_background = _mean(canonical, axis=1)
@@ -64,10 +79,14 @@ def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, f
         (ORIGINAL_DICE_FOREGROUND, "original_dice"),
         (ORIGINAL_HD95, "original_hd95"),
         (ORIGINAL_SURFACE_DICE, "original_surface_dice"),
+        (ORIGINAL_MISS_RATE, "missed"),
+        (ORIGINAL_FALSE_POSITIVES, "false_positives"),
     ):
         original = _table(cases, field, len(organs))
-        means[name] = _mean(_mean(original, axis=1))
-        means |= {f"{field}/{key}": mean for key, mean in zip(organ_keys(organs), _mean(original, axis=0), strict=True)}
+        of_volumes = np.nansum(original, axis=1) if name == ORIGINAL_FALSE_POSITIVES else _mean(original, axis=1)
+        means[name] = _mean(of_volumes)
+        of_organs = zip(organ_keys(organs), _mean(original, axis=0), strict=True)
+        means |= {f"{name.removesuffix('_foreground')}/{key}": mean for key, mean in of_organs}
     return {name: float(mean) for name, mean in means.items() if not np.isnan(mean)}
 
 

@@ -30,7 +30,7 @@ def verdict(results: Results, size: int) -> tuple[str, str]:
     if found.verdict is Verdict.NO_DIFFERENCE:
         words += f" of {results.study.finetune.margin:g}"
     elif found.verdict is Verdict.UNCORRECTED:
-        words += f" for {count_of(found.questions, 'question')}"
+        words += f" for {count_of(len(results.arms), 'question')}"
     elif not is_clear(results, size):
         words = words.replace("a clear ", "a ")
     return words, _scope(results, size)
@@ -70,13 +70,14 @@ def answer(results: Results, size: int) -> str:
 def _undecided(results: Results, found: Comparison) -> str:
     """Why there is no interval."""
     runs, patients = found.differences.shape
-    change = f"by {FOREGROUND.signed(found.found.mean)} in foreground Dice"
     scored = f"on {count_of(patients, f'{results.part} {results.subjects}')}"
-    selected = "" if results.part == "test" else ", on the volumes that selected them"
+    scored += "" if results.part == "test" else " that selected them"
+    change = f"differ by {FOREGROUND.signed(found.found.mean)} in foreground Dice {scored}"
     if runs == 1:
-        return f"these two networks differ {change} {scored}; another training may not{selected}"
-    why = "too few for an interval" if patients == 1 else "all alike, which gives no interval"
-    return f"{runs} pairs of networks differ {change} {scored}, {why}{selected}"
+        return f"these two networks {change}; another training may not"
+    return (
+        f"{runs} pairs of networks {change}, {'too few' if patients == 1 else 'all alike: too little'} for an interval"
+    )
 
 
 def _scope(results: Results, size: int) -> str:

@@ -127,8 +127,6 @@ class Comparison:
     found: Estimate
     adjusted: float
     """p after Holm, over all numbers of labelled volumes; nan without an interval."""
-    questions: int
-    """How many those are."""
     verdict: Verdict
     needed: Needed | None
     """What would settle it, where it is not known."""
@@ -156,7 +154,7 @@ def compare(arms: Mapping[int, Mapping[str, Arm]], part: Part, margin: float) ->
         verdict = judge(one, differences.shape, p, margin)
         more = needed(differences, margin) if verdict is Verdict.UNKNOWN else None
         worth = _worth(arms, size, part)
-        comparisons[size] = Comparison(differences, one, p, len(arms), verdict, more, worth)
+        comparisons[size] = Comparison(differences, one, p, verdict, more, worth)
     return comparisons
 
 

@@ -59,7 +59,7 @@ def honest_table(results: Results) -> Table:
         f"surface Dice at {results.study.finetune.surface_tolerance:g} mm": SURFACE_DICE,
         "missed organs (%, lower is better)": MISSED,
         "HD95 of found organs (mm, lower is better)": HD95,
-        "false-positive organs (%, lower is better)": FALSE_POSITIVES,
+        "false-positive organs a volume (lower is better)": FALSE_POSITIVES,
     }
     rows = [
         [label, str(size), *_compared(results, size, measure)]
@@ -81,8 +81,9 @@ def organ_table(results: Results, size: int) -> Table:
     for number, organ in enumerate(results.organs):
         row = [literal(organ), str(sum(FOREGROUND.organ(number).of(case) is not None for case in cases))]
         for measure in (FOREGROUND, MISSED, HD95, FALSE_POSITIVES):
-            found = {init: results.matrix(size, init, measure.organ(number)) for init in inits if arms[init].trials}
-            row += [_mean(measure, found[init]) if init in found else arms[init].hole for init in inits]
+            one = measure.organ(number)
+            found = {init: results.matrix(size, init, one) for init in inits if arms[init].trials}
+            row += [_mean(one, found[init]) if init in found else arms[init].hole for init in inits]
             if measure is FOREGROUND and len(inits) == 2:
                 known = len(found) == 2 and not any(np.isnan(values).all() for values in found.values())
                 gain = np.nanmean(found["pretrained"]) - np.nanmean(found["random"]) if known else 0
