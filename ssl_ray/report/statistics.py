@@ -2,7 +2,7 @@
 
 Both are samples: another training run and another patient would have given other numbers. So the model is a two-way
 layout without replication, both ways random: d[r, p] = delta + run r + patient p + rest (Scheffé, *The Analysis of
-Variance*, 1959, section 7.4). `tests/report/test_statistics.py` holds how often its interval covers the truth.
+Variance*, 1959, chapter 7). `tests/report/test_statistics.py` holds how often its interval covers the truth.
 """
 
 import math
@@ -54,9 +54,10 @@ class Squares:
     def spread(self, runs: Any, patients: Any) -> tuple[Any, Any]:
         """Standard error of the mean and its degrees of freedom; nan without any spread.
 
-        The variance is Satterthwaite's sum, and never less than runs or patients alone would give. Its degrees of
-        freedom are taken back by the share in it of runs or patients, whichever are fewer, towards theirs alone: the
-        sum is too often too small just when few runs happen to agree (92.3 % instead of 94.6 % are covered then).
+        The variance is a sum of mean squares, and never less than runs or patients alone would give. Satterthwaite's
+        (1946) degrees of freedom are taken back, by the share in it of runs or patients, whichever are fewer, towards
+        theirs alone: the sum is too small too often just when few runs happen to agree (92.3 % are covered then, and
+        94.6 % this way).
         """
         between, among, rest = self.runs, self.patients, self.rest
         total = between + among - rest
