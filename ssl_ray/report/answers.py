@@ -1,48 +1,146 @@
-"""The answer, in a sentence of Markdown for each number of labelled volumes."""
+"""The answer in words: a few for the verdict, and a sentence of Markdown for each number of labelled volumes."""
 
-import numpy as np
+import math
 
+from ssl_ray.report.comparison import Comparison
 from ssl_ray.report.measures import FOREGROUND
+from ssl_ray.report.multiplier import Multiplier
 from ssl_ray.report.results import Results
-from ssl_ray.report.statistics import Difference
-from ssl_ray.report.tables import over_seeds
+from ssl_ray.report.statistics import MOST_PATIENTS, MOST_RUNS, Needed, Verdict
+from ssl_ray.report.tables import over_runs
 
 
-def answer(results: Results, split: int) -> str:
-    """The answer at one number of labelled volumes, in one sentence that claims no more than the numbers do."""
-    start = f"With {count_of(split, 'labelled volume')}"
-    arms = results.arms[split]
+def answers(results: Results) -> list[str]:
+    """The headline, where there are several sizes to compare at, and the answer at each size."""
+    size, found = results.primary, []
+    if len(results.arms) > 1 and len(results.inits) > 1:
+        words, scope = verdict(results, size)
+        found = [f"Primary question, {count_of(size, 'labelled volume')}: **{words}**{scope}."]
+    return [*found, *(answer(results, size) for size in results.arms)]
+
+
+def verdict(results: Results, size: int) -> tuple[str, str]:
+    """What may be said of one number of labelled volumes, and how that is limited, e.g. ` for this pretraining`."""
+    found = results.comparisons.get(size)
+    if found is None:
+        return "no answer", ""
+    if found.verdict is Verdict.NONE:
+        return found.verdict.value, ""
+    words = found.verdict.value
+    if found.verdict is Verdict.NO_DIFFERENCE:
+        words += f" of {results.study.finetune.margin:g}"
+    elif found.verdict is Verdict.UNCORRECTED:
+        words += f" for {count_of(len(results.arms), 'question')}"
+    elif not is_clear(results, size):
+        words = words.replace("a clear ", "a ")
+    return words, _scope(results, size)
+
+
+def is_clear(results: Results, size: int) -> bool:
+    """Whether a gain or a loss is clear; it never is on the volumes that selected the checkpoint."""
+    return results.part == "test" and results.comparisons[size].verdict in (Verdict.GAIN, Verdict.LOSS)
+
+
+def answer(results: Results, size: int) -> str:
+    """The answer at one number of labelled volumes, which claims no more than the numbers do."""
+    start = f"With {count_of(size, 'labelled volume')}"
+    arms, found = results.arms[size], results.comparisons.get(size)
     if len(arms) == 1:
         ((init, arm),) = arms.items()
-        dice = over_seeds(arm, results.metric(FOREGROUND.name), FOREGROUND)
+        dice = over_runs(results, size, init, FOREGROUND)
         reached = f"reaches foreground Dice {dice}" if arm.trials else f"is {arm.hole}"
         return f"{start}, {init} initialisation {reached}; the grid has nothing to compare it with."
-    if holes := [f"{init} is {arm.hole}" for init, arm in arms.items() if not arm.trials]:
-        return f"{start} there is **no answer**: {' and '.join(holes)}."
-    found = results.compare(split, FOREGROUND)
     if found is None:
-        return f"{start} there is **no answer**: the scores of single volumes are missing."
-    change = f"{start}, pretraining changes foreground Dice by {FOREGROUND.signed(found.mean)}"
-    volumes = count_of(len(found.values), f"{results.part} volume")
-    if np.isnan(found.low):
-        return f"{change} ({volumes}, too few for an interval): **no conclusion**."
-    bounds = f"{FOREGROUND.signed(found.low)} to {FOREGROUND.signed(found.high)}"
-    return f"{change} (95 % CI {bounds}, {volumes}): {_verdict(found)}."
-
-
-def _verdict(found: Difference) -> str:
-    if found.clear:
-        gain = "**a clear gain**" if found.mean > 0 else "**a clear loss**"
-        return gain if len(found.by_seed) > 1 else f"{gain} with the one seed that was trained"
-    if not found.excludes_zero:
-        return "**no clear difference**"
-    if found.seeds_agree:
-        but = f"a sign-flip test does not agree, p = {found.p:.2f}"
+        if not (why := " and ".join(f"{init} is {arm.hole}" for init, arm in arms.items() if not arm.trials)):
+            done = results.common[size].runs
+            why = f"no {results.subjects} was scored in every run" if done else "no run was finished by both"
+        text = f"{start} there is **no answer**: {why}."
+    elif found.verdict is Verdict.NONE:
+        text = f"{start} there is **no verdict**: {_undecided(results, found)}."
     else:
-        but = f"the seeds disagree: {', '.join(map(FOREGROUND.signed, found.by_seed))}"
-    return f"**no clear difference** (the interval excludes 0, but {but})"
+        runs, patients = found.differences.shape
+        scored = f"{count_of(runs, 'run')}, {count_of(patients, f'{results.part} {results.subjects}')}"
+        bounds = f"{FOREGROUND.signed(found.found.low)} to {FOREGROUND.signed(found.found.high)}"
+        words, scope = verdict(results, size)
+        change = f"{FOREGROUND.signed(found.found.mean)} (95 % CI {bounds}; {scored})"
+        text = f"{start}, pretraining changes foreground Dice by {change}: **{words}**{scope}."
+    return " ".join([text, *_notes(results, size)])
 
 
-def count_of(number: int, noun: str) -> str:
+def _undecided(results: Results, found: Comparison) -> str:
+    """Why there is no interval."""
+    runs, patients = found.differences.shape
+    scored = f"on {count_of(patients, f'{results.part} {results.subjects}')}"
+    scored += "" if results.part == "test" else " that selected them"
+    change = f"differ by {FOREGROUND.signed(found.found.mean)} in foreground Dice {scored}"
+    if runs == 1:
+        return f"these two networks {change}; another training may not"
+    return (
+        f"{runs} pairs of networks {change}, {'too few' if patients == 1 else 'all alike: too little'} for an interval"
+    )
+
+
+def _scope(results: Results, size: int) -> str:
+    """What the interval does not carry."""
+    scope, pool = [], results.pool
+    if results.study.pretrain.pretrainings == 1:
+        scope.append("for this pretraining")
+    if pool is None or size >= pool:
+        scope.append("for these labelled volumes")
+    else:
+        scope.append(f"for draws from this pool of {pool}" + (" (draws share most volumes)" if size > pool / 2 else ""))
+    if results.part == "validation":
+        scope.append("on the volumes that selected it")
+    return " " + ", ".join(scope)
+
+
+def _notes(results: Results, size: int) -> list[str]:
+    """What would settle the question, what pretraining is worth in labels, and what was left out."""
+    found, common = results.comparisons.get(size), results.common[size]
+    notes = []
+    if found and found.needed:
+        notes.append(_settled(found.needed, results))
+    if found and found.worth:
+        notes.append(f"Here pretraining is worth {_times(found.worth)}.")
+    lost = [trial.cell.name for arm in results.arms[size].values() for trial in arm.nonfinite]
+    if lost:
+        notes.append(
+            f"**{' and '.join(lost)} failed with a loss that was not finite**; leaving that out favours "
+            f"{'its' if len(lost) == 1 else 'their'} initialisation."
+        )
+    dropped = [(common.dropped_runs, "run that one initialisation did not finish")]
+    dropped += [(common.dropped_patients, f"{results.subjects} not scored in every run")]
+    if left := [count_of(*one, plural=one[1].replace(" ", "s ", 1)) for one in dropped if one[0]]:
+        notes.append(f"Left out: {', '.join(left)}.")
+    return notes
+
+
+def _settled(more: Needed, results: Results) -> str:
+    """Like `About 9 runs, or about 120 patients, would settle it (80 % power for 0.02).`"""
+    asked = (more.runs, MOST_RUNS, "runs"), (more.patients, MOST_PATIENTS, f"{results.subjects}s")
+    able = [f"{f'more than {most}' if n > most else f'about {n}'} {noun}" for n, most, noun in asked if n is not None]
+    unable = [noun for n, _, noun in asked if n is None]
+    power = f"(80 % power for {results.study.finetune.margin:g})"
+    sentence = f"{', or '.join(able)}{',' if len(able) > 1 else ''} would settle it {power}" if able else ""
+    refused = f"no number of {' or of '.join(unable)} alone would do" if unable else ""
+    text = "; ".join(filter(None, [sentence, refused]))
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _times(worth: Multiplier) -> str:
+    """Like `1.9 times the labels (95 % CI 1.2 to at least 4)`; no interval after one run."""
+
+    def number(value: float) -> str:
+        edge = {worth.edges[0]: "at most ", worth.edges[1]: "at least "}.get(value, "")
+        return f"{edge}{value:.2g}"
+
+    text = f"{number(worth.point)} times the labels"
+    if math.isnan(worth.low):
+        return f"{text} (no interval)"
+    ends = dict.fromkeys([number(worth.low), number(worth.high)])
+    return f"{text} (95 % CI {' to '.join(ends)})"
+
+
+def count_of(number: int, noun: str, plural: str = "") -> str:
     """Like `1 volume` or `6 volumes`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -3,7 +3,6 @@
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and dashes say the same once more.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ssl_ray.evaluate.scores import organ_keys
+from ssl_ray.report.answers import is_clear
 from ssl_ray.report.measures import FOREGROUND
-from ssl_ray.report.results import PretrainingRun, Results
-from ssl_ray.report.statistics import Difference, interval
+from ssl_ray.report.results import Results
+from ssl_ray.report.statistics import estimate
+from ssl_ray.report.trials import PretrainingRun
 
 _COLOUR = {"random": "#E69F00", "pretrained": "#0072B2"}
 _DASHES: dict[str, Any] = {"random": (0, (4, 2)), "pretrained": "solid"}
@@ -45,74 +45,77 @@ def draw_figures(results: Results, folder: Path) -> tuple[Path, ...]:
 
 def _label_efficiency(results: Results) -> Figure:
     """Left: foreground Dice over labelled volumes, a line an initialisation. Right: their paired difference."""
-    splits = list(results.arms)
-    differences = {split: found for split in splits if (found := results.compare(split, FOREGROUND))}
-    figure, axes = _panels(4, columns=2 if differences else 1)
-    width = max(splits) - min(splits) or 1
+    sizes = list(results.arms)
+    figure, axes = _panels(4, columns=2 if results.comparisons else 1)
+    width = max(sizes) - min(sizes) or 1
     _draw_dice(axes[0], results, width)
-    if differences:
-        _draw_differences(axes[1], differences, width)
+    if results.comparisons:
+        _draw_differences(axes[1], results, width)
     for axis in axes:
-        axis.set(xlabel="labelled training volumes", xticks=splits)
-        axis.set_xlim(min(splits) - 0.1 * width, max(splits) + 0.1 * width)
+        axis.set(xlabel="labelled training volumes", xticks=sizes)
+        axis.set_xlim(min(sizes) - 0.1 * width, max(sizes) + 0.1 * width)
     return figure
 
 
 def _draw_dice(axis: Any, results: Results, width: int) -> None:
-    """Means with intervals over volumes; beside a mean over several seeds, a dot for each seed."""
-    metric = results.metric(FOREGROUND.name)
+    """Means, with intervals over runs and patients where there are several; a dot for each run beside the mean."""
+    scores = {size: results.scores(size, FOREGROUND) for size in results.arms}
     for shift, init in zip((-0.012, 0.012), results.inits, strict=False):
-        drawn = {split: arms[init] for split, arms in results.arms.items() if arms[init].seeds(metric)}
-        x = [split + shift * width for split in drawn]
-        y = np.array([np.mean(arm.seeds(metric)) for arm in drawn.values()])
-        scores = [arm.scores(results.part, FOREGROUND).values() for arm in drawn.values()]
-        bounds = [interval(np.array([np.mean([*seeds.values()]) for seeds in volumes])) for volumes in scores]
-        errors = np.nan_to_num(np.abs(np.array(bounds).T - y)) if drawn else None
+        drawn = {size: found[init] for size, found in scores.items() if init in found and found[init].size}
+        x = [size + shift * width for size in drawn]
+        means = [estimate(values) for values in drawn.values()]
+        errors = np.nan_to_num([one.high - one.mean for one in means])
         style: dict[str, Any] = {"color": _COLOUR[init], "linestyle": _DASHES[init], "marker": _MARKER[init]}
+        y = [one.mean for one in means]
         axis.errorbar(x, y, errors, capsize=4, linewidth=2, elinewidth=1.2, label=init, **style)
-        for arm, position in zip(drawn.values(), x, strict=True):
-            if len(arm.trials) > 1:
-                values = arm.seeds(metric)
+        for values, position in zip(drawn.values(), x, strict=True):
+            if len(values) > 1:
                 beside = [position + 2 * shift * width] * len(values)
-                axis.scatter(beside, values, s=12, color=_COLOUR[init], edgecolor="black", linewidth=0.5, zorder=3)
-    axis.set_ylabel(f"foreground Dice, {results.part} volumes")
+                dots = {"s": 12, "color": _COLOUR[init], "edgecolor": "black", "linewidth": 0.5, "zorder": 3}
+                axis.scatter(beside, values.mean(1), **dots)
+    axis.set_ylabel(f"foreground Dice, {results.part} {results.subjects}s")
     axis.legend(title="initialisation", frameon=False, loc="best")
 
 
-def _draw_differences(axis: Any, differences: Mapping[int, Difference], width: int) -> None:
-    """A dot for every volume, and the mean with its interval: filled where the difference is clear."""
+def _draw_differences(axis: Any, results: Results, width: int) -> None:
+    """A dot for every patient, the mean with its interval, filled where it is clear, and the margin."""
+    margin = results.study.finetune.margin
+    axis.axhspan(-margin, margin, color="black", alpha=0.07, linewidth=0)
     axis.axhline(0, color="black", linewidth=1)
     mean = {"marker": "D", "color": _COLOUR["pretrained"], "linewidth": 3}
-    for split, found in differences.items():
-        spread = np.linspace(-0.012, 0.012, len(found.values)) * width if len(found.values) > 1 else np.zeros(1)
-        axis.scatter(split + spread, found.values, s=14, color="#8a8a8a", linewidths=0)
-        axis.plot([split, split], [found.low, found.high], color=_COLOUR["pretrained"], linewidth=3)
-        face = _COLOUR["pretrained"] if found.clear else "white"
-        axis.plot(split, found.mean, "D", color=_COLOUR["pretrained"], markerfacecolor=face, markersize=9)
+    for size, comparison in results.comparisons.items():
+        found, values = comparison.found, comparison.differences.mean(0)
+        spread = np.linspace(-0.012, 0.012, len(values)) * width if len(values) > 1 else np.zeros(1)
+        axis.scatter(size + spread, values, s=14, color="#8a8a8a", linewidths=0)
+        axis.plot([size, size], [found.low, found.high], color=_COLOUR["pretrained"], linewidth=3)
+        face = _COLOUR["pretrained"] if is_clear(results, size) else "white"
+        axis.plot(size, found.mean, "D", color=_COLOUR["pretrained"], markerfacecolor=face, markersize=9)
     axis.set_ylabel("difference in Dice, pretrained - random")
     handles = [
-        Line2D([], [], label="one volume", marker="o", linestyle="", color="#8a8a8a", markersize=4),
+        Line2D([], [], label=f"one {results.subjects}", marker="o", linestyle="", color="#8a8a8a", markersize=4),
         Line2D([], [], label="mean, 95 % interval: clear", **mean),
         Line2D([], [], label="mean, 95 % interval: not clear", **mean, markerfacecolor="white"),
+        Line2D([], [], label=f"margin, {margin:g}", color="#e0e0e0", linewidth=8),
     ]
     axis.legend(handles=handles, frameon=False, fontsize=8.5)
 
 
 def _organs(results: Results) -> Figure:
-    """Dice of every organ on the original grid: a panel a split, a bar an initialisation, a dot a seed."""
+    """Dice of every organ on the original grid: a panel a size, a bar an initialisation, a dot a run."""
     figure, axes = _panels(1.1 + 1.9 * len(results.arms), rows=len(results.arms), sharex=True)
     bar = 0.8 / len(results.inits)
-    for axis, (split, arms) in zip(axes, results.arms.items(), strict=True):
+    for axis, (size, arms) in zip(axes, results.arms.items(), strict=True):
         for number, (init, arm) in enumerate(arms.items()):
             style = {"color": _COLOUR[init], "hatch": _HATCH[init], "edgecolor": "white"}
-            for position, key in enumerate(organ_keys(results.organs)):
+            for position in range(len(results.organs) if arm.trials else 0):
                 x = position - 0.4 + bar * (number + 0.5)
-                values = arm.seeds(results.metric(f"{FOREGROUND.field}/{key}"))
-                if values:
-                    axis.bar(x, np.mean(values), bar * 0.94, **style)
-                if len(values) > 1:
-                    axis.scatter([x] * len(values), values, s=7, color="black", zorder=3)
-        axis.set_title(f"{split} labelled volumes", fontsize=10, loc="left")
+                scores = results.matrix(size, init, FOREGROUND.organ(position))
+                scores = scores[~np.isnan(scores).all(1)]
+                if scores.size:
+                    axis.bar(x, np.nanmean(scores), bar * 0.94, **style)
+                if len(scores) > 1:
+                    axis.scatter([x] * len(scores), np.nanmean(scores, 1), s=7, color="black", zorder=3)
+        axis.set_title(f"{size} labelled volumes", fontsize=10, loc="left")
         axis.set(ylabel="Dice", ylim=(0, 1))
         axis.grid(axis="x", visible=False)
     crowded = sum(map(len, results.organs)) > 80
@@ -124,21 +127,21 @@ def _organs(results: Results) -> Figure:
 
 
 def _finetuning(results: Results) -> Figure:
-    """Foreground Dice on validation over steps: a panel a split, a line a seed, and the selected checkpoint."""
+    """Foreground Dice on validation over steps: a panel a size, a line a run, and the selected checkpoint."""
     count = len(results.arms)
     columns = min(3, count)
     rows = -(-count // columns)
     figure, axes = _panels(0.5 + 2.9 * rows, rows, columns, sharey=True, sharex=True)
-    for number, (axis, (split, arms)) in enumerate(zip(axes, results.arms.items(), strict=False)):
+    for number, (axis, (size, arms)) in enumerate(zip(axes, results.arms.items(), strict=False)):
         for init, arm in arms.items():
-            for trial in arm.trials:
+            for trial in arm.trials.values():
                 line = {"color": _COLOUR[init], "linestyle": _DASHES[init], "linewidth": 1.6}
                 axis.plot(*zip(*trial.curve.items(), strict=True), **line)
                 selected = int(trial.metrics.get("selected/step", -1))
                 if selected in trial.curve:
                     style = {"color": _COLOUR[init], "markeredgecolor": "black", "markersize": 5.5}
                     axis.plot(selected, trial.curve[selected], "v", **style)
-        axis.set_title(f"{split} labelled volumes", fontsize=10)
+        axis.set_title(f"{size} labelled volumes", fontsize=10)
         last = number + columns >= count
         axis.set(xlabel="step" if last else "", ylabel="" if number % columns else "foreground Dice, validation")
         axis.tick_params(labelbottom=last)

@@ -1,32 +1,40 @@
-"""The four metrics that the report is about: how one volume is scored, and how a number is printed."""
+"""What the report measures: how one volume is scored, and how a number is printed."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
-from ssl_ray.evaluate.scores import (
-    DICE_WITH_BACKGROUND,
-    ORIGINAL_DICE_FOREGROUND,
-    ORIGINAL_HD95,
-    ORIGINAL_SURFACE_DICE,
-    CaseScores,
-)
+from ssl_ray.evaluate.scores import CaseScores
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A mean over volumes of the mean over the classes that a volume has; `ssl_ray.evaluate.scores` defines each."""
+    """A mean over the classes that a volume has, or their sum; `ssl_ray.evaluate.scores` defines the scores."""
 
-    name: str
-    """MLflow's name of the mean over volumes."""
-    field: str
-    """The field of `CaseScores` with one volume's scores, one a class; names of metrics of one organ begin with it."""
+    classes: Callable[[CaseScores], Sequence[float | None] | None]
+    """The scores of one volume, one a class; None for a class that it lacks, or if it was not scored on this grid."""
     factor: float = 1.0
-    """What the number in MLflow is multiplied by for print."""
+    """What a score is multiplied by for print."""
     digits: int = 3
+    total: bool = False
+    """Whether a volume's score is the sum over its classes, which is 0 where it has none of them."""
 
     def of(self, case: CaseScores) -> float | None:
-        """Score of one volume; None where it has none of the classes, or was not scored on this grid."""
-        known = [score for score in getattr(case, self.field) or () if score is not None]
-        return sum(known) / len(known) if known else None
+        """Score of one volume; None where it has none of the classes, unless they are added up."""
+        scores = self.classes(case)
+        if scores is None:
+            return None
+        known = [float(score) for score in scores if score is not None]
+        return sum(known) / (1 if self.total else len(known)) if known or self.total else None
+
+    def organ(self, number: int) -> "Measure":
+        """The mean for one organ alone, the class after the one of this number; in percent where organs are counted."""
+
+        def one(case: CaseScores) -> Sequence[float | None] | None:
+            scores = self.classes(case)
+            return scores and scores[number : number + 1]
+
+        return Measure(one, 100, 1) if self.total else Measure(one, self.factor, self.digits)
 
     def value(self, number: float) -> str:
         """Like `0.658`."""
@@ -38,7 +46,9 @@ class Measure:
         return text.replace("-", "+") if float(text) == 0 else text
 
 
-WITH_BACKGROUND = Measure(DICE_WITH_BACKGROUND, "dice", factor=100, digits=2)  # percent
-FOREGROUND = Measure(ORIGINAL_DICE_FOREGROUND, "original_dice")
-HD95 = Measure(ORIGINAL_HD95, "original_hd95", digits=1)  # mm
-SURFACE_DICE = Measure(ORIGINAL_SURFACE_DICE, "original_surface_dice")
+WITH_BACKGROUND = Measure(attrgetter("dice"), factor=100, digits=2)  # percent
+FOREGROUND = Measure(attrgetter("original_dice"))
+HD95 = Measure(attrgetter("original_hd95"), digits=1)  # mm, over the organs that were found
+SURFACE_DICE = Measure(attrgetter("original_surface_dice"))
+MISSED = Measure(attrgetter("missed"), factor=100, digits=1)  # percent of the organs that a volume has
+FALSE_POSITIVES = Measure(attrgetter("false_positives"), digits=2, total=True)  # organs

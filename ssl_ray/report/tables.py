@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssl_ray.evaluate.scores import PUBLISHED_DICE, organ_keys
-from ssl_ray.report.measures import FOREGROUND, HD95, SURFACE_DICE, WITH_BACKGROUND, Measure
+from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND, ORIGINAL_HD95, ORIGINAL_SURFACE_DICE, PUBLISHED_DICE
+from ssl_ray.report.comparison import SELECTION
+from ssl_ray.report.measures import FALSE_POSITIVES, FOREGROUND, HD95, MISSED, SURFACE_DICE, WITH_BACKGROUND, Measure
 from ssl_ray.report.page import literal
-from ssl_ray.report.results import SELECTION, Arm, Results
+from ssl_ray.report.results import Results
+from ssl_ray.report.statistics import Array
 
 _NONE = "n/a"
 
@@ -34,97 +36,107 @@ class Table:
 
 def published_table(results: Results) -> Table:
     """Dice with background in percent, as published, and its paired difference."""
-    rows = [[str(split), *_compared(results, split, WITH_BACKGROUND)] for split in results.arms]
-    return Table(["training volumes", f"{results.part} volumes", "random", "pretrained", "difference (95 % CI)"], rows)
+    rows = [[str(size), *_compared(results, size, WITH_BACKGROUND)] for size in results.arms]
+    return Table(["training volumes", *_header(results)], rows)
 
 
 def running_table(results: Results) -> Table:
     """Dice as the tutorial's script averages it, in percent."""
-    metric = results.metric(PUBLISHED_DICE)
-    rows = [
-        [str(split), *(over_seeds(arm, metric, WITH_BACKGROUND) for arm in arms.values())]
-        for split, arms in results.arms.items()
-    ]
+    metric, rows = results.metric(PUBLISHED_DICE), []
+    for size, arms in results.arms.items():
+        row = [str(size)]
+        for arm in arms.values():
+            values = [[arm.trials[run].metrics.get(metric, np.nan)] for run in results.common[size].runs if arm.trials]
+            row.append(_mean(WITH_BACKGROUND, np.array(values).reshape(-1, 1)) if arm.trials else arm.hole)
+        rows.append(row)
     return Table(["training volumes", *results.inits], rows)
 
 
 def honest_table(results: Results) -> Table:
-    """Foreground Dice, HD95 and surface Dice on the original grid, and their paired differences."""
+    """Every measure of the organs on the original grid, and the paired differences."""
     labels = {
         "Dice": FOREGROUND,
-        "HD95 (mm, lower is better)": HD95,
         f"surface Dice at {results.study.finetune.surface_tolerance:g} mm": SURFACE_DICE,
+        "missed organs (%, lower is better)": MISSED,
+        "HD95 of found organs (mm, lower is better)": HD95,
+        "false-positive organs a volume (lower is better)": FALSE_POSITIVES,
     }
     rows = [
-        [label, str(split), *_compared(results, split, measure)]
+        [label, str(size), *_compared(results, size, measure)]
         for label, measure in labels.items()
-        for split in results.arms
+        for size in results.arms
     ]
-    header = ["organs only", "training volumes", f"{results.part} volumes", "random", "pretrained"]
-    return Table([*header, "difference (95 % CI)"], rows, 1)
+    return Table(["organs only", "training volumes", *_header(results)], rows, 1)
 
 
-def organ_table(results: Results, split: int) -> Table:
-    """Dice and HD95 of every organ on the original grid, and how many volumes have it."""
-    arms = results.arms[split].values()
-    scored = next((trial.cases[results.part] for arm in arms for trial in arm.trials), ())
-    columns = [*results.inits, "difference"] if len(arms) == 2 else results.inits
-    header = ["organ", "volumes", *(f"Dice {name}" for name in columns), *(f"HD95 (mm) {name}" for name in columns)]
+def organ_table(results: Results, size: int) -> Table:
+    """Every organ on the original grid, and how many volumes have it."""
+    inits = results.inits
+    columns = [*inits, "difference"] if len(inits) == 2 else inits
+    header = ["organ", "volumes", *(f"Dice {name}" for name in columns)]
+    header += [f"{label} {init}" for label in ("missed (%)", "HD95 (mm)", "false positive (%)") for init in inits]
+    arms = results.arms[size]
+    cases = next((trial.cases[results.part] for arm in arms.values() for trial in arm.trials.values()), ())
     rows = []
-    for number, (organ, key) in enumerate(zip(results.organs, organ_keys(results.organs), strict=True)):
-        present = sum(case.original_dice is not None and case.original_dice[number] is not None for case in scored)
-        row = [literal(organ), str(present)]
-        for measure in (FOREGROUND, HD95):
-            metric = results.metric(f"{measure.field}/{key}")
-            row += [over_seeds(arm, metric, measure) for arm in arms]
-            means = [float(np.mean(values)) for arm in arms if (values := arm.seeds(metric))]
-            if len(arms) == 2:
-                row.append(measure.signed(means[1] - means[0]) if len(means) == 2 else _NONE)
+    for number, organ in enumerate(results.organs):
+        row = [literal(organ), str(sum(FOREGROUND.organ(number).of(case) is not None for case in cases))]
+        for measure in (FOREGROUND, MISSED, HD95, FALSE_POSITIVES):
+            one = measure.organ(number)
+            found = {init: results.matrix(size, init, one) for init in inits if arms[init].trials}
+            row += [_mean(one, found[init]) if init in found else arms[init].hole for init in inits]
+            if measure is FOREGROUND and len(inits) == 2:
+                known = len(found) == 2 and not any(np.isnan(values).all() for values in found.values())
+                gain = np.nanmean(found["pretrained"]) - np.nanmean(found["random"]) if known else 0
+                row.append(measure.signed(float(gain)) if known else _NONE)
         rows.append(row)
     return Table(header, rows, 1)
 
 
 def cell_table(results: Results) -> Table:
     """Every cell of the grid; the chosen learning rates are bold."""
-    measures = {SELECTION: FOREGROUND} | {results.metric(one.name): one for one in (FOREGROUND, HD95, SURFACE_DICE)}
-    chosen = {trial.cell for arm in results.chosen for trial in arm.trials}
+    names = {SELECTION: FOREGROUND, results.metric(ORIGINAL_DICE_FOREGROUND): FOREGROUND}
+    names |= {results.metric(ORIGINAL_HD95): HD95, results.metric(ORIGINAL_SURFACE_DICE): SURFACE_DICE}
+    chosen = {trial.cell for arm in results.chosen for trial in arm.trials.values()}
     rows = []
     for trial in results.trials:
         cell, mark = trial.cell, "**" if trial.cell in chosen else ""
         status = trial.status if trial.status == "finished" else f"**{trial.status}**"
         step = f"{trial.metrics['selected/step']:,.0f}" if "selected/step" in trial.metrics else ""
-        scores = [one.value(trial.metrics[name]) if name in trial.metrics else "" for name, one in measures.items()]
+        scores = [one.value(trial.metrics[name]) if name in trial.metrics else "" for name, one in names.items()]
         rows.append([str(cell.size), cell.init, f"{mark}{cell.lr:g}{mark}", str(cell.run), status, step, *scores])
-    header = ["training volumes", "initialisation", "learning rate", "seed", "status", "selected step"]
+    header = ["training volumes", "initialisation", "learning rate", "run", "status", "selected step"]
     header += ["Dice, validation, resampled grid (selects)"]
     header += [f"{label}, {results.part}" for label in ("Dice", "HD95 (mm)", "surface Dice")]
     return Table(header, rows, 5)
 
 
-def over_seeds(arm: Arm, metric: str, measure: Measure) -> str:
-    """Mean over seeds with its standard deviation, or the word for why there is none."""
-    if not arm.trials:
-        return arm.hole
-    values = arm.seeds(metric)
-    if not values:
+def over_runs(results: Results, size: int, init: str, measure: Measure) -> str:
+    """Mean over runs and patients, with the standard deviation of the runs, or the word for why there is none."""
+    arm = results.arms[size].get(init)
+    if arm is None:
+        return "not in the grid"
+    return _mean(measure, results.scores(size, measure)[init]) if arm.trials else arm.hole
+
+
+def _mean(measure: Measure, values: Array) -> str:
+    """Of (runs, patients), nan where there is no score."""
+    values = values[~np.isnan(values).all(1)]
+    if not values.size:
         return _NONE
-    text = measure.value(float(np.mean(values)))
-    if len(values) > 1:
-        text += f" ± {measure.value(float(np.std(values, ddof=1)))}"
-    return text if len(arm.trials) == arm.expected else f"{text} ({len(arm.trials)} of {arm.expected} seeds)"
+    by_run = np.nanmean(values, 1)
+    text = measure.value(float(np.nanmean(values)))
+    return f"{text} ± {measure.value(float(by_run.std(ddof=1)))}" if len(by_run) > 1 else text
 
 
-def _compared(results: Results, split: int, measure: Measure) -> list[str]:
-    """Number of volumes, random, pretrained, and their difference; an arm that the grid does not have says so."""
-    arms, metric = results.arms[split], results.metric(measure.name)
-    shown = [
-        over_seeds(arms[init], metric, measure) if init in arms else "not in the grid"
-        for init in ("random", "pretrained")
-    ]
-    found = results.compare(split, measure)
-    if found is None:
-        difference = _NONE
-    else:
-        bounds = f"{measure.signed(found.low)} to {measure.signed(found.high)}"
-        difference = f"{measure.signed(found.mean)} ({'one volume' if np.isnan(found.low) else bounds})"
-    return [str(results.count(results.part)), *shown, difference]
+def _header(results: Results) -> list[str]:
+    return ["runs", f"{results.part} {results.subjects}s", "random", "pretrained", "difference (95 % CI)"]
+
+
+def _compared(results: Results, size: int, measure: Measure) -> list[str]:
+    """Numbers of runs and patients, random, pretrained, and their difference; a missing arm says why."""
+    common, found = results.common[size], results.difference(size, measure)
+    shown = [over_runs(results, size, init, measure) for init in ("random", "pretrained")]
+    text = _NONE if found is None else measure.signed(float(found.mean))
+    if found is not None and not np.isnan(found.low):
+        text += f" ({measure.signed(float(found.low))} to {measure.signed(float(found.high))})"
+    return [str(len(common.runs)), str(len(common.patients)), *shown, text]

@@ -1,15 +1,16 @@
 """From MLflow alone: does pretraining help, and at how many labelled volumes? One page in Markdown and in HTML."""
 
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ssl_ray.config.schema import Study
-from ssl_ray.report.answers import answer, count_of
+from ssl_ray.report.answers import answers, count_of, verdict
 from ssl_ray.report.figures import draw_figures
 from ssl_ray.report.page import TEMPLATES, literal, to_html
-from ssl_ray.report.results import read_results
+from ssl_ray.report.results import Results, read_results
 from ssl_ray.report.tables import cell_table, honest_table, organ_table, published_table, running_table
 from ssl_ray.text import without_password
 from ssl_ray.tracking.tracker import Tracker
@@ -26,12 +27,13 @@ class Report:
 
 
 def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
-    """Write `report.md`, `report.html` and `figures/*.png`, and log them as artifacts of the grid's MLflow run.
+    """Write `report.md`, `report.html` and `figures/*.png`; log them, and the answers, with the grid's MLflow run.
 
     A cell that is missing or failed is named where its number would stand. Nothing is read but MLflow.
 
     Raises:
-        UserError: when MLflow has no experiment or no grid of this study.
+        UserError: when MLflow has no experiment or no grid of this study, or when two cells that are compared computed
+            in different precisions.
     """
     results = read_results(study, tracker)
     figures = draw_figures(results, folder / "figures")
@@ -39,11 +41,11 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         "study": study,
         "tracker": tracker,
         "results": results,
-        "answers": [answer(results, split) for split in results.arms],
+        "answers": answers(results),
         "honest": honest_table(results),
         "published": published_table(results),
         "running": running_table(results),
-        "organs": {split: organ_table(results, split) for split in results.arms},
+        "organs": {size: organ_table(results, size) for size in results.arms},
         "cells": cell_table(results),
         "figures": {path.stem for path in figures},
     }
@@ -54,8 +56,26 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     html.write_text(to_html(text, folder, f"{study.name}: does pretraining help?"), encoding="utf-8")
     for path in (markdown, html, *figures):
         tracker.attach(results.grid.info.run_id, path, "report/figures" if path in figures else "report")
+    _log_answers(results, tracker)
     table = TEMPLATES.get_template("terminal.md.j2").render(values)
     return Report(table.rstrip(), markdown, html, figures)
+
+
+def _log_answers(results: Results, tracker: Tracker) -> None:
+    """Metrics like `answer/n06/difference` and tags like `answer/n06`; the tag `answer` is the primary question's."""
+    metrics: dict[str, float] = {}
+    for size, found in results.comparisons.items():
+        over = results.common[size]
+        numbers = {"difference": found.found.mean, "low": found.found.low, "high": found.found.high}
+        numbers |= {"p_holm": found.adjusted, "runs": len(over.runs), "patients": len(over.patients)}
+        if found.worth:
+            worth = {"": found.worth.point, "_low": found.worth.low, "_high": found.worth.high}
+            numbers |= {f"times_labels{end}": value for end, value in worth.items()}
+        metrics |= {f"answer/n{size:02d}/{name}": float(value) for name, value in numbers.items()}
+    tags = {f"answer/n{size:02d}": "".join(verdict(results, size)) for size in results.arms}
+    tags["answer"] = tags[f"answer/n{results.primary:02d}"]
+    known = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    tracker.conclude(results.grid.info.run_id, known, tags)
 
 
 def day(milliseconds: int | None) -> str:

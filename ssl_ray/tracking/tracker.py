@@ -22,7 +22,18 @@ from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import without_password
 from ssl_ray.tracking.client import KEY as KEY
-from ssl_ray.tracking.client import PARENT, Away, Client, MlflowException, MlflowRun, database_uri, timeout, why
+from ssl_ray.tracking.client import (
+    PARENT,
+    Away,
+    Client,
+    Metric,
+    MlflowException,
+    MlflowRun,
+    RunTag,
+    database_uri,
+    timeout,
+    why,
+)
 from ssl_ray.tracking.delivery import Delivery
 from ssl_ray.tracking.run import REFERENCE, Record, now
 from ssl_ray.tracking.run import Run as Run
@@ -148,6 +159,12 @@ class Tracker:
     def attach(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file with a run that may have ended long ago."""
         self._ask(lambda client: client.log_artifact(self._real(run_id), str(path), folder), None)
+
+    def conclude(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Log metrics and tags with a run that may have ended long ago; what it had under these names is replaced."""
+        points = [Metric(name, value, now(), 0) for name, value in metrics.items()]
+        named = [RunTag(name, value) for name, value in tags.items()]
+        self._ask(lambda client: client.log_batch(self._real(run_id), points, (), named), None)
 
     def open(
         self,

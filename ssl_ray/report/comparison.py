@@ -1,0 +1,169 @@
+"""From trials to the claim: which learning rate, which runs and patients, and what their differences say."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssl_ray.errors import UserError
+from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
+from ssl_ray.report.measures import FOREGROUND, Measure
+from ssl_ray.report.multiplier import Multiplier, multiplier
+from ssl_ray.report.statistics import Array, Estimate, Needed, Verdict, estimate, holm, judge, needed
+from ssl_ray.report.trials import Part, Status, Trial
+
+SELECTION = f"selected/validation/{DICE_FOREGROUND}"
+"""The metric by which a trial selects its checkpoint (`ssl_ray.finetune.trial`), and the report a learning rate."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The finished trials, a run each, of one size and initialisation at the learning rate best on validation."""
+
+    trials: Mapping[int, Trial]
+    """By run."""
+    nonfinite: Sequence[Trial] = ()
+    """Those at this learning rate that failed because their loss or gradient was not finite."""
+    hole: Status = "finished"
+    """Why there is no finished trial."""
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that was chosen, where any trial has finished."""
+        return next(iter(self.trials.values())).cell.lr
+
+
+def choose(trials: Sequence[Trial]) -> Arm:
+    """The arm at the learning rate with the highest mean of `SELECTION`, over the runs that all rates finished.
+
+    So no rate wins by the runs that others lost. One that finished no run at all is out; where no run was finished by
+    all of the others, the one with the most runs is taken.
+    """
+    by_lr: dict[float, dict[int, Trial]] = defaultdict(dict)
+    for trial in trials:
+        if trial.status == "finished":
+            by_lr[trial.cell.lr][trial.cell.run] = trial
+    if not by_lr:
+        hole = min((trial.status for trial in trials), key=("failed", "unfinished", "missing").index)
+        return Arm({}, [trial for trial in trials if trial.nonfinite], hole)
+    by_all = set.intersection(*map(set, by_lr.values()))
+
+    def rank(finished: Mapping[int, Trial]) -> tuple[float, int]:
+        known = [finished[run].metrics.get(SELECTION, 0.0) for run in by_all]
+        return float(np.mean(known)) if known else 0.0, len(finished)
+
+    lr = max(by_lr, key=lambda one: rank(by_lr[one]))
+    return Arm(by_lr[lr], [trial for trial in trials if trial.nonfinite and trial.cell.lr == lr])
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What several arms have in common: runs that each finished, and patients whose volumes were scored in all."""
+
+    runs: Sequence[int]
+    patients: Sequence[str]
+    """Subjects; a volume without one stands for itself."""
+    dropped_runs: int
+    dropped_patients: int
+
+
+def shared(arms: Sequence[Arm], part: Part) -> Shared:
+    """The common runs and patients of arms that each have a trial; what only some of them have is dropped."""
+    runs = [set(arm.trials) for arm in arms]
+    common = sorted(set.intersection(*runs)) if runs else []
+    scored = [_patients(arm.trials[run].cases[part]) for arm in arms for run in common]
+    seen = list(dict.fromkeys(subject for one in scored for subject in one))
+    kept = [subject for subject in seen if all(one.get(subject) == scored[0].get(subject) for one in scored)]
+    return Shared(common, kept, len(set().union(*runs)) - len(common), len(seen) - len(kept))
+
+
+def _patients(cases: Sequence[CaseScores]) -> dict[str, set[str]]:
+    """The volumes of every patient that have a foreground Dice."""
+    found = defaultdict(set)
+    for case in cases:
+        if FOREGROUND.of(case) is not None:
+            found[case.subject or case.case].add(case.case)
+    return dict(found)
+
+
+def matrix(arm: Arm, over: Shared, part: Part, measure: Measure) -> Array:
+    """Mean over a patient's volumes: (runs, patients), nan where none of them has a score."""
+    values = np.full((len(over.runs), len(over.patients)), np.nan)
+    place = {subject: number for number, subject in enumerate(over.patients)}
+    for row, run in zip(values, over.runs, strict=True):
+        by_patient = defaultdict(list)
+        for case in arm.trials[run].cases[part]:
+            subject, score = case.subject or case.case, measure.of(case)
+            if subject in place and score is not None:
+                by_patient[place[subject]].append(score)
+        for column, scores in by_patient.items():
+            row[column] = np.mean(scores)
+    return values
+
+
+def check_precision(random: Arm, pretrained: Arm) -> None:
+    """Two cells that are compared must have computed in the same precision.
+
+    Raises:
+        UserError: when a pair of runs did not.
+    """
+    for run in set(random.trials) & set(pretrained.trials):
+        one, other = random.trials[run], pretrained.trials[run]
+        if one.precision and other.precision and one.precision != other.precision:
+            raise UserError(
+                f"finetune.precision: {one.cell.name} was trained in {one.precision} and {other.cell.name} in "
+                f"{other.precision}, so that their difference is not the pretraining's alone; name one of them there "
+                "instead of 'auto', and run the study again with --fresh"
+            )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The claim at one number of labelled volumes: foreground Dice on the original grid, pretrained minus random."""
+
+    differences: Array
+    """(runs, patients), complete."""
+    found: Estimate
+    adjusted: float
+    """p after Holm, over all numbers of labelled volumes; nan without an interval."""
+    verdict: Verdict
+    needed: Needed | None
+    """What would settle it, where it is not known."""
+    worth: Multiplier | None
+    """What pretraining is worth in labels; None where more labels did not help, or nothing finished at all sizes."""
+
+
+def compare(arms: Mapping[int, Mapping[str, Arm]], part: Part, margin: float) -> dict[int, Comparison]:
+    """The comparison at every size at which both arms share a run and a patient."""
+    matrices = {}
+    for size, pair in arms.items():
+        if len(pair) == 2 and all(arm.trials for arm in pair.values()):
+            over = shared([*pair.values()], part)
+            if over.runs and over.patients:
+                random, pretrained = (matrix(pair[init], over, part, FOREGROUND) for init in ("random", "pretrained"))
+                matrices[size] = pretrained - random
+    found = {size: estimate(differences) for size, differences in matrices.items()}
+    # A size without an interval, or without any result, was asked about all the same.
+    asked = [float(found[size].p) if size in found else np.nan for size in arms]
+    adjusted = dict(zip(arms, holm(np.nan_to_num(np.array(asked), nan=1.0)), strict=True))
+    comparisons = {}
+    for size, differences in matrices.items():
+        one = found[size]
+        p = np.nan if np.isnan(one.p) else float(adjusted[size])
+        verdict = judge(one, differences.shape, p, margin)
+        more = needed(differences, margin) if verdict is Verdict.UNKNOWN else None
+        worth = _worth(arms, size, part)
+        comparisons[size] = Comparison(differences, one, p, verdict, more, worth)
+    return comparisons
+
+
+def _worth(arms: Mapping[int, Mapping[str, Arm]], size: int, part: Part) -> Multiplier | None:
+    """Over the runs and patients that pretrained has at `size`, and random at every size that it has finished."""
+    pretrained = arms[size]["pretrained"]
+    random = {count: pair["random"] for count, pair in arms.items() if pair["random"].trials}
+    over = shared([pretrained, *random.values()], part)
+    if not over.runs or not over.patients:
+        return None
+    levels = np.stack([matrix(arm, over, part, FOREGROUND) for arm in random.values()])
+    return multiplier(matrix(pretrained, over, part, FOREGROUND), levels, [*random], size)
