@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_ray.config.schema import Pretrain, Study
+from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
 from ssl_ray.data.datalist import Case, Splits, check_held_out, read_labelled, read_unlabelled
 from ssl_ray.data.prepare import BadVolume, prepare_cohort, usable
@@ -36,20 +36,12 @@ def read_cohorts(study: Study) -> Cohorts:
         numbers = phantom.model_dump(exclude={"root"})
         write_cohort(Path(phantom.root), **numbers, progress=track("synthesizing volumes"))
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
-    if training:
-        _check_warmup(study.pretrain, len(training))
+    if training:  # the steps follow from the volumes, so that the configuration alone cannot check this
+        samples = study.pretrain.epochs * len(training) * study.pretrain.patches_per_volume
+        study.pretrain.optimizer.check_warmup(samples // study.pretrain.batch_size, "pretrain.")
     splits = read_labelled(study.finetune.cohort, study.finetune.split_sizes)
     check_held_out((*training, *validation), splits)
     return training, validation, splits
-
-
-def _check_warmup(pretrain: Pretrain, volumes: int) -> None:
-    """The steps of a pretraining follow from its volumes, so that the configuration alone cannot check this."""
-    steps = pretrain.epochs * volumes * pretrain.patches_per_volume // pretrain.batch_size
-    try:
-        pretrain.optimizer.check_warmup(max(1, steps))
-    except UserError as error:
-        raise UserError(f"pretrain.{error}") from error
 
 
 def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bool = False) -> PreparedCohorts:
