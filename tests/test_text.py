@@ -1,5 +1,6 @@
 """What people and files get to see has no passwords."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def test_a_secret_is_left_out_of_any_text(uri: str, around: str) -> None:
     for length in range(4, 60):
         assert "hunt" not in shown(text, length)
     assert "hunter" not in reason(OSError(text))
+
+
+@pytest.mark.parametrize("piece", ["://", "://:", "://a:a", "?key", "&token", "?", ":/@", "a", "=", "?key="])
+def test_a_hostile_text_takes_no_time(piece: str) -> None:
+    """A long text without a space, as a value in a foreign file may have."""
+    begin = time.process_time()
+    without_password(piece * (100_000 // len(piece)))
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ from volumes import oblique_affine, organ_labels, smooth_ct
 
 from ssl_ray.config import depends
 from ssl_ray.config.schema import Preparation
-from ssl_ray.data import canonical
+from ssl_ray.data import normalise
 from ssl_ray.data.nifti import Nifti
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.patches import PatchSampler
 
 EXPECTED: dict[str, tuple[int, object]] = {
-    "prepare": (0, ""),
+    "prepare": (4, "09f2e89ef36c750926e831271cf9138db6f29d31bd54f71ade3d122269b91c79"),
     "pretrain": (1, [0.488073796, 0.488501877, 0.478133142, 0.478348911]),
     "finetune": (1, [1.833523989, 1.821411803, 1.728533506, 1.737327814]),
 }
@@ -41,9 +41,9 @@ def finetuning_losses(folder: Path) -> list[float]:
     counts = {str(value): int(count) for value, count in enumerate(np.bincount(label.ravel()))}
     matrix = tuple(map(tuple, np.eye(4).tolist()))
     spacing = (1.0, 1.0, 1.0)
-    made = Volume("key", "a", "a", "a", "", shape, spacing, matrix, "uint8", 255, (0, 1), shape, counts, 2, {})
+    made = Volume("key", "a", "a", "a", "", shape, spacing, matrix, "uint8", 255, 1, (0, 1), shape, counts, 2, {})
     store = Store(folder)
-    volume = store.put(made, canonical.CanonicalVolume(image, label, 255, np.eye(4)))
+    volume = store.put(made, normalise.CanonicalVolume(image, label, 255, np.eye(4)))
     study = small_study(finetune={"cohort": {"classes": 3}, "augmentation": {"flip_prob": 0.5, "rotate_prob": 0.5}})
     sampler = PatchSampler((volume,), store, study.finetune, 0)
     learner = SegmentationLearner(study.finetune, study.network, torch.device("cpu"), 0)
@@ -54,7 +54,7 @@ def prepared_digest() -> str:
     affine = oblique_affine((2.5, 2.5, 4.0), 20.0)
     image, label = smooth_ct((12, 11, 8), 1).astype(np.float32), organ_labels((12, 11, 8), 3, 1)
     settings = Preparation(spacing=(3, 3, 3), hu_window=(-57, 164))  # 8 bits: nothing lies near the next level
-    made = canonical.prepare(Nifti(image, affine), Nifti(label.astype(np.float32), affine), settings)
+    made = normalise.prepare(Nifti(image, affine), Nifti(label.astype(np.float32), affine), settings)
     assert made.label is not None
     return hashlib.sha256(made.image.tobytes() + made.label.tobytes()).hexdigest()
 
@@ -64,7 +64,7 @@ def test_what_a_stage_gives_belongs_to_its_version(stage: str, tmp_path: Path) -
     """Eight losses (to 1e-4, as other processors round otherwise), and the digest of a prepared volume."""
     number, expected = EXPECTED[stage]
     if stage == "prepare":
-        version, found = canonical.VERSION, prepared_digest()
+        version, found = normalise.VERSION, prepared_digest()
     elif stage == "pretrain":
         version, found = depends.VERSION["pretrain"], pretraining_losses(tmp_path)
     else:

@@ -84,15 +84,11 @@ class Optimizer(Section):
     warmup_steps: int = Field(0, ge=0)
     clip_norm: PositiveFloat | None = None
 
-    def check_warmup(self, steps: int) -> None:
-        """Refuse a warm-up in which all steps of a training would pass: `lr` would never be reached.
-
-        Raises:
-            UserError: with the rule and both numbers; the caller knows the section.
-        """
-        if self.warmup_steps >= steps:
+    def check_warmup(self, steps: int, section: str = "") -> None:
+        """Refuse, as a UserError, a warm-up in which all steps of a training would pass: `lr` would not be reached."""
+        if self.warmup_steps >= max(1, steps):
             rule = f"must be below the {steps} steps of this training"
-            raise UserError(f"optimizer.warmup_steps: {rule}, got {self.warmup_steps}")
+            raise UserError(f"{section}optimizer.warmup_steps: {rule}, got {self.warmup_steps}")
 
 
 class Stage(Section):

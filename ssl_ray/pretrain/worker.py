@@ -44,9 +44,6 @@ def train_loop(job: Job) -> None:
 
     start = _restore(job, rank, learner, watch)
     reporter.start(start)
-    if start == table.steps and not job.mirror.has(job.weights):  # done, but its result was deleted
-        learner.best = math.inf
-        learner.validate(rank, world, start, picture=False)
 
     validations = {step: number for number, step in enumerate(table.boundaries(config.validate_every))}
     for batch in _open_stream(job, rank, world, start):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_ray.config.schema import Pretrain, Study
+from ssl_ray.config.schema import Study
 from ssl_ray.console import say, track
 from ssl_ray.data.consistency import check_lists, not_nested
 from ssl_ray.data.datalist import Case, read_unlabelled
@@ -39,22 +39,14 @@ def read_cohorts(study: Study) -> Cohorts:
         numbers = phantom.model_dump(exclude={"root"})
         write_cohort(Path(phantom.root), **numbers, progress=track("synthesizing volumes"))
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
-    if training:
-        _check_warmup(study.pretrain, len(training))
+    if training:  # the steps follow from the volumes, so that the configuration alone cannot check this
+        samples = study.pretrain.epochs * len(training) * study.pretrain.patches_per_volume
+        study.pretrain.optimizer.check_warmup(samples // study.pretrain.batch_size, "pretrain.")
     splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
     check_lists(training, validation, splits)
     if warning := not_nested(splits):
         say(warning)
     return training, validation, splits
-
-
-def _check_warmup(pretrain: Pretrain, volumes: int) -> None:
-    """The steps of a pretraining follow from its volumes, so that the configuration alone cannot check this."""
-    steps = pretrain.epochs * volumes * pretrain.patches_per_volume // pretrain.batch_size
-    try:
-        pretrain.optimizer.check_warmup(max(1, steps))
-    except UserError as error:
-        raise UserError(f"pretrain.{error}") from error
 
 
 def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bool = False) -> PreparedCohorts:

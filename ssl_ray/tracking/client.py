@@ -30,8 +30,8 @@ from sqlalchemy import make_url
 from ssl_ray.errors import UserError
 from ssl_ray.text import without_password
 
-# The one private name of MLflow here. This logger tells of every table that MLflow creates, and shows a traceback
-# whenever a database does not answer. If MLflow renames it, these lines appear in the terminal; nothing else changes.
+# A private name of MLflow, as is MAX_RETRY_COUNT below. This logger tells of every table that MLflow creates, and shows
+# a traceback whenever a database does not answer. If MLflow renames it, these lines appear in the terminal; no more.
 getLogger("mlflow.store.db.utils").setLevel(CRITICAL)
 
 MlflowRun: TypeAlias = Run
@@ -51,6 +51,10 @@ class Client(MlflowClient):
     """MLflow's client, and two questions more."""
 
     def __init__(self, uri: str) -> None:
+        if not uri.startswith(("http", "databricks")):
+            from mlflow.store.db import utils
+
+            utils.MAX_RETRY_COUNT = 1  # instead of ten tries in 100 seconds: `Delivery` tries again by itself
         super().__init__(uri)
         if uri.startswith("sqlite:") and "%" in uri:
             # MLflow makes the folder of the URI as it is written, percent signs included, beside the one that is meant.

@@ -203,8 +203,8 @@ def test_what_the_machine_cannot_hold_is_said(cohort: Path, tmp_path: Path, caps
     path = write(
         tmp_path,
         cohort,
-        pretrain={"gpu": True, "workers": 2, "epochs": 100},
-        cluster={"object_store_gigabytes": 0.001, "cpus": 1},
+        pretrain={"gpu": True, "workers": 2, "epochs": 100_000, "block_megabytes": 64},
+        cluster={"object_store_gigabytes": 0.08, "cpus": 1},
     )
     found = tree_of(path, capsys)
     text = "\n".join(found["warnings"])

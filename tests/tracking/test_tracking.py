@@ -68,6 +68,14 @@ def test_everything_lands_inside_whatever_the_folder_is_called(name: str, databa
     assert len(list(output.glob("artifacts/*/*/artifacts/*.txt"))) == 2
 
 
+def test_a_database_that_cannot_be_opened_is_told_at_once(tmp_path: Path, folders: Folders) -> None:
+    """By itself MLflow would try for 100 seconds, and once more."""
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"tracking\.uri: MLflow at sqlite:.* not answer .*unable to open database"):
+        Tracker(Tracking(uri=f"sqlite:///{tmp_path}"), folders)
+    assert time.monotonic() - begin < 10
+
+
 def test_a_folder_that_no_uri_can_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Older versions of SQLAlchemy read a URI's path as it is written."""
     monkeypatch.setattr(
