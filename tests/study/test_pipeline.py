@@ -183,7 +183,7 @@ def test_bad_volumes_end_in_one_message_and_code_2(
     assert "going on without 4 volumes" in out
     assert f"prepared 0 of {good} volumes now" in out
     recorded = json.loads((folders_of(load(path)).study / "bad_volumes.json").read_text())
-    assert set(recorded) == {victim.name.removesuffix(".nii.gz") for victim in victims.values()}
+    assert {one["id"] for one in recorded} == {victim.name.removesuffix(".nii.gz") for victim in victims.values()}
 
 
 @pytest.mark.parametrize(
