@@ -453,7 +453,10 @@ def test_seeds_differ_and_repeat(study: Study, data: TrialData, tmp_path: Path) 
 def test_the_best_checkpoint_on_validation_is_scored(
     study: Study, data: TrialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Selected is the step with the highest foreground Dice on validation, and its weights, not the last."""
+    """Selected is the step with the highest foreground Dice on validation, and its weights, not the last; scored with
+    the name of the subject.
+    """
+    data = replace(data, test=tuple(replace(volume, subject="p3") for volume in data.test))
     trial = make(study, data, tmp_path)
     dice, kept = iter([0.2, 0.7, 0.5]), []
     monkeypatch.setattr("ssl_ray.finetune.trial.aggregate", lambda cases, organs: {"dice_foreground": next(dice)})
@@ -469,7 +472,7 @@ def test_the_best_checkpoint_on_validation_is_scored(
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert tree["step"] == 8
     scored = [CaseScores(**case) for case in tree["test"]]
-    assert [case.case for case in scored] == ["case3"]
+    assert [(case.case, case.subject) for case in scored] == [("case3", "p3")]
     expected = np.mean([score for score in scored[0].original_dice or () if score is not None])
     assert metrics["selected/test/original_dice_foreground"] == pytest.approx(expected)
 
