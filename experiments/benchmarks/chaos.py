@@ -104,7 +104,7 @@ class Site:
         command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         self.server = subprocess.Popen(command, stdout=self.log, stderr=self.log, start_new_session=True)
-        for _ in range(600):
+        for _ in range(1500):  # five minutes: on a busy machine MLflow takes its time to make its tables
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1)
                 return
