@@ -31,6 +31,9 @@ class Folders:
                 Place.parse(text)
             except UserError as error:
                 raise UserError(f"{key}: {error}") from error
+        if "@" in Place.parse(output).store:  # Tune pickles the filesystem of its storage
+            rule = "Ray would write user and password into its own files there; give them in the environment"
+            raise UserError(f"output: {rule}, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         place = Place.parse(cache) if cache else Place.parse(output) / "cache"
         return cls(name, Mirror.of(output, scratch), place.local or place.uri, scratch)
 

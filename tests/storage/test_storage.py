@@ -208,6 +208,16 @@ def test_credentials_that_cannot_be_read_are_not_told(text: str) -> None:
     assert "cret" not in str(caught.value)
 
 
+def test_nothing_that_ray_keeps_of_an_output_has_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune pickles the filesystem into the output: a password in its URI is refused, the environment's stays out."""
+    with pytest.raises(UserError, match=r"^output: Ray would write user and password .* AWS_SECRET_ACCESS_KEY$"):
+        Folders.of("x", "s3://me:hunter@bucket/x")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter")
+    folders = Folders.of("x", "s3://bucket/x?region=here", "s3://me:hunter@bucket/cache", "/scratch")
+    assert b"hunter" not in pickle.dumps(folders.ray_storage)
+
+
 @pytest.mark.parametrize(
     ("output", "cache", "key"),
     [("gs://b/x", None, "output"), ("out", "gs://b/x", "cache"), ("s3://me:hunter@[x", None, "output")],
