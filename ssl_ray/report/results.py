@@ -15,7 +15,7 @@ from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, 
 from ssl_ray.report.measures import Measure
 from ssl_ray.report.statistics import Array, Estimate, estimate
 from ssl_ray.report.trials import Part, PretrainingRun, Trial, read_pretraining, read_trial
-from ssl_ray.search.cells import CELLS, cells
+from ssl_ray.search.cells import BAD_VOLUMES, CELLS, cells
 from ssl_ray.text import without_password
 from ssl_ray.tracking.tracker import KEY, Tracker
 
@@ -46,6 +46,8 @@ class Results:
     transfer: dict[str, Any] | None
     """Report of the weight transfer, as `ssl_ray.networks.transfer` writes it."""
     pretraining: Sequence[PretrainingRun]
+    bad: Mapping[str, Sequence[str]]
+    """Names of the bad volumes that the study went on without, by part: `unlabelled`, `training`, ..."""
 
     @property
     def inits(self) -> list[str]:
@@ -137,6 +139,9 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     keys: dict[str, str] = json.loads(tracker.read(grid.info.run_id, CELLS) or b"{}")
     newest = {run.data.tags[KEY]: run for run in reversed(tracker.runs(kind="trial"))}
     trials = [read_trial(tracker, cell, newest.get(keys.get(cell.name, ""))) for cell in cells(study.finetune)]
+    bad = defaultdict(list)
+    for row in json.loads(tracker.read(grid.info.run_id, BAD_VOLUMES) or b"[]"):
+        bad[row["part"]].append(row["id"])
     lineage = dict.fromkeys(trial.pretraining_run for trial in trials if trial.pretraining_run)
     return conclude(
         study,
@@ -146,6 +151,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
         as_given=configs[grid.info.run_id] == given,
         transfer=json.loads(tracker.read(grid.info.run_id, "weight_transfer.json") or b"null"),
         pretraining=[read_pretraining(tracker, run_id, number) for number, run_id in enumerate(lineage, start=1)],
+        bad=bad,
     )
 
 

@@ -31,8 +31,6 @@ class Trial:
     organs: Sequence[str] = ()
     """Names of the classes 1, 2, ..."""
     pretraining_run: str | None = None
-    left_out: int = 0
-    """How many bad volumes it did not train on."""
     precision: str = ""
     """What it computed in; empty where the run does not say."""
     failure: str = ""
@@ -74,7 +72,6 @@ def read_trial(tracker: Tracker, cell: Cell, run: "MlflowRun | None") -> Trial:
         cases={part: [CaseScores(**case) for case in tree.get(part, ())] for part in get_args(Part)},
         organs=tree.get("organs", ()),
         pretraining_run=tags.get(PRETRAINING_RUN),
-        left_out=max(0, cell.size - int(params.get("training_volumes", cell.size))),  # a subject may have several
         precision=params.get("precision", ""),
         failure=tags.get(FAILURE, "") if status == "failed" else "",
         nonfinite=status == "failed" and tags.get(NONFINITE) == "true",

@@ -58,12 +58,11 @@ class Outcome:
     curve: dict[int, float] = field(default_factory=lambda: {200: 0.4, 400: 0.5})
     selected: int = 200
     failure: str = ""
-    left_out: int = 0
     precision: str = "float32"
     nonfinite: bool = False
 
 
-def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path) -> Tracker:
+def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Sequence[dict[str, str]] = ()) -> Tracker:
     """Write a study into MLflow with the calls of `ssl_ray.pretrain.driver` and `ssl_ray.search.grid`."""
     tracker = tracker_of(study)
     run = tracker.open("pretraining", "p", "pretrain", run_params(study, "pretrain"))
@@ -82,9 +81,10 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path) -> Tracker
     transfer = {"share": 1.0, "loaded": 150, "interpolated": [], "missing": [], "unexpected": ["conv3d_transpose.bias"]}
     grid.text(json.dumps(transfer), "weight_transfer.json")
     grid.text(json.dumps({cell.name: cell.name for cell in outcomes}), "cells.json")
+    grid.text(json.dumps(bad), "bad_volumes.json")
     for cell, outcome in outcomes.items():
         params = {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run}
-        params |= {"training_volumes": cell.size - outcome.left_out, "precision": outcome.precision}
+        params |= {"training_volumes": cell.size, "precision": outcome.precision}
         tags = lineage if cell.init == "pretrained" else {}
         run = tracker.open("trial", cell.name, cell.name, params, grid.id, tags)
         for step, value in outcome.curve.items():

@@ -128,16 +128,16 @@ def test_what_limits_the_numbers_is_said_with_them(tmp_path: Path) -> None:
     """Learning rates at the edge, a late best checkpoint, bad volumes, and a grid of another experiment."""
     study = make_study(tmp_path, sizes=[6], lr=[1e-4, 3e-4, 1e-3])
     outcomes = {cell: Outcome(flat([1 - 100 * cell.lr]), flat([0.5])) for cell in cells(study.finetune)}
-    outcomes[Cell.of(6, "random", 3e-4, 0)].left_out = 1
     outcomes[Cell.of(6, "pretrained", 3e-4, 0)].selected = 400
-    record(study, outcomes, tmp_path)
+    bad = [("training", "img0003"), ("test", "img0041"), ("test", "img0042")]
+    record(study, outcomes, tmp_path, [{"part": part, "id": name} for part, name in bad])
     other = study.model_copy(update={"cache": "elsewhere"})
     page = " ".join(report_on(other, tmp_path / "report").markdown.read_text().split())
     for note in (
         "Of 2 chosen learning rates, 2 lay at the edge of what was tried.",
         "In 1 of 6 finished cells the last checkpoint was the best (step 400). Training may have ended",
-        "**1 cell trained on fewer volumes than the grid says**",
-        "n06-random-lr0.0003-run0 on 5.",
+        "**1 training volume could not be used** and is left out everywhere: img0003.",
+        "**2 test volumes could not be used** and are left out everywhere: img0041, img0042.",
         "**This grid was run with another version of the experiment**",
     ):
         assert note in page
