@@ -6,7 +6,7 @@ follow in `ssl_ray.data`. This module only describes; `ssl_ray.config.loading` g
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import VIT_LAYERS, VIT_PATCH, Network, Optimizer, Preparation, Section, Seed
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
@@ -40,7 +40,7 @@ class LocalCluster(Section):
     """The Ray cluster that is started where none is running; ignored on an existing one."""
 
     cpus: PositiveInt | None = None
-    object_store_gigabytes: float = Field(1.0, ge=0.075, description="Ray takes no less than 75 MiB")
+    object_store_gigabytes: PositiveFloat = 1.0
 
 
 class Study(Section):

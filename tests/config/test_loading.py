@@ -186,7 +186,6 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("pretrain.optimizer.betas", [1, 1], "pretrain.optimizer.betas.0: input should be less than 1, got 1"),
         ("finetune.optimizer.warmup_steps", 30_000, "optimizer.warmup_steps: must be below the 30000 steps of this"),
         ("finetune.gpus_per_trial", 1.5, "gpus_per_trial must be a share of one GPU or a whole number, got 1.5"),
-        ("cluster.object_store_gigabytes", 0.05, "gigabytes: input should be greater than or equal to 0.075, got 0.05"),
         ("finetune.cohort.splits", {6: ["a"]}, "splits.6 lists ids: name the list that they come from in 'datalist'"),
         ("finetune.cohort.splits", {}, "finetune.cohort.splits: at least one value, and none twice, got []"),
         ("finetune.cohort.splits", {"six": "a"}, "finetune.cohort.splits.six: input should be a valid integer"),
