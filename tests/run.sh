@@ -12,4 +12,5 @@ ruff check .
 ruff format --check .
 mypy ssl_ray
 lint-imports --no-cache
-pytest --durations=15 "$@"
+# Two processes: most slow tests wait for a Ray cluster of their own. The tests of a file share fixtures, and stay together.
+pytest -n 2 --dist loadfile --durations=15 "$@"

@@ -14,7 +14,7 @@ Stage = Literal["pretrain", "finetune"]
 
 VERSION: dict[Stage, int] = {"pretrain": 1, "finetune": 1}
 """Of the code that trains. Raise it where the same settings and volumes give other weights or scores
-(`tests/test_versions.py` sees it); that of the preparation is in `ssl_ray.data.canonical`."""
+(`tests/test_versions.py` sees it); that of the preparation is in `ssl_ray.data.normalise`."""
 
 _HOW = {"compile", "on_nonfinite", "max_skipped", "max_failures", "checkpoint_minutes"}
 """Fields that say how a stage is carried out, not what it computes: they may change before it goes on."""
