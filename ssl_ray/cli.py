@@ -167,9 +167,12 @@ def finetune(experiment: Experiment, overrides: Overrides, fresh: Fresh = False)
 def report_again(experiment: Experiment, overrides: Overrides) -> None:
     """Write table, figures and page again, from MLflow alone."""
     study = load(experiment, overrides)
-    from ssl_ray.study.runner import check_places, report
+    from ssl_ray.study.parts import folders_of
+    from ssl_ray.study.runner import report
 
-    report(study, check_places(study))
+    folders = folders_of(study)
+    folders.check_writable()
+    report(study, folders)  # also of a study that this version would not go on with
 
 
 @app.command(epilog="Example: ssl-ray phantom data/phantom --volumes 80 --splits 6,12")

@@ -31,6 +31,12 @@ class Splits:
         every = [case for cases in self.training.values() for case in cases]
         return tuple({case.image: case for case in (*every, *self.validation, *self.test)}.values())
 
+    def pool_size(self, usable: Container[str]) -> int:
+        """Number of subjects that a pool has, out of those whose image path is in `usable`."""
+        return len(
+            {subject_of(case) for cases in self.training.values() for case in cases if str(case.image) in usable}
+        )
+
     def draw(self, size: int, seed: int, run: int, usable: Container[str]) -> tuple[Case, ...]:
         """The cases that a run trains on, out of those whose image path is in `usable`.
 
@@ -43,6 +49,8 @@ class Splits:
         if not self.pool:
             return cases
         order = sorted({subject_of(case) for case in cases}, key=lambda subject: number(seed, "draw", run, subject))
+        if len(order) < size:
+            raise UserError(f"finetune.cohort.pool: {size} subjects are to be drawn, but {len(order)} are usable")
         return tuple(case for case in cases if subject_of(case) in order[:size])
 
 

@@ -228,14 +228,14 @@ class Trial:
 
 
 def _settle(job: TrialJob, here: torch.dtype) -> str:
-    """The precision of a trial, which is that of the trials it is compared with."""
+    """The precision of a trial, which is that of the trials it may be compared with, on whatever machine."""
     folder, setting = job.folder, job.config.precision
-    mine = settled(setting, folder.path, folder.mirror) or str(here).removeprefix("torch.")
-    for arm in job.arms:
-        other = settled(setting, arm, folder.mirror)
-        if other not in (None, mine):
+    arms = {arm: known for arm in job.arms if (known := settled(setting, arm, folder.mirror))}
+    mine = settled(setting, folder.path, folder.mirror) or next(iter(arms.values()), str(here).removeprefix("torch."))
+    for arm, other in arms.items():
+        if other != mine:
             raise UserError(
-                f"finetune.precision: auto is {mine} for {folder.path.name}, but {other} for {arm.name}, which it is "
-                "compared with: train both on one kind of machine, or name the precision"
+                f"finetune.precision: auto is {mine} for {folder.path.name}, but {other} for {arm.name}, which it may "
+                "be compared with: train both on one kind of machine, or name the precision"
             )
-    return settle(setting, here, folder.path, folder.mirror)
+    return settle(setting, getattr(torch, mine), folder.path, folder.mirror)

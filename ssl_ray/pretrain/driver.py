@@ -116,7 +116,7 @@ def _rewind(job: Job) -> None:
 
     Going on from a later one would give back the weights of another step under the same key.
     """
-    folder, mirror = job.folder / "checkpoints", job.mirror
+    folder, mirror = job.checkpoints, job.mirror
     newest = None if mirror.has(job.weights) else load_latest(folder, job.key, mirror)
     if newest is None or math.isinf(newest["best"]):  # nothing was selected yet
         return
@@ -154,11 +154,18 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
         _Collector(job, run, bar) as collector,
     ):
         _fit(trainer)
+    selected = job.mirror.has(job.weights)
     if collector.fatal:
         raise FloatingPointError(
-            "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped); the "
-            f"best weights so far are kept: {'; '.join(collector.fatal)}"
+            "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped)"
+            f"{'; the best weights so far are kept' if selected else ''}: {'; '.join(collector.fatal)}"
         )
+    if not any(name.isdigit() and int(name) == job.training.table.steps for name in job.mirror.names(job.checkpoints)):
+        raise RuntimeError(
+            f"pretraining ended before its last step; what its workers said did not arrive: {job.folder}"
+        )
+    if not selected:
+        raise FloatingPointError("pretraining: no validation loss was finite, so that no weights were selected")
 
 
 def _fit(trainer: TorchTrainer) -> None:
@@ -180,8 +187,9 @@ def _fit(trainer: TorchTrainer) -> None:
         what = first_error(str(cause)) or f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         raise RuntimeError(f"pretraining failed on rank {rank} of the workers: {what}") from error
     finally:
-        for number, handler in before.items() if main else ():
-            signal.signal(number, handler)
+        for number, handler in before.items():
+            if main and handler is not None:  # None: one that was not installed from Python
+                signal.signal(number, handler)
 
 
 def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed:

@@ -39,6 +39,11 @@ class Job:
     reports: Queue
 
     @property
+    def checkpoints(self) -> Path:
+        """Folder of the training states, by step."""
+        return self.folder / "checkpoints"
+
+    @property
     def records(self) -> Path:
         """What rank 0 has measured, a JSON object a line; a step that was trained again has several."""
         return self.folder / "records.jsonl"

@@ -39,7 +39,7 @@ def train_loop(job: Job) -> None:
     flops = learner.views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
     totals = _Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = _Reporter(job, rank), _Preemption()
-    saver = Saver(job.folder / "checkpoints", config.keep_checkpoints, job.mirror, first=job.records)
+    saver = Saver(job.checkpoints, config.keep_checkpoints, job.mirror, first=job.records)
     saved = time.monotonic()
 
     start = _restore(job, rank, learner, watch)
@@ -86,7 +86,7 @@ def train_loop(job: Job) -> None:
 
 def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch[Batch]) -> int:
     """Go on from the newest whole checkpoint, which rank 0 reads for all; returns its step, 0 where there is none."""
-    found = load_latest(job.folder / "checkpoints", job.key, job.mirror) if rank == 0 else None
+    found = load_latest(job.checkpoints, job.key, job.mirror) if rank == 0 else None
     plain = {name: found[name] for name in ("step", "best", "row_not_finite")} if found else {"step": 0}
     plain = broadcast_from_rank_zero(plain)
     if plain["step"]:
@@ -173,20 +173,21 @@ class _Reporter:
     """
 
     def __init__(self, job: Job, rank: int) -> None:
-        self._put, self._rank, self._path = job.reports.actor.put_nowait.remote, rank, job.records  # returns at once
+        self._put, self._rank, self._job = job.reports.actor.put_nowait.remote, rank, job  # the call returns at once
 
     def start(self, step: int) -> None:
         """Tell the step that training goes on from."""
         if self._rank == 0:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
+            self._job.folder.mkdir(parents=True, exist_ok=True)
+            self._job.mirror.pull(self._job.records)  # rank 0 may have been on another machine
+            with self._job.records.open("ab") as file:
                 file.write(b"\n")  # ends a line that a killed worker may have left half written
             self._put(("started", step))
 
     def record(self, record: dict[str, Any]) -> None:
         """Keep and send what happened since the record before."""
         if self._rank == 0:
-            with self._path.open("ab") as file:
+            with self._job.records.open("ab") as file:
                 file.write(json.dumps(record).encode() + b"\n")
             self._put(("record", record))
 

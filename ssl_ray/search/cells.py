@@ -71,7 +71,7 @@ class Cell:
     def name(self) -> str:
         """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
         more = [f"{key}{value}-" for key, value in self.settings.items() if key != "optimizer.lr"]
-        return f"n{self.size:02d}-{self.init}-lr{self.lr:g}-{''.join(more)}run{self.run}"
+        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{''.join(more)}run{self.run}"
 
     def apply(self, config: Finetune) -> Finetune:
         """The settings that this cell is trained with."""

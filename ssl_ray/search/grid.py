@@ -74,7 +74,7 @@ def finetune(
             hold a trial.
     """
     key, jobs = trial_jobs(config, network, seed, splits, volumes, pretrained, folders)
-    counts = {"pool_subjects": str(*splits.training)} if splits.pool else {}
+    counts = {"pool_subjects": str(splits.pool_size(volumes))} if splits.pool else {}
     grid_run = _open(key, jobs, folders, tracker, {**params, **counts}, config_yaml)
     pending = {cell: job for cell, job in jobs.items() if not tracker.finished("trial", job.folder.key)}
     finished = [job for cell, job in jobs.items() if cell not in pending]
@@ -113,25 +113,24 @@ def trial_jobs(
     """The grid's key, a digest of what all cells depend on, and what each cell's trial is started with."""
     store, jobs = Store(folders.cache, folders.scratch), {}
     validation, test = usable(splits.validation, volumes), usable(splits.test, volumes)
-    held_out = [volume.key for volume in validation + test]
+    # Whose scan it is counts, too: the scores of a trial are kept with their patients.
+    held_out = [[(volume.key, volume.subject) for volume in part] for part in (validation, test)]
     # More runs, with pretrainings of their own, belong to the same grid.
     grid_key = digest(depends.grid(config, network), held_out, pretrained[0].key if pretrained else None)
     for cell in cells(config):
         training = usable(splits.draw(cell.size, seed, cell.run, volumes), volumes)
-        if not training or not validation:
-            raise UserError(f"finetune.cohort: no usable volume is left for training (size {cell.size}) or validation")
         start = pretrained[cell.run % len(pretrained)] if cell.init == "pretrained" else None
         own, trial_seed = cell.apply(config), run_seed(seed, "finetune", cell.run)
         parts = [cell.size, trial_seed, [volume.key for volume in training], held_out, start.key if start else None]
         cell_key = digest(depends.finetuning(own, network), *parts)
-        path = folders.study / f"finetune-{grid_key}" / f"{cell.name}-{cell_key[:8]}"
+        path = folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}"
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         data = TrialData(store, training, validation, test, splits.organs)
         jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder)
     pairs: dict[Any, dict[Cell, Path]] = defaultdict(dict)
     for cell, job in jobs.items():
-        pairs[cell.pair][cell] = job.folder.path
-    arms = {cell: tuple(path for other, path in pairs[cell.pair].items() if other != cell) for cell in jobs}
+        pairs[cell.size, cell.run][cell] = job.folder.path
+    arms = {cell: tuple(path for other, path in pairs[cell.size, cell.run].items() if other != cell) for cell in jobs}
     return grid_key, {cell: replace(job, arms=arms[cell]) for cell, job in jobs.items()}
 
 
@@ -171,13 +170,15 @@ def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key
             folders.output.pull(job.weights)  # another machine may have written them
         try:
             trial = Trial(job, device)
+        except UserError as error:  # reported, not raised: Tune would try the trial again, with the same end
+            tune.report({"failure": str(error)})
+            return
+        try:
             for step, metrics in trial.train():
                 tune.report({"step": step, "metrics": metrics, "precision": trial.config.precision})
             tune.report({"step": config.steps, "metrics": trial.evaluate()})
-        except FloatingPointError as error:  # reported, not raised: Tune would try the trial again, with the same end
+        except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})
-        except UserError as error:
-            tune.report({"failure": str(error)})
 
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tune.Tuner(

@@ -61,7 +61,7 @@ def record(study: Study, folders: Folders, stage: Stage, content: Mapping[str, s
 
 def told(volumes: Sequence[Volume]) -> str:
     """What `record` is given of volumes, wherever they lie: their number, and the digest of their content."""
-    return f"{len(volumes)} ({digest([volume.key for volume in volumes])})"
+    return f"{len(volumes)} ({digest([(volume.key, volume.subject) for volume in volumes])})"
 
 
 def set_aside(study: Study, folders: Folders) -> str | None:

@@ -113,9 +113,13 @@ def _run_grid(
 ) -> GridResult:
     """Every cell of the fine-tuning grid."""
     config, splits, labelled = study.finetune, prepared.splits, prepared.labelled
-    content = {"labelled volumes held out": identity.told(usable(splits.validation + splits.test, labelled))}
+    held_out = {"validation": splits.validation, "test": splits.test}
+    content = {f"labelled {part} volumes": identity.told(usable(cases, labelled)) for part, cases in held_out.items()}
+    content["organs"] = ", ".join(splits.organs)
     for size, run in itertools.product(config.sizes, range(config.runs)):
         drawn = usable(splits.draw(size, study.seed, run, labelled), labelled)
+        if not drawn or not usable(splits.validation, labelled):
+            raise UserError(f"finetune.cohort: no usable volume is left for training (size {size}) or validation")
         content[f"labelled volumes, size {size}, run {run}"] = identity.told(drawn)
         if pretrained:
             content[f"pretrained weights, run {run}"] = pretrained[run % len(pretrained)].key

@@ -6,6 +6,7 @@ to MLflow: neither a slow server nor one that is away slows or stops a training.
 """
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -161,8 +162,14 @@ class Tracker:
         self._ask(lambda client: client.log_artifact(self._real(run_id), str(path), folder), None)
 
     def conclude(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
-        """Log metrics and tags with a run that may have ended long ago; what it had under these names is replaced."""
-        points = [Metric(name, value, now(), 0) for name, value in metrics.items()]
+        """Log metrics and tags with a run that may have ended long ago, in place of those that it had.
+
+        A metric that it has under the same first name, e.g. `answer/`, and that is not among these any more becomes nan.
+        """
+        first = {name.partition("/")[0] for name in metrics}
+        had = self._ask(lambda client: client.get_run(self._real(run_id)).data.metrics, {})
+        gone = {name: math.nan for name in had if name.partition("/")[0] in first and name not in metrics}
+        points = [Metric(name, value, now(), 0) for name, value in {**gone, **metrics}.items()]
         named = [RunTag(name, value) for name, value in tags.items()]
         self._ask(lambda client: client.log_batch(self._real(run_id), points, (), named), None)
 
@@ -232,10 +239,13 @@ class Tracker:
 def tracking_uri(settings: Tracking, folders: Folders) -> str:
     """Where MLflow keeps the runs: `tracking.uri`, or else MLFLOW_TRACKING_URI, or else SQLite in the output folder.
 
+    A study that was begun with SQLite stays there, whatever the variable says: on a server all would be trained again.
+
     Raises:
         UserError: where it would be SQLite, and the output folder cannot hold it.
     """
-    if uri := settings.uri or os.environ.get(_URI):
+    begun = not folders.output.origin and (folders.output.folder / "mlflow.db").exists()
+    if uri := settings.uri or (None if begun else os.environ.get(_URI)):
         return uri
     if folders.output.origin:
         raise UserError(

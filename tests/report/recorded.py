@@ -137,4 +137,4 @@ def concluded(study: Study, outcomes: dict[Cell, Outcome], pool: int | None = No
         for cell, outcome in outcomes.items()
     ]
     grid: Any = SimpleNamespace(data=SimpleNamespace(params={"pool_subjects": str(pool)} if pool else {}))
-    return conclude(study, grid, trials, config="", as_given=True, transfer=None, pretraining=[])
+    return conclude(study, grid, trials, config="", as_given=True, transfer=None, pretraining=[], bad={})
