@@ -78,7 +78,7 @@ class Tracker:
         name = hashlib.sha256(f"format 3 {without_password(self.uri)} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
         self._delivery = delivery = Delivery(self.uri, home, self._find, longest_pause)
-        if not settings.uri and os.environ.get(_URI):
+        if not settings.uri and self.uri == os.environ.get(_URI):
             delivery.place += f" (out of {_URI}, as tracking.uri is not set)"
             if create:
                 say(f"MLflow: {delivery.place}")
@@ -164,10 +164,10 @@ class Tracker:
     def conclude(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Log metrics and tags with a run that may have ended long ago, in place of those that it had.
 
-        A metric that it has under the same first name, e.g. `answer/`, and that is not among these any more becomes nan.
+        A metric that it has under the same first name, e.g. `answer/`, and that is not among these, becomes nan.
         """
         first = {name.partition("/")[0] for name in metrics}
-        had = self._ask(lambda client: client.get_run(self._real(run_id)).data.metrics, {})
+        had: dict[str, float] = self._ask(lambda client: client.get_run(self._real(run_id)).data.metrics, {})
         gone = {name: math.nan for name in had if name.partition("/")[0] in first and name not in metrics}
         points = [Metric(name, value, now(), 0) for name, value in {**gone, **metrics}.items()]
         named = [RunTag(name, value) for name, value in tags.items()]

@@ -7,7 +7,7 @@ import pytest
 from volumes import touch
 
 from ssl_ray.config.schema import LabelledCohort
-from ssl_ray.data.datalist import read_labelled
+from ssl_ray.data.splits import read_labelled
 from ssl_ray.errors import UserError
 
 
