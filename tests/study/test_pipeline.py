@@ -77,7 +77,9 @@ def test_run_answers_and_a_second_run_does_nothing_again(
         lineage = run.data.tags.get(PRETRAINING_RUN)
         assert lineage == (pretraining.info.run_id if run.data.params["init"] == "pretrained" else None)
     assert len({frozenset(run.data.params) for run in trials}) == 1, "the compare view needs equal names"
-    assert len({frozenset(run.data.metrics) for run in trials}) == 1
+    # An organ that a network never finds has no distance.
+    named = [frozenset(name for name in run.data.metrics if "hd95" not in name) for run in trials]
+    assert len(set(named)) == 1
     assert "selected/test/original_dice_foreground" in trials[0].data.metrics
     assert pretraining.data.metrics["validation_identity_loss"] > 0
     pictures = [item.path for item in tracker.client.list_artifacts(pretraining.info.run_id, "pictures")]
