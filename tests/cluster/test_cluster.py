@@ -48,7 +48,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A head node of its own, reachable only with its token; ended by its process group."""
     port, dashboard = free_port(), free_port()

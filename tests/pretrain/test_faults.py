@@ -116,10 +116,13 @@ def test_a_sharded_run(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> No
     assert_close(found, undisturbed)
 
 
-def test_the_end_of_a_job(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:
+def test_the_end_of_a_job(
+    undisturbed: Outcome, cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """SIGTERM (`ray job stop`), as Ctrl-C: no record is lost of what the workers do until they are stopped, and they
-    are stopped whatever holds the driver on its way out, e.g. an MLflow server that is away. Then exit code 1, one
-    clear line, and the same command goes on."""
+    are stopped whatever holds the driver on its way out, e.g. an MLflow server that is away. A second
+    process is refused that long, with the first one's number. Then exit code 1, one clear line, and the same command
+    goes on."""
     path, go = write(tmp_path, cohort), tmp_path / "go"
     held = f"""
 from pathlib import Path
@@ -137,6 +140,8 @@ Tracker.settle = hold
         wait_for(lambda: saved(tmp_path), "a checkpoint")
         first.terminate()
         wait_for(lambda: not workers(psutil.Process(first.pid)), "the end of the workers", 30)
+        assert main(["pretrain", str(path)]) == 2
+        assert f"process {first.pid}" in capfd.readouterr().err
         go.touch()
         assert first.wait(60) == 1
     finally:
@@ -202,16 +207,3 @@ def test_a_loss_that_explodes(
         facts = json.loads(file.metadata()["facts"])
         assert set(file.keys()) > {"images", "indices", "model.norm.weight"}
     assert [place["sample"] for place in facts["samples"]] == [4 * (facts["step"] - 1) + row for row in range(4)]
-
-
-def test_two_at_once(cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A second process on the same study is refused with the first one's host and process."""
-    path = write(tmp_path, cohort)
-    first = start(path)
-    try:
-        lock = tmp_path / "output" / ".faults.lock"
-        wait_for(lambda: lock.is_file() and lock.read_text(), "the lock")
-        assert main(["pretrain", str(path)]) == 2
-        assert f"process {first.pid}" in capfd.readouterr().err
-    finally:
-        kill(first)
