@@ -109,7 +109,8 @@ def _lacks(
         in_flight = "bytes of blocks in flight (cluster.object_store_gigabytes, pretrain.block_megabytes)"
         needs += [(in_flight, work["object_store_bytes"], cluster["object_store_bytes"])]
         # A new checkpoint is written before an old one goes.
-        kept += (config.keep_checkpoints + 1) * (work["weights_bytes"] + work["optimizer_bytes"])
+        states = config.pretrainings * config.keep_checkpoints + 1
+        kept += states * (work["weights_bytes"] + work["optimizer_bytes"])
     volumes = sum(group.missing_bytes or 0 for group in groups.values())
     cache = Store(folders.cache, folders.scratch).folder
     for key, folder, size in (("cache", cache, volumes), ("output", folders.study, kept)):
