@@ -10,16 +10,18 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel
 
 from ssl_ray.data.datalist import Section, read_json, stem
-from ssl_ray.data.layout_files import OWN, usable_files
+from ssl_ray.data.layout_files import OWN, patient_level, usable_files
 from ssl_ray.errors import UserError
 from ssl_ray.text import shown
 
 Key = tuple[str, ...]
-_LABEL = r"labels?|lbl|d?seg|segmentations?|masks?|msk|gt|annotations?"
+_LABEL = r"labels?|lbl|d?seg|segm|segmentations?|masks?|msk|gt|annotations?|rtstruct|rtss"
 _FOLDER = re.compile(
     rf"^((?P<label>(?i:{_LABEL}|derivatives))|(?P<image>(?i:images?|img|rawdata))|(?i:scans?|ct|volumes?))(?![a-z])"
 )
 """How the folders of label maps and of images begin: labelsTr, images_v2; not `labelled`."""
+_LABEL_FOLDER = re.compile(rf"(?i)(?<!no)(?<!without)[_\- ]({_LABEL})$")
+"""How a folder of label maps may end instead: Lung_Mask; not `no_label`."""
 _LABEL_NAME = re.compile(rf"(?i)^({_LABEL})(?![a-z])|[_\-. ]({_LABEL})[_\-]?\d*$")
 """Names of label maps that lie among the images: label0001, segmentation-3, s1_seg."""
 _WORDS = re.compile(rf"(?i)(?<![a-z])({_LABEL}|images?|img|imaging|volumes?|vol|scans?|ct|combined)(?![a-z])")
@@ -30,7 +32,7 @@ _PART = re.compile(
 """What folders are called that hold a part of the volumes, not one patient's; the first three with `images` before."""
 _TEST = re.compile(r"(?i)images?ts|test(ing)?")
 _CHANNEL = re.compile(r"(.*)_(\d{4})")
-_NOT_CT = re.compile(r"(?i)(^|_)(T[12]w|FLAIR|PDw|bold|dwi|sbref|swi|pet|suv|mri?)$")
+_NOT_CT = re.compile(r"(?i)(^|_)(T[12]w?|FLAIR|PDw|bold|dwi|adc|sbref|swi|pet|suv|mri?|cbct|(?<!low_)(?<!full_)dose)$")
 """Names, or BIDS's suffixes, of scans of other kinds."""
 
 
@@ -135,19 +137,23 @@ def _nnunet(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout 
     """imagesTr/case_0000.nii.gz and labelsTr/case.nii.gz; imagesTs and labelsTs are for testing."""
     found = Layout("nnU-Net", "")
     images, labels = _told_apart(files, found.left_out)
-    inside = [path for path in images if path.parent.name.startswith("images")]
-    cases = {path: match.groups() for path in inside if (match := _CHANNEL.fullmatch(stem(path)))}
-    first = [path for path, (_, channel) in cases.items() if channel == "0000"]
-    names, labelled = {name for name, _ in cases.values()}, {stem(path) for path in labels}
-    numbered = any(stem(path) in labelled for path in cases)  # the four digits are a volume's number
-    if not first or numbered or not (labelled & names or len(names) > 1):
+    inside = {path for path in images if path.parent.name.startswith("images")}  # others lie beside, unlabelled
+    cases = {path: match.groups() for path in images if (match := _CHANNEL.fullmatch(stem(path)))}
+    first = {(path.parent, name) for path, (name, channel) in cases.items() if channel == "0000"}
+    names, labelled = {cases[path][0] for path in inside if path in cases}, {stem(path) for path in labels}
+    numbered = any(stem(path) in labelled for path in inside if path in cases)  # the digits are a volume's number
+    if not any((path.parent, name) in first for path in inside for name in cases.get(path, ())[:1]):
+        return None
+    if numbered or not (labelled & names or len(names) > 1):
         return None
     for path in images:
-        if path not in cases:
+        name, channel = cases.get(path, ("", ""))
+        if path in inside and not channel:
             found.left_out[str(path)] = "an image without a channel, such as _0000, in its name"
-        elif cases[path][1] != "0000":
-            found.left_out[str(path)] = f"channel {cases[path][1]} of a scan; only channel 0000 is read"
-    _pair(found, first, labels, lambda path: (*_parents(path), cases[path][0] if path in cases else stem(path)))
+        elif channel not in ("", "0000") and (path in inside or (path.parent, name) in first):
+            found.left_out[str(path)] = f"channel {channel} of a scan; only channel 0000 is read"
+    listed = [path for path in images if str(path) not in found.left_out]
+    _pair(found, listed, labels, lambda path: (*_parents(path), stem(path).removesuffix("_0000")))
     return found
 
 
@@ -203,10 +209,11 @@ def _plain(files: Sequence[PurePosixPath]) -> Layout:
     folders = {scan.image: _people(PurePosixPath(scan.image)) for scan in found.scans}
     while (tops := {top[0] if top else "" for top in folders.values()}) and len(tops) == 1 and "" not in tops:
         folders = {image: rest for image, (_, *rest) in folders.items()}
+    level, doubt = patient_level(list(folders.values()))
     for scan in found.scans:
-        scan.subject = "".join(folders[scan.image][:1])
+        scan.subject = "".join(folders[scan.image][level : level + 1])
     if any(scan.subject for scan in found.scans):
-        found.subjects = "by the folder, where a scan lies in one"
+        found.subjects = f"by the folder, where a scan lies in one{doubt}"
     return found
 
 
@@ -217,16 +224,22 @@ def _told_apart(
     images: list[PurePosixPath] = []
     labels: list[PurePosixPath] = []
     for path in files:
-        folders = (match for part in reversed(path.parts[:-1]) if (match := _FOLDER.match(part)))
-        nearest = next((match for match in folders if match["label"] or match["image"]), None)
-        is_label = _LABEL_NAME.search(stem(path)) or (nearest and nearest["label"])
-        if is_label:
+        nearest = next(filter(None, map(_kind, reversed(path.parts[:-1]))), "")
+        if _LABEL_NAME.search(stem(path)) or nearest == "label":
             labels.append(path)
         elif match := _NOT_CT.search(stem(path)):
             left_out[str(path)] = f"no CT by its name, which ends in {match[0]}"
         else:
             images.append(path)
     return images, labels
+
+
+def _kind(folder: str) -> str:
+    """What a folder holds by its name: label, image, or "" where it does not say."""
+    match = _FOLDER.match(folder)
+    if _LABEL_FOLDER.search(folder) or (match and match["label"]):
+        return "label"
+    return "image" if match and match["image"] else ""
 
 
 def _pair(
@@ -261,7 +274,8 @@ def _pair(
 
 def _parents(path: PurePosixPath) -> Key:
     """The folders of an image or its label, without what says which of the two it is."""
-    return tuple(rest for part in path.parts[:-1] if (rest := _FOLDER.sub("", part).strip("_- ")))
+    names = [_LABEL_FOLDER.sub("", part) for part in path.parts[:-1]]
+    return tuple(rest for name in names if (rest := _FOLDER.sub("", name).strip("_- ")))
 
 
 def _shared(path: PurePosixPath) -> str:

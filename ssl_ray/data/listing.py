@@ -82,7 +82,7 @@ def write_datalists(
 
     Args:
         folder: the root.
-        found: its scans; unlabelled ones of patients who are held out are added to what is left out.
+        found: its scans; those that get into no list are added to what is left out.
         sizes: numbers of labelled training volumes; all there are if empty.
         validation: share of the patients that is held out for validation, in (0, 1); at least one.
         test: the same for testing or, from 1 on, a number of patients; 0: those whom the layout keeps for testing.
@@ -106,6 +106,8 @@ def write_datalists(
         if not 0 < size <= len(parts["training"]):
             raise UserError(_too_few(folder, f"{size} labelled", parts, labelled, found))
         lists[f"labelled_{size}.json" if sizes else "labelled.json"] = parts | {"training": parts["training"][:size]}
+    beyond = [scan.image for scan in parts["training"][max(sizes) :]] if sizes else []
+    found.left_out |= dict.fromkeys(beyond, "a labelled scan beyond the largest split")
     held_out = {_person(scan) for part in ("validation", "test") for scan in parts.get(part, ())}
     kept_back = [scan.image for one in held_out.intersection(unlabelled) for scan in unlabelled.pop(one)]
     found.left_out |= dict.fromkeys(sorted(kept_back), "an unlabelled scan of a patient who is held out")
@@ -164,7 +166,8 @@ def _by_person(found: Layout, labelled: bool, seed: int) -> dict[str, list[Scan]
 
 def _parts(people: dict[str, list[Scan]], validation: float, tested: Sequence[str]) -> dict[str, list[Scan]]:
     """The scans of each part; patients of the part `test` are given, the first of the others are for validation."""
-    rest = [one for one in people if one not in set(tested)]
+    apart = set(tested)
+    rest = [one for one in people if one not in apart]
     held = max(1, round(validation * len(people)))
     parts = {"training": rest[held:], "validation": rest[:held]} | ({"test": list(tested)} if tested else {})
     return {part: [scan for one in ones for scan in people[one]] for part, ones in parts.items()}

@@ -89,7 +89,7 @@ def read_label(path: Path, content: bytes | None = None) -> Nifti:
     label = read_nifti(path, content)
     rule = f"{shown(path, 5000)}: label values must be integers in 0..255, got"
     low, high, voxels = float(label.voxels.min()), float(label.voxels.max()), np.rint(label.voxels)
-    if low < 0 or high > 255:
+    if low < -_SCALED or high > 255 + _SCALED:
         raise UserError(f"{rule} values from {low:g} to {high:g}")
     broken = label.voxels[np.abs(label.voxels - voxels) > _SCALED]
     if broken.size:

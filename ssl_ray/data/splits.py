@@ -51,7 +51,8 @@ class Splits:
         order = sorted({subject_of(case) for case in cases}, key=lambda subject: number(seed, "draw", run, subject))
         if len(order) < size:
             raise UserError(f"finetune.cohort.pool: {size} subjects are to be drawn, but {len(order)} are usable")
-        return tuple(case for case in cases if subject_of(case) in order[:size])
+        drawn = set(order[:size])
+        return tuple(case for case in cases if subject_of(case) in drawn)
 
 
 def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:

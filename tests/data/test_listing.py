@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from volumes import touch
 from ssl_ray.config.schema import LabelledCohort, Source
 from ssl_ray.data.consistency import check_lists
 from ssl_ray.data.datalist import Case, read_datalist, read_unlabelled
-from ssl_ray.data.listing import find_scans, write_datalists
-from ssl_ray.data.splits import read_labelled
+from ssl_ray.data.layouts import Scan
+from ssl_ray.data.listing import _parts, find_scans, write_datalists
+from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.errors import UserError
 
 SUBJECT = r"(s\d+)_"
@@ -182,7 +184,38 @@ def test_one_unlabelled_volume_is_no_list(tmp_path: Path) -> None:
     """It is named as left out, and the labelled volumes are listed."""
     found = find_scans(folder_of(tmp_path, ["s1_0"], visits(range(50, 55), 1)), SUBJECT)
     assert list(write_datalists(tmp_path, found, [2], 0.2, 0, seed=0)) == ["labelled_2.json"]
-    assert found.left_out == {"images/s1_0.nii.gz": "too few unlabelled scans for training and validation"}
+    beyond = [name for name, why in found.left_out.items() if why == "a labelled scan beyond the largest split"]
+    assert len(beyond) == 5 - 1 - 2
+    rest = {name: why for name, why in found.left_out.items() if name not in beyond}
+    assert rest == {"images/s1_0.nii.gz": "too few unlabelled scans for training and validation"}
+
+
+@pytest.mark.parametrize("sizes", [[], [2], [2, 4]])
+def test_labelled_scans_beyond_the_largest_split_are_named(tmp_path: Path, sizes: list[int]) -> None:
+    """Every labelled scan is in a list or left out by name."""
+    found = find_scans(folder_of(tmp_path, [], visits(range(8), 1)), SUBJECT)
+    written = write_datalists(tmp_path, found, sizes, 0.2, 0, seed=0)
+    listed = {
+        entry["image"] for name in written for part in ("training", "validation")
+        for entry in json.loads((tmp_path / name).read_text())[part]
+    }  # fmt: skip
+    assert not listed & set(found.left_out)
+    assert listed | set(found.left_out) == {scan.image for scan in found.scans}
+    assert set(found.left_out.values()) <= {"a labelled scan beyond the largest split"}
+    assert len(found.left_out) == (6 - max(sizes) if sizes else 0)
+
+
+def test_many_patients_are_listed_and_drawn_in_linear_time(tmp_path: Path) -> None:
+    """20000 patients take a second, where a search for each in a list of the others takes a minute."""
+    people = {f"s{number}": [Scan(f"s{number}.nii.gz", "label")] for number in range(20000)}
+    cases = tuple(Case(tmp_path / f"s{number}.nii.gz", f"s{number}", tmp_path / "label") for number in range(20000))
+    usable = {str(case.image) for case in cases}
+    start = time.process_time()
+    parts = _parts(people, 0.2, list(people)[:10000])
+    drawn = Splits({20000: cases}, (), (), (), pool=True).draw(10000, 0, 0, usable)
+    assert time.process_time() - start < 5
+    assert [len(parts[name]) for name in ("training", "validation", "test")] == [6000, 4000, 10000]
+    assert len(drawn) == 10000
 
 
 @pytest.mark.parametrize(

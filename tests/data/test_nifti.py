@@ -270,6 +270,8 @@ def test_labels_are_small_integers(tmp_path: Path, value: float, message: str) -
     array[1, 2, 3] = 255
     path = write_nifti(tmp_path / "label.nii.gz", array, AFFINE)
     np.testing.assert_array_equal(read_label(path).voxels, array)
+    rounded = write_nifti(tmp_path / "rounded.nii.gz", array + np.where(array > 0, 1e-4, -1e-5).astype("f4"), AFFINE)
+    np.testing.assert_array_equal(read_label(rounded).voxels, array)
     array[0, 0, :3] = value
     with pytest.raises(ValueError, match=message) as caught:
         read_label(write_nifti(path, array, AFFINE))
