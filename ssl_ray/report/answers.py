@@ -15,7 +15,7 @@ def answers(results: Results) -> list[str]:
     size, found = results.primary, []
     if len(results.arms) > 1 and len(results.inits) > 1:
         words, scope = verdict(results, size)
-        found = [f"Primary question, {count_of(size, 'labelled volume')}: **{words}**{scope}."]
+        found = [f"Primary question, {count_of(size, results.labelled)}: **{words}**{scope}."]
     return [*found, *(answer(results, size) for size in results.arms)]
 
 
@@ -43,17 +43,17 @@ def is_clear(results: Results, size: int) -> bool:
 
 def answer(results: Results, size: int) -> str:
     """The answer at one number of labelled volumes, which claims no more than the numbers do."""
-    start = f"With {count_of(size, 'labelled volume')}"
+    start = f"With {count_of(size, results.labelled)}"
     arms, found = results.arms[size], results.comparisons.get(size)
     if len(arms) == 1:
         ((init, arm),) = arms.items()
         dice = over_runs(results, size, init, FOREGROUND)
-        reached = f"reaches foreground Dice {dice}" if arm.trials else f"is {arm.hole}"
-        return f"{start}, {init} initialisation {reached}; the grid has nothing to compare it with."
+        reached = f"{init} initialisation reaches foreground Dice {dice}" if arm.trials else _hole(results, size, init)
+        return f"{start}, {reached}; the grid has nothing to compare it with."
     if found is None:
-        if not (why := " and ".join(f"{init} is {arm.hole}" for init, arm in arms.items() if not arm.trials)):
-            done = results.common[size].runs
-            why = f"no {results.subjects} was scored in every run" if done else "no run was finished by both"
+        if not (why := " and ".join(_hole(results, size, init) for init, arm in arms.items() if not arm.trials)):
+            scored = f"no {results.subjects} with an organ was scored in every run"
+            why = scored if results.common[size].runs else "no run was finished by both"
         text = f"{start} there is **no answer**: {why}."
     elif found.verdict is Verdict.NONE:
         text = f"{start} there is **no verdict**: {_undecided(results, found)}."
@@ -65,6 +65,15 @@ def answer(results: Results, size: int) -> str:
         change = f"{FOREGROUND.signed(found.found.mean)} (95 % CI {bounds}; {scored})"
         text = f"{start}, pretraining changes foreground Dice by {change}: **{words}**{scope}."
     return " ".join([text, *_notes(results, size)])
+
+
+def _hole(results: Results, size: int, init: str) -> str:
+    """Why an arm has no result."""
+    cells = [trial for trial in results.trials if (trial.cell.size, trial.cell.init) == (size, init)]
+    statuses = {trial.status for trial in cells}
+    if statuses == {"failed"}:
+        return f"every {init} run failed"
+    return f"{init} was not trained" if statuses == {"missing"} else f"no {init} run is finished"
 
 
 def _undecided(results: Results, found: Comparison) -> str:
@@ -86,9 +95,10 @@ def _scope(results: Results, size: int) -> str:
     if results.study.pretrain.pretrainings == 1:
         scope.append("for this pretraining")
     if pool is None or size >= pool:
-        scope.append("for these labelled volumes")
+        scope.append(f"for these {results.labelled}s")
     else:
-        scope.append(f"for draws from this pool of {pool}" + (" (draws share most volumes)" if size > pool / 2 else ""))
+        overlap = f" (draws share most {results.subjects}s)" if size > pool / 2 else ""
+        scope.append(f"for draws from this pool of {pool}{overlap}")
     if results.part == "validation":
         scope.append("on the volumes that selected it")
     return " " + ", ".join(scope)
@@ -100,7 +110,7 @@ def _notes(results: Results, size: int) -> list[str]:
     notes = []
     if found and found.needed:
         notes.append(_settled(found.needed, results))
-    if found and found.worth:
+    if found and found.worth and not _empty(found.worth):
         notes.append(f"Here pretraining is worth {_times(found.worth)}.")
     lost = [trial.cell.name for arm in results.arms[size].values() for trial in arm.nonfinite]
     if lost:
@@ -108,7 +118,9 @@ def _notes(results: Results, size: int) -> list[str]:
             f"**{' and '.join(lost)} failed with a loss that was not finite**; leaving that out favours "
             f"{'its' if len(lost) == 1 else 'their'} initialisation."
         )
-    dropped = [(common.dropped_runs, "run that one initialisation did not finish")]
+    # Where no run is left, the answer has said so.
+    runs = results.study.finetune.runs - len(common.runs) if found else 0
+    dropped = [(runs, "run that not both initialisations finished")]
     dropped += [(common.dropped_patients, f"{results.subjects} not scored in every run")]
     if left := [count_of(*one, plural=one[1].replace(" ", "s ", 1)) for one in dropped if one[0]]:
         notes.append(f"Left out: {', '.join(left)}.")
@@ -125,6 +137,12 @@ def _settled(more: Needed, results: Results) -> str:
     refused = f"no number of {' or of '.join(unable)} alone would do" if unable else ""
     text = "; ".join(filter(None, [sentence, refused]))
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _empty(worth: Multiplier) -> bool:
+    """Whether it only says that random initialisation was not measured with more labels."""
+    known = [end for end in (worth.point, worth.low, worth.high) if not math.isnan(end)]
+    return worth.edges[1] == 1 and all(end == 1 for end in known)
 
 
 def _times(worth: Multiplier) -> str:

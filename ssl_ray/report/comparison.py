@@ -63,8 +63,9 @@ class Shared:
 
     runs: Sequence[int]
     patients: Sequence[str]
-    """Subjects; a volume without one stands for itself."""
-    dropped_runs: int
+    """Subjects that have an organ; a volume without a subject stands for itself."""
+    healthy: Sequence[str]
+    """Subjects without any organ, in whom only false positives can be counted."""
     dropped_patients: int
 
 
@@ -75,22 +76,31 @@ def shared(arms: Sequence[Arm], part: Part) -> Shared:
     scored = [_patients(arm.trials[run].cases[part]) for arm in arms for run in common]
     seen = list(dict.fromkeys(subject for one in scored for subject in one))
     kept = [subject for subject in seen if all(one.get(subject) == scored[0].get(subject) for one in scored)]
-    return Shared(common, kept, len(set().union(*runs)) - len(common), len(seen) - len(kept))
+    ill = {
+        case.subject or case.case
+        for arm in arms
+        for run in common
+        for case in arm.trials[run].cases[part]
+        if FOREGROUND.of(case) is not None
+    }
+    patients, healthy = [one for one in kept if one in ill], [one for one in kept if one not in ill]
+    return Shared(common, patients, healthy, len(seen) - len(kept))
 
 
 def _patients(cases: Sequence[CaseScores]) -> dict[str, set[str]]:
-    """The volumes of every patient that have a foreground Dice."""
+    """The volumes of every patient that were scored on the original grid, those without any organ too."""
     found = defaultdict(set)
     for case in cases:
-        if FOREGROUND.of(case) is not None:
+        if case.original_dice is not None:
             found[case.subject or case.case].add(case.case)
     return dict(found)
 
 
 def matrix(arm: Arm, over: Shared, part: Part, measure: Measure) -> Array:
     """Mean over a patient's volumes: (runs, patients), nan where none of them has a score."""
-    values = np.full((len(over.runs), len(over.patients)), np.nan)
-    place = {subject: number for number, subject in enumerate(over.patients)}
+    patients = [*over.patients, *over.healthy] if measure.absent else over.patients
+    values = np.full((len(over.runs), len(patients)), np.nan)
+    place = {subject: number for number, subject in enumerate(patients)}
     for row, run in zip(values, over.runs, strict=True):
         by_patient = defaultdict(list)
         for case in arm.trials[run].cases[part]:
@@ -132,6 +142,8 @@ class Comparison:
     """What would settle it, where it is not known."""
     worth: Multiplier | None
     """What pretraining is worth in labels; None where more labels did not help, or nothing finished at all sizes."""
+    unhelped: bool
+    """Whether that is None because more labels did not help random initialisation."""
 
 
 def compare(arms: Mapping[int, Mapping[str, Arm]], part: Part, margin: float) -> dict[int, Comparison]:
@@ -153,17 +165,17 @@ def compare(arms: Mapping[int, Mapping[str, Arm]], part: Part, margin: float) ->
         p = np.nan if np.isnan(one.p) else float(adjusted[size])
         verdict = judge(one, differences.shape, p, margin)
         more = needed(differences, margin) if verdict is Verdict.UNKNOWN else None
-        worth = _worth(arms, size, part)
-        comparisons[size] = Comparison(differences, one, p, verdict, more, worth)
+        comparisons[size] = Comparison(differences, one, p, verdict, more, *_worth(arms, size, part))
     return comparisons
 
 
-def _worth(arms: Mapping[int, Mapping[str, Arm]], size: int, part: Part) -> Multiplier | None:
-    """Over the runs and patients that pretrained has at `size`, and random at every size that it has finished."""
+def _worth(arms: Mapping[int, Mapping[str, Arm]], size: int, part: Part) -> tuple[Multiplier | None, bool]:
+    """`Comparison.worth` and `.unhelped`, over what pretrained at `size` and all finished random arms share."""
     pretrained = arms[size]["pretrained"]
     random = {count: pair["random"] for count, pair in arms.items() if pair["random"].trials}
     over = shared([pretrained, *random.values()], part)
-    if not over.runs or not over.patients:
-        return None
+    if len(random) < 2 or not over.runs or not over.patients:
+        return None, False
     levels = np.stack([matrix(arm, over, part, FOREGROUND) for arm in random.values()])
-    return multiplier(matrix(pretrained, over, part, FOREGROUND), levels, [*random], size)
+    worth = multiplier(matrix(pretrained, over, part, FOREGROUND), levels, [*random], size)
+    return worth, worth is None

@@ -52,7 +52,7 @@ def _label_efficiency(results: Results) -> Figure:
     if results.comparisons:
         _draw_differences(axes[1], results, width)
     for axis in axes:
-        axis.set(xlabel="labelled training volumes", xticks=sizes)
+        axis.set(xlabel=f"{results.labelled}s", xticks=sizes)
         axis.set_xlim(min(sizes) - 0.1 * width, max(sizes) + 0.1 * width)
     return figure
 

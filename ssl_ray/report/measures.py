@@ -18,6 +18,8 @@ class Measure:
     digits: int = 3
     total: bool = False
     """Whether a volume's score is the sum over its classes, which is 0 where it has none of them."""
+    absent: bool = False
+    """Whether it is about organs that a volume lacks, so that patients without any organ count too."""
 
     def of(self, case: CaseScores) -> float | None:
         """Score of one volume; None where it has none of the classes, unless they are added up."""
@@ -34,7 +36,7 @@ class Measure:
             scores = self.classes(case)
             return scores and scores[number : number + 1]
 
-        return Measure(one, 100, 1) if self.total else Measure(one, self.factor, self.digits)
+        return Measure(one, 100, 1, absent=self.absent) if self.total else Measure(one, self.factor, self.digits)
 
     def value(self, number: float) -> str:
         """Like `0.658`."""
@@ -51,4 +53,4 @@ FOREGROUND = Measure(attrgetter("original_dice"))
 HD95 = Measure(attrgetter("original_hd95"), digits=1)  # mm, over the organs that were found
 SURFACE_DICE = Measure(attrgetter("original_surface_dice"))
 MISSED = Measure(attrgetter("missed"), factor=100, digits=1)  # percent of the organs that a volume has
-FALSE_POSITIVES = Measure(attrgetter("false_positives"), digits=2, total=True)  # organs
+FALSE_POSITIVES = Measure(attrgetter("false_positives"), digits=2, total=True, absent=True)  # organs

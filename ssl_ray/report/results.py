@@ -81,6 +81,11 @@ class Results:
         return "patient" if any(case.subject for case in cases) else "volume"
 
     @property
+    def labelled(self) -> str:
+        """What the grid's sizes count: subjects where these are drawn from a pool, volumes in published lists."""
+        return f"labelled {self.subjects if self.study.finetune.cohort.pool else 'volume'}"
+
+    @property
     def pool(self) -> int | None:
         """Number of subjects that the labelled ones are drawn from; None for published lists, which are one draw."""
         subjects = self.grid.data.params.get("pool_subjects")

@@ -37,7 +37,7 @@ class Table:
 def published_table(results: Results) -> Table:
     """Dice with background in percent, as published, and its paired difference."""
     rows = [[str(size), *_compared(results, size, WITH_BACKGROUND)] for size in results.arms]
-    return Table(["training volumes", *_header(results)], rows)
+    return Table([f"{results.labelled}s", *_header(results)], rows)
 
 
 def running_table(results: Results) -> Table:
@@ -49,7 +49,7 @@ def running_table(results: Results) -> Table:
             values = [[arm.trials[run].metrics.get(metric, np.nan)] for run in results.common[size].runs if arm.trials]
             row.append(_mean(WITH_BACKGROUND, np.array(values).reshape(-1, 1)) if arm.trials else arm.hole)
         rows.append(row)
-    return Table(["training volumes", *results.inits], rows)
+    return Table([f"{results.labelled}s", *results.inits], rows)
 
 
 def honest_table(results: Results) -> Table:
@@ -66,7 +66,7 @@ def honest_table(results: Results) -> Table:
         for label, measure in labels.items()
         for size in results.arms
     ]
-    return Table(["organs only", "training volumes", *_header(results)], rows, 1)
+    return Table(["organs only", f"{results.labelled}s", *_header(results)], rows, 1)
 
 
 def organ_table(results: Results, size: int) -> Table:
@@ -104,7 +104,7 @@ def cell_table(results: Results) -> Table:
         step = f"{trial.metrics['selected/step']:,.0f}" if "selected/step" in trial.metrics else ""
         scores = [one.value(trial.metrics[name]) if name in trial.metrics else "" for name, one in names.items()]
         rows.append([str(cell.size), cell.init, f"{mark}{cell.lr:g}{mark}", str(cell.run), status, step, *scores])
-    header = ["training volumes", "initialisation", "learning rate", "run", "status", "selected step"]
+    header = [f"{results.labelled}s", "initialisation", "learning rate", "run", "status", "selected step"]
     header += ["Dice, validation, resampled grid (selects)"]
     header += [f"{label}, {results.part}" for label in ("Dice", "HD95 (mm)", "surface Dice")]
     return Table(header, rows, 5)
@@ -139,4 +139,5 @@ def _compared(results: Results, size: int, measure: Measure) -> list[str]:
     text = _NONE if found is None else measure.signed(float(found.mean))
     if found is not None and not np.isnan(found.low):
         text += f" ({measure.signed(float(found.low))} to {measure.signed(float(found.high))})"
-    return [str(len(common.runs)), str(len(common.patients)), *shown, text]
+    patients = len(common.patients) + (len(common.healthy) if measure.absent else 0)
+    return [str(len(common.runs)), str(patients), *shown, text]

@@ -63,7 +63,8 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
 
 def _log_answers(results: Results, tracker: Tracker) -> None:
     """Metrics like `answer/n06/difference` and tags like `answer/n06`; the tag `answer` is the primary question's."""
-    metrics: dict[str, float] = {}
+    # Always given, so that the tracker replaces old answers where nothing can be compared any more.
+    metrics: dict[str, float] = {"answer/sizes": float(len(results.comparisons))}
     for size, found in results.comparisons.items():
         over = results.common[size]
         numbers = {"difference": found.found.mean, "low": found.found.low, "high": found.found.high}

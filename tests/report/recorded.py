@@ -123,7 +123,7 @@ def constant(study: Study, random: float, pretrained: float) -> dict[Cell, Outco
 
 def concluded(study: Study, outcomes: dict[Cell, Outcome], pool: int | None = None) -> Results:
     """What the report concludes from such a study, without MLflow in between."""
-    status: dict[str, Status] = {"FINISHED": "finished", "FAILED": "failed"}
+    status: dict[str, Status] = {"FINISHED": "finished", "FAILED": "failed", "MISSING": "missing"}
     trials = [
         Trial(
             cell,

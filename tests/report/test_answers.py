@@ -61,7 +61,7 @@ def test_a_failed_trial_takes_its_whole_run_out_of_the_comparison(tmp_path: Path
     sentence = answer(results, 6)
     assert "+0.001 (95 % CI" in sentence
     assert "clear" not in sentence
-    assert "Left out: 1 run that one initialisation did not finish." in sentence
+    assert "Left out: 1 run that not both initialisations finished." in sentence
     assert (
         "**n06-pretrained-lr0.0001-run0 failed with a loss that was not finite**; leaving that out favours" in sentence
     )
@@ -81,7 +81,7 @@ def test_the_difference_in_the_table_is_that_of_its_means(tmp_path: Path) -> Non
     row = honest_table(results).rows[0]
     assert row[2:6] == ["2", "7", "0.525 ± 0.035", f"{0.525 + expected:.3f} ± 0.038"]
     assert row[6].startswith(f"{expected:+.3f} (")
-    assert "Left out: 1 run that one initialisation did not finish, 1 volume not scored in every run." in answer(
+    assert "Left out: 1 run that not both initialisations finished, 1 volume not scored in every run." in answer(
         results, 6
     )
 
@@ -231,7 +231,7 @@ def test_pretraining_is_worth_some_multiple_of_the_labels(tmp_path: Path) -> Non
     assert re.search(
         r"Here pretraining is worth (2|at least 2) times the labels \(95 % CI 1.\d to at least 2\)", answer(results, 6)
     )
-    assert "worth at least 1 times the labels (95 % CI at least 1)" in answer(results, 12)
+    assert "times the labels" not in answer(results, 12)  # random was not measured with more
 
 
 def test_missed_and_false_organs_are_counted_beside_hd95(tmp_path: Path) -> None:
