@@ -106,7 +106,7 @@ def test_the_demo_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None:
             break
         time.sleep(1)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "training volumes" in done.stdout
+    assert "labelled volumes" in done.stdout
     assert (tmp_path / "output" / "demo" / "report.html").is_file()
 
     refused = submit(address, {**environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)}, "list")

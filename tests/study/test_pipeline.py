@@ -65,7 +65,7 @@ def test_run_answers_and_a_second_run_does_nothing_again(
     path = experiment()
     assert main(["run", str(path)]) == 0
     first = capfd.readouterr().out
-    assert "training volumes" in first
+    assert "labelled volumes" in first
     assert "mlflow ui --backend-store-uri" in first
     study = load(path)
     tracker = tracker_of(study)
