@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
 
-from ssl_ray.data.nifti import Nifti, content_digest, on_image_grid, read_label, read_nifti
+from ssl_ray.data.nifti import Nifti, content_digest, read_label, read_nifti
+from ssl_ray.data.resample import on_image_grid
 
 SHAPE = (22, 26, 19)
 
