@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import torch
-from studies import small_tree, write_study
+from studies import place_database, small_tree, write_study
 from torch import Tensor
 
 from ssl_ray.networks.weight_files import load_weights
@@ -40,6 +40,7 @@ def write(folder: Path, cohort: Path, study: dict[str, Any] | None = None, **pre
     """The experiment's YAML: 240 steps of a tiny network, each logged, in float32."""
     steps = {"batch_size": 4, "epochs": 120, "validate_every": 30, "log_every": 1, "checkpoint_every": SAVED}
     changes = {"name": "faults", "pretrain": steps | {"block_megabytes": 0.08} | pretrain}
+    place_database(folder / "mlflow.db")
     return write_study(folder / "faults.yaml", small_tree(folder, cohort, **changes) | (study or {}))
 
 

@@ -1,6 +1,9 @@
 """Small studies for the tests: one builder, of which each test says what is its own."""
 
 import copy
+import functools
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,25 @@ def write_study(path: Path, tree: Mapping[str, Any]) -> Path:
     """Write a tree as YAML, making its folder, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(dict(tree)))
+    return path
+
+
+def place_database(path: Path) -> None:
+    """Put MLflow's SQLite with its tables, and nothing in them, where a study will look for it, if none is there.
+
+    MLflow takes seconds of the processor to make them: once a test process is enough.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        shutil.copyfile(_empty_database(), path)
+
+
+@functools.cache
+def _empty_database() -> Path:
+    from ssl_ray.tracking.client import Client
+
+    path = Path(tempfile.mkdtemp()) / "mlflow.db"
+    Client(f"sqlite:///{path}").search_experiments()
     return path
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from recorded import Outcome, case, constant, flat, make_study, record
+from studies import place_database
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
@@ -33,16 +33,8 @@ from ssl_ray.tracking.tracker import Tracker
 
 
 @pytest.fixture(autouse=True)
-def _database(tmp_path: Path, empty_database: Path) -> None:
-    """MLflow takes seconds to create its tables: once is enough."""
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+def _database(tmp_path: Path) -> None:
+    place_database(tmp_path / "mlflow.db")
 
 
 def report_on(study: Study, folder: Path) -> Report:
@@ -223,10 +215,10 @@ class Written:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Written:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Pretrained is better by 0.1, give or take 0.01; shared by the tests that only look at it."""
     folder = tmp_path_factory.mktemp("written")
-    shutil.copy(empty_database, folder / "mlflow.db")
+    place_database(folder / "mlflow.db")
     study = make_study(folder, lr=[1e-4], runs=3)
     random, outcomes = np.random.default_rng(0), {}
     for cell in cells(study.finetune):

@@ -25,7 +25,7 @@ import torch
 from events import after_steps, in_network, on_open, on_rename
 from ray import tune
 from safetensors.torch import load_file
-from studies import small_tree, write_study
+from studies import place_database, small_tree, write_study
 from torch import Tensor, nn
 
 from ssl_ray.cli import main
@@ -164,6 +164,7 @@ def write(folder: Path, cohort: Path, cache: Path, plan: dict[str, list[str]]) -
             "max_failures": -1,
         },
     )
+    place_database(folder / "mlflow.db")
     path = write_study(folder / "grid.yaml", tree)
     plans = folders_of(load(path)).study / "plan"
     plans.mkdir(parents=True)

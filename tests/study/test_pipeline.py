@@ -10,7 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from studies import small_tree, write_study
+from studies import place_database, small_tree, write_study
 
 from ssl_ray.cli import main
 from ssl_ray.study.experiment import load
@@ -30,6 +30,7 @@ def write_experiment(folder: Path, root: Path, name: str = "small", **pretrain: 
     grid = {"grid": {"lr": [1e-3]}}
     tree = small_tree(None, root, name=name, pretrain=PRETRAIN | pretrain, finetune=FINETUNE | grid)
     del tree["cache"]
+    place_database(folder / "output" / "mlflow.db")
     return write_study(folder / f"{name}.yaml", tree | {"output": str(folder / "output")})
 
 
