@@ -12,5 +12,6 @@ ruff check .
 ruff format --check .
 mypy ssl_ray
 lint-imports --no-cache
-# Two processes: most slow tests wait for a Ray cluster of their own. The tests of a file share fixtures, and stay together.
-pytest -n 2 --dist loadfile --durations=15 "$@"
+# Two processes: most slow tests wait for a Ray cluster of their own. The tests of a file share fixtures, and stay together;
+# files in their own order, as by number of tests the slowest would come last, one process waiting for the other.
+pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@"
