@@ -100,6 +100,25 @@ def read_label(path: Path, content: bytes | None = None) -> Nifti:
     return Nifti(voxels, label.affine)
 
 
+def on_image_grid(image: Nifti, label: Nifti, place: Path) -> Nifti:
+    """A label map with its axes in the order and direction of its image's, and with the image's own affine.
+
+    Both files may lay out the same physical grid in their own way. Refused, as the file `place`, is a label of another
+    shape than its image, or with corner voxels more than 0.1 voxel from the image's.
+    """
+    turn = nib.io_orientation(np.linalg.solve(image.affine, label.affine))
+    voxels = nib.apply_orientation(label.voxels, turn)
+    if image.voxels.shape != voxels.shape:
+        raise UserError(f"{place}: the label has shape {label.voxels.shape}, its image {image.voxels.shape}")
+    affine = label.affine @ nib.orientations.inv_ornt_aff(turn, label.voxels.shape)
+    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(voxels.shape) - 1)
+    apart = nib.affines.apply_affine(image.affine, corners) - nib.affines.apply_affine(affine, corners)
+    worst, voxel = float(np.linalg.norm(apart, axis=1).max()), float(nib.affines.voxel_sizes(image.affine).min())
+    if worst > 0.1 * voxel:
+        raise UserError(f"{place}: the label's affine puts its voxels up to {worst:.3g} mm from those of its image")
+    return Nifti(voxels.copy(order="K"), image.affine)  # torch takes no axis that runs backwards in memory
+
+
 def content_digest(scan: Nifti) -> str:
     """The same for the same voxels, to the whole HU, whatever the file's name, format, compression and order of axes.
 

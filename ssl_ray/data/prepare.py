@@ -16,9 +16,8 @@ import numpy as np
 from ssl_ray.config import depends
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.datalist import Case
-from ssl_ray.data.nifti import content_digest, read_label, read_nifti
+from ssl_ray.data.nifti import content_digest, on_image_grid, read_label, read_nifti
 from ssl_ray.data.normalise import VERSION, prepare
-from ssl_ray.data.resample import on_image_grid
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import read_file, remove_stale, write_file

@@ -8,10 +8,8 @@ Labels take the nearest voxel along each axis of their image's grid, in a tenth 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,7 +18,6 @@ from monai.transforms import Orientation, Spacing
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti
-from ssl_ray.errors import UserError
 
 AXIS_CODES = (("L", "R"), ("P", "A"), ("I", "S"))
 """The codes of an orientation name where an axis points to, in nibabel's convention."""
@@ -44,25 +41,6 @@ class VoxelGrid:
     axes: tuple[int, int, int]
     scale: tuple[float, float, float]
     shift: tuple[float, float, float]
-
-
-def on_image_grid(image: Nifti, label: Nifti, place: Path) -> Nifti:
-    """A label map with its axes in the order and direction of its image's, and with the image's own affine.
-
-    Both files may lay out the same physical grid in their own way. Refused, as the file `place`, is a label of another
-    shape than its image, or with corner voxels more than 0.1 voxel from the image's.
-    """
-    turn = nib.io_orientation(np.linalg.solve(image.affine, label.affine))
-    voxels = nib.apply_orientation(label.voxels, turn)
-    if image.voxels.shape != voxels.shape:
-        raise UserError(f"{place}: the label has shape {label.voxels.shape}, its image {image.voxels.shape}")
-    affine = label.affine @ nib.orientations.inv_ornt_aff(turn, label.voxels.shape)
-    corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(voxels.shape) - 1)
-    apart = nib.affines.apply_affine(image.affine, corners) - nib.affines.apply_affine(affine, corners)
-    worst, voxel = float(np.linalg.norm(apart, axis=1).max()), float(nib.affines.voxel_sizes(image.affine).min())
-    if worst > 0.1 * voxel:
-        raise UserError(f"{place}: the label's affine puts its voxels up to {worst:.3g} mm from those of its image")
-    return Nifti(voxels.copy(order="K"), image.affine)  # torch takes no axis that runs backwards in memory
 
 
 def by_monai(volume: Nifti, preparation: Preparation, mode: Literal["bilinear", "nearest"]) -> Nifti:

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
 
-from ssl_ray.data.nifti import Nifti, content_digest, read_label, read_nifti
-from ssl_ray.data.resample import on_image_grid
+from ssl_ray.data.nifti import Nifti, content_digest, on_image_grid, read_label, read_nifti
 
 SHAPE = (22, 26, 19)
 
