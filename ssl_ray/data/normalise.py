@@ -106,11 +106,10 @@ def check_contrast(voxels: npt.NDArray[np.float32], window: tuple[float, float])
     inside = float(((sample > low) & (sample < high)).mean())
     span = float(np.ptp(np.percentile(np.clip(sample, low, high), (0.5, 99.5)))) / (high - low)
     light, dense = float(((sample > -900) & (sample < -30)).mean()), float((sample > 700).mean())
-    least, most = float(voxels.min()), float(voxels.max())
     if inside < _LEAST_INSIDE:
-        cause = "is it HU with another offset or unit, or no CT?" if least < most else "there is nothing in it"
+        cause = "is it HU with another offset or unit, or no CT?"
     elif span < _LEAST_RANGE:
-        cause = "was it scaled, to 0..1 or by mean and deviation?" if least < most else "there is nothing in it"
+        cause = "was it scaled, to 0..1 or by mean and deviation?"
     elif low < 0 and dense > _MOST_DENSE and light < _LEAST_LIGHT:
         cause = f"{dense:.0%} lie above 700 HU and {light:.0%} where fat and lung do: is it HU + 1024?"
     elif low < 0 and np.percentile(sample, 0.1) > _MOST_LOW:
@@ -119,6 +118,9 @@ def check_contrast(voxels: npt.NDArray[np.float32], window: tuple[float, float])
             cause += " Or was the background of a CT set to 0? Set it to -1000"
     else:
         return
+    least, most = float(voxels.min()), float(voxels.max())
+    if least == most:
+        cause = "there is nothing in it"
     raise UserError(
         f"not a CT in HU: the values are {least:g} to {most:g}, {inside:.1%} of them inside the window {low:g} to "
         f"{high:g}; {cause}"

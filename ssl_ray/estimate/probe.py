@@ -18,7 +18,7 @@ from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.training.precision import autocast, resolve
+from ssl_ray.training.precision import autocast, named, resolve
 
 _CALLS, _SECONDS = 20, 15.0
 """So many calls are timed, or fewer where they take longer than this."""
@@ -31,7 +31,7 @@ def probe_pretraining(study: Study) -> float:
     table = SampleTable(0, np.array([config.patch_size]), config.patch_size, 1, config.batch_size, 1)
     feed = Feed(table, Store(here), (), (), "uint8" if top == 255 else "uint16", top)
     device = _device(config.gpu, config.cpus_per_worker)
-    precision = str(resolve(config.precision, device)).removeprefix("torch.")  # `auto` would be written down
+    precision = named(resolve(config.precision, device))  # `auto` would be written down
     recipe = Recipe(config.model_copy(update={"precision": precision}), study.network, study.seed)
     learner = PretrainingLearner(Job(recipe, feed, feed, here, Mirror(here), "", None), device)  # type: ignore[arg-type]
     indices = np.array(table.rank_samples(0, 0, world))

@@ -79,7 +79,7 @@ class TrialJob:
     config: with the cell's own values.
     seed: of the initial weights and of the order of the patches.
     weights: pretrained weights to start from; None for random ones.
-    arms: folders of the cells that this one is compared with.
+    arms: folders of the cells that this one may be compared with; its own may be among them.
     """
 
     config: Finetune

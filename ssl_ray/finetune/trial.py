@@ -25,7 +25,7 @@ from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
-from ssl_ray.training.precision import settle, settled
+from ssl_ray.training.precision import named, settle, settled
 from ssl_ray.training.prefetch import ahead
 
 
@@ -43,7 +43,7 @@ class Trial:
             UserError: when the pretrained weights do not match the network, or the other arm has another precision.
         """
         self.job = job
-        self.config = job.config.model_copy(update={"precision": _settle(job, precision_of(job.config, device))})
+        self.config = job.config.model_copy(update={"precision": _settle(job, named(precision_of(job.config, device)))})
         self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
         self.flops = network_cost(build_unetr, job.network, self.config.patch_size, self.config.cohort.classes).training
@@ -227,15 +227,15 @@ class Trial:
         return int(state["step"])
 
 
-def _settle(job: TrialJob, here: torch.dtype) -> str:
+def _settle(job: TrialJob, here: str) -> str:
     """The precision of a trial, which is that of the trials it may be compared with, on whatever machine."""
     folder, setting = job.folder, job.config.precision
     arms = {arm: known for arm in job.arms if (known := settled(setting, arm, folder.mirror))}
-    mine = settled(setting, folder.path, folder.mirror) or next(iter(arms.values()), str(here).removeprefix("torch."))
+    mine = settled(setting, folder.path, folder.mirror) or next(iter(arms.values()), here)
     for arm, other in arms.items():
         if other != mine:
             raise UserError(
                 f"finetune.precision: auto is {mine} for {folder.path.name}, but {other} for {arm.name}, which it may "
                 "be compared with: train both on one kind of machine, or name the precision"
             )
-    return settle(setting, getattr(torch, mine), folder.path, folder.mirror)
+    return settle(setting, mine, folder.path, folder.mirror)

@@ -30,7 +30,7 @@ from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import Run, Tracker
-from ssl_ray.training.checkpoint import digest, load_latest
+from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
 from ssl_ray.training.meters import ObjectStore, as_system
 from ssl_ray.training.precision import settled
 
@@ -122,8 +122,9 @@ def _rewind(job: Job) -> None:
         return
     state: dict[str, Any] | None = newest
     while state and state["best"] <= newest["best"]:
-        for name in (name for name in mirror.names(folder) if name.isdigit() and int(name) >= state["step"]):
-            mirror.drop(folder / name)
+        for step, path in saved_steps(folder, mirror).items():
+            if step >= state["step"]:
+                mirror.drop(path)
         state = load_latest(folder, job.key, mirror)
     say(
         f"WARNING: {job.weights} was deleted, which had the weights that did best on validation; training goes on from "
@@ -160,7 +161,7 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
             "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped)"
             f"{'; the best weights so far are kept' if selected else ''}: {'; '.join(collector.fatal)}"
         )
-    if not any(name.isdigit() and int(name) == job.training.table.steps for name in job.mirror.names(job.checkpoints)):
+    if job.training.table.steps not in saved_steps(job.checkpoints, job.mirror):
         raise RuntimeError(
             f"pretraining ended before its last step; what its workers said did not arrive: {job.folder}"
         )

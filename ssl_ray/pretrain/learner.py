@@ -28,7 +28,7 @@ from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.gpu import StepGraph, Upload
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
-from ssl_ray.training.precision import autocast, resolve, settle
+from ssl_ray.training.precision import autocast, named, resolve, settle
 
 
 class PretrainingLearner:
@@ -196,7 +196,7 @@ def _settled(job: Job, device: torch.device) -> Pretrain:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not ranks or distributed.get_rank() == 0:
-        here = resolve(settings.precision, device)
+        here = named(resolve(settings.precision, device))
         precision = [settle(settings.precision, here, job.folder, job.mirror)]
     if ranks:
         distributed.broadcast_object_list(precision)

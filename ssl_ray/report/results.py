@@ -138,7 +138,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     configs = {run.info.run_id: (tracker.read(run.info.run_id, "experiment.yaml") or b"").decode() for run in grids}
     # A grid that is taken up again keeps its start, so that the newest is the one that was touched last.
     touched = {run.info.run_id: max(run.info.start_time, run.info.end_time or 0) for run in grids}
-    given = without_password(dump(study))
+    given = dump(study)
     grid = max(grids, key=lambda run: (configs[run.info.run_id] == given, touched[run.info.run_id]))
     # By key, not by parent: a cell that an earlier grid finished already is not trained again under this one.
     keys: dict[str, str] = json.loads(tracker.read(grid.info.run_id, CELLS) or b"{}")

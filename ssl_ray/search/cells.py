@@ -63,11 +63,6 @@ class Cell:
         return {key: value for key, value in self.overrides if key not in ("size", "init")}
 
     @property
-    def pair(self) -> tuple[Any, ...]:
-        """What is the same in the random and the pretrained cell that are compared."""
-        return self.size, tuple(self.settings.items()), self.run
-
-    @property
     def name(self) -> str:
         """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
         more = [f"{key}{value}-" for key, value in self.settings.items() if key != "optimizer.lr"]

@@ -127,11 +127,10 @@ def trial_jobs(
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         data = TrialData(store, training, validation, test, splits.organs)
         jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder)
-    pairs: dict[Any, dict[Cell, Path]] = defaultdict(dict)
+    compared: dict[tuple[int, int], list[Path]] = defaultdict(list)
     for cell, job in jobs.items():
-        pairs[cell.size, cell.run][cell] = job.folder.path
-    arms = {cell: tuple(path for other, path in pairs[cell.size, cell.run].items() if other != cell) for cell in jobs}
-    return grid_key, {cell: replace(job, arms=arms[cell]) for cell, job in jobs.items()}
+        compared[cell.size, cell.run].append(job.folder.path)
+    return grid_key, {cell: replace(job, arms=tuple(compared[cell.size, cell.run])) for cell, job in jobs.items()}
 
 
 def _open(

@@ -70,11 +70,16 @@ def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: M
     remove_stale(folder, ".*", seconds=3600)
 
 
+def saved_steps(folder: Path, mirror: Mirror | None = None) -> dict[int, Path]:
+    """The checkpoints in a folder by step, ascending, whole or not."""
+    found = {int(name): folder / name for name in (mirror or Mirror(folder)).names(folder) if name.isdecimal()}
+    return dict(sorted(found.items()))
+
+
 def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:
     """The newest checkpoint of `save_latest` that is whole and, where a key is given, has that key; or None."""
     mirror = mirror or Mirror(folder)
-    for name in sorted(filter(str.isdecimal, mirror.names(folder)), key=int, reverse=True):
-        path = folder / name
+    for path in reversed(saved_steps(folder, mirror).values()):
         mirror.pull(path)
         try:
             state = load_state(path)

@@ -11,6 +11,7 @@ import torch
 from ssl_ray.cluster.private import object_store_statistics
 from ssl_ray.console import say
 from ssl_ray.training.devices import known_device
+from ssl_ray.training.precision import named
 
 PREFIX = "system/"
 WORKER_MEMORY = f"{PREFIX}worker_memory_peak_megabytes"
@@ -32,7 +33,7 @@ def arithmetic_rate(flops: float, workers: int, device: torch.device, dtype: tor
     metrics = {f"{PREFIX}teraflops_per_second_per_worker": flops / workers / 1e12}
     found = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if found:
-        metrics[f"{PREFIX}mfu_percentage"] = 100 * flops / workers / found.peak(str(dtype).removeprefix("torch."))
+        metrics[f"{PREFIX}mfu_percentage"] = 100 * flops / workers / found.peak(named(dtype))
     return metrics
 
 

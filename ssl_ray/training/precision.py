@@ -26,6 +26,11 @@ def resolve(precision: Precision, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
+def named(dtype: torch.dtype) -> str:
+    """A dtype as `precision` names it, e.g. `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def settled(setting: Precision, folder: Path, mirror: Mirror) -> str | None:
     """The type that the training in a folder computes in, on whatever machine; None before it has begun."""
     if setting != "auto":
@@ -33,11 +38,11 @@ def settled(setting: Precision, folder: Path, mirror: Mirror) -> str | None:
     return (folder / _FILE).read_text() if mirror.pull(folder / _FILE) else None
 
 
-def settle(setting: Precision, here: torch.dtype, folder: Path, mirror: Mirror) -> str:
+def settle(setting: Precision, here: str, folder: Path, mirror: Mirror) -> str:
     """The same once it begins: what `auto` comes to `here`, where the first step is taken, is written down."""
     known = settled(setting, folder, mirror)
     if known is None:
-        known = str(here).removeprefix("torch.")
+        known = here
         write_file(folder / _FILE, known.encode())
         mirror.push(folder / _FILE)
     return known

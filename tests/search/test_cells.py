@@ -63,7 +63,7 @@ def test_a_cell_is_a_value() -> None:
     assert (cell.size, cell.init, cell.lr, cell.run) == (6, "pretrained", 1e-4, 2)
     assert Cell.of(6, "pretrained", 1e-4).name == "n06-pretrained-lr0.0001-run0"
     assert cell.name == "n06-pretrained-lr0.0001-augmentation.shift0.2-run2"
-    assert cell.pair == Cell.of(6, "random", 1e-4, 2, **{"augmentation.shift": 0.2}).pair
+    assert cell.settings == Cell.of(6, "random", 1e-4, 2, **{"augmentation.shift": 0.2}).settings
     applied = cell.apply(small_study().finetune)
     assert (applied.optimizer.lr, applied.augmentation.shift, applied.augmentation.flip_prob) == (1e-4, 0.2, 0.1)
 
@@ -81,9 +81,9 @@ def test_the_arms_of_a_pair_share_seed_and_draw() -> None:
     """Runs differ in both; only the pretrained arm has weights, with one pretraining or with one for each run."""
     for weights in (1, 3):
         made = jobs({"cohort": {"splits": None, "pool": "p", "sizes": [2, 4]}, "runs": 3}, pool(POOL), weights)[1]
-        pairs: dict[Any, list[TrialJob]] = {}
+        pairs: dict[tuple[int, float, int], list[TrialJob]] = {}
         for cell, job in made.items():
-            pairs.setdefault(cell.pair, []).append(job)
+            pairs.setdefault((cell.size, cell.lr, cell.run), []).append(job)
             start = f"w{cell.run if weights > 1 else 0}" if cell.init == "pretrained" else None
             assert job.weights == (start and Path(start))
         assert len(pairs) == 6
