@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from ssl_ray.cluster.malloc import keep_freed
@@ -64,15 +65,20 @@ def probe() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> Any:
-    """The small pretraining of tests/runs.py without any fault."""
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> Any:
+    """The small pretraining of tests/runs.py without any fault, which one test process carries out for all."""
     from runs import outcome, write
 
     from ssl_ray.cli import main
 
-    path = write(tmp_path_factory.mktemp("undisturbed"), cohort)
-    assert main(["pretrain", str(path)]) == 0
-    return outcome(path)
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "undisturbed"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").is_file():
+            request.getfixturevalue("ray_cluster")
+            assert main(["pretrain", str(write(folder, cohort))]) == 0
+            (folder / "done").touch()
+        return outcome(folder / "faults.yaml")
 
 
 @pytest.fixture

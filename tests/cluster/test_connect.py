@@ -13,6 +13,7 @@ from ray._private import services
 from ray.dashboard import utils
 
 from ssl_ray.cluster import checks
+from ssl_ray.cluster import connect as connecting
 from ssl_ray.cluster.checks import check_address, check_temporary_folder
 from ssl_ray.cluster.connect import connect, set_up_worker
 from ssl_ray.config.schema import LocalCluster
@@ -133,5 +134,20 @@ def test_a_worker_knows_its_cluster_among_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RAY_ADDRESS", "")
     with pytest.raises(ConnectionError, match="Found multiple active Ray instances"):
         utils.get_address_for_submission_client(None)
+    monkeypatch.setattr(connecting, "_DRIVER_ONLY", ())  # this process goes on as a driver
     set_up_worker()
     assert utils.get_address_for_submission_client(None) == "10.0.0.7:6379"
+
+
+def test_workers_load_no_package_that_only_the_driver_uses(ray_cluster: None) -> None:
+    """MONAI loads all of them where it is imported as usual."""
+
+    @ray.remote
+    def loaded() -> list[str]:
+        import sys
+
+        import monai.networks.nets  # noqa: F401
+
+        return [name for name in ("mlflow", "sklearn", "tensorboardX") if sys.modules.get(name)]
+
+    assert ray.get(loaded.remote()) == []

@@ -31,6 +31,14 @@ def test_the_loss_is_that_of_monais_own_forward(tmp_path: Path, two_views: bool)
     assert steps(made, 0, 1) == [float(expected)]
 
 
+def test_the_contrastive_view_changes_the_training(tmp_path: Path) -> None:
+    """The reported loss is the L1 of the first view, the same before the first step and another after it."""
+    one, two = steps(make(tmp_path), 0, 3), steps(make(tmp_path, contrastive={"enabled": True}), 0, 3)
+    assert two[0] == pytest.approx(one[0], rel=1e-6)
+    assert two[1] != one[1]
+    assert two[2] != one[2]
+
+
 def test_a_resumed_learner_goes_on_bit_by_bit(tmp_path: Path) -> None:
     """State out, state in: the losses and the state after six more steps are those of the undisturbed learner."""
     undisturbed = make(tmp_path)

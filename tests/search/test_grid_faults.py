@@ -299,7 +299,9 @@ def test_a_trial_that_is_not_finite_stops_and_is_not_tried_again(
 def driver(path: Path) -> subprocess.Popen[bytes]:
     """A driver of its own, on the session's cluster."""
     address = ray.get_runtime_context().gcs_address
-    code = "import sys; from pathlib import Path; import test_grid_faults as t; sys.exit(t.drive(Path(sys.argv[1])))"
+    # A shell starts what it puts into the background, such as a run of these tests, with Ctrl-C ignored.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from pathlib import Path; import test_grid_faults as t; sys.exit(t.drive(Path(sys.argv[1])))"
     here = Path(__file__).parent
     places = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": places}
@@ -327,7 +329,7 @@ def test_the_driver_ends_and_is_started_again(
         wait_for(lambda: process.poll() is not None or (paused.is_file() and paused.read_text()), "the second cell")
         assert process.poll() is None, log.read_text()
         process.send_signal(number)
-        code = process.wait(150)  # now and then Ray's own exit handler waits for its GCS for a minute
+        code = process.wait(60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
