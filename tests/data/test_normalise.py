@@ -173,10 +173,10 @@ SPOILT: dict[str, tuple[Callable[[Any], Any], str]] = {
     "- 1024": (lambda hu: np.minimum(hu, 200) - 1024, r"0\.0% of them inside the window -57 to 164"),
     "of 8 bits": (lambda hu: np.clip((hu + 175) * 0.6, 0, 255).round(), "a picture of 8 bits"),
     "MR, slightly below 0": (lambda hu: np.maximum(hu + 1000, 0) / 8 - 2, "MR"),
-    "background set to 0": (lambda hu: np.where(hu < 0, 0, hu), "was the background of a CT set to 0"),
+    "background set to 0": (lambda hu: np.where(hu < 0, 0, hu), "is air 0, not -1000"),
     "a label map": (lambda hu: np.maximum(hu // 5, 0) % 14, "is it a label map"),
-    "constant": (lambda hu: hu * 0 + 40, "40 to 40.*there is nothing in it"),
-    "constant air": (lambda hu: hu * 0 - 1000, "-1000 to -1000.*there is nothing in it"),
+    "constant": (lambda hu: hu * 0 + 40, "the values are 40 to 40"),
+    "constant air": (lambda hu: hu * 0 - 1000, "the values are -1000 to -1000"),
 }
 
 
