@@ -4,7 +4,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,18 +20,11 @@ _SHOWN = 5
 LEFT_OUT = "ssl_ray_left_out.txt"
 
 
-def find_scans(
-    folder: Path,
-    subject: str | None = None,
-    progress: Callable[[Iterator[Any], int], Iterable[Any]] = lambda items, total: items,
-) -> Layout:
+def find_scans(folder: Path, subject: str | None = None) -> Layout:
     """The scans below a folder, each with its label and its patient; label maps are made where there are only masks.
 
-    Args:
-        folder: the root of one data set.
-        subject: regular expression whose first group (or whole match) in an image's path below the root is the patient;
-            None: by the layout.
-        progress: wraps the iterator over label maps that are made, and is called with their number as well.
+    `subject` is a regular expression, whose first group that matches (or whole match) in an image's path below the
+    folder is the patient; None: by the layout.
 
     Raises:
         UserError: when the folder holds no scan, or an image's path does not match `subject`.
@@ -40,7 +33,7 @@ def find_scans(
     if subject is not None:
         _set_subjects(found, subject)
     if found.masks:
-        failed = merge_masks(folder, found.masks, found.organs, progress)
+        failed = merge_masks(folder, found.masks, found.organs)
         found.left_out |= failed
         for scan in found.scans:
             scan.label = None if scan.label in failed else scan.label
