@@ -85,9 +85,9 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
         if beyond := sorted(value for value in listed.labels if value >= cohort.classes):
             raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
         for value, name in listed.labels.items():
-            other, before = names.setdefault(value, (listed.path, name))
+            place, before = names.setdefault(value, (listed.path, name))
             if value and name != before:
-                raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {other}; name it alike")
+                raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {place}; name it alike")
     organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
     training = {size: listed.training for size, listed in lists.items()}
     return Splits(training, first.validation, first.test, organs, pool=cohort.pool is not None)
