@@ -57,7 +57,7 @@ class Layout:
     """
 
     name: str
-    subjects: str
+    subjects: str = "each scan counts as a patient of its own"
     scans: list[Scan] = field(default_factory=list)
     organs: dict[int, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -134,7 +134,7 @@ def _totalsegmentator(files: Files) -> Layout | None:
 
 def _nnunet(files: Files) -> Layout | None:
     """imagesTr/case_0000.nii.gz and labelsTr/case.nii.gz; imagesTs and labelsTs are for testing."""
-    found = Layout("nnU-Net", "")
+    found = Layout("nnU-Net")
     images, labels = _told_apart(files, found.left_out)
     inside = {path for path in images if path.parent.name.startswith("images")}  # others lie beside, unlabelled
     cases = {path: match.groups() for path in images if (match := _CHANNEL.fullmatch(stem(path)))}
@@ -161,7 +161,7 @@ def _decathlon(files: Files, dataset: _Dataset | None) -> Layout | None:
     """A dataset.json that lists the volumes."""
     if not dataset or not dataset.training:
         return None
-    found = Layout("Decathlon, by its dataset.json", "")
+    found = Layout("Decathlon, by its dataset.json")
     there = {str(path) for path in files}
     scans: dict[str, Scan] = {}
     for section in (dataset.training, dataset.validation, dataset.test):
@@ -202,7 +202,7 @@ def _bids(files: Files) -> Layout | None:
 
 def _plain(files: Files) -> Layout:
     """Any folder: label maps are known by their folder or name, and belong to the image of the same name."""
-    found = Layout("plain folder", "")
+    found = Layout("plain folder")
     images, labels = _told_apart(files, found.left_out)
     _pair(found, images, _alike(images, labels, lambda path: (*_parents(path), _shared(path))))
     folders = [_people(PurePosixPath(scan.image)) for scan in found.scans]

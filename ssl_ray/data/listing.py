@@ -50,7 +50,7 @@ def summary(folder: Path, found: Layout) -> str:
     named += f"; the folder keeps {tested} for testing (--test draws others)" if tested else ""
     lines = [
         f"{folder}: {found.name}: {len(found.scans)} images, {len(labelled)} of them with a label map{named}",
-        f"{people} patients: {_whose(found)}",
+        f"{people} patients: {found.subjects} (--subject says otherwise)",
     ]
     reasons: dict[str, list[str]] = defaultdict(list)
     for path, why in found.left_out.items():
@@ -71,15 +71,9 @@ def write_datalists(
     """Write `unlabelled.json` and, for each size, `labelled_<n>.json`, or `labelled.json` with all labelled volumes.
 
     Patients are held out whole: all labelled scans of one are in one part, and their unlabelled scans are in no list.
-    Splits are nested: each has the first volumes of one order.
-
-    Args:
-        folder: the root.
-        found: its scans; those that get into no list are added to what is left out.
-        sizes: numbers of labelled training volumes; all there are if empty.
-        validation: share of the patients that is held out for validation, in (0, 1); at least one.
-        test: the same for testing or, from 1 on, a number of patients; 0: those whom the layout keeps for testing.
-        seed: of the order in which patients are drawn.
+    Splits are nested: each has the first volumes of one order. A share `validation` of the patients is held out, at
+    least one, and `test` likewise; from 1 on it is a number of patients, and 0 stands for those whom the layout keeps
+    for testing. Scans that get into no list are added to what `found` leaves out.
 
     Returns:
         Per file written, how many volumes each of its parts has.
@@ -141,11 +135,6 @@ def _person(scan: Scan) -> str:
     return scan.subject or str(PurePosixPath(scan.image).with_name(stem(PurePosixPath(scan.image))))
 
 
-def _whose(found: Layout) -> str:
-    """How patients are told apart."""
-    return f"{found.subjects or 'each scan counts as a patient of its own'} (--subject says otherwise)"
-
-
 def _by_person(found: Layout, labelled: bool, seed: int) -> dict[str, list[Scan]]:
     """The scans with or without a label, by patient, in an order of all patients that the seed draws."""
     people: dict[str, list[Scan]] = defaultdict(list)
@@ -172,7 +161,8 @@ def _too_few(
     held_out = [_person(scan) for part in ("validation", "test") for scan in parts.get(part, ())]
     return (
         f"{folder}: {asked} training volumes asked for, but {len(parts['training'])} are left after holding out "
-        f"{len(held_out)} volumes of {len(set(held_out))} of {len(people)} patients; {_whose(found)}"
+        f"{len(held_out)} volumes of {len(set(held_out))} of {len(people)} patients; "
+        f"{found.subjects} (--subject says otherwise)"
     )
 
 
@@ -180,10 +170,9 @@ def _write(folder: Path, lists: dict[str, dict[str, list[Scan]]], organs: dict[i
     """Write all lists, or none where another one has the name of one of them."""
     texts: dict[Path, str] = {}
     for file, parts in lists.items():
-        tree: dict[str, Any] = {"labels": {str(value): name for value, name in organs.items()}} if organs else {}
+        tree: dict[str, Any] = {"labels": organs} if organs else {}
         for part, scans in parts.items():
-            keys = ("image", "label", "subject")
-            tree[part] = [{key: value for key in keys if (value := getattr(scan, key))} for scan in scans]
+            tree[part] = [{key: text for key, text in vars(scan).items() if text and key != "test"} for scan in scans]
         texts[folder / file] = json.dumps(tree, indent=1) + "\n"
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:

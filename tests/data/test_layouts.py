@@ -281,7 +281,7 @@ def test_what_prepare_would_refuse_is_not_listed(tmp_path: Path) -> None:
     assert list(pairs(found)) == [*[f"images/{name}.nii.gz" for name in "abc"], "real/d.nii.gz"]
     odd = found.left_out.pop("images/bad\nname.nii.gz")
     assert odd == "control characters in its name"
-    assert "images/bad\\nname.nii.gz" in summary(root, Layout("", "", left_out={"images/bad\nname.nii.gz": odd}))
+    assert "images/bad\\nname.nii.gz" in summary(root, Layout("", left_out={"images/bad\nname.nii.gz": odd}))
     left_out = {
         "images/out.nii.gz": f"leaves the root, to {tmp_path}/out/x.nii.gz",
         "images/none.nii.gz": "leads nowhere",
