@@ -91,7 +91,7 @@ def write_datalists(
     parts = _parts(labelled, validation, tested)
     for size in (sorted(sizes) or [len(parts["training"]) or 1]) if labelled else ():
         if not 0 < size <= len(parts["training"]):
-            raise UserError(_too_few(folder, f"{size} labelled", parts, labelled, found))
+            raise UserError(_too_few(folder, f"{size} labelled", parts, labelled))
         lists[f"labelled_{size}.json" if sizes else "labelled.json"] = parts | {"training": parts["training"][:size]}
     beyond = [scan.image for scan in parts["training"][max(sizes) :]] if sizes else []
     found.left_out |= dict.fromkeys(beyond, "a labelled scan beyond the largest split")
@@ -102,7 +102,7 @@ def write_datalists(
     if parts["training"]:
         lists["unlabelled.json"] = parts
     elif not lists:
-        raise UserError(_too_few(folder, "1 unlabelled", parts, unlabelled, found))
+        raise UserError(_too_few(folder, "1 unlabelled", parts, unlabelled))
     else:
         few = [scan.image for scan in parts["validation"]]
         found.left_out |= dict.fromkeys(few, "too few unlabelled scans for training and validation")
@@ -116,13 +116,10 @@ def _set_subjects(found: Layout, subject: str) -> None:
         pattern = re.compile(subject)
     except re.error as error:
         raise UserError(f"--subject {subject}: not a regular expression: {error}") from error
-    missing = []
     for scan in found.scans:
         match = pattern.search(scan.image)
         scan.subject = next((group for group in match.groups() if group), match[0]) if match else ""
-        if not scan.subject:
-            missing.append(scan.image)
-    if missing:
+    if missing := [scan.image for scan in found.scans if not scan.subject]:
         raise UserError(
             f"--subject {subject}: finds no patient in {len(missing)} of {len(found.scans)} paths, e.g. in "
             f"{shown(missing[0])}; it must match in each, as '[^/]+' does: the first part of the path"
@@ -137,13 +134,12 @@ def _person(scan: Scan) -> str:
 
 def _by_person(found: Layout, labelled: bool, seed: int) -> dict[str, list[Scan]]:
     """The scans with or without a label, by patient, in an order of all patients that the seed draws."""
-    people: dict[str, list[Scan]] = defaultdict(list)
-    for scan in found.scans:
-        people[_person(scan)].append(scan)
-    order = sorted(people)
+    order = sorted({_person(scan) for scan in found.scans})
     random.Random(str(seed)).shuffle(order)
-    chosen = {one: [scan for scan in people[one] if bool(scan.label) == labelled] for one in order}
-    return {one: scans for one, scans in chosen.items() if scans}
+    people: dict[str, list[Scan]] = {one: [] for one in order}
+    for scan in found.scans:
+        people[_person(scan)] += [scan] if bool(scan.label) == labelled else []
+    return {one: scans for one, scans in people.items() if scans}
 
 
 def _parts(people: dict[str, list[Scan]], validation: float, tested: Sequence[str]) -> dict[str, list[Scan]]:
@@ -155,14 +151,11 @@ def _parts(people: dict[str, list[Scan]], validation: float, tested: Sequence[st
     return {part: [scan for one in ones for scan in people[one]] for part, ones in parts.items()}
 
 
-def _too_few(
-    folder: Path, asked: str, parts: dict[str, list[Scan]], people: dict[str, list[Scan]], found: Layout
-) -> str:
+def _too_few(folder: Path, asked: str, parts: dict[str, list[Scan]], people: dict[str, list[Scan]]) -> str:
     held_out = [_person(scan) for part in ("validation", "test") for scan in parts.get(part, ())]
     return (
         f"{folder}: {asked} training volumes asked for, but {len(parts['training'])} are left after holding out "
-        f"{len(held_out)} volumes of {len(set(held_out))} of {len(people)} patients; "
-        f"{found.subjects} (--subject says otherwise)"
+        f"{len(held_out)} volumes of {len(set(held_out))} of {len(people)} patients"
     )
 
 
