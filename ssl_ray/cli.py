@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -141,7 +140,7 @@ def plan(
     folders = folders_of(study)
     if folders.output.origin is None:
         identity.check_unchanged(study, folders)
-    found = asdict(estimate_study(study, folders, gpu, with_probe=not no_probe))
+    found = estimate_study(study, folders, gpu, with_probe=not no_probe)
     say(json.dumps(found) if as_json else render(found))
 
 

@@ -111,7 +111,14 @@ def prepare_cohort(
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         case = pickle.loads(row["case"])
-        return {"outcome": pickle.dumps((case, _attempt(case, preparation, store, verify)))}
+        outcome: Any
+        try:
+            outcome = prepare_case(case, preparation, store, verify)
+        except (OSError, ValueError) as error:  # given back, as one bad volume must not end the others
+            outcome = error
+        except (RuntimeError, MemoryError) as error:  # torch's, for a volume that is too large for this machine
+            outcome = UserError(f"{case.image}: {' '.join(str(error).split())[:200]}")
+        return {"outcome": pickle.dumps((case, outcome))}
 
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(work, num_cpus=1)
     volumes: dict[str, Volume] = {}
@@ -138,16 +145,6 @@ def prepare_cohort(
 def usable(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:
     """The prepared volumes of cases, by image path as `prepare_cohort` gives them; bad ones are left out."""
     return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
-
-
-def _attempt(case: Case, preparation: Preparation, store: Store, verify: bool) -> tuple[Volume, bool] | Exception:
-    """`prepare_case` in a Ray task, which gives its error back: one bad volume must not end the others."""
-    try:
-        return prepare_case(case, preparation, store, verify)
-    except (OSError, ValueError) as error:
-        return error
-    except (RuntimeError, MemoryError) as error:  # torch's, for a volume that is too large for this machine
-        return UserError(f"{case.image}: {' '.join(str(error).split())[:200]}")
 
 
 def _read_source(file: Path, store: Store, verify: bool) -> tuple[str, bytes | None]:

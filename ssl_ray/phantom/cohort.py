@@ -6,6 +6,7 @@
 import gzip
 import json
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -115,20 +116,13 @@ def _write_volumes(root: Path, cases: list[dict[str, str]], seed: int) -> None:
     """Synthesize the volumes of which a file is missing."""
     for folder in ("images", "labels"):
         remove_stale(root / folder, "*.part", 24 * 3600)
+    missing = [i for i, case in enumerate(cases) if not all((root / name).exists() for name in case.values())]
     with ProcessPoolExecutor() as pool:
-        futures = [
-            pool.submit(_write_volume, root, case, seed, i)
-            for i, case in enumerate(cases)
-            if not all((root / name).exists() for name in case.values())
-        ]
-        try:
-            for future in track("synthesizing volumes", futures, len(futures)) if futures else ():
-                future.result()
-        except BaseException:  # Ctrl-C must not wait for hundreds of volumes
-            pool.shutdown(cancel_futures=True)
-            raise
+        written = pool.map(partial(_write_volume, root, cases, seed), missing)  # an error or Ctrl-C cancels the rest
+        for _ in track("synthesizing volumes", written, len(missing)) if missing else ():
+            pass
 
 
-def _write_volume(root: Path, case: dict[str, str], seed: int, index: int) -> None:
-    for name, nifti in zip(case.values(), synthesize(seed, index), strict=False):
+def _write_volume(root: Path, cases: list[dict[str, str]], seed: int, index: int) -> None:
+    for name, nifti in zip(cases[index].values(), synthesize(seed, index), strict=False):
         write_file(root / name, gzip.compress(nifti.to_bytes(), 6, mtime=0))
