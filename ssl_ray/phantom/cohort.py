@@ -116,13 +116,13 @@ def _write_volumes(root: Path, cases: list[dict[str, str]], seed: int) -> None:
     """Synthesize the volumes of which a file is missing."""
     for folder in ("images", "labels"):
         remove_stale(root / folder, "*.part", 24 * 3600)
-    missing = [i for i, case in enumerate(cases) if not all((root / name).exists() for name in case.values())]
-    with ProcessPoolExecutor() as pool:
-        written = pool.map(partial(_write_volume, root, cases, seed), missing)  # an error or Ctrl-C cancels the rest
+    missing = {i: case for i, case in enumerate(cases) if not all((root / name).exists() for name in case.values())}
+    with ProcessPoolExecutor() as pool:  # an error or Ctrl-C cancels the rest
+        written = pool.map(partial(_write_volume, root, seed), missing, missing.values())
         for _ in track("synthesizing volumes", written, len(missing)) if missing else ():
             pass
 
 
-def _write_volume(root: Path, cases: list[dict[str, str]], seed: int, index: int) -> None:
-    for name, nifti in zip(cases[index].values(), synthesize(seed, index), strict=False):
+def _write_volume(root: Path, seed: int, index: int, case: dict[str, str]) -> None:
+    for name, nifti in zip(case.values(), synthesize(seed, index), strict=False):
         write_file(root / name, gzip.compress(nifti.to_bytes(), 6, mtime=0))
