@@ -61,14 +61,13 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Cano
     check_contrast(image.voxels, preparation.hu_window)
     low, high = preparation.hu_window
     target = canonical_grid(image.voxels.shape, image.affine, preparation)
-    if target is None:
+    if target.straight:
+        voxels, first = resample(image.voxels, target, low if preparation.crop_foreground else None)
+        affine = target.affine.copy()
+    else:
         found = by_monai(image, preparation, "bilinear")
         voxels, affine, first = found.voxels, found.affine, np.zeros(3, np.int64)
-        whole = voxels.shape
-    else:
-        voxels, first = resample(image.voxels, target, low if preparation.crop_foreground else None)
-        affine, whole = target.affine.copy(), target.shape
-    start, end = np.zeros(3, np.int64), np.array(whole)
+    start, end = np.zeros(3, np.int64), np.array(target.shape)
     if preparation.crop_foreground:
         body = [np.flatnonzero((voxels > low).any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
         if not all(map(len, body)):
@@ -80,7 +79,7 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Cano
     scaled = np.clip((voxels[_slices(start - first, end - first)] - np.float32(low)) / np.float32(high - low), 0, 1)
     stored = (scaled * np.float32(top)).round().astype(np.uint8 if top == 255 else np.uint16, order="C")
     stored_label = None
-    if label and target:
+    if label and target.straight:
         stored_label = nearest(label.voxels, target, start, end).copy()
     elif label:
         whole_label = by_monai(label, preparation, "nearest").voxels
