@@ -68,11 +68,10 @@ def canonical_grid(shape: Sequence[int], affine: npt.NDArray[np.float64], prepar
     source = np.linalg.solve(affine, target)
     axes = np.abs(source[:3, :3]).argmax(axis=0)
     scale = source[axes, [0, 1, 2]]
-    straight = np.zeros((3, 3))
-    straight[axes, [0, 1, 2]] = scale
-    off = np.abs(source[:3, :3] - straight) @ np.array(new)
-    same = sorted(axes) == [0, 1, 2] and off.max() <= _STRAIGHT
-    return VoxelGrid(target, new, tuple(axes.tolist()), tuple(scale), tuple(source[axes, 3]), bool(same))
+    shear = np.abs(source[:3, :3])
+    shear[axes, [0, 1, 2]] = 0
+    straight = sorted(axes) == [0, 1, 2] and bool((shear @ new <= _STRAIGHT).all())
+    return VoxelGrid(target, new, tuple(axes.tolist()), tuple(scale), tuple(source[axes, 3]), straight)
 
 
 def resample(
