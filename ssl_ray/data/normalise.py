@@ -97,20 +97,13 @@ def check_contrast(voxels: npt.NDArray[np.float32], window: tuple[float, float])
     inside = float(((sample > low) & (sample < high)).mean())
     span = float(np.ptp(np.percentile(np.clip(sample, low, high), (0.5, 99.5)))) / (high - low)
     light, dense = float(((sample > -900) & (sample < -30)).mean()), float((sample > 700).mean())
-    if inside < _LEAST_INSIDE:
-        cause = "is it HU with another offset or unit, or no CT?"
-    elif span < _LEAST_RANGE:
-        cause = "was it scaled, to 0..1 or by mean and deviation?"
-    elif low < 0 and dense > _MOST_DENSE and light < _LEAST_LIGHT:
-        cause = f"{dense:.0%} lie above 700 HU and {light:.0%} where fat and lung do: is it HU + 1024?"
-    elif low < 0 and np.percentile(sample, 0.1) > _MOST_LOW:
-        cause = "hardly a value is below -30 HU: is it a label map, MR or a picture of 8 bits, or is air 0, not -1000?"
-    else:
-        return
-    raise UserError(
-        f"not a CT in HU: the values are {voxels.min():g} to {voxels.max():g}, {inside:.1%} of them inside the window "
-        f"{low:g} to {high:g}; {cause}"
-    )
+    shifted = (dense > _MOST_DENSE and light < _LEAST_LIGHT) or np.percentile(sample, 0.1) > _MOST_LOW
+    if inside < _LEAST_INSIDE or span < _LEAST_RANGE or (low < 0 and shifted):
+        raise UserError(
+            f"not a CT in HU: the values are {voxels.min():g} to {voxels.max():g}, {inside:.1%} of them inside the "
+            f"window {low:g} to {high:g}, {dense:.1%} above 700 (bone) and {light:.1%} in -900 to -30 (lung, fat): is "
+            "it HU + 1024, scaled, MR or a label map, or is air 0 and not -1000?"
+        )
 
 
 def _slices(start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> tuple[slice, ...]:
