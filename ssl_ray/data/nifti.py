@@ -150,10 +150,8 @@ def _check_header(header: Any, place: str) -> int:
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if dtype.kind not in "iuf":
         raise ValueError(f"voxels must be integers or floats, got {dtype}")
-    if len(shape) < 3 or any(side != 1 for side in shape[3:]):
-        raise ValueError(f"must be a 3D volume, got shape {tuple(shape)}")
-    if min(shape[:3]) < 2:
-        raise ValueError(f"every axis must have at least 2 voxels, got shape {tuple(shape)}")
+    if len(shape) < 3 or any(side != 1 for side in shape[3:]) or min(shape[:3]) < 2:
+        raise ValueError(f"must be a 3D volume with sides of at least 2 voxels, got shape {tuple(shape)}")
     count = math.prod(int(side) for side in shape)
     if count > _MOST_VOXELS:
         raise ValueError(f"shape {tuple(shape)} are {count:.3g} voxels, more than {_MOST_VOXELS}")

@@ -91,13 +91,13 @@ ROWS.add("dim zero", nifti(dim={2: 0}), "at least 2 voxels, got shape (9, 0, 7)"
 ROWS.add("dim[0] 8", nifti(dim={0: 8}), "")
 ROWS.add("dim[0] 0", nifti(dim={0: 0}), "")
 ROWS.add("dim[0] -3", nifti(dim={0: -3}), "")
-ROWS.add("dim[0] 2", nifti(dim={0: 2}), "must be a 3D volume, got shape (9, 8)")
+ROWS.add("dim[0] 2", nifti(dim={0: 2}), "at least 2 voxels, got shape (9, 8)")
 ROWS.add("dim[0] 7", nifti(dim={0: 7}), right())
 ROWS.add("dim[0] 8 of NIfTI-2", nifti(kind=nib.Nifti2Image, dim={0: 8}), "")
 ROWS.add("one voxel thick", nifti(VOXELS[:, :1]), "at least 2 voxels")
 ROWS.add("4D of one frame", nifti(VOXELS[..., None]), right())
-ROWS.add("4D of no frame", nifti(dim={0: 4, 4: 0}), "must be a 3D volume, got shape (9, 8, 7, 0)")
-ROWS.add("4D of two frames", nifti(np.stack([VOXELS] * 2, -1)), "must be a 3D volume, got shape (9, 8, 7, 2)")
+ROWS.add("4D of no frame", nifti(dim={0: 4, 4: 0}), "at least 2 voxels, got shape (9, 8, 7, 0)")
+ROWS.add("4D of two frames", nifti(np.stack([VOXELS] * 2, -1)), "at least 2 voxels, got shape (9, 8, 7, 2)")
 ROWS.add("5D, a vector a voxel", nifti(np.zeros((5, 5, 5, 1, 3))), "must be a 3D volume")
 
 for code in DTYPES:
