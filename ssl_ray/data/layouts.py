@@ -19,7 +19,7 @@ Files = Sequence[PurePosixPath]
 Key = tuple[str, ...]
 _LABEL = r"labels?|lbl|d?seg|segm|segmentations?|masks?|msk|gt|annotations?|rtstruct|rtss"
 _FOLDER = re.compile(
-    rf"^((?P<label>(?i:{_LABEL}|derivatives))|(?P<image>(?i:images?|img|rawdata))|(?i:scans?|ct|volumes?))(?![a-z])"
+    rf"^(?:(?P<label>(?i:{_LABEL}|derivatives))|(?P<image>(?i:images?|img|rawdata))|(?i:scans?|ct|volumes?))(?![a-z])"
 )
 """How the folders of label maps and of images begin: labelsTr, images_v2; not `labelled`."""
 _LABEL_FOLDER = re.compile(rf"(?i)(?<!no)(?<!without)[_\- ]({_LABEL})$")
@@ -100,7 +100,8 @@ def read_layout(folder: Path) -> Layout:
     if dataset and not found.organs:
         found.organs = dataset.organs(path)
     for scan in found.scans:
-        scan.test |= scan.label is not None and any(map(_TEST.fullmatch, PurePosixPath(scan.image).parts[:-1]))
+        scan.test |= any(map(_TEST.fullmatch, PurePosixPath(scan.image).parts[:-1]))
+        scan.test &= scan.label is not None
     if not found.scans:
         why = "".join(f"; {name}: {reason}" for name, reason in list(found.left_out.items())[:3])
         raise UserError(f"{folder}: no image (.nii or .nii.gz) in it{why}")
@@ -171,8 +172,7 @@ def _decathlon(files: Files, dataset: _Dataset | None) -> Layout | None:
             found.left_out |= dict.fromkeys(missing, "dataset.json lists it, but no such file can be listed")
             if image and image not in missing:
                 label = None if label in missing else label
-                tested = section is dataset.test and label is not None
-                scans.setdefault(image, Scan(image, label, entry.subject, tested))
+                scans.setdefault(image, Scan(image, label, entry.subject, test=section is dataset.test))
     found.scans = list(scans.values())
     listed = {path for scan in found.scans for path in (scan.image, scan.label)}
     found.left_out |= dict.fromkeys(sorted(there - listed), "not in dataset.json")
@@ -186,12 +186,9 @@ def _bids(files: Files) -> Layout | None:
     found = Layout("BIDS", "by the folder sub-…")
     images, labels = _told_apart(files, found.left_out)
     entities = {path: {*stem(path).split("_")[:-1], *_patient(path)} for path in files}
-    of_patient: dict[Key, list[PurePosixPath]] = defaultdict(list)
-    for image in images:
-        of_patient[_patient(image)].append(image)
-    owners: dict[PurePosixPath, Files] = {}
-    for label in labels:
-        fitting = [image for image in of_patient.get(_patient(label), []) if entities[image] <= entities[label]]
+    owners = _alike(images, labels, _patient)
+    for label, of_patient in owners.items():
+        fitting = [image for image in of_patient if entities[image] <= entities[label]]
         most = max((len(entities[image]) for image in fitting), default=0)
         owners[label] = [image for image in fitting if len(entities[image]) == most]
     _pair(found, images, owners)
@@ -234,9 +231,7 @@ def _told_apart(files: Files, left_out: dict[str, str]) -> tuple[list[PurePosixP
 def _kind(folder: str) -> str:
     """What a folder holds by its name: label, image, or "" where it does not say."""
     match = _FOLDER.match(folder)
-    if _LABEL_FOLDER.search(folder) or (match and match["label"]):
-        return "label"
-    return "image" if match and match["image"] else ""
+    return "label" if _LABEL_FOLDER.search(folder) else (match and match.lastgroup) or ""
 
 
 def _alike(images: Files, labels: Files, key: Callable[[PurePosixPath], Key]) -> dict[PurePosixPath, Files]:
