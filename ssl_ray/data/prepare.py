@@ -88,11 +88,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
 
 
 def prepare_cohort(
-    cases: Sequence[Case],
-    preparation: Preparation,
-    store: Store,
-    classes: int | None = None,
-    verify: bool = False,
+    cases: Sequence[Case], preparation: Preparation, store: Store, classes: int | None = None, verify: bool = False
 ) -> tuple[dict[str, Volume], list[BadVolume], int]:
     """Prepare all cases in parallel on the Ray cluster, one volume a CPU at a time, as `prepare_case` does.
 
@@ -129,16 +125,15 @@ def prepare_cohort(
         case, outcome = pickle.loads(row["outcome"])
         if isinstance(outcome, OSError):  # of the store, not of the volume
             raise UserError(str(outcome))
-        if isinstance(outcome, Exception):
-            bad.append(BadVolume(case.id, str(case.image), str(outcome)))
-            continue
-        volume, fresh = outcome
-        prepared += fresh
-        if classes and volume.largest_label >= classes:
+        if not isinstance(outcome, Exception):
+            volume, fresh = outcome
+            prepared += fresh
+            if not classes or volume.largest_label < classes:
+                volumes[str(case.image)] = volume
+                continue
             beyond = f"label {volume.largest_label} is beyond the {classes} classes (0..{classes - 1})"
-            bad.append(BadVolume(case.id, str(case.image), f"{case.label}: {beyond}"))
-        else:
-            volumes[str(case.image)] = volume
+            outcome = f"{case.label}: {beyond}"
+        bad.append(BadVolume(case.id, str(case.image), str(outcome)))
     return volumes, sorted(bad, key=lambda one: one.id), prepared
 
 
