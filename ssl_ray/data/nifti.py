@@ -31,6 +31,21 @@ _MOST_EXTENSION = 2**26
 """Bytes in front of the voxels; in a compressed file, a kilobyte can hold a megabyte of them."""
 _CHUNK = 2**22
 """Bytes that are decompressed at a time."""
+_OTHERS = {
+    b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces by the volume",
+    b"/annex/objects/": "a git-annex pointer, which `git annex get` replaces by the volume",
+    b"<": "a web page or XML, as a failed download leaves it",
+    b"{": "JSON, as a failed download leaves it",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip inside of a gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\0" * 128 + b"DICM": "a DICOM file",
+    b"NRRD": "an NRRD file",
+}
+"""What is found under a volume's name, by how it begins."""
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+"""What may stand before it: blanks and a byte order mark."""
 _LONG_QUATERNION = 1.001
 """Scanners write unit quaternions in few digits; a longer one than this is no rotation."""
 _SCALED = 1e-3
@@ -72,12 +87,15 @@ def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
 def read_label(path: Path, content: bytes | None = None) -> Nifti:
     """Read one label map as `read_nifti` does; values that are not integers in 0..255, up to rounding, are refused."""
     label = read_nifti(path, content)
-    voxels = np.rint(label.voxels).clip(0, 255)
+    rule = f"{shown(path, 5000)}: label values must be integers in 0..255, got"
+    low, high, voxels = float(label.voxels.min()), float(label.voxels.max()), np.rint(label.voxels)
+    if low < -_SCALED or high > 255 + _SCALED:
+        raise UserError(f"{rule} values from {low:g} to {high:g}")
     broken = label.voxels[np.abs(label.voxels - voxels) > _SCALED]
     if broken.size:
         raise UserError(
-            f"{shown(path, 5000)}: label values must be integers in 0..255, got {broken[0]:.4g} and {broken.size - 1} "
-            "more that are none: was it interpolated when it was resampled, or is it no label map?"
+            f"{rule} {broken[0]:.4g} and {broken.size - 1} more that are none: was it interpolated when it was "
+            "resampled, or is it no label map?"
         )
     return Nifti(voxels, label.affine)
 
@@ -128,10 +146,11 @@ def _parse(raw: bytes, place: str) -> tuple[Any, bytes]:
         head = stream.read(544)
         second = 540 in (int.from_bytes(head[:4], order) for order in ("little", "big"))
         kind = nib.Nifti2Header if second else nib.Nifti1Header
-        magic = head[4:7] if second else head[344:347]
-        if len(head) < kind.single_vox_offset or magic not in (b"n+1", b"n+2"):
-            start = head.lstrip(b"\0 \t\r\n")[:40]
-            raise ValueError(f"not a single-file NIfTI: magic {magic!r} in a header of {len(head)} bytes: {start!r}")
+        other = next((what for start, what in _OTHERS.items() if head.lstrip(_BLANK).startswith(start)), None)
+        if other and head[344:347] != b"n+1":
+            raise ValueError(f"not a NIfTI file but {other}")
+        if len(head) < (least := kind.single_vox_offset):
+            raise ValueError(f"not a NIfTI file: {len(head)} bytes of header, expected at least {least}")
         header = kind(head[: kind.sizeof_hdr], check=False)
         size = _check_header(header, place)
         if compressed:
@@ -143,15 +162,19 @@ def _parse(raw: bytes, place: str) -> tuple[Any, bytes]:
 
 def _check_header(header: Any, place: str) -> int:
     """Bytes that the whole file must have by its header."""
-    start, least = float(header["vox_offset"]), header.single_vox_offset
+    magic, start, least = header["magic"].item(), float(header["vox_offset"]), header.single_vox_offset
+    if magic[:3] not in (b"n+1", b"n+2"):
+        raise ValueError(f"not a single-file NIfTI: magic {magic!r}")
     if not least <= start <= _MOST_EXTENSION or not start.is_integer():
         raise ValueError(f"vox_offset must be an integer from {least} to {_MOST_EXTENSION}, got {start:g}")
     header.check_fix(_NamedLog(nib.imageglobals.logger, {"place": place}))
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     if dtype.kind not in "iuf":
         raise ValueError(f"voxels must be integers or floats, got {dtype}")
-    if len(shape) < 3 or any(side != 1 for side in shape[3:]) or min(shape[:3]) < 2:
-        raise ValueError(f"must be a 3D volume with sides of at least 2 voxels, got shape {tuple(shape)}")
+    if len(shape) < 3 or any(side != 1 for side in shape[3:]):
+        raise ValueError(f"must be a 3D volume, got shape {tuple(shape)}")
+    if min(shape[:3]) < 2:
+        raise ValueError(f"every axis must have at least 2 voxels, got shape {tuple(shape)}")
     count = math.prod(int(side) for side in shape)
     if count > _MOST_VOXELS:
         raise ValueError(f"shape {tuple(shape)} are {count:.3g} voxels, more than {_MOST_VOXELS}")

@@ -163,32 +163,35 @@ def body_ct() -> npt.NDArray[np.float32]:
     return np.clip(hu, -1024, 3071).round().astype(np.float32)
 
 
-SPOILT: dict[str, Callable[[Any], Any]] = {
-    "scaled to 0..1": lambda hu: (hu + 1024) / 4095,
-    "scaled to -1..1": lambda hu: np.clip(hu, -1000, 1000) / 1000,
-    "by mean and deviation": lambda hu: (hu - hu.mean()) / hu.std(),
-    "+ 1024": lambda hu: hu + 1024,
-    "+ 1024, clipped": lambda hu: np.maximum(hu + 1024, 0),
-    "+ 1024, padded": lambda hu: np.where(hu < -1010, -2000, hu + 1024),
-    "- 1024": lambda hu: np.minimum(hu, 200) - 1024,
-    "of 8 bits": lambda hu: np.clip((hu + 175) * 0.6, 0, 255).round(),
-    "MR, slightly below 0": lambda hu: np.maximum(hu + 1000, 0) / 8 - 2,
-    "background set to 0": lambda hu: np.where(hu < 0, 0, hu),
-    "a label map": lambda hu: np.maximum(hu // 5, 0) % 14,
-    "constant": lambda hu: hu * 0 + 40,
-    "constant air": lambda hu: hu * 0 - 1000,
+SPOILT: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "scaled to 0..1": (lambda hu: (hu + 1024) / 4095, "scaled, to 0..1"),
+    "scaled to -1..1": (lambda hu: np.clip(hu, -1000, 1000) / 1000, "scaled, to 0..1"),
+    "by mean and deviation": (lambda hu: (hu - hu.mean()) / hu.std(), "scaled, to 0..1"),
+    "+ 1024": (lambda hu: hu + 1024, r"is it HU \+ 1024"),
+    "+ 1024, clipped": (lambda hu: np.maximum(hu + 1024, 0), r"is it HU \+ 1024"),
+    "+ 1024, padded": (lambda hu: np.where(hu < -1010, -2000, hu + 1024), r"is it HU \+ 1024"),
+    "- 1024": (lambda hu: np.minimum(hu, 200) - 1024, r"0\.0% of them inside the window -57 to 164"),
+    "of 8 bits": (lambda hu: np.clip((hu + 175) * 0.6, 0, 255).round(), "a picture of 8 bits"),
+    "MR, slightly below 0": (lambda hu: np.maximum(hu + 1000, 0) / 8 - 2, "MR"),
+    "background set to 0": (lambda hu: np.where(hu < 0, 0, hu), "was the background of a CT set to 0"),
+    "a label map": (lambda hu: np.maximum(hu // 5, 0) % 14, "is it a label map"),
+    "constant": (lambda hu: hu * 0 + 40, "40 to 40.*there is nothing in it"),
+    "constant air": (lambda hu: hu * 0 - 1000, "-1000 to -1000.*there is nothing in it"),
 }
 
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_what_is_no_ct_in_hu_is_refused(kind: str) -> None:
-    """It would be stored as one grey: the message has the range found, the window and the likely causes."""
-    hu = SPOILT[kind](body_ct()).astype(np.float32)
+    """It would be stored as one grey: the message has the range found, the window and the likely cause."""
+    change, cause = SPOILT[kind]
+    hu = change(body_ct()).astype(np.float32)
     for preparation in (PRETRAINING, FINETUNING.model_copy(update={"crop_foreground": False})):
-        low, high = preparation.hu_window
-        found = rf"the values are {hu.min():g} to {hu.max():g}, .* of them inside the window {low:g} to {high:g}.*is it"
-        with pytest.raises(UserError, match=found):
+        with pytest.raises(
+            UserError, match=rf"the values are {hu.min():g} to {hu.max():g}, .* of them inside the window"
+        ):
             prepare(Nifti(hu, AFFINE), None, preparation)
+    with pytest.raises(UserError, match=cause):
+        prepare(Nifti(hu, AFFINE), None, PRETRAINING)
 
 
 REAL = Path(os.environ.get("SSL_RAY_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -67,7 +67,7 @@ def test_the_part_of_each_bad_volume_is_said(
     with pytest.raises(UserError, match="4 volumes cannot be used") as caught:
         prepared(tmp_path, cases)
     for part, case in bad.items():
-        assert f"\n  {part}  {case.id}  {case.image}: not a single-file NIfTI" in str(caught.value)
+        assert f"\n  {part}  {case.id}  {case.image}: not a NIfTI file but a web page" in str(caught.value)
     usable = prepared(tmp_path, cases, on_bad_volume="skip")
     assert len(usable.labelled) == 3
     printed = " ".join(capsys.readouterr().out.split())
@@ -76,7 +76,7 @@ def test_the_part_of_each_bad_volume_is_said(
     assert {row["part"]: (row["id"], row["image"]) for row in rows} == {
         part: (case.id, str(case.image)) for part, case in bad.items()
     }
-    assert all("<html>404" in row["reason"] for row in rows)
+    assert all("web page" in row["reason"] for row in rows)
 
 
 @pytest.mark.parametrize(
