@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -20,8 +19,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 from typer.core import TyperGroup
 
-from ssl_ray.config.schema import Study
-from ssl_ray.console import say, track
+from ssl_ray.config.schema import PhantomCohort, Study
+from ssl_ray.console import say
 from ssl_ray.errors import UserError
 from ssl_ray.study.experiment import Step, load
 from ssl_ray.text import without_password
@@ -141,7 +140,7 @@ def plan(
     folders = folders_of(study)
     if folders.output.origin is None:
         identity.check_unchanged(study, folders)
-    found = asdict(estimate_study(study, folders, gpu, with_probe=not no_probe))
+    found = estimate_study(study, folders, gpu, with_probe=not no_probe)
     say(json.dumps(found) if as_json else render(found))
 
 
@@ -189,17 +188,9 @@ def phantom(
     sizes = _sizes(splits)
     from ssl_ray.phantom.cohort import write_cohort
 
+    numbers = {"unlabelled": volumes, "labelled": labelled, "validation": validation, "test": test, "seed": seed}
     with _writable(folder):
-        write_cohort(
-            folder,
-            unlabelled=volumes,
-            labelled=labelled,
-            validation=validation,
-            test=test,
-            splits=sizes,
-            seed=seed,
-            progress=track("synthesizing volumes"),
-        )
+        write_cohort(PhantomCohort(root=str(folder), splits=tuple(sizes), **numbers))
     say(f"{folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in sizes)}")
 
 
@@ -221,7 +212,7 @@ def datalist(
     from ssl_ray.data.listing import find_scans, summary, write_datalists
 
     with _writable(folder):
-        found = find_scans(folder, subject, track("merging masks"))
+        found = find_scans(folder, subject)
         try:
             written = write_datalists(folder, found, _sizes(splits), validation, test, seed)
         finally:  # what was found explains what is missing

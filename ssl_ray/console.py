@@ -1,7 +1,7 @@
 """What a person sees in the terminal: progress, and lines that read well in a log file too."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from rich import progress as bars
 from rich.console import Console
@@ -9,6 +9,7 @@ from rich.table import Column
 
 from ssl_ray.text import without_password
 
+_Item = TypeVar("_Item")
 _LOG_SECONDS = 20.0
 """Shortest time between two lines of progress where there is no terminal, e.g. under `ray job submit`."""
 
@@ -68,13 +69,9 @@ class Bar:
         say(" ".join(str(column.render(self._task)).strip() for column in self._columns).rstrip())
 
 
-def track(title: str) -> Callable[..., Iterator[Any]]:
-    """A function `progress(items, total)` that shows a `Bar` while the items pass; a sequence needs no total."""
-
-    def progress(items: Any, total: int | None = None) -> Iterator[Any]:
-        with Bar(title, len(items) if total is None else total) as bar:
-            for done, item in enumerate(items, 1):
-                yield item
-                bar.update(done)
-
-    return progress
+def track(title: str, items: Iterable[_Item], total: int) -> Iterator[_Item]:
+    """The items, with a `Bar` of how many have passed."""
+    with Bar(title, total) as bar:
+        for done, item in enumerate(items, 1):
+            yield item
+            bar.update(done)

@@ -47,10 +47,12 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six unlabelled volumes and seven labelled ones."""
+    from ssl_ray.config.schema import PhantomCohort
     from ssl_ray.phantom.cohort import write_cohort
 
     root = tmp_path_factory.mktemp("cohort")
-    write_cohort(root, unlabelled=6, labelled=4, validation=2, test=1, splits=[2, 4], seed=1)
+    numbers = {"unlabelled": 6, "labelled": 4, "validation": 2, "test": 1, "seed": 1}
+    write_cohort(PhantomCohort(root=str(root), splits=(2, 4), **numbers))
     return root
 
 

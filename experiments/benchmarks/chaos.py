@@ -37,6 +37,7 @@ import yaml
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
+from ssl_ray.config.schema import PhantomCohort
 from ssl_ray.phantom.cohort import write_cohort
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
@@ -345,7 +346,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = options.keep or Path(scratch)
         cohort = root / "cohort"
-        write_cohort(cohort, unlabelled=6, labelled=4, validation=2, test=1, splits=[2, 4], seed=1)
+        numbers = {"unlabelled": 6, "labelled": 4, "validation": 2, "test": 1, "seed": 1}
+        write_cohort(PhantomCohort(root=str(cohort), splits=(2, 4), **numbers))
         expected, peace, _ = carried_out(root / "peace", cohort, 0, random.Random())
         print(f"in peace: {peace:.0f} s", flush=True)
         rows: list[Row] = []

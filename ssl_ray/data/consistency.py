@@ -33,7 +33,11 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
         known = [(key, case) for case in cases for key in _known_by(case)]
         for key, case in known if held_out else ():
             if key in seen:
-                raise UserError(_on_both_sides(key, part, case, *seen[key]))
+                other_part, other = seen[key]
+                raise UserError(
+                    f"{case.place}: {' '.join(key)} is in {part} ({case.image}) and also in {other_part} "
+                    f"({other.image}, {other.place}), but must be in one of them alone"
+                )
         seen |= {key: (part, case) for key, case in known}
 
 
@@ -56,23 +60,13 @@ def _check_same(labelled: Sequence[Case], unlabelled: Sequence[Case]) -> None:
     for case in (*labelled, *unlabelled):
         first = known.setdefault(os.path.realpath(case.image), case)
         if case.label and first.label and os.path.realpath(case.label) != os.path.realpath(first.label):
-            _contradict(case, first, f"the label {case.label}", str(first.label))
+            values = f"the label {case.label} here, but {first.label}"
         # A list without labels need not say whose scans they are.
-        if case.subject != first.subject and (case.label or (case.subject and first.subject)):
-            _contradict(case, first, f"the subject {case.subject!r}", repr(first.subject))
-
-
-def _contradict(case: Case, first: Case, value: str, other: str) -> None:
-    raise UserError(f"{case.place}: {case.image} has {value} here, but {other} in {first.place}")
-
-
-def _on_both_sides(key: tuple[str, str], part: str, case: Case, other_part: str, other: Case) -> str:
-    kind, value = key
-    hint = "; if these are two people, give them different subjects" if kind == "patient" else ""
-    return (
-        f"{case.place}: {kind} {value} is in {part} ({case.image}) and also in {other_part} ({other.image}, "
-        f"{other.place}), but must be in one of them alone{hint}"
-    )
+        elif case.subject != first.subject and (case.label or (case.subject and first.subject)):
+            values = f"the subject {case.subject!r} here, but {first.subject!r}"
+        else:
+            continue
+        raise UserError(f"{case.place}: {case.image} has {values} in {first.place}")
 
 
 def _known_by(case: Case) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Annotated, Any, TypeVar
 
@@ -22,7 +23,8 @@ from ssl_ray.errors import UserError
 from ssl_ray.storage.files import read_file
 from ssl_ray.text import BREAKS, shown
 
-SUFFIXES = (".nii.gz", ".nii")
+_SUFFIX = re.compile(r"(?i)\.nii(\.gz)?\Z")
+"""Scanners and Windows also write `.NII.GZ`."""
 _MOST_BYTES, _MOST_ENTRIES = 20_000_000, 250_000
 """Bytes of a list, and volumes of one of its sections: terabytes of volumes, and read within half a gigabyte."""
 _MOST_LABELS = 256
@@ -101,29 +103,39 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> 
     listed = read_json(path, _Json)
     real = cache(os.path.realpath)
     cases = {
-        section: tuple(
+        section: [
             _case(base, f"{path}: {section}.{number}", entry, labelled, real)
             for number, entry in enumerate(getattr(listed, section))
             if section != "test" or not labelled or entry.label
-        )
+        ]
         for section in ("training", "validation", "test")
     }
-    _check_files(path, cases, real)
+    known: dict[str, Case] = {}
+    for case in chain(*cases.values()):
+        if (first := known.setdefault(real(str(case.image)), case)) is not case:  # also by a link to it
+            raise UserError(f"{case.place}: {case.image} is listed twice, first in {first.place}")
+        for volume in (case.image, case.label):
+            if volume and not os.path.isfile(volume):
+                raise UserError(f"{case.place}: no such file: {shown(volume)}")
+    count = Counter(case.id for case in known.values())
+
+    def named(case: Case) -> Case:  # a file name that the list has twice is no id
+        return case if count[case.id] == 1 else replace(case, id=os.path.relpath(case.image, base))
+
     labels = {value: shown(name) for value, name in listed.labels.items()}
-    return Datalist(path, **_unique_ids(cases, base), labels=labels)
+    return Datalist(path, **{section: tuple(map(named, part)) for section, part in cases.items()}, labels=labels)
 
 
 def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """Training and validation cases of all sources together; two may not share a volume, one must have validation."""
     training: list[Case] = []
     validation: list[Case] = []
-    owner: dict[str, tuple[Datalist, Case]] = {}
+    known: dict[str, Case] = {}
     for source in sources:
         listed = read_datalist(source.root, source.datalist, labelled=False)
         for case in (*listed.training, *listed.validation):
-            first, same = owner.setdefault(os.path.realpath(case.image), (listed, case))
-            if first is not listed:
-                raise UserError(f"{case.place}: {case.image} is also {same.place}; a volume belongs to one source")
+            if (first := known.setdefault(os.path.realpath(case.image), case)) is not case:
+                raise UserError(f"{case.place}: {case.image} is also {first.place}; a volume belongs to one source")
         training += listed.training
         validation += listed.validation
     if not validation:
@@ -138,12 +150,12 @@ def subject_of(case: Case) -> str:
 
 def stem(path: PurePath) -> str:
     """File name without .nii or .nii.gz, in either case."""
-    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    return _SUFFIX.sub("", path.name)
 
 
 def is_nifti(path: str) -> bool:
-    """Whether the name of a file is one of NIfTI's; scanners and Windows also write `.NII.GZ`."""
-    return path.lower().endswith(SUFFIXES)
+    """Whether the name of a file is one of NIfTI's."""
+    return bool(_SUFFIX.search(path))
 
 
 def read_json(path: Path, model: type[_Model]) -> _Model:
@@ -154,8 +166,6 @@ def read_json(path: Path, model: type[_Model]) -> _Model:
         raise UserError(f"{path}: cannot read the datalist: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        if first["type"] == "json_invalid":
-            raise UserError(f"{path}: not valid JSON: {first['ctx']['error']}") from None
         key = ".".join(shown(part, 80) for part in first["loc"] if part != "[key]")
         rule = first["msg"].removeprefix("Value error, ")
         place = f"{path}: {key}" if key else str(path)
@@ -176,25 +186,3 @@ def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[
             raise UserError(f"{place}.{key}: {shown(path)} leaves the root {base}")
         inside.append(Path(target))
     return Case(stem(inside[0]), inside[0], inside[1] if labelled else None, shown(entry.subject), place)
-
-
-def _check_files(path: Path, cases: dict[str, tuple[Case, ...]], real: Callable[[str], str]) -> None:
-    """Refuse images that are listed twice, also by a link to the other one, and files that do not exist."""
-    where: dict[str, str] = {}
-    for section, case in ((section, case) for section, listed in cases.items() for case in listed):
-        if before := where.get(file := real(str(case.image))):
-            raise UserError(f"{path}: {case.image} is listed twice, in '{before}' and in '{section}'")
-        where[file] = section
-    for volume in (volume for listed in cases.values() for case in listed for volume in (case.image, case.label)):
-        if volume and not os.path.isfile(volume):
-            raise UserError(f"{path}: no such file: {shown(volume)}")
-
-
-def _unique_ids(cases: dict[str, tuple[Case, ...]], base: Path) -> dict[str, tuple[Case, ...]]:
-    """A case is called by its file name, or by its path below the root where the list has that name twice."""
-    count = Counter(case.id for listed in cases.values() for case in listed)
-
-    def named(case: Case) -> Case:
-        return case if count[case.id] == 1 else replace(case, id=os.path.relpath(case.image, base))
-
-    return {section: tuple(map(named, listed)) for section, listed in cases.items()}

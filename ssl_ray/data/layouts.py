@@ -3,8 +3,9 @@
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel
@@ -14,10 +15,11 @@ from ssl_ray.data.layout_files import OWN, patient_level, usable_files
 from ssl_ray.errors import UserError
 from ssl_ray.text import shown
 
+Files = Sequence[PurePosixPath]
 Key = tuple[str, ...]
 _LABEL = r"labels?|lbl|d?seg|segm|segmentations?|masks?|msk|gt|annotations?|rtstruct|rtss"
 _FOLDER = re.compile(
-    rf"^((?P<label>(?i:{_LABEL}|derivatives))|(?P<image>(?i:images?|img|rawdata))|(?i:scans?|ct|volumes?))(?![a-z])"
+    rf"^(?:(?P<label>(?i:{_LABEL}|derivatives))|(?P<image>(?i:images?|img|rawdata))|(?i:scans?|ct|volumes?))(?![a-z])"
 )
 """How the folders of label maps and of images begin: labelsTr, images_v2; not `labelled`."""
 _LABEL_FOLDER = re.compile(rf"(?i)(?<!no)(?<!without)[_\- ]({_LABEL})$")
@@ -55,7 +57,7 @@ class Layout:
     """
 
     name: str
-    subjects: str
+    subjects: str = "each scan counts as a patient of its own"
     scans: list[Scan] = field(default_factory=list)
     organs: dict[int, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -93,20 +95,20 @@ def read_layout(folder: Path) -> Layout:
     for below in sorted({path.parent.parent for path in files} - {PurePosixPath(".")}):
         if (folder / below / "dataset.json").is_file():
             raise UserError(f"{folder}: {below} is a data set with labels of its own; make lists of each by itself")
-    special = (layout(files, dataset) for layout in (_totalsegmentator, _nnunet, _decathlon, _bids))
-    found = next(filter(None, special), None) or _plain(files)
+    found = _totalsegmentator(files) or _nnunet(files) or _decathlon(files, dataset) or _bids(files) or _plain(files)
     found.left_out = left_out | found.left_out
     if dataset and not found.organs:
         found.organs = dataset.organs(path)
     for scan in found.scans:
-        scan.test |= scan.label is not None and any(map(_TEST.fullmatch, PurePosixPath(scan.image).parts[:-1]))
+        scan.test |= any(map(_TEST.fullmatch, PurePosixPath(scan.image).parts[:-1]))
+        scan.test &= scan.label is not None
     if not found.scans:
         why = "".join(f"; {name}: {reason}" for name, reason in list(found.left_out.items())[:3])
         raise UserError(f"{folder}: no image (.nii or .nii.gz) in it{why}")
     return found
 
 
-def _totalsegmentator(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout | None:
+def _totalsegmentator(files: Files) -> Layout | None:
     """s0001/ct.nii.gz and s0001/segmentations/liver.nii.gz: a mask for each organ."""
     images = {path.parent: path for path in files if stem(path) == "ct"}
     masks: dict[PurePosixPath, dict[str, str]] = defaultdict(dict)
@@ -120,31 +122,30 @@ def _totalsegmentator(files: Sequence[PurePosixPath], dataset: _Dataset | None) 
     found.organs = dict(enumerate(["background", *names]))
     for place, image in images.items():
         label = f"{OWN}/{place}.nii.gz"
-        if missing := [name for name in names if name not in masks.get(place, {})]:
-            if place in masks:
-                found.left_out[f"{place}/segmentations/"] = (
-                    f"has no mask of {len(missing)} organs, e.g. {missing[0]}; its scan is listed without label"
-                )
-        else:
+        if not (missing := [name for name in names if name not in masks[place]]):
             found.masks[label] = {value: masks[place][name] for value, name in found.organs.items() if value}
+        elif masks[place]:
+            why = f"has no mask of {len(missing)} organs, e.g. {missing[0]}; its scan is listed without label"
+            found.left_out[f"{place}/segmentations/"] = why
         found.scans.append(Scan(str(image), label if label in found.masks else None, str(place)))
     known = {*images.values(), *(PurePosixPath(path) for organs in masks.values() for path in organs.values())}
     found.left_out |= {str(path): "neither ct.nii.gz nor a mask beside one" for path in files if path not in known}
     return found
 
 
-def _nnunet(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout | None:
+def _nnunet(files: Files) -> Layout | None:
     """imagesTr/case_0000.nii.gz and labelsTr/case.nii.gz; imagesTs and labelsTs are for testing."""
-    found = Layout("nnU-Net", "")
+    found = Layout("nnU-Net")
     images, labels = _told_apart(files, found.left_out)
     inside = {path for path in images if path.parent.name.startswith("images")}  # others lie beside, unlabelled
     cases = {path: match.groups() for path in images if (match := _CHANNEL.fullmatch(stem(path)))}
     first = {(path.parent, name) for path, (name, channel) in cases.items() if channel == "0000"}
-    names, labelled = {cases[path][0] for path in inside if path in cases}, {stem(path) for path in labels}
-    numbered = any(stem(path) in labelled for path in inside if path in cases)  # the digits are a volume's number
-    if not any((path.parent, name) in first for path in inside for name in cases.get(path, ())[:1]):
-        return None
+    cased = [path for path in inside if path in cases]
+    names, labelled = {cases[path][0] for path in cased}, {stem(path) for path in labels}
+    numbered = any(stem(path) in labelled for path in cased)  # the digits are a volume's number
     if numbered or not (labelled & names or len(names) > 1):
+        return None
+    if not any((path.parent, cases[path][0]) in first for path in cased):
         return None
     for path in images:
         name, channel = cases.get(path, ("", ""))
@@ -153,15 +154,15 @@ def _nnunet(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout 
         elif channel not in ("", "0000") and (path in inside or (path.parent, name) in first):
             found.left_out[str(path)] = f"channel {channel} of a scan; only channel 0000 is read"
     listed = [path for path in images if str(path) not in found.left_out]
-    _pair(found, listed, labels, lambda path: (*_parents(path), stem(path).removesuffix("_0000")))
+    _pair(found, listed, _alike(listed, labels, lambda path: (*_parents(path), stem(path).removesuffix("_0000"))))
     return found
 
 
-def _decathlon(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout | None:
+def _decathlon(files: Files, dataset: _Dataset | None) -> Layout | None:
     """A dataset.json that lists the volumes."""
     if not dataset or not dataset.training:
         return None
-    found = Layout("Decathlon, by its dataset.json", "")
+    found = Layout("Decathlon, by its dataset.json")
     there = {str(path) for path in files}
     scans: dict[str, Scan] = {}
     for section in (dataset.training, dataset.validation, dataset.test):
@@ -171,55 +172,48 @@ def _decathlon(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layo
             found.left_out |= dict.fromkeys(missing, "dataset.json lists it, but no such file can be listed")
             if image and image not in missing:
                 label = None if label in missing else label
-                tested = section is dataset.test and label is not None
-                scans.setdefault(image, Scan(image, label, entry.subject, tested))
+                scans.setdefault(image, Scan(image, label, entry.subject, test=section is dataset.test))
     found.scans = list(scans.values())
     listed = {path for scan in found.scans for path in (scan.image, scan.label)}
     found.left_out |= dict.fromkeys(sorted(there - listed), "not in dataset.json")
     return found
 
 
-def _bids(files: Sequence[PurePosixPath], dataset: _Dataset | None) -> Layout | None:
+def _bids(files: Files) -> Layout | None:
     """sub-01/ses-02/ct/sub-01_ses-02_ct.nii.gz, and its label under derivatives/ with the same entities or more."""
     if not any(_patient(path) for path in files):
         return None
     found = Layout("BIDS", "by the folder sub-…")
     images, labels = _told_apart(files, found.left_out)
     entities = {path: {*stem(path).split("_")[:-1], *_patient(path)} for path in files}
-    of_patient: dict[Key, list[PurePosixPath]] = defaultdict(list)
-    for image in images:
-        of_patient[_patient(image)].append(image)
-    owners = {}
-    for label in labels:
-        fitting = [image for image in of_patient.get(_patient(label), []) if entities[image] <= entities[label]]
+    owners = _alike(images, labels, _patient)
+    for label, of_patient in owners.items():
+        fitting = [image for image in of_patient if entities[image] <= entities[label]]
         most = max((len(entities[image]) for image in fitting), default=0)
         owners[label] = [image for image in fitting if len(entities[image]) == most]
-    _pair(found, images, labels, lambda path: (), owners)
+    _pair(found, images, owners)
     for scan in found.scans:
         scan.subject = "".join(_patient(PurePosixPath(scan.image))[:1])
     return found
 
 
-def _plain(files: Sequence[PurePosixPath]) -> Layout:
+def _plain(files: Files) -> Layout:
     """Any folder: label maps are known by their folder or name, and belong to the image of the same name."""
-    found = Layout("plain folder", "")
+    found = Layout("plain folder")
     images, labels = _told_apart(files, found.left_out)
-    keys = {path: (*_parents(path), _shared(path)) for path in files}
-    _pair(found, images, labels, keys.__getitem__)
-    folders = {scan.image: _people(PurePosixPath(scan.image)) for scan in found.scans}
-    while (tops := {top[0] if top else "" for top in folders.values()}) and len(tops) == 1 and "" not in tops:
-        folders = {image: rest for image, (_, *rest) in folders.items()}
-    level, doubt = patient_level(list(folders.values()))
-    for scan in found.scans:
-        scan.subject = "".join(folders[scan.image][level : level + 1])
+    _pair(found, images, _alike(images, labels, lambda path: (*_parents(path), _shared(path))))
+    folders = [_people(PurePosixPath(scan.image)) for scan in found.scans]
+    # Folders that all scans share are no patient's.
+    shared = len([*takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))])
+    level, doubt = patient_level([parts[shared:] for parts in folders])
+    for scan, parts in zip(found.scans, folders, strict=True):
+        scan.subject = "".join(parts[shared + level :][:1])
     if any(scan.subject for scan in found.scans):
         found.subjects = f"by the folder, where a scan lies in one{doubt}"
     return found
 
 
-def _told_apart(
-    files: Iterable[PurePosixPath], left_out: dict[str, str]
-) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+def _told_apart(files: Files, left_out: dict[str, str]) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
     """Images and label maps, by the name or the nearest folder that says which; scans other than CT are left out."""
     images: list[PurePosixPath] = []
     labels: list[PurePosixPath] = []
@@ -237,25 +231,21 @@ def _told_apart(
 def _kind(folder: str) -> str:
     """What a folder holds by its name: label, image, or "" where it does not say."""
     match = _FOLDER.match(folder)
-    if _LABEL_FOLDER.search(folder) or (match and match["label"]):
-        return "label"
-    return "image" if match and match["image"] else ""
+    return "label" if _LABEL_FOLDER.search(folder) else (match and match.lastgroup) or ""
 
 
-def _pair(
-    found: Layout,
-    images: Sequence[PurePosixPath],
-    labels: Sequence[PurePosixPath],
-    key: Callable[[PurePosixPath], Key],
-    owners: Mapping[PurePosixPath, Sequence[PurePosixPath]] | None = None,
-) -> None:
-    """Add the scans with their labels: those of the same `key`, or given as `owners`. What is not clear is left out."""
+def _alike(images: Files, labels: Files, key: Callable[[PurePosixPath], Key]) -> dict[PurePosixPath, Files]:
+    """Of each label, the images with the same key."""
     same: dict[Key, list[PurePosixPath]] = defaultdict(list)
     for image in images:
         same[key(image)].append(image)
+    return {label: same[key(label)] for label in labels}
+
+
+def _pair(found: Layout, images: Files, owners: Mapping[PurePosixPath, Files]) -> None:
+    """Add the scans with their labels; `owners` are the images that a label may be of. What is unclear is left out."""
     claims: dict[PurePosixPath, list[PurePosixPath]] = defaultdict(list)
-    for label in labels:
-        fitting = owners[label] if owners else same.get(key(label), [])
+    for label, fitting in owners.items():
         fitting = [image for image in fitting if stem(image) == stem(label)] or fitting
         if len(fitting) == 1:
             claims[fitting[0]].append(label)

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,18 +20,11 @@ _SHOWN = 5
 LEFT_OUT = "ssl_ray_left_out.txt"
 
 
-def find_scans(
-    folder: Path,
-    subject: str | None = None,
-    progress: Callable[[Iterator[Any], int], Iterable[Any]] = lambda items, total: items,
-) -> Layout:
+def find_scans(folder: Path, subject: str | None = None) -> Layout:
     """The scans below a folder, each with its label and its patient; label maps are made where there are only masks.
 
-    Args:
-        folder: the root of one data set.
-        subject: regular expression whose first group (or whole match) in an image's path below the root is the patient;
-            None: by the layout.
-        progress: wraps the iterator over label maps that are made, and is called with their number as well.
+    `subject` is a regular expression, whose first group that matches (or whole match) in an image's path below the
+    folder is the patient; None: by the layout.
 
     Raises:
         UserError: when the folder holds no scan, or an image's path does not match `subject`.
@@ -40,7 +33,7 @@ def find_scans(
     if subject is not None:
         _set_subjects(found, subject)
     if found.masks:
-        failed = merge_masks(folder, found.masks, found.organs, progress)
+        failed = merge_masks(folder, found.masks, found.organs)
         found.left_out |= failed
         for scan in found.scans:
             scan.label = None if scan.label in failed else scan.label
@@ -57,7 +50,7 @@ def summary(folder: Path, found: Layout) -> str:
     named += f"; the folder keeps {tested} for testing (--test draws others)" if tested else ""
     lines = [
         f"{folder}: {found.name}: {len(found.scans)} images, {len(labelled)} of them with a label map{named}",
-        f"{people} patients: {_whose(found)}",
+        f"{people} patients: {found.subjects} (--subject says otherwise)",
     ]
     reasons: dict[str, list[str]] = defaultdict(list)
     for path, why in found.left_out.items():
@@ -78,15 +71,9 @@ def write_datalists(
     """Write `unlabelled.json` and, for each size, `labelled_<n>.json`, or `labelled.json` with all labelled volumes.
 
     Patients are held out whole: all labelled scans of one are in one part, and their unlabelled scans are in no list.
-    Splits are nested: each has the first volumes of one order.
-
-    Args:
-        folder: the root.
-        found: its scans; those that get into no list are added to what is left out.
-        sizes: numbers of labelled training volumes; all there are if empty.
-        validation: share of the patients that is held out for validation, in (0, 1); at least one.
-        test: the same for testing or, from 1 on, a number of patients; 0: those whom the layout keeps for testing.
-        seed: of the order in which patients are drawn.
+    Splits are nested: each has the first volumes of one order. A share `validation` of the patients is held out, at
+    least one, and `test` likewise; from 1 on it is a number of patients, and 0 stands for those whom the layout keeps
+    for testing. Scans that get into no list are added to what `found` leaves out.
 
     Returns:
         Per file written, how many volumes each of its parts has.
@@ -104,7 +91,7 @@ def write_datalists(
     parts = _parts(labelled, validation, tested)
     for size in (sorted(sizes) or [len(parts["training"]) or 1]) if labelled else ():
         if not 0 < size <= len(parts["training"]):
-            raise UserError(_too_few(folder, f"{size} labelled", parts, labelled, found))
+            raise UserError(_too_few(folder, f"{size} labelled", parts, labelled))
         lists[f"labelled_{size}.json" if sizes else "labelled.json"] = parts | {"training": parts["training"][:size]}
     beyond = [scan.image for scan in parts["training"][max(sizes) :]] if sizes else []
     found.left_out |= dict.fromkeys(beyond, "a labelled scan beyond the largest split")
@@ -115,7 +102,7 @@ def write_datalists(
     if parts["training"]:
         lists["unlabelled.json"] = parts
     elif not lists:
-        raise UserError(_too_few(folder, "1 unlabelled", parts, unlabelled, found))
+        raise UserError(_too_few(folder, "1 unlabelled", parts, unlabelled))
     else:
         few = [scan.image for scan in parts["validation"]]
         found.left_out |= dict.fromkeys(few, "too few unlabelled scans for training and validation")
@@ -129,13 +116,10 @@ def _set_subjects(found: Layout, subject: str) -> None:
         pattern = re.compile(subject)
     except re.error as error:
         raise UserError(f"--subject {subject}: not a regular expression: {error}") from error
-    missing = []
     for scan in found.scans:
         match = pattern.search(scan.image)
         scan.subject = next((group for group in match.groups() if group), match[0]) if match else ""
-        if not scan.subject:
-            missing.append(scan.image)
-    if missing:
+    if missing := [scan.image for scan in found.scans if not scan.subject]:
         raise UserError(
             f"--subject {subject}: finds no patient in {len(missing)} of {len(found.scans)} paths, e.g. in "
             f"{shown(missing[0])}; it must match in each, as '[^/]+' does: the first part of the path"
@@ -148,20 +132,14 @@ def _person(scan: Scan) -> str:
     return scan.subject or str(PurePosixPath(scan.image).with_name(stem(PurePosixPath(scan.image))))
 
 
-def _whose(found: Layout) -> str:
-    """How patients are told apart."""
-    return f"{found.subjects or 'each scan counts as a patient of its own'} (--subject says otherwise)"
-
-
 def _by_person(found: Layout, labelled: bool, seed: int) -> dict[str, list[Scan]]:
     """The scans with or without a label, by patient, in an order of all patients that the seed draws."""
-    people: dict[str, list[Scan]] = defaultdict(list)
-    for scan in found.scans:
-        people[_person(scan)].append(scan)
-    order = sorted(people)
+    order = sorted({_person(scan) for scan in found.scans})
     random.Random(str(seed)).shuffle(order)
-    chosen = {one: [scan for scan in people[one] if bool(scan.label) == labelled] for one in order}
-    return {one: scans for one, scans in chosen.items() if scans}
+    people: dict[str, list[Scan]] = {one: [] for one in order}
+    for scan in found.scans:
+        people[_person(scan)] += [scan] if bool(scan.label) == labelled else []
+    return {one: scans for one, scans in people.items() if scans}
 
 
 def _parts(people: dict[str, list[Scan]], validation: float, tested: Sequence[str]) -> dict[str, list[Scan]]:
@@ -173,13 +151,11 @@ def _parts(people: dict[str, list[Scan]], validation: float, tested: Sequence[st
     return {part: [scan for one in ones for scan in people[one]] for part, ones in parts.items()}
 
 
-def _too_few(
-    folder: Path, asked: str, parts: dict[str, list[Scan]], people: dict[str, list[Scan]], found: Layout
-) -> str:
+def _too_few(folder: Path, asked: str, parts: dict[str, list[Scan]], people: dict[str, list[Scan]]) -> str:
     held_out = [_person(scan) for part in ("validation", "test") for scan in parts.get(part, ())]
     return (
         f"{folder}: {asked} training volumes asked for, but {len(parts['training'])} are left after holding out "
-        f"{len(held_out)} volumes of {len(set(held_out))} of {len(people)} patients; {_whose(found)}"
+        f"{len(held_out)} volumes of {len(set(held_out))} of {len(people)} patients"
     )
 
 
@@ -187,10 +163,9 @@ def _write(folder: Path, lists: dict[str, dict[str, list[Scan]]], organs: dict[i
     """Write all lists, or none where another one has the name of one of them."""
     texts: dict[Path, str] = {}
     for file, parts in lists.items():
-        tree: dict[str, Any] = {"labels": {str(value): name for value, name in organs.items()}} if organs else {}
+        tree: dict[str, Any] = {"labels": organs} if organs else {}
         for part, scans in parts.items():
-            keys = ("image", "label", "subject")
-            tree[part] = [{key: value for key in keys if (value := getattr(scan, key))} for scan in scans]
+            tree[part] = [{key: text for key, text in vars(scan).items() if text and key != "test"} for scan in scans]
         texts[folder / file] = json.dumps(tree, indent=1) + "\n"
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:

@@ -3,27 +3,22 @@
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from ssl_ray.console import track
 from ssl_ray.data.layout_files import OWN
 from ssl_ray.data.nifti import read_label
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import write_file
 
 
-def merge_masks(
-    folder: Path,
-    masks: Mapping[str, Mapping[int, str]],
-    organs: Mapping[int, str],
-    progress: Callable[[Iterator[Any], int], Iterable[Any]] = lambda items, total: items,
-) -> dict[str, str]:
+def merge_masks(folder: Path, masks: Mapping[str, Mapping[int, str]], organs: Mapping[int, str]) -> dict[str, str]:
     """Write each label map of `masks` that is not there yet: its path below `folder` -> the mask of each value.
 
     A voxel of several organs gets the largest value. Returns why a label map could not be made, by its path.
@@ -39,7 +34,7 @@ def merge_masks(
     write_file(record, names.encode())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = pool.map(lambda label: _merge(folder, label, masks[label]), masks)
-        failed = dict(zip(masks, progress(outcomes, len(masks)), strict=True))
+        failed = dict(zip(masks, track("merging masks", outcomes, len(masks)), strict=True))
     return {label: why for label, why in failed.items() if why}
 
 

@@ -4,9 +4,9 @@ The result is what MONAI's own chain of deterministic transforms gives (`Orienta
 `ScaleIntensityRange`, `CropForeground`), rounded to 8 or 16 bits.
 """
 
+import math
 from dataclasses import dataclass
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
@@ -57,18 +57,19 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Cano
     # Imported here, as MONAI takes seconds to import and a run that finds all volumes in the store does without.
     from ssl_ray.data.resample import by_monai, canonical_grid, nearest, resample
 
-    _check_size(image, preparation)
+    target = canonical_grid(image.voxels.shape, image.affine, preparation)
+    if math.prod(target.shape) > _MOST_VOXELS:
+        shape = f"{' x '.join(map(str, target.shape))} voxels at spacing {list(preparation.spacing)}"
+        raise UserError(f"{shape} are more than {_MOST_VOXELS}: is the affine in mm?")
     check_contrast(image.voxels, preparation.hu_window)
     low, high = preparation.hu_window
-    target = canonical_grid(image.voxels.shape, image.affine, preparation)
-    if target is None:
+    if target.straight:
+        voxels, first = resample(image.voxels, target, low if preparation.crop_foreground else None)
+        affine = target.affine.copy()
+    else:
         found = by_monai(image, preparation, "bilinear")
         voxels, affine, first = found.voxels, found.affine, np.zeros(3, np.int64)
-        whole = voxels.shape
-    else:
-        voxels, first = resample(image.voxels, target, low if preparation.crop_foreground else None)
-        affine, whole = target.affine.copy(), target.shape
-    start, end = np.zeros(3, np.int64), np.array(whole)
+    start, end = np.zeros(3, np.int64), np.array(target.shape)
     if preparation.crop_foreground:
         body = [np.flatnonzero((voxels > low).any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
         if not all(map(len, body)):
@@ -80,23 +81,13 @@ def prepare(image: Nifti, label: Nifti | None, preparation: Preparation) -> Cano
     scaled = np.clip((voxels[_slices(start - first, end - first)] - np.float32(low)) / np.float32(high - low), 0, 1)
     stored = (scaled * np.float32(top)).round().astype(np.uint8 if top == 255 else np.uint16, order="C")
     stored_label = None
-    if label and target:
+    if label and target.straight:
         stored_label = nearest(label.voxels, target, start, end).copy()
     elif label:
         whole_label = by_monai(label, preparation, "nearest").voxels
         stored_label = whole_label[_slices(start, end)].astype(np.uint8, order="C")
     assert stored_label is None or stored_label.shape == stored.shape
     return CanonicalVolume(stored, stored_label, top, affine)
-
-
-def _check_size(image: Nifti, preparation: Preparation) -> None:
-    extent = np.array(image.voxels.shape) * nib.affines.voxel_sizes(image.affine)
-    grid = float(np.maximum(extent / preparation.spacing, 1).prod())
-    if grid > _MOST_VOXELS:
-        raise UserError(
-            f"{' x '.join(f'{side:.4g}' for side in extent)} mm are {grid:.3g} voxels at spacing "
-            f"{list(preparation.spacing)}, more than {_MOST_VOXELS}: is the affine in mm?"
-        )
 
 
 def check_contrast(voxels: npt.NDArray[np.float32], window: tuple[float, float]) -> None:

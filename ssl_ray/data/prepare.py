@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 
 from ssl_ray.config import depends
 from ssl_ray.config.schema import Preparation
+from ssl_ray.console import track
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import content_digest, on_image_grid, read_label, read_nifti
 from ssl_ray.data.normalise import VERSION, prepare
@@ -40,11 +41,8 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     """The stored volume of a case, and whether it had to be prepared now, for the first time or because of damage.
 
     With `verify`, the digests of all that is stored are compared, and the sources are read even where their size and
-    time have not changed.
-
-    Raises:
-        UserError: naming file and rule, for a volume that cannot be used.
-        OSError: naming the place, where the store cannot be read or written.
+    time have not changed. A volume that cannot be used is a UserError, a store that cannot be read or written an
+    OSError.
     """
     files = {"image": case.image} | ({"label": case.label} if case.label else {})
     digests, content = {}, {}
@@ -56,9 +54,8 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     recipe = depends.preparation(preparation, VERSION, digests)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
     # The name and place that it has in this study, which its key does not cover.
-    label_source = str(case.label) if case.label else None
-    named: dict[str, Any] = {"id": case.id, "image_source": str(case.image), "label_source": label_source}
-    named["subject"] = case.subject
+    named: dict[str, Any] = {"id": case.id, "image_source": str(case.image), "subject": case.subject}
+    named["label_source"] = str(case.label) if case.label else None
     if found := store.get(key, verify):
         return replace(found, **named), False
     if None in content.values():  # the sources are known, but the store has no volume of them
@@ -70,8 +67,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
         canonical = prepare(image, label, preparation)
     except ValueError as error:
         raise UserError(f"{case.image}: {error}") from error
-    x, y, z = image.voxels.shape
-    counts = np.bincount(canonical.label.ravel()) if canonical.label is not None else np.zeros(0, np.int64)
+    counts = np.bincount(canonical.label.ravel()) if canonical.label is not None else ()
     volume = Volume(
         key=key,
         **named,
@@ -83,7 +79,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
         levels=canonical.levels,
         channels=1,
         hu_window=preparation.hu_window,
-        original_shape=(x, y, z),
+        original_shape=image.voxels.shape,
         label_voxels={str(value): int(count) for value, count in enumerate(counts) if count},
         largest_label=int(label.voxels.max()) if label else 0,
         files={},
@@ -92,25 +88,17 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
 
 
 def prepare_cohort(
-    cases: Sequence[Case],
-    preparation: Preparation,
-    store: Store,
-    classes: int | None = None,
-    progress: Callable[[Iterator[Any], int], Iterator[Any]] | None = None,
-    verify: bool = False,
+    cases: Sequence[Case], preparation: Preparation, store: Store, classes: int | None = None, verify: bool = False
 ) -> tuple[dict[str, Volume], list[BadVolume], int]:
-    """Prepare all cases in parallel on the Ray cluster, one volume a CPU at a time.
+    """Prepare all cases in parallel on the Ray cluster, one volume a CPU at a time, as `prepare_case` does.
 
-    Args:
-        cases: with or without labels; ids may repeat between cohorts but not within `cases`.
-        preparation: parameters of the canonical array.
-        store: in a folder that all nodes share, or in an object store; a UserError says why it cannot be written.
-        classes: for labelled cases, labels must be in 0..classes-1.
-        progress: wraps the iterator over finished volumes, e.g. into a progress bar; called with their number as well.
-        verify: as for `prepare_case`.
+    `classes` is None for unlabelled cases; labels must be in 0..classes-1.
 
     Returns:
         Volumes by image path, the volumes that cannot be used, and how many were prepared now.
+
+    Raises:
+        UserError: when the store cannot be read or written.
     """
     import ray  # not above: it takes a second, and `prepare_case` does without
 
@@ -119,43 +107,39 @@ def prepare_cohort(
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         case = pickle.loads(row["case"])
-        return {"outcome": pickle.dumps((case, _attempt(case, preparation, store, verify)))}
+        outcome: Any
+        try:
+            outcome = prepare_case(case, preparation, store, verify)
+        except (OSError, ValueError) as error:  # given back, as one bad volume must not end the others
+            outcome = error
+        except (RuntimeError, MemoryError) as error:  # torch's, for a volume that is too large for this machine
+            outcome = UserError(f"{case.image}: {' '.join(str(error).split())[:200]}")
+        return {"outcome": pickle.dumps((case, outcome))}
 
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(work, num_cpus=1)
-    finished: Iterator[Any] = iter(dataset.iter_rows())
     volumes: dict[str, Volume] = {}
     bad: list[BadVolume] = []
     prepared = 0
-    for row in progress(finished, len(rows)) if progress else finished:
+    title = f"preparing {'labelled' if classes else 'unlabelled'} volumes"
+    for row in track(title, dataset.iter_rows(), len(rows)):
         case, outcome = pickle.loads(row["outcome"])
         if isinstance(outcome, OSError):  # of the store, not of the volume
             raise UserError(str(outcome))
-        if isinstance(outcome, Exception):
-            bad.append(BadVolume(case.id, str(case.image), str(outcome)))
-            continue
-        volume, fresh = outcome
-        prepared += fresh
-        if classes and volume.largest_label >= classes:
+        if not isinstance(outcome, Exception):
+            volume, fresh = outcome
+            prepared += fresh
+            if not classes or volume.largest_label < classes:
+                volumes[str(case.image)] = volume
+                continue
             beyond = f"label {volume.largest_label} is beyond the {classes} classes (0..{classes - 1})"
-            bad.append(BadVolume(case.id, str(case.image), f"{case.label}: {beyond}"))
-        else:
-            volumes[str(case.image)] = volume
+            outcome = f"{case.label}: {beyond}"
+        bad.append(BadVolume(case.id, str(case.image), str(outcome)))
     return volumes, sorted(bad, key=lambda one: one.id), prepared
 
 
 def usable(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:
     """The prepared volumes of cases, by image path as `prepare_cohort` gives them; bad ones are left out."""
     return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
-
-
-def _attempt(case: Case, preparation: Preparation, store: Store, verify: bool) -> tuple[Volume, bool] | Exception:
-    """`prepare_case` in a Ray task, which gives its error back: one bad volume must not end the others."""
-    try:
-        return prepare_case(case, preparation, store, verify)
-    except (OSError, ValueError) as error:
-        return error
-    except (RuntimeError, MemoryError) as error:  # torch's, for a volume that is too large for this machine
-        return UserError(f"{case.image}: {' '.join(str(error).split())[:200]}")
 
 
 def _read_source(file: Path, store: Store, verify: bool) -> tuple[str, bytes | None]:

@@ -7,6 +7,7 @@ be computed: that takes a tenth of the time. The grid itself is MONAI's, and so 
 Labels take the nearest voxel along each axis of their image's grid, in a tenth of the time of scipy's affine transform.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,17 +31,18 @@ _STRAIGHT = 1e-7
 
 @dataclass(frozen=True)
 class VoxelGrid:
-    """The canonical grid of a volume.
+    """The canonical grid of a volume, which MONAI would resample to.
 
-    Its axis j runs along axis `axes[j]` of the source, where its index i lies at `scale[j] * i + shift[j]` voxels.
-    `affine` (4, 4) maps its voxels to mm.
+    Its axis j runs along axis `axes[j]` of the source, where its index i lies at `scale[j] * i + shift[j]` voxels; not
+    so where it is not `straight`, as after a sheared scan. `affine` (4, 4) maps its voxels to mm.
     """
 
     affine: npt.NDArray[np.float64]
-    shape: tuple[int, int, int]
-    axes: tuple[int, int, int]
-    scale: tuple[float, float, float]
-    shift: tuple[float, float, float]
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    straight: bool
 
 
 def by_monai(volume: Nifti, preparation: Preparation, mode: Literal["bilinear", "nearest"]) -> Nifti:
@@ -52,13 +54,8 @@ def by_monai(volume: Nifti, preparation: Preparation, mode: Literal["bilinear", 
     return Nifti(data[0].numpy(), data.affine.numpy().astype(np.float64))
 
 
-def canonical_grid(
-    shape: tuple[int, ...], affine: npt.NDArray[np.float64], preparation: Preparation
-) -> VoxelGrid | None:
-    """The grid that MONAI would resample to; None where its axes are not the source's, as after a sheared scan.
-
-    `shape` and `affine` (4, 4) are those of the source, in voxels and from voxels to mm.
-    """
+def canonical_grid(shape: Sequence[int], affine: npt.NDArray[np.float64], preparation: Preparation) -> VoxelGrid:
+    """The grid of a source whose `shape` is in voxels, and whose `affine` (4, 4) maps voxels to mm."""
     there = MetaTensor(torch.empty(1).expand(1, *shape), affine=torch.from_numpy(affine))
     if preparation.orientation:
         there = Orientation(preparation.orientation, labels=AXIS_CODES, lazy=True)(there)
@@ -71,13 +68,10 @@ def canonical_grid(
     source = np.linalg.solve(affine, target)
     axes = np.abs(source[:3, :3]).argmax(axis=0)
     scale = source[axes, [0, 1, 2]]
-    straight = np.zeros((3, 3))
-    straight[axes, [0, 1, 2]] = scale
-    off = np.abs(source[:3, :3] - straight) @ np.array(new)
-    if sorted(axes) != [0, 1, 2] or off.max() > _STRAIGHT:
-        return None
-    x, y, z = (int(axis) for axis in axes)
-    return VoxelGrid(target, (new[0], new[1], new[2]), (x, y, z), tuple(scale), tuple(source[axes, 3]))
+    shear = np.abs(source[:3, :3])
+    shear[axes, [0, 1, 2]] = 0
+    straight = sorted(axes) == [0, 1, 2] and bool((shear @ new <= _STRAIGHT).all())
+    return VoxelGrid(target, new, tuple(axes.tolist()), tuple(scale), tuple(source[axes, 3]), straight)
 
 
 def resample(
@@ -89,14 +83,12 @@ def resample(
         A box of the resampled volume, and the grid's index of its first voxel (3). Margins that hold no value above
         `above` may be left out of it, none where `above` is None; the box is empty where no value is above.
     """
-    # Slowest axis of the memory first, so that neighbours are copied and interpolated in rows.
-    memory = sorted(range(3), key=lambda axis: -voxels.strides[axis])
-    data = torch.from_numpy(voxels.transpose(memory))
+    data = torch.from_numpy(voxels.T)  # a NIfTI's x is the fastest axis in memory
     reach = [(0, side) for side in data.shape] if above is None else _reach(data, above)
     places: dict[int, npt.NDArray[np.float64]] = {}  # key: axis of `data`
     first = []
     for side, axis, scale, shift in zip(grid.shape, grid.axes, grid.scale, grid.shift, strict=True):
-        dim = memory.index(axis)
+        dim = 2 - axis
         place = np.clip(scale * np.arange(side) + shift, 0, data.shape[dim] - 1)
         used = np.flatnonzero((place > reach[dim][0] - 1) & (place < reach[dim][1]))
         if not used.size:
@@ -106,7 +98,7 @@ def resample(
     # The axis that shrinks most comes first: it leaves the least for the others.
     for dim in sorted(places, key=lambda dim: len(places[dim]) / data.shape[dim]):
         data = _along(data, dim, places[dim])
-    return data.numpy().transpose([memory.index(axis) for axis in grid.axes]), np.array(first, np.int64)
+    return data.numpy().T.transpose(grid.axes), np.array(first, np.int64)
 
 
 def nearest(
@@ -119,7 +111,7 @@ def nearest(
 
     A place in the middle between two voxels takes the even one, where MONAI's noise decides: that is no shift.
     """
-    data = voxels.T.astype(np.uint8)  # a NIfTI's x is the fastest axis in memory
+    data = voxels.T.astype(np.uint8)
     for axis, scale, shift, first, last in zip(grid.axes, grid.scale, grid.shift, start, end, strict=True):
         place = np.rint(scale * np.arange(first, last) + shift).clip(0, voxels.shape[axis] - 1)
         data = data.take(place.astype(np.int64), axis=2 - axis)

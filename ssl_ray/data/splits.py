@@ -61,19 +61,13 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     Each must have as many training volumes as its name says, and no class beyond those of the cohort; validation and
     test volumes and the names of organs must be the same in all. A pool must have as many subjects as the largest size.
     """
-    lists: dict[int, Datalist] = {}
     if cohort.pool:
         pool = read_datalist(cohort.root, cohort.pool, labelled=True)
-        lists[len({subject_of(case) for case in pool.training})] = pool
+        lists = {len({subject_of(case) for case in pool.training}): pool}
         if max(sizes) > max(lists):
             raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {max(lists)}")
-    for size in () if cohort.pool else sizes:
-        split = (cohort.splits or {})[size]
-        if isinstance(split, str):
-            lists[size] = read_datalist(cohort.root, split, labelled=True)
-        else:
-            assert cohort.datalist is not None
-            lists[size] = _select(read_datalist(cohort.root, cohort.datalist, labelled=True), split, size)
+    else:
+        lists = {size: _split(cohort, size) for size in sizes}
     first = next(iter(lists.values()))
     names: dict[int, tuple[Path, str]] = {}
     for size, listed in lists.items():
@@ -88,14 +82,12 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
                     )
         if not listed.validation:
             raise UserError(f"{listed.path}: 'validation' must list at least one labelled volume")
-        beyond = sorted(value for value in listed.labels if value >= cohort.classes)
-        if beyond:
+        if beyond := sorted(value for value in listed.labels if value >= cohort.classes):
             raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
-        for value in sorted(names.keys() & listed.labels.keys() - {0}):
-            name, (other, before) = listed.labels[value], names[value]
-            if name != before:
-                raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {other}; name it alike")
-        names = {value: (listed.path, name) for value, name in listed.labels.items()} | names
+        for value, name in listed.labels.items():
+            place, before = names.setdefault(value, (listed.path, name))
+            if value and name != before:
+                raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {place}; name it alike")
     organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
     training = {size: listed.training for size, listed in lists.items()}
     return Splits(training, first.validation, first.test, organs, pool=cohort.pool is not None)
@@ -108,19 +100,24 @@ def _written(case: Case | None) -> str:
     return " and ".join(str(part) for part in (case.image, case.label, case.subject) if part)
 
 
-def _select(listed: Datalist, ids: Sequence[str], size: int) -> Datalist:
-    """The training cases named by ids; `img0001..img0006` is a range over the trailing number."""
+def _split(cohort: LabelledCohort, size: int) -> Datalist:
+    """The list of a size, or out of the one list the training cases named by ids."""
+    split = (cohort.splits or {})[size]
+    if isinstance(split, str):
+        return read_datalist(cohort.root, split, labelled=True)
+    assert cohort.datalist is not None
+    listed = read_datalist(cohort.root, cohort.datalist, labelled=True)
     by_id = {case.id: case for case in listed.training}
-    wanted = [name for entry in ids for name in _expand(entry)]
-    unknown = [name for name in wanted if name not in by_id]
-    if unknown:
+    wanted = [name for entry in split for name in _expand(entry)]
+    if unknown := [name for name in wanted if name not in by_id]:
         raise UserError(f"{listed.path}: splits.{size}: no training volume has the id {unknown[0]!r}")
     return replace(listed, training=tuple(by_id[name] for name in dict.fromkeys(wanted)))
 
 
 def _expand(entry: str) -> list[str]:
-    match = re.fullmatch(r"(.*?)(\d+)\.\.(.*?)(\d+)", entry)
-    if not match or match[1] != match[3]:
+    """`img0001..img0006` is a range over the trailing number."""
+    match = re.fullmatch(r"(.*?)(\d+)\.\.\1(\d+)", entry)
+    if not match:
         return [entry]
     width = len(match[2])
-    return [f"{match[1]}{number:0{width}d}" for number in range(int(match[2]), int(match[4]) + 1)]
+    return [f"{match[1]}{number:0{width}d}" for number in range(int(match[2]), int(match[3]) + 1)]

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,8 @@ _BASIS = (
 )
 
 
-@dataclass(frozen=True)
-class StudyEstimate:
-    """Everything about a study that is not run yet; `basis` tells where it comes from. None stands for not known."""
-
-    total_seconds: float | None
-    cluster: Figures
-    volumes: dict[str, Group]
-    pretraining: Figures
-    grid: Figures
-    basis: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_probe: bool = True) -> StudyEstimate:
-    """Read what is needed and time a few steps; nothing is written or started.
+def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_probe: bool = True) -> Figures:
+    """Read what is needed and time a few steps; nothing is written or started. `basis` tells where figures come from.
 
     `gpu` is a key of `DEVICES`: estimate for this kind, one a worker, instead of timing steps on what is here.
 
@@ -72,7 +59,9 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
         work |= {"step_seconds": step, "total_seconds": step and step * steps}
         hours = hours and step and hours + work["total_seconds"]
     lacks = _lacks(study, folders, cluster, work, grid, groups)
-    return StudyEstimate(hours, cluster, groups, work, grid, _BASIS, tuple(lacks))
+    volumes = {name: asdict(group) for name, group in groups.items()}
+    found = {"total_seconds": hours, "cluster": cluster, "volumes": volumes, "pretraining": work, "grid": grid}
+    return found | {"basis": _BASIS, "warnings": list(lacks)}
 
 
 def _cluster(study: Study, device: Device | None) -> Figures:

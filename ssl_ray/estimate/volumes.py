@@ -9,12 +9,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.consistency import check_lists
 from ssl_ray.data.datalist import Case, read_unlabelled
 from ssl_ray.data.normalise import levels
+from ssl_ray.data.resample import canonical_grid
 from ssl_ray.data.splits import read_labelled
 from ssl_ray.data.store import VOLUME_JSON, Store, Volume
 from ssl_ray.errors import UserError
@@ -83,7 +83,7 @@ def _group(cases: Sequence[Case], preparation: Preparation, stored: dict[Any, Vo
     for path in absent[:: 1 + len(absent) // _HEADERS]:
         try:
             image = nib.load(path)  # only its header
-            grids.append(prepared_shape(image.shape, image.affine, preparation))
+            grids.append(canonical_grid(image.shape[:3], image.affine, preparation).shape)
         except Exception as error:  # nibabel's, zlib's and the system's, of many types
             if not skip:
                 raise UserError(f"{path}: {reason(error)}") from error
@@ -97,10 +97,3 @@ def _group(cases: Sequence[Case], preparation: Preparation, stored: dict[Any, Vo
         missing_bytes=missing if absent else 0,
         shape=tuple(np.mean(shapes, axis=0).tolist()) if shapes else None,
     )
-
-
-def prepared_shape(shape: Sequence[int], affine: npt.NDArray[np.float64], preparation: Preparation) -> tuple[int, ...]:
-    """The grid (X, Y, Z) that a file's `shape` in voxels and `affine` (4, 4) to mm get before the foreground's crop."""
-    axes = np.argsort(nib.io_orientation(affine)[:, 0]) if preparation.orientation else [0, 1, 2]
-    between_centres = (np.array(shape[:3]) - 1) * nib.affines.voxel_sizes(affine)
-    return tuple(int(side) for side in np.round(between_centres[axes] / preparation.spacing + 1))

@@ -9,6 +9,7 @@ import numpy as np
 from ssl_ray.config.schema import Study
 from ssl_ray.data.normalise import levels
 from ssl_ray.estimate.volumes import Group
+from ssl_ray.evaluate.sliding_window import sliding_windows
 from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.unetr import build_autoencoder, build_unetr
 from ssl_ray.pretrain.samples import SampleTable
@@ -90,7 +91,6 @@ def estimate_grid(
 
 
 def count_windows(shape: Sequence[float], patch_size: Sequence[int], overlap: float) -> int:
-    """Windows that MONAI's `sliding_window_inference` lays over a volume (X, Y, Z) of this shape."""
-    intervals = [max(1, int(side * (1 - overlap))) for side in patch_size]
-    axes = zip(shape, patch_size, intervals, strict=True)
-    return math.prod(max(1, math.ceil((round(length) - side) / interval) + 1) for length, side, interval in axes)
+    """Windows that a prediction lays over a volume (X, Y, Z) of this shape."""
+    padded = [max(round(length), side) for length, side in zip(shape, patch_size, strict=True)]
+    return len(sliding_windows(padded, patch_size, overlap))

@@ -28,17 +28,9 @@ from ssl_ray.evaluate.scores import CaseScores, Scores
 from ssl_ray.evaluate.surface import Labels, surface_scores
 
 
-def dice(prediction: Tensor, truth: Tensor, classes: int) -> NDArray[np.float64]:
-    """Dice of every class, (classes,), background first; nan where the class is absent from the truth.
-
-    Both volumes (X, Y, Z) hold integers in 0..classes-1 and lie on the same device.
-    """
-    return _dice(_confusion(prediction, truth, classes))
-
-
 def evaluate_canonical(case: str, prediction: Tensor, truth: Tensor, classes: int) -> CaseScores:
     """Dice on the canonical grid only: cheap enough for every validation of a training."""
-    return CaseScores(case, _scores(dice(prediction, truth, classes)))
+    return CaseScores(case, _scores(dice(confusion(prediction, truth, classes))))
 
 
 def evaluate(
@@ -58,14 +50,14 @@ def evaluate(
     `prediction` (uint8) and `truth`, both (X, Y, Z), lie on the canonical grid and on one device; `original_truth` has
     the grid of the NIfTI file. Affines are 4x4, voxel indices -> mm. All truths are integers in 0..classes-1.
     """
-    predicted = to_original_grid(prediction, canonical_affine, original_truth.shape, original_affine)
+    predicted = to_original_grid(prediction.cpu().numpy(), canonical_affine, original_truth.shape, original_affine)
     spacing = voxel_sizes(np.asarray(original_affine, float))
-    confusion = _confusion(torch.as_tensor(predicted), torch.as_tensor(original_truth), classes)
-    true, found = confusion.sum(1) > 0, confusion.sum(0) > 0
+    counts = confusion(torch.as_tensor(predicted), torch.as_tensor(original_truth), classes)
+    true, found = counts.sum(1) > 0, counts.sum(0) > 0
     hd95, surface_dice = surface_scores(predicted, original_truth, classes, spacing, tolerance)
     return replace(
         evaluate_canonical(case, prediction, truth, classes),
-        original_dice=_scores(_dice(confusion)[1:]),
+        original_dice=_scores(dice(counts)[1:]),
         original_hd95=_scores(hd95),
         original_surface_dice=_scores(surface_dice),
         subject=subject,
@@ -74,10 +66,7 @@ def evaluate(
 
 
 def to_original_grid(
-    prediction: Tensor | NDArray[np.uint8],
-    canonical_affine: ArrayLike,
-    original_shape: Sequence[int],
-    original_affine: ArrayLike,
+    prediction: Labels, canonical_affine: ArrayLike, original_shape: Sequence[int], original_affine: ArrayLike
 ) -> NDArray[np.uint8]:
     """Nearest-neighbour resampling of a label volume through 4x4 affines, as nibabel's `resample_from_to(order=0)`.
 
@@ -85,25 +74,25 @@ def to_original_grid(
     `grid-constant`): a slice of the file that lies less than half a voxel beyond the last canonical centre keeps its
     label. What lies outside the canonical grid is 0 (background). Orientation, rotation and spacing may all differ.
     """
-    labels = prediction.cpu().numpy() if isinstance(prediction, Tensor) else prediction
     to_canonical = np.linalg.inv(np.asarray(canonical_affine, float)) @ np.asarray(original_affine, float)
     resampled: NDArray[np.uint8] = ndimage.affine_transform(
-        labels, to_canonical, output_shape=tuple(original_shape), order=0, mode="grid-constant", cval=0
+        prediction, to_canonical, output_shape=tuple(original_shape), order=0, mode="grid-constant", cval=0
     )
     return resampled
 
 
-def _confusion(prediction: Tensor, truth: Tensor, classes: int) -> NDArray[np.float64]:
-    """Voxels by true class and predicted class, (classes, classes)."""
+def confusion(prediction: Tensor, truth: Tensor, classes: int) -> NDArray[np.float64]:
+    """Voxels by true class and predicted class, (classes, classes), of two volumes (X, Y, Z) on the same device."""
     pairs = (truth.int() * classes + prediction).flatten()
     counts: NDArray[np.float64] = torch.bincount(pairs, minlength=classes**2).double().cpu().numpy()
     return counts.reshape(classes, classes)
 
 
-def _dice(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
-    true, predicted = confusion.sum(1), confusion.sum(0)
-    scores = np.full(len(confusion), np.nan)
-    np.divide(2 * confusion.diagonal(), true + predicted, out=scores, where=true > 0)
+def dice(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Dice of every class of a confusion, (classes,), background first; nan where it is absent from the truth."""
+    true, predicted = counts.sum(1), counts.sum(0)
+    scores = np.full(len(counts), np.nan)
+    np.divide(2 * counts.diagonal(), true + predicted, out=scores, where=true > 0)
     return scores
 
 

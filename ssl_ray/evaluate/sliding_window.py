@@ -35,10 +35,7 @@ def predict(
     Args:
         model: (B, 1, *patch_size) float32 -> (B, classes, *patch_size) logits, for at most 256 classes.
         image: (X, Y, Z) float32 in 0..1; in the middle of zeros where it is smaller than the patch.
-        patch_size: voxels.
-        sliding_window_batch: windows in one forward pass.
         overlap: of neighbouring windows, as a share of the patch side, 0 <= overlap < 1.
-        dtype: that the model computes in.
 
     Returns:
         (X, Y, Z) uint8 on the image's device.
@@ -49,7 +46,7 @@ def predict(
     sides = [n for low, both in zip(before[::-1], missing[::-1], strict=True) for n in (low, both - low)]
     padded = pad(image, sides) if any(sides) else image  # `pad` always copies
     axis = max(range(3), key=lambda axis: padded.shape[axis])
-    windows = sorted(_windows(padded.shape, patch_size, overlap), key=lambda window: window[axis].start)
+    windows = sorted(sliding_windows(padded.shape, patch_size, overlap), key=lambda window: window[axis].start)
     slab = _Slab(padded.shape, axis, patch_size[axis], windows, image.device)
     model.eval()
     with torch.inference_mode(), autocast(device, dtype):
@@ -63,8 +60,8 @@ def predict(
     return slab.labels[tuple(slice(low, low + size) for low, size in zip(before, image.shape, strict=True))]
 
 
-def _windows(size: Sequence[int], patch_size: Sequence[int], overlap: float) -> list[Window]:
-    """MONAI's windows, in its order: the last axis varies fastest."""
+def sliding_windows(size: Sequence[int], patch_size: Sequence[int], overlap: float) -> list[Window]:
+    """MONAI's windows over a volume that is no smaller than the patch, in its order: the last axis varies fastest."""
     steps = [p if p == s else max(int(p * (1 - overlap)), 1) for p, s in zip(patch_size, size, strict=True)]
     found: list[Window] = dense_patch_slices(size, patch_size, steps)
     return found

@@ -5,8 +5,8 @@
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from nibabel import orientations
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
+from ssl_ray.config.schema import PhantomCohort
+from ssl_ray.console import track
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.anatomy import ORGANS, draw
 from ssl_ray.storage.files import remove_stale, write_file
@@ -68,76 +70,59 @@ def validation_share(unlabelled: int) -> int:
     return max(2, round(unlabelled / 8))
 
 
-def write_cohort(
-    root: Path,
-    *,
-    unlabelled: int,
-    labelled: int,
-    validation: int,
-    test: int,
-    splits: Sequence[int],
-    seed: int,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
-) -> None:
-    """Write a cohort and its datalists into `root`, on all cores; go on where an interrupted call stopped.
+def write_cohort(cohort: PhantomCohort) -> None:
+    """Write a cohort and its datalists into its root, on all cores; go on where an interrupted call stopped.
 
     `images/` and `labels/` hold the volumes, `unlabelled.json` (one in eight, at least two, held out for validation)
     and `labelled_<n>.json` (n of `splits`) the Decathlon datalists, `phantom.json` the parameters. The training volumes
     of a smaller split are the first of a larger one; all share the validation and test volumes; no volume with labels
-    is among the unlabelled. `progress` wraps the sequence of volumes that are still to be written, as tqdm does.
+    is among the unlabelled.
 
     Raises:
-        UserError: when a number is out of its range, or `root` holds a cohort of other parameters.
+        UserError: when a number is out of its range, or the root holds a cohort of other parameters.
     """
-    splits = sorted(set(splits))
-    if unlabelled < 3:
-        raise UserError(f"phantom: unlabelled must be at least 3, got {unlabelled}")
-    if not splits or splits[0] < 1 or splits[-1] > labelled:
-        raise UserError(f"phantom: splits must lie between 1 and labelled = {labelled}, got {splits}")
-    counts = {"unlabelled": unlabelled, "labelled": labelled, "validation": validation, "test": test}
-    parameters = {"version": VERSION, "seed": seed, **counts, "splits": splits}
+    root, splits = Path(cohort.root), sorted(set(cohort.splits))
+    if cohort.unlabelled < 3:
+        raise UserError(f"phantom: unlabelled must be at least 3, got {cohort.unlabelled}")
+    if not splits or splits[-1] > cohort.labelled:
+        raise UserError(f"phantom: splits must lie between 1 and labelled = {cohort.labelled}, got {splits}")
+    counts = cohort.model_dump(exclude={"root", "seed", "splits"})
+    parameters = json.dumps({"version": VERSION, "seed": cohort.seed, **counts, "splits": splits})
     record = root / "phantom.json"
     if not record.exists():
-        write_file(record, json.dumps(parameters).encode())
-    elif (found := record.read_text().strip()) != json.dumps(parameters):
-        raise UserError(f"phantom: {root} holds the cohort {found}, not the one asked for, {json.dumps(parameters)}")
+        write_file(record, parameters.encode())
+    elif (found := record.read_text().strip()) != parameters:
+        raise UserError(f"phantom: {root} holds the cohort {found}, not the one asked for, {parameters}")
 
     # The unlabelled volumes come last: a cohort with more of them keeps every other volume as it was.
-    ends = np.cumsum([0, test, validation, labelled, unlabelled]).tolist()
+    ends = np.cumsum([0, cohort.test, cohort.validation, cohort.labelled, cohort.unlabelled]).tolist()
     names = [f"phantom{i:04d}.nii.gz" for i in range(ends[4])]
     cases = [{"image": f"images/{name}", "label": f"labels/{name}"} for name in names[: ends[3]]]
     cases += [{"image": f"images/{name}"} for name in names[ends[3] :]]
-    _write_volumes(root, cases, seed, progress)
+    _write_volumes(root, cases, cohort.seed)
 
     tests, validations, trainings, rest = (cases[a:b] for a, b in pairwise(ends))
-    held_out = validation_share(unlabelled)
+    held_out = validation_share(cohort.unlabelled)
     lists: dict[str, Any] = {"unlabelled": {"training": rest[:-held_out], "validation": rest[-held_out:]}}
     shared = {"labels": dict(enumerate(("background", *ORGANS))), "validation": validations, "test": tests}
     lists |= {f"labelled_{n}": {**shared, "training": trainings[:n]} for n in splits}
     for name, content in lists.items():
         if not (path := root / f"{name}.json").exists():
-            header = {"name": f"phantom {seed}", "modality": {"0": "CT"}}
+            header = {"name": f"phantom {cohort.seed}", "modality": {"0": "CT"}}
             write_file(path, json.dumps({**header, **content}, indent=1).encode())
 
 
-def _write_volumes(root: Path, cases: list[dict[str, str]], seed: int, progress: Callable[[Any], Any]) -> None:
+def _write_volumes(root: Path, cases: list[dict[str, str]], seed: int) -> None:
     """Synthesize the volumes of which a file is missing."""
     for folder in ("images", "labels"):
         remove_stale(root / folder, "*.part", 24 * 3600)
-    with ProcessPoolExecutor() as pool:
-        futures = [
-            pool.submit(_write_volume, root, case, seed, i)
-            for i, case in enumerate(cases)
-            if not all((root / name).exists() for name in case.values())
-        ]
-        try:
-            for future in progress(futures) if futures else ():
-                future.result()
-        except BaseException:  # Ctrl-C must not wait for hundreds of volumes
-            pool.shutdown(cancel_futures=True)
-            raise
+    missing = {i: case for i, case in enumerate(cases) if not all((root / name).exists() for name in case.values())}
+    with ProcessPoolExecutor() as pool:  # an error or Ctrl-C cancels the rest
+        written = pool.map(partial(_write_volume, root, seed), missing, missing.values())
+        for _ in track("synthesizing volumes", written, len(missing)) if missing else ():
+            pass
 
 
-def _write_volume(root: Path, case: dict[str, str], seed: int, index: int) -> None:
+def _write_volume(root: Path, seed: int, index: int, case: dict[str, str]) -> None:
     for name, nifti in zip(case.values(), synthesize(seed, index), strict=False):
         write_file(root / name, gzip.compress(nifti.to_bytes(), 6, mtime=0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_ray.config.schema import Study
-from ssl_ray.console import say, track
+from ssl_ray.console import say
 from ssl_ray.data.consistency import check_lists, not_nested
 from ssl_ray.data.datalist import Case, read_unlabelled
 from ssl_ray.data.prepare import BadVolume, prepare_cohort, usable
@@ -35,9 +35,8 @@ class PreparedCohorts:
 
 def read_cohorts(study: Study) -> Cohorts:
     """Write the synthetic cohort if the study has one; read the datalists and check them without reading a volume."""
-    if phantom := study.phantom:
-        numbers = phantom.model_dump(exclude={"root"})
-        write_cohort(Path(phantom.root), **numbers, progress=track("synthesizing volumes"))
+    if study.phantom:
+        write_cohort(study.phantom)
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
     if training:  # the steps follow from the volumes, so that the configuration alone cannot check this
         samples = study.pretrain.epochs * len(training) * study.pretrain.patches_per_volume
@@ -58,16 +57,14 @@ def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bo
     """
     training, validation, splits = cohorts
     store = Store(folders.cache, folders.scratch)
-    settings, classes = study.finetune, study.finetune.cohort.classes
+    settings = study.finetune
     unlabelled: dict[str, Volume] = {}
     bad: list[BadVolume] = []
     fresh = 0
     if cases := (*training, *validation):
-        progress = track("preparing unlabelled volumes")
-        unlabelled, bad, fresh = prepare_cohort(cases, study.pretrain.preparation, store, None, progress, verify)
-    progress = track("preparing labelled volumes")
+        unlabelled, bad, fresh = prepare_cohort(cases, study.pretrain.preparation, store, None, verify)
     labelled, bad_labelled, fresh_labelled = prepare_cohort(
-        splits.cases, settings.preparation, store, classes, progress, verify
+        splits.cases, settings.preparation, store, settings.cohort.classes, verify
     )
     held_out = {str(case.image): name for name in ("validation", "test") for case in getattr(splits, name)}
     parts = [("unlabelled", one) for one in bad]

@@ -160,12 +160,12 @@ def test_volumes_of_one_name_in_different_splits_are_different_cases(root: Path)
         ({"training": [{"image": "images/v1.nii.gz", "label": "labels"}]}, "0.label: 'labels' must end in .nii"),
         ({"training": [{"image": "dir.nii", "label": "dir.nii"}]}, "no such file: {root}/dir.nii"),
         ({"training": [{"image": "x" * 5000 + ".nii", "label": "dir.nii"}]}, "no such file: "),
-        ({"training": [pair(1), pair(2), pair(1)]}, "{root}/images/v1.nii.gz is listed twice, in 'training'"),
+        ({"training": [pair(1), pair(2), pair(1)]}, "training.2: {root}/images/v1.nii.gz is listed twice, first in "),
         ({"training": [pair(1), {**pair(1), "image": "images/./v1.nii.gz"}]}, "is listed twice"),
         ({"training": [pair(1), {**pair(1), "image": "link.nii.gz"}]}, "link.nii.gz is listed twice"),
-        ({"training": [pair(1)], "validation": [pair(1)]}, "v1.nii.gz is listed twice, in 'training' and in 'val"),
-        ({"training": [pair(1)], "validation": [{**pair(2), "image": "link.nii.gz"}]}, "in 'training' and in 'val"),
-        ({"training": [pair(1)], "test": [pair(1)]}, "v1.nii.gz is listed twice, in 'training' and in 'test'"),
+        ({"training": [pair(1)], "validation": [pair(1)]}, "listed twice, first in {root}/list.json: training.0"),
+        ({"training": [pair(1)], "validation": [{**pair(2), "image": "link.nii.gz"}]}, "validation.0: {root}/link"),
+        ({"training": [pair(1)], "test": [pair(1)]}, "test.0: {root}/images/v1.nii.gz is listed twice"),
         ({"training": [{**pair(1), "image": "../out.nii.gz"}]}, "0.image: ../out.nii.gz leaves the root {root}"),
         ({"training": [{**pair(1), "label": "a/../../out.nii.gz"}]}, "training.0.label: a/../../out.nii.gz leaves"),
         ({"training": [{**pair(1), "image": "{out}"}]}, "training.0.image: {out} leaves the root"),
@@ -186,7 +186,7 @@ def test_volumes_of_one_name_in_different_splits_are_different_cases(root: Path)
         ({"training": [{**pair(1), "image": ""}]}, "training.0.image: '' must end in .nii or .nii.gz"),
         ({"training": [""]}, "training.0: needs a 'label', got only "),
         ({"training": [{**pair(1), "image": "a\0.nii"}]}, "0.image: 'a\\x00.nii' must end in .nii"),
-        ({"training": [{**pair(1), "image": "\ud800.nii"}]}, "not valid JSON: "),
+        ({"training": [{**pair(1), "image": "\ud800.nii"}]}, "invalid JSON: "),
         ({"training": [{**pair(1), "image": ["images/v1.nii.gz"]}]}, "0.image: input should be a valid string, got ['"),
         ({"training": [{**pair(1), "label": None}]}, "training.0: needs a 'label'"),
         ({"training": [pair(1)], "labels": ["background"]}, "labels: input should be an object, got ['background']"),
@@ -211,7 +211,7 @@ def test_a_wrong_list_is_refused(root: Path, tree: dict[str, Any], rule: str) ->
 def test_a_list_that_is_no_json_is_refused(root: Path, text: str) -> None:
     """What is no JSON is refused, however deep it goes."""
     (root / "list.json").write_text(text)
-    assert "not valid JSON" in refusal(root)
+    assert "invalid JSON" in refusal(root)
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "null", '"training"'])
@@ -226,7 +226,7 @@ def test_a_list_that_cannot_be_read_is_refused(root: Path) -> None:
     assert "cannot read the datalist: No such file" in refusal(root, name="no.json")
     assert "cannot read the datalist: Is a directory" in refusal(root, name="images")
     (root / "list.json").write_bytes(b"\xff\xfe{")
-    assert "not valid JSON" in refusal(root)
+    assert "invalid JSON" in refusal(root)
 
 
 def test_a_root_may_be_a_link(root: Path) -> None:

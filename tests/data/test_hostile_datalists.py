@@ -43,7 +43,7 @@ for name, path_, rule in (
     ("FIFO", "fifo.nii", "no such file"), ("folder", "dir.nii", "no such file"), ("device", "zero.nii", "leaves"),
     ("missing file", "v9.nii", "no such file"), ("other ending", "v1.mha", "must end in .nii"),
     ("empty path", "", "must end in"), ("NUL", "a\0.nii", "control"), ("line break", "a\nb.nii", "control"),
-    ("half a character", "\ud800.nii", "not valid JSON"), ("path of 1 MB", "x" * 10**6 + ".nii", "no such file"),
+    ("half a character", "\ud800.nii", "invalid JSON"), ("path of 1 MB", "x" * 10**6 + ".nii", "no such file"),
     ("path of 100,000 folders", "x/" * 10**5 + "v.nii", "no such file"),
     ("number", 5, "must be a path"), ("null", None, "must be a path"), ("list", ["v1.nii"], "must be a path"),
     ("true", True, "must be a path"), ("NaN", NAN, "must be a path"),
@@ -54,19 +54,19 @@ for name, path_, rule in (
     ROWS.add(f"entry is a {name}", entries("v2.nii", path_), rule)
 ROWS.add("volume twice", entries("v1.nii", "v2.nii", "./v1.nii"), "listed twice")
 ROWS.add("volume twice through a link", entries("v1.nii", "link.nii"), "listed twice")
-ROWS.add("volume in two sections", entries("v1.nii", validation=["v1.nii"]), "in 'training' and in 'validation'")
+ROWS.add("volume in two sections", entries("v1.nii", validation=["v1.nii"]), "validation.0: ")
 ROWS.add("whole", entries("v1.nii", {"image": "v2.nii"}, validation=["v3.nii"]), {"cases": 3})
 for name, section in {"object": {}, "null": None, "text": "v1.nii", "number": 1e999}.items():
     ROWS.add(f"section is {name}", entries("v1.nii", validation=section), "validation: input should be a valid array")
 for name, text, rule in (
     ("list", "[]", "input should be an object"), ("number", "5", "be an object"), ("null", "null", "an object"),
-    ("empty object", "{}", "training: field required"), ("100,000 brackets", "[" * 10**5, "not valid JSON"),
-    ("100,000 objects", '{"a":' * 10**5, "not valid JSON"), ("trailing garbage", '{"training": ["v1.nii"]} x', "JSON"),
-    ("cut", '{"training": ["v1.n', "not valid JSON"), ("Python", "{'training': []}", "not valid JSON"),
-    ("integer of 100,000 digits", '{"numTraining": ' + "9" * 10**5 + "}", "not valid JSON"),
-    ("entry of 5,000 digits", '{"training": [' + "9" * 5000 + "]}", "not valid JSON"),
-    ("UTF-16", '{"training": ["v1.nii"]}'.encode("utf-16"), "not valid JSON"), ("no UTF-8", b'{"\xff": 1}', "JSON"),
-    ("BOM", b'\xef\xbb\xbf{"training": ["v1.nii"]}', "not valid JSON"), ("NULs", bytes(1000), "not valid JSON"),
+    ("empty object", "{}", "training: field required"), ("100,000 brackets", "[" * 10**5, "invalid JSON"),
+    ("100,000 objects", '{"a":' * 10**5, "invalid JSON"), ("trailing garbage", '{"training": ["v1.nii"]} x', "JSON"),
+    ("cut", '{"training": ["v1.n', "invalid JSON"), ("Python", "{'training': []}", "invalid JSON"),
+    ("integer of 100,000 digits", '{"numTraining": ' + "9" * 10**5 + "}", "invalid JSON"),
+    ("entry of 5,000 digits", '{"training": [' + "9" * 5000 + "]}", "invalid JSON"),
+    ("UTF-16", '{"training": ["v1.nii"]}'.encode("utf-16"), "invalid JSON"), ("no UTF-8", b'{"\xff": 1}', "JSON"),
+    ("BOM", b'\xef\xbb\xbf{"training": ["v1.nii"]}', "invalid JSON"), ("NULs", bytes(1000), "invalid JSON"),
     ("NaN beside the list", '{"training": ["v1.nii"], "numTraining": NaN}', {"cases": 1}),
     ("labels are a list", '{"training": ["v1.nii"], "labels": ["a"]}', "labels: input should be an object"),
     ("labels are text with a line break", '{"training": ["v1.nii"], "labels": "a\\nb"}', "labels: input should be"),

@@ -189,7 +189,7 @@ def test_masks_that_do_not_make_a_label_map(tmp_path: Path) -> None:
     }
     left_out = {
         "s0000/segmentations/": "no mask of 1 organs, e.g. liver",
-        "ssl_ray_labels/s0001.nii.gz": "s0001/segmentations/liver.nii.gz: not a NIfTI file",
+        "ssl_ray_labels/s0001.nii.gz": "s0001/segmentations/liver.nii.gz: not a single-file NIfTI",
         "ssl_ray_labels/s0002.nii.gz": "s0002/segmentations/spleen.nii.gz is on another grid",
         "ssl_ray_labels/s0004.nii.gz": "s0004/segmentations/liver.nii.gz has several values",
     }
@@ -281,7 +281,7 @@ def test_what_prepare_would_refuse_is_not_listed(tmp_path: Path) -> None:
     assert list(pairs(found)) == [*[f"images/{name}.nii.gz" for name in "abc"], "real/d.nii.gz"]
     odd = found.left_out.pop("images/bad\nname.nii.gz")
     assert odd == "control characters in its name"
-    assert "images/bad\\nname.nii.gz" in summary(root, Layout("", "", left_out={"images/bad\nname.nii.gz": odd}))
+    assert "images/bad\\nname.nii.gz" in summary(root, Layout("", left_out={"images/bad\nname.nii.gz": odd}))
     left_out = {
         "images/out.nii.gz": f"leaves the root, to {tmp_path}/out/x.nii.gz",
         "images/none.nii.gz": "leads nowhere",

@@ -71,7 +71,7 @@ def test_prepare_is_monais_own_chain(
     assert np.abs(prepared.image - image * prepared.levels).max() <= 0.5 + 1e-6 * prepared.levels  # float32 in MONAI
     places = apply_affine(np.linalg.solve(scan.affine, prepared.affine), np.moveaxis(np.indices(image.shape), 0, -1))
     between = (np.abs(places % 1 - 0.5) < 1e-6).any(axis=-1)
-    if canonical_grid(SHAPE, scan.affine, preparation) is None:  # MONAI's own transforms are used
+    if not canonical_grid(SHAPE, scan.affine, preparation).straight:  # MONAI's own transforms are used
         between[:] = False
     assert between.mean() < 0.9
     np.testing.assert_array_equal(prepared.label[~between], expected["label"][0].numpy()[~between])
@@ -149,7 +149,7 @@ def test_an_affine_in_the_wrong_unit_does_not_exhaust_the_memory() -> None:
     """A volume that its affine makes metres wide is refused before it is resampled."""
     volume = Nifti(np.zeros((64, 64, 64), np.float32), np.diag([900.0, 900.0, 900.0, 1.0]))
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"5\.76e\+04 x 5\.76e\+04 x 5\.76e\+04 mm are .* voxels at spacing"):
+    with pytest.raises(ValueError, match=r"28351 x 28351 x 28351 voxels at spacing .* are more than 536870912"):
         prepare(volume, None, PRETRAINING)
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()

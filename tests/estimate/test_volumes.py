@@ -16,9 +16,10 @@ from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import Nifti
 from ssl_ray.data.normalise import prepare
 from ssl_ray.data.prepare import prepare_case
+from ssl_ray.data.resample import canonical_grid
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
-from ssl_ray.estimate.volumes import Group, prepared_shape, survey
+from ssl_ray.estimate.volumes import Group, survey
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of
 
@@ -64,10 +65,8 @@ def test_the_prepared_grid_is_told_by_the_header_alone(orientation: Literal["RAS
     for order in ([0, 1, 2], [2, 0, 1]):
         affine = oblique_affine((1.5, 2.0, 3.0), 12, flip=True)[:, [*order, 3]]
         voxels = np.ascontiguousarray(smooth_ct((20, 24, 28)).transpose(order)).astype(np.float32)
-        assert (
-            prepared_shape(voxels.shape, affine, preparation)
-            == prepare(Nifti(voxels, affine), None, preparation).image.shape
-        )
+        made = prepare(Nifti(voxels, affine), None, preparation)
+        assert canonical_grid(voxels.shape, affine, preparation).shape == made.image.shape
 
 
 @pytest.mark.parametrize("crop", [False, True])

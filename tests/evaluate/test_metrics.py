@@ -19,7 +19,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from ssl_ray.evaluate.metrics import dice, evaluate, evaluate_canonical, to_original_grid
+from ssl_ray.evaluate.metrics import confusion, dice, evaluate, evaluate_canonical, to_original_grid
 from ssl_ray.evaluate.scores import PUBLISHED_DICE, CaseScores, Scores, aggregate, organ_keys
 from ssl_ray.evaluate.surface import surface_scores
 
@@ -80,7 +80,7 @@ def test_dice_is_monais(seed: int, not_in_truth: set[int], not_predicted: set[in
     truth = blobs(seed, 6, (12, 10, 8), tuple(not_in_truth))
     prediction = blobs(seed + 1, 6, (12, 10, 8), tuple(not_predicted))
     reference = compute_dice(channels(prediction, 6), channels(truth, 6), include_background=True, ignore_empty=True)
-    scores = dice(torch.from_numpy(prediction), torch.from_numpy(truth), 6)
+    scores = dice(confusion(torch.from_numpy(prediction), torch.from_numpy(truth), 6))
     assert scores.dtype == np.float64
     np.testing.assert_allclose(scores, reference[0].numpy(), rtol=1e-6)
 
@@ -88,10 +88,10 @@ def test_dice_is_monais(seed: int, not_in_truth: set[int], not_predicted: set[in
 def test_dice_with_the_most_classes() -> None:
     """256 classes in uint8 do not overflow."""
     truth = torch.arange(256, dtype=torch.uint8).repeat(8).reshape(8, 16, 16)
-    np.testing.assert_array_equal(dice(truth, truth, 256), np.ones(256))
+    np.testing.assert_array_equal(dice(confusion(truth, truth, 256)), np.ones(256))
     prediction = truth.clone()
     prediction[truth == 255] = 254
-    scores = dice(prediction, truth, 256)
+    scores = dice(confusion(prediction, truth, 256))
     assert scores[254] == pytest.approx(2 / 3)
     assert scores[255] == 0
 
@@ -103,7 +103,7 @@ def test_original_grid_is_nibabels(seed: int) -> None:
     canonical = centred(oblique(seed, (1.5, 1.5, 2.0), permutations[seed]), SHAPE, (5, 3, -2))
     original = centred(oblique(seed + 50, SPACING, permutations[-seed]), (40, 33, 17), (2, 4, 1))
     labels = blobs(seed, 6)
-    resampled = to_original_grid(torch.from_numpy(labels), canonical, (40, 33, 17), original)
+    resampled = to_original_grid(labels, canonical, (40, 33, 17), original)
 
     image = nib.Nifti1Image(labels, canonical)
     faces = resample_from_to(image, ((40, 33, 17), original), order=0, mode="grid-constant")
