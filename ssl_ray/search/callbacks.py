@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,7 @@ class TrialCallback(tune.Callback):
             return
         cell: Cell = trial.config["cell"]
         job = self._jobs[cell]
-        params: dict[str, Any] = self._params | {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run}
-        params |= {f"finetune.{key}": value for key, value in cell.settings.items()} | {"seed": job.seed}
+        params: dict[str, Any] = self._params | asdict(cell) | {"finetune.optimizer.lr": cell.lr, "seed": job.seed}
         # Fewer volumes than a split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
         tags = {FAILURE: "", NONFINITE: ""}  # of an earlier attempt
