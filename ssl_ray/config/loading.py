@@ -4,7 +4,8 @@ import difflib
 import re
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, TypeVar, get_args
+from io import StringIO
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -12,8 +13,6 @@ from pydantic import BaseModel, ValidationError
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.text import shown, without_password
-
-S = TypeVar("S", bound=BaseModel)
 
 
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
@@ -37,15 +36,14 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
 
 def dump(experiment: BaseModel) -> str:
     """The experiment as YAML, every default written out; `parse` of it gives the same study, but for passwords."""
-    return yaml.safe_dump(_without_passwords(experiment.model_dump(mode="json")), sort_keys=False)
+    return yaml.dump(experiment.model_dump(mode="json"), Dumper=_Clean, sort_keys=False)
 
 
-def _without_passwords(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _without_passwords(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_without_passwords(value) for value in tree]
-    return without_password(tree) if isinstance(tree, str) else tree
+class _Clean(yaml.SafeDumper):
+    """Writes every text without passwords."""
+
+
+_Clean.add_representer(str, lambda dumper, text: dumper.represent_str(without_password(text)))
 
 
 def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -58,18 +56,6 @@ def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[st
         else:
             flat[f"{prefix}{key}"] = without_password(str(value))
     return flat
-
-
-def changed(section: S, overrides: Mapping[str, Any]) -> S:
-    """The section with other values of some dotted keys, validated, e.g. `{"optimizer.lr": 2e-4}`."""
-    tree = section.model_dump()
-    for key, value in overrides.items():
-        *parents, last = key.split(".")
-        node = tree
-        for part in parents:
-            node = node[part]
-        node[last] = value
-    return type(section).model_validate(tree)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -88,11 +74,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _read_yaml(text: str, place: str) -> Any:
     try:
-        return yaml.load(text, _UniqueKeys)
-    except yaml.MarkedYAMLError as error:  # whose text quotes a piece of the file, from which a password may look out
-        at, rule = error.problem_mark, " ".join(filter(None, (error.context, error.problem)))
-        line = f" in line {at.line + 1}, column {at.column + 1}" if at else ""
-        raise UserError(f"{place}: {shown(' '.join(rule.split()))}{line}") from error
+        return yaml.load(StringIO(text), _UniqueKeys)  # of a stream, errors quote nothing: a password may look out
     except Exception as error:  # PyYAML's own, and what Python says of 2024-13-45, !!int '' or !!bool perhaps
         raise UserError(f"{place}: {shown(' '.join(str(error).split()))}") from error
 
