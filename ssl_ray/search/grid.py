@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ray import tune
 from ssl_ray.cluster.resources import check_resources
 from ssl_ray.config import depends
 from ssl_ray.config.schema import Finetune, Network
-from ssl_ray.console import Bar
+from ssl_ray.console import Bar, say
 from ssl_ray.data.prepare import usable
 from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store, Volume
@@ -27,15 +27,6 @@ from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest
-
-
-@dataclass(frozen=True)
-class GridResult:
-    """How many cells were trained now and before, and the names of those that failed for good."""
-
-    trained: int
-    finished: int
-    failed: tuple[str, ...]
 
 
 def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[str, Any]:
@@ -62,8 +53,8 @@ def finetune(
     tracker: Tracker,
     params: Mapping[str, str],
     config_yaml: str,
-) -> GridResult:
-    """Train every cell of the grid that is not finished yet.
+) -> tuple[str, ...]:
+    """Train every cell of the grid that is not finished yet -> names of the cells that failed for good.
 
     `seed` is the study's. `volumes` are the prepared ones by image path; a case that is not among them was skipped as
     bad. Cells with `init: pretrained` start from the one of `pretrained`, or from that of their run; it is empty where
@@ -98,7 +89,10 @@ def finetune(
             grid_run.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
     grid_run.close()
-    return GridResult(runs.completed, len(finished), tuple(runs.failed))
+    say(f"fine-tuning: {runs.completed} cells trained now, {len(finished)} were done already")
+    for name in runs.failed:
+        say(f"fine-tuning: cell {name} FAILED; its log is under {folders.study / 'ray'}")
+    return tuple(runs.failed)
 
 
 def trial_jobs(
