@@ -178,5 +178,5 @@ def conclude(study: Study, grid: "MlflowRun", trials: Sequence[Trial], **more: A
             check_precision(*pair.values())
     part: Part = "test" if any(trial.cases.get("test") for trial in trials) else "validation"
     common = {size: shared([arm for arm in pair.values() if arm.trials], part) for size, pair in arms.items()}
-    comparisons = compare(arms, part, study.finetune.margin)
+    comparisons = compare(arms, common, part, study.finetune.margin)
     return Results(study, grid, trials, arms, part, common, comparisons, **more)
