@@ -72,14 +72,14 @@ def finetune(
     for job in finished:  # a driver that was killed may not have come to this
         job.folder.clear()
     with Bar("fine-tuning", len(jobs) * config.steps) as bar:
-        made_by = {made.weights: made.run_id for made in pretrained}
-        runs = TrialCallback(tracker, grid_run.id, params, pending, made_by, bar, len(finished) * config.steps)
+        made_by, done = {made.weights: made.run_id for made in pretrained}, len(finished) * config.steps
+        bar.update(done)
+        runs = TrialCallback(tracker, grid_run.id, params, pending, made_by, bar, done)
         try:
-            for number, made in enumerate(pretrained):
-                report = check_transfer(config, network, made.weights)
-                if number == 0:  # the others differ in their numbers alone
-                    grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
-                    grid_run.metrics({"transferred_share": report["share"]}, 0)
+            reports = [check_transfer(config, network, made.weights) for made in pretrained]
+            for report in reports[:1]:  # the others differ in their numbers alone
+                grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
+                grid_run.metrics({"transferred_share": report["share"]}, 0)
             if pending:
                 needed = config.cpus_per_trial, config.gpus_per_trial
                 check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
