@@ -22,10 +22,8 @@ def answers(results: Results) -> list[str]:
 def verdict(results: Results, size: int) -> tuple[str, str]:
     """What may be said of one number of labelled volumes, and how that is limited, e.g. ` for this pretraining`."""
     found = results.comparisons.get(size)
-    if found is None:
-        return "no answer", ""
-    if found.verdict is Verdict.NONE:
-        return found.verdict.value, ""
+    if found is None or found.verdict is Verdict.NONE:
+        return found.verdict.value if found else "no answer", ""
     words = found.verdict.value
     if found.verdict is Verdict.NO_DIFFERENCE:
         words += f" of {results.study.finetune.margin:g}"

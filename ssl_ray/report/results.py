@@ -13,7 +13,7 @@ from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, compare, matrix, shared
 from ssl_ray.report.measures import Measure
-from ssl_ray.report.statistics import Array, Estimate, estimate
+from ssl_ray.report.statistics import Array
 from ssl_ray.report.trials import Part, PretrainingRun, Trial, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, cells
 from ssl_ray.text import without_password
@@ -95,10 +95,6 @@ class Results:
         """Number of validation or test volumes that were scored."""
         return max(len(trial.cases.get(part, ())) for trial in self.trials)
 
-    def metric(self, name: str) -> str:
-        """Name in MLflow of a metric of the selected checkpoint, over the volumes that are reported."""
-        return f"selected/{self.part}/{name}"
-
     def matrix(self, size: int, init: str, measure: Measure) -> Array:
         """Score (runs, patients) of an arm that has trials; nan where it has none."""
         return matrix(self.arms[size][init], self.common[size], self.part, measure)
@@ -106,20 +102,8 @@ class Results:
     def scores(self, size: int, measure: Measure) -> dict[str, Array]:
         """`matrix` by initialisation, for those that have trials; nan where any of them has no score."""
         found = {init: self.matrix(size, init, measure) for init, arm in self.arms[size].items() if arm.trials}
-        if not found:
-            return {}
-        missing = np.isnan(np.stack([*found.values()])).any(0)
+        missing = np.isnan(sum(found.values()))
         return {init: np.where(missing, np.nan, values) for init, values in found.items()}
-
-    def difference(self, size: int, measure: Measure) -> Estimate | None:
-        """Pretrained minus random; without interval where the matrix has holes, None where nothing can be compared."""
-        scores = self.scores(size, measure)
-        if len(scores) < 2 or np.isnan(scores["random"]).all():
-            return None
-        differences = scores["pretrained"] - scores["random"]
-        if not np.isnan(differences).any():
-            return estimate(differences)
-        return estimate(np.full((1, 1), np.nanmean(differences)))
 
 
 def read_results(study: Study, tracker: Tracker) -> Results:
@@ -161,11 +145,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
 
 
 def conclude(study: Study, grid: "MlflowRun", trials: Sequence[Trial], **more: Any) -> Results:
-    """The results of trials that were read; `more` are the fields of `Results` that nothing is concluded from.
-
-    Raises:
-        UserError: when two cells that are compared computed in different precisions.
-    """
+    """The results of trials that were read; `more` are the fields of `Results` that nothing is concluded from."""
     by_arm = defaultdict(list)
     for trial in trials:
         by_arm[trial.cell.size, trial.cell.init].append(trial)
