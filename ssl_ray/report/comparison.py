@@ -10,7 +10,7 @@ from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
 from ssl_ray.report.measures import FOREGROUND, Measure
 from ssl_ray.report.multiplier import Multiplier, multiplier
-from ssl_ray.report.statistics import Array, Estimate, Needed, Verdict, estimate, holm, judge, needed
+from ssl_ray.report.statistics import Array, Estimate, Verdict, estimate, holm, judge
 from ssl_ray.report.trials import Part, Status, Trial
 
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"
@@ -109,11 +109,7 @@ def matrix(arm: Arm, over: Shared, part: Part, measure: Measure) -> Array:
 
 
 def check_precision(random: Arm, pretrained: Arm) -> None:
-    """Two cells that are compared must have computed in the same precision.
-
-    Raises:
-        UserError: when a pair of runs did not.
-    """
+    """Two cells that are compared must have computed in the same precision; a UserError names a pair that did not."""
     for run in set(random.trials) & set(pretrained.trials):
         one, other = random.trials[run], pretrained.trials[run]
         if one.precision and other.precision and one.precision != other.precision:
@@ -134,8 +130,6 @@ class Comparison:
     adjusted: float
     """p after Holm, over all numbers of labelled volumes; nan without an interval."""
     verdict: Verdict
-    needed: Needed | None
-    """What would settle it, where it is not known."""
     worth: Multiplier | None
     """What pretraining is worth in labels; None where more labels did not help, or nothing finished at all sizes."""
     unhelped: bool
@@ -161,8 +155,7 @@ def compare(
         one = found[size]
         p = np.nan if np.isnan(one.p) else float(adjusted[size])
         verdict = judge(one, differences.shape, p, margin)
-        more = needed(differences, margin) if verdict is Verdict.UNKNOWN else None
-        comparisons[size] = Comparison(differences, one, p, verdict, more, *_worth(arms, size, part))
+        comparisons[size] = Comparison(differences, one, p, verdict, *_worth(arms, size, part))
     return comparisons
 
 

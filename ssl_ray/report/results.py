@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +17,8 @@ from ssl_ray.report.statistics import Array
 from ssl_ray.report.trials import Part, PretrainingRun, Trial, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, cells
 from ssl_ray.text import without_password
+from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import KEY, Tracker
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run as MlflowRun
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Results:
     """Everything that the report is made of."""
 
     study: Study
-    grid: "MlflowRun"
+    grid: MlflowRun
     trials: Sequence[Trial]
     """One for every cell of the study's grid, in the grid's order."""
     arms: Mapping[int, Mapping[str, Arm]]
@@ -107,12 +105,7 @@ class Results:
 
 
 def read_results(study: Study, tracker: Tracker) -> Results:
-    """Read the study's newest grid, its trials and the pretrainings that these started from.
-
-    Raises:
-        UserError: when the study has no grid in MLflow yet, or two cells that are compared computed in different
-            precisions.
-    """
+    """Read the study's newest grid, its trials and the pretrainings that these started from; errors: `write_report`."""
     grids = tracker.runs(kind="grid")
     if not grids:
         raise UserError(
@@ -144,7 +137,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     )
 
 
-def conclude(study: Study, grid: "MlflowRun", trials: Sequence[Trial], **more: Any) -> Results:
+def conclude(study: Study, grid: MlflowRun, trials: Sequence[Trial], **more: Any) -> Results:
     """The results of trials that were read; `more` are the fields of `Results` that nothing is concluded from."""
     by_arm = defaultdict(list)
     for trial in trials:

@@ -61,8 +61,7 @@ def finetune(
     the grid has no such cell. The grid's MLflow run keeps `config_yaml`, and every run gets `params`.
 
     Raises:
-        UserError: when a cell has no usable volume left, the pretrained weights do not match, or the cluster cannot
-            hold a trial.
+        UserError: when the pretrained weights do not match, or the cluster cannot hold a trial.
     """
     key, jobs = trial_jobs(config, network, seed, splits, volumes, pretrained, folders)
     counts = {"pool_subjects": str(splits.pool_size(volumes))} if splits.pool else {}
