@@ -77,14 +77,8 @@ def shared(arms: Sequence[Arm], part: Part) -> Shared:
     seen = list(dict.fromkeys(patient for one in scored for patient in one))
     volumes = {patient: {frozenset(case.case for case in one.get(patient, ())) for one in scored} for patient in seen}
     kept = [patient for patient in seen if len(volumes[patient]) == 1]
-    ill = {
-        patient
-        for one in scored
-        for patient, cases in one.items()
-        if any(FOREGROUND.of(case) is not None for case in cases)
-    }
-    patients, healthy = [one for one in kept if one in ill], [one for one in kept if one not in ill]
-    return Shared(common, patients, healthy, len(seen) - len(kept))
+    healthy = [one for one in kept if all(FOREGROUND.of(case) is None for found in scored for case in found[one])]
+    return Shared(common, [one for one in kept if one not in healthy], healthy, len(seen) - len(kept))
 
 
 def _by_patient(cases: Sequence[CaseScores]) -> dict[str, list[CaseScores]]:
