@@ -25,7 +25,7 @@ Words, each for one thing:
     pool, draw        all labelled training volumes; those of one size that a run gets of them
     run               a fine-tuning seed, a draw and a pretraining, numbered from 0
     pair              a random and a pretrained cell that differ in nothing else
-    cell              number of labelled volumes, initialisation, learning rate and run of one fine-tuning
+    cell              overrides of the section `finetune` (size, initialisation, learning rate, ...) and a run
     trial             the training of one cell under Ray Tune
     sliding window    how a whole volume is segmented, patch by patch
     canonical grid    the voxels of a prepared volume; original grid: those of its NIfTI file

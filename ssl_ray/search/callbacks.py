@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class TrialCallback(tune.Callback):
         cell: Cell = trial.config["cell"]
         job = self.jobs[cell]
         params: dict[str, Any] = {name: value for name, value in self.params.items() if "grid" not in name}
-        params |= asdict(cell) | {"finetune.optimizer.lr": cell.lr, "seed": job.seed}
+        params |= {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run, "seed": job.seed}
+        params |= {f"finetune.{key}": value for key, value in cell.settings.items()}
         # Fewer volumes than a split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
         tags = {FAILURE: "", NONFINITE: ""}  # of an earlier attempt

@@ -51,7 +51,7 @@ def test_a_failed_trial_takes_its_whole_run_out_of_the_comparison(tmp_path: Path
     for cell in cells(study.finetune):
         scores = 0.3 + 0.2 * cell.run + patients + (effect[cell.run] if cell.init == "pretrained" else 0)
         outcomes[cell] = Outcome([], flat(list(scores)))
-    lost = outcomes[Cell(6, "pretrained", 1e-4, 0)]
+    lost = outcomes[Cell.of(6, "pretrained", 1e-4, 0)]
     lost.status, lost.failure, lost.nonfinite = "FAILED", "the loss is not finite", True
     results = concluded(study, outcomes)
     found = results.comparisons[6]
@@ -71,8 +71,8 @@ def test_the_difference_in_the_table_is_that_of_its_means(tmp_path: Path) -> Non
     """Means, runs and patients are those of the comparison, although another run and another patient were scored."""
     study = make_study(tmp_path, sizes=[6], lr=[1e-4], runs=3)
     outcomes = outcomes_of(study, lambda cell: GAIN + WOBBLE[cell.run])
-    outcomes[Cell(6, "random", 1e-4, 2)].status = "FAILED"
-    one = outcomes[Cell(6, "pretrained", 1e-4, 1)]
+    outcomes[Cell.of(6, "random", 1e-4, 2)].status = "FAILED"
+    one = outcomes[Cell.of(6, "pretrained", 1e-4, 1)]
     one.test = one.test[1:]  # a volume that this run did not score
     results = concluded(study, outcomes)
     assert results.comparisons[6].differences.shape == (2, 7)
@@ -209,7 +209,7 @@ def test_arms_of_different_precision_are_not_compared(tmp_path: Path) -> None:
     """What differs between them must be the initialisation alone."""
     study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     outcomes = outcomes_of(study, lambda cell: GAIN)
-    outcomes[Cell(6, "pretrained", 1e-4, 0)].precision = "bfloat16"
+    outcomes[Cell.of(6, "pretrained", 1e-4, 0)].precision = "bfloat16"
     with pytest.raises(
         UserError, match=r"^finetune.precision: n06-random-\S+ was trained in float32 and n06-pretrained"
     ):

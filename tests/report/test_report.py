@@ -100,10 +100,10 @@ def test_holes_are_named_where_the_number_would_stand(tmp_path: Path, going_on: 
     numbers."""
     study = make_study(tmp_path, sizes=[6, 12, 24], lr=[1e-4])
     outcomes = constant(study, 0.5, 0.6)
-    failed = Cell(6, "pretrained", 1e-4, 0)
+    failed = Cell.of(6, "pretrained", 1e-4, 0)
     outcomes[failed].status, outcomes[failed].failure = "FAILED", "OSError: http://me:secret@server is <gone>"
-    outcomes[Cell(12, "random", 1e-4, 0)].status = going_on
-    del outcomes[Cell(24, "pretrained", 1e-4, 0)]
+    outcomes[Cell.of(12, "random", 1e-4, 0)].status = going_on
+    del outcomes[Cell.of(24, "pretrained", 1e-4, 0)]
     tracker = record(study, outcomes, tmp_path)
     results = read_results(study, tracker)
     assert [row[3:5] for row in published_table(results).rows] == [
@@ -124,7 +124,7 @@ def test_what_limits_the_numbers_is_said_with_them(tmp_path: Path) -> None:
     """Learning rates at the edge, a late best checkpoint, bad volumes, and a grid of another experiment."""
     study = make_study(tmp_path, sizes=[6], lr=[1e-4, 3e-4, 1e-3])
     outcomes = {cell: Outcome(flat([1 - 100 * cell.lr]), flat([0.5])) for cell in cells(study.finetune)}
-    outcomes[Cell(6, "pretrained", 3e-4, 0)].selected = 400
+    outcomes[Cell.of(6, "pretrained", 3e-4, 0)].selected = 400
     bad = [("training", "img0003"), ("test", "img0041"), ("test", "img0042")]
     record(study, outcomes, tmp_path, [{"part": part, "id": name} for part, name in bad])
     other = study.model_copy(update={"cache": "elsewhere"})
@@ -261,7 +261,7 @@ def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
     for outcome in outcomes.values():
         outcome.organs = organs
     failure = r"a <b> *c* `d` __e__ ![f](http://g) <http://h> \[i\] &amp; "
-    failed = Cell(6, "random", 1e-4, 0)
+    failed = Cell.of(6, "random", 1e-4, 0)
     outcomes[failed].status, outcomes[failed].failure = "FAILED", failure
     record(study, outcomes, tmp_path)
     page = Page(report_on(study, tmp_path / "report").html.read_text())
@@ -305,9 +305,9 @@ def test_newest_run_of_a_cell_counts_and_strangers_do_not(tmp_path: Path) -> Non
     """A repeated cell replaces the older one; trials that the study's grid does not name are left out."""
     study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     outcomes = constant(study, 0.5, 0.6)
-    outcomes[Cell(6, "random", 1e-2, 0)] = Outcome(flat([0.99]), flat([0.99]))
+    outcomes[Cell.of(6, "random", 1e-2, 0)] = Outcome(flat([0.99]), flat([0.99]))
     tracker = record(study, outcomes, tmp_path)
-    repeated = Cell(6, "random", 1e-4, 0).name
+    repeated = Cell.of(6, "random", 1e-4, 0).name
     tracker.open("trial", repeated, repeated, {}).close("FAILED")
     results = read_results(study, tracker)
     assert results.arms[6]["random"].hole == "failed"
@@ -318,7 +318,7 @@ def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -
     """A grid with new pretrained weights does not train its random cells again; their runs lie under the older grid."""
     study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     tracker = record(study, constant(study, 0.5, 0.6), tmp_path)
-    random, pretrained = Cell(6, "random", 1e-4, 0).name, Cell(6, "pretrained", 1e-4, 0).name
+    random, pretrained = Cell.of(6, "random", 1e-4, 0).name, Cell.of(6, "pretrained", 1e-4, 0).name
     time.sleep(0.01)
     grid = tracker.open("grid", "h", "grid", run_params(study, "finetune"))
     grid.text(dump(study), "experiment.yaml")

@@ -11,7 +11,7 @@ from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import NONFINITE, Cell
 from ssl_ray.study.parts import run_params
 
-CELL = Cell(6, "pretrained", 2e-3, 1)
+CELL = Cell.of(6, "pretrained", 2e-3, 1)
 
 
 class Told:

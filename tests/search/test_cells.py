@@ -57,12 +57,15 @@ def keys(changes: Mapping[str, Any] | None = None, weights: int = 1, **study: An
 
 
 def test_a_cell_is_a_value() -> None:
-    """Its name tells it from all others, and it changes the learning rate alone."""
-    cell = Cell(6, "pretrained", 2e-4, 2)
-    assert {cell: 1}[Cell(6, "pretrained", 2e-4, 2)] == 1
-    assert cell.name == "n06-pretrained-lr0.0002-run2"
-    applied = small_study(finetune={"optimizer": {"lr": 2e-4, "warmup_steps": 3}}).finetune
-    assert cell.apply(small_study(finetune={"optimizer": {"lr": 1e-3, "warmup_steps": 3}}).finetune) == applied
+    """Equal overrides are one cell; the name tells all of them apart, and the settings are the cell's own."""
+    cell = Cell.of(6, "pretrained", 1e-4, 2, **{"augmentation.shift": 0.2})
+    assert {cell: 1}[Cell.of(6, "pretrained", 1e-4, 2, **{"augmentation.shift": 0.2})] == 1
+    assert (cell.size, cell.init, cell.lr, cell.run) == (6, "pretrained", 1e-4, 2)
+    assert Cell.of(6, "pretrained", 1e-4).name == "n06-pretrained-lr0.0001-run0"
+    assert cell.name == "n06-pretrained-lr0.0001-augmentation.shift0.2-run2"
+    assert cell.settings == Cell.of(6, "random", 1e-4, 2, **{"augmentation.shift": 0.2}).settings
+    applied = cell.apply(small_study().finetune)
+    assert (applied.optimizer.lr, applied.augmentation.shift, applied.augmentation.flip_prob) == (1e-4, 0.2, 0.1)
 
 
 def test_the_grid_is_every_combination_in_every_run() -> None:
