@@ -31,13 +31,13 @@ def check_unchanged(study: Study, folders: Folders) -> None:
     """Compare a study with the configuration under which each of its stages was begun.
 
     Raises:
-        UserError: with every difference; for what an older version of this program has begun, with every setting.
+        UserError: with every difference, and for what an older version of this program has begun.
     """
     before: dict[str, str] = {}
     now: dict[str, str] = {}
     for stage in get_args(Stage):
         if begun := _begun(folders, stage):
-            before |= begun.get("settings", {})  # an older version wrote others
+            before |= begun["settings"]
             now |= _settings(study, stage)
     _compare(folders, before, now)
 
@@ -50,7 +50,7 @@ def record(study: Study, folders: Folders, stage: Stage, content: Mapping[str, s
     Raises:
         UserError: with every part that has another content than before.
     """
-    known = _begun(folders, stage).get("content", {})
+    known = (_begun(folders, stage) or {"content": {}})["content"]
     shared = known.keys() & content.keys()
     _compare(folders, {name: known[name] for name in shared}, {name: content[name] for name in shared})
     path = folders.study / f"{stage}.yaml"
@@ -106,10 +106,17 @@ def only_one(folders: Folders) -> Iterator[None]:
         yield
 
 
-def _begun(folders: Folders, stage: Stage) -> dict[str, Any]:
-    """What `record` wrote of a stage; nothing where it was not begun."""
+def _begun(folders: Folders, stage: Stage) -> dict[str, Any] | None:
+    """What `record` wrote of a stage, or None where it was not begun."""
     path = folders.study / f"{stage}.yaml"
-    tree: dict[str, Any] = yaml.safe_load(path.read_text()) if folders.output.pull(path) else {}
+    if not folders.output.pull(path):
+        return None
+    tree: dict[str, Any] = yaml.safe_load(path.read_text())
+    if "settings" not in tree:
+        raise UserError(
+            f"{path}: begun by an older version of ssl_ray, whose results this one does not go on from; give the study "
+            "another name, or --fresh to start again and keep the old one"
+        )
     return tree
 
 
