@@ -28,7 +28,7 @@ _FINETUNE_HOW = _HOW | {"max_concurrent_trials", "cpus_per_trial", "gpus_per_tri
 _PRETRAIN_APART = {"sources", "pretrainings"}
 _FINETUNE_APART = {"cohort", "grid", "runs", "margin", "primary", "weights"}
 """Fields whose part in a result is counted apart: volumes and weights by their content, a run by its seed and draw, a
-cell by its size, start and learning rate. The margin and the primary size are the report's."""
+cell by its overrides. The margin and the primary size are the report's."""
 
 
 def preparation(settings: Preparation, version: int, sources: Mapping[str, str]) -> dict[str, Any]:
