@@ -25,11 +25,9 @@ class LabelledCohort(Section):
 
     @model_validator(mode="after")
     def _either(self) -> "LabelledCohort":
-        if (self.pool is None) == (self.splits is None):
-            both = "neither" if self.pool is None else "both"
-            raise ValueError(f"name either a 'pool', with 'sizes', or published 'splits', got {both}")
-        if (self.pool is None) != (self.sizes is None):
-            raise ValueError("'pool' needs the 'sizes' that are drawn from it, and 'splits' name their own")
+        given = [key for key in ("pool", "sizes", "splits") if getattr(self, key) is not None]
+        if given not in (["pool", "sizes"], ["splits"]):
+            raise ValueError(f"name either a 'pool' with the 'sizes' to draw, or published 'splits', got {given}")
         by_ids = [size for size, split in (self.splits or {}).items() if not isinstance(split, str)]
         if by_ids and self.datalist is None:
             raise ValueError(f"splits.{by_ids[0]} lists ids: name the list that they come from in 'datalist'")

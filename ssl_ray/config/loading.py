@@ -4,6 +4,7 @@ import difflib
 import re
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping
+from io import StringIO
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -25,8 +26,6 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
         UserError: with a line for each mistake: file, key, rule and value; for an unknown key, the nearest valid one.
     """
     tree = _read_yaml(text, f"{name}: not valid YAML")
-    if not isinstance(tree, dict):
-        raise UserError(f"{name}: an experiment is a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
     try:
@@ -37,15 +36,14 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
 
 def dump(experiment: BaseModel) -> str:
     """The experiment as YAML, every default written out; `parse` of it gives the same study, but for passwords."""
-    return yaml.safe_dump(_without_passwords(experiment.model_dump(mode="json")), sort_keys=False)
+    return yaml.dump(experiment.model_dump(mode="json"), Dumper=_Clean, sort_keys=False)
 
 
-def _without_passwords(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _without_passwords(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_without_passwords(value) for value in tree]
-    return without_password(tree) if isinstance(tree, str) else tree
+class _Clean(yaml.SafeDumper):
+    """Writes every text without passwords."""
+
+
+_Clean.add_representer(str, lambda dumper, text: dumper.represent_str(without_password(text)))
 
 
 def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -88,22 +86,18 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _read_yaml(text: str, place: str) -> Any:
     try:
-        return yaml.load(text, _UniqueKeys)
-    except yaml.MarkedYAMLError as error:  # whose text quotes a piece of the file, from which a password may look out
-        at, rule = error.problem_mark, " ".join(filter(None, (error.context, error.problem)))
-        line = f" in line {at.line + 1}, column {at.column + 1}" if at else ""
-        raise UserError(f"{place}: {shown(' '.join(rule.split()))}{line}") from error
+        return yaml.load(StringIO(text), _UniqueKeys)  # of a stream, errors quote nothing: a password may look out
     except Exception as error:  # PyYAML's own, and what Python says of 2024-13-45, !!int '' or !!bool perhaps
         raise UserError(f"{place}: {shown(' '.join(str(error).split()))}") from error
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _override(tree: Any, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
     value = _read_yaml(text, f"--set {override}: the value is not valid YAML")
     *parents, last = key.strip().split(".")
-    node: Any = tree
+    node = tree
     try:
         for part in parents:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
@@ -132,9 +126,7 @@ def _explain(name: str, mistake: Any) -> str:
         valid = _keys_of_section(mistake["loc"][:-1])
         near = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.5)
         rule = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
-    elif mistake["type"] == "missing":
-        rule = "this key is required"
-    elif mistake["type"] != "value_error":
+    elif mistake["type"] not in ("value_error", "missing"):
         rule = f"{rule[0].lower()}{rule[1:]}, got {shown(_Short().repr(mistake['input']), 80)}"
     return shown(f"{place}: {rule}", 1000)
 

@@ -82,16 +82,12 @@ class Pretrain(Stage):
             raise ValueError(f"workers: the least must not exceed the most, got {[least, most]}")
         if self.batch_size < most:
             raise ValueError(f"batch_size must give every worker a patch, got {self.batch_size} for {most} workers")
-        if self.contrastive.enabled and (least < most or self.batch_size % most or self.microbatch):
+        alone = self.batch_size == most
+        if self.contrastive.enabled and (least < most or self.batch_size % most or alone or self.microbatch):
             raise ValueError(
                 "contrastive.enabled: negatives are the other patches of a worker, so it needs a fixed number of "
-                f"workers that divides batch_size, and no microbatch; got workers {self.workers}, batch_size "
-                f"{self.batch_size}, microbatch {self.microbatch}"
-            )
-        if self.contrastive.enabled and self.batch_size == most:
-            raise ValueError(
-                "contrastive.enabled: negatives are the other patches of a worker, so it needs two a worker; the loss "
-                f"would always be 0 with batch_size {self.batch_size} and workers {self.workers}"
+                f"workers that divides batch_size, two patches a worker or more, and no microbatch; got workers "
+                f"{self.workers}, batch_size {self.batch_size}, microbatch {self.microbatch}"
             )
         sizes = self.corruption
         box = max(sizes.inpaint_size[1], sizes.outpaint_size[1], sizes.shuffle_size)

@@ -62,13 +62,12 @@ class Study(Section):
     @model_validator(mode="after")
     def _pretrains_once_or_for_each_run(self) -> "Study":
         pretrainings, runs = self.pretrain.pretrainings, self.finetune.runs
-        if pretrainings not in (1, runs):
+        if pretrainings not in (1, 1 if self.finetune.weights else runs):
             raise ValueError(
                 f"pretrain.pretrainings: must be 1 or as many as finetune.runs, as runs that share a pretraining with "
-                f"some of the others would depend on each other; got {pretrainings} for {runs} runs"
+                f"some of the others would depend on each other, and 1 with finetune.weights, which are of one; got "
+                f"{pretrainings} for {runs} runs"
             )
-        if pretrainings > 1 and self.finetune.weights:
-            raise ValueError(f"pretrain.pretrainings: finetune.weights are of one pretraining, got {pretrainings}")
         return self
 
     @property

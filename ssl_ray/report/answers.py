@@ -6,7 +6,7 @@ from ssl_ray.report.comparison import Comparison
 from ssl_ray.report.measures import FOREGROUND
 from ssl_ray.report.multiplier import Multiplier
 from ssl_ray.report.results import Results
-from ssl_ray.report.statistics import MOST_PATIENTS, MOST_RUNS, Needed, Verdict
+from ssl_ray.report.statistics import MOST_PATIENTS, MOST_RUNS, Needed, Verdict, needed
 from ssl_ray.report.tables import over_runs
 
 
@@ -22,10 +22,8 @@ def answers(results: Results) -> list[str]:
 def verdict(results: Results, size: int) -> tuple[str, str]:
     """What may be said of one number of labelled volumes, and how that is limited, e.g. ` for this pretraining`."""
     found = results.comparisons.get(size)
-    if found is None:
-        return "no answer", ""
-    if found.verdict is Verdict.NONE:
-        return found.verdict.value, ""
+    if found is None or found.verdict is Verdict.NONE:
+        return found.verdict.value if found else "no answer", ""
     words = found.verdict.value
     if found.verdict is Verdict.NO_DIFFERENCE:
         words += f" of {results.study.finetune.margin:g}"
@@ -108,10 +106,11 @@ def _notes(results: Results, size: int) -> list[str]:
     """What would settle the question, what pretraining is worth in labels, and what was left out."""
     found, common = results.comparisons.get(size), results.common[size]
     notes = []
-    if found and found.needed:
-        notes.append(_settled(found.needed, results))
-    if found and found.worth and not _empty(found.worth):
-        notes.append(f"Here pretraining is worth {_times(found.worth)}.")
+    if found and found.verdict is Verdict.UNKNOWN:
+        notes.append(_settled(needed(found.differences, results.study.finetune.margin), results))
+    # With the most labels, "at least 1 times" would only say that random was not measured with more.
+    if found and (worth := found.worth) and (worth.edges[1] > 1 or min(worth.point, worth.low) < 1):
+        notes.append(f"Here pretraining is worth {_times(worth)}.")
     lost = [trial.cell.name for arm in results.arms[size].values() for trial in arm.nonfinite]
     if lost:
         notes.append(
@@ -137,12 +136,6 @@ def _settled(more: Needed, results: Results) -> str:
     refused = f"no number of {' or of '.join(unable)} alone would do" if unable else ""
     text = "; ".join(filter(None, [sentence, refused]))
     return f"{text[0].upper()}{text[1:]}."
-
-
-def _empty(worth: Multiplier) -> bool:
-    """Whether it only says that random initialisation was not measured with more labels."""
-    known = [end for end in (worth.point, worth.low, worth.high) if not math.isnan(end)]
-    return worth.edges[1] == 1 and all(end == 1 for end in known)
 
 
 def _times(worth: Multiplier) -> str:

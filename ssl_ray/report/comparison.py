@@ -10,7 +10,7 @@ from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
 from ssl_ray.report.measures import FOREGROUND, Measure
 from ssl_ray.report.multiplier import Multiplier, multiplier
-from ssl_ray.report.statistics import Array, Estimate, Needed, Verdict, estimate, holm, judge, needed
+from ssl_ray.report.statistics import Array, Estimate, Verdict, estimate, holm, judge
 from ssl_ray.report.trials import Part, Status, Trial
 
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"
@@ -49,11 +49,11 @@ def choose(trials: Sequence[Trial]) -> Arm:
         return Arm({}, [trial for trial in trials if trial.nonfinite], hole)
     by_all = set.intersection(*map(set, by_lr.values()))
 
-    def rank(finished: Mapping[int, Trial]) -> tuple[float, int]:
-        known = [finished[run].metrics.get(SELECTION, 0.0) for run in by_all]
-        return float(np.mean(known)) if known else 0.0, len(finished)
+    def rank(lr: float) -> tuple[float, int]:
+        known = [by_lr[lr][run].metrics.get(SELECTION, 0.0) for run in by_all]
+        return float(np.mean(known or [0.0])), len(by_lr[lr])
 
-    lr = max(by_lr, key=lambda one: rank(by_lr[one]))
+    lr = max(by_lr, key=rank)
     return Arm(by_lr[lr], [trial for trial in trials if trial.nonfinite and trial.cell.lr == lr])
 
 
@@ -73,51 +73,37 @@ def shared(arms: Sequence[Arm], part: Part) -> Shared:
     """The common runs and patients of arms that each have a trial; what only some of them have is dropped."""
     runs = [set(arm.trials) for arm in arms]
     common = sorted(set.intersection(*runs)) if runs else []
-    scored = [_patients(arm.trials[run].cases[part]) for arm in arms for run in common]
-    seen = list(dict.fromkeys(subject for one in scored for subject in one))
-    kept = [subject for subject in seen if all(one.get(subject) == scored[0].get(subject) for one in scored)]
-    ill = {
-        case.subject or case.case
-        for arm in arms
-        for run in common
-        for case in arm.trials[run].cases[part]
-        if FOREGROUND.of(case) is not None
-    }
-    patients, healthy = [one for one in kept if one in ill], [one for one in kept if one not in ill]
-    return Shared(common, patients, healthy, len(seen) - len(kept))
+    scored = [_by_patient(arm.trials[run].cases[part]) for arm in arms for run in common]
+    seen = list(dict.fromkeys(patient for one in scored for patient in one))
+    volumes = {patient: {frozenset(case.case for case in one.get(patient, ())) for one in scored} for patient in seen}
+    kept = [patient for patient in seen if len(volumes[patient]) == 1]
+    healthy = [one for one in kept if all(FOREGROUND.of(case) is None for found in scored for case in found[one])]
+    return Shared(common, [one for one in kept if one not in healthy], healthy, len(seen) - len(kept))
 
 
-def _patients(cases: Sequence[CaseScores]) -> dict[str, set[str]]:
-    """The volumes of every patient that were scored on the original grid, those without any organ too."""
-    found = defaultdict(set)
+def _by_patient(cases: Sequence[CaseScores]) -> dict[str, list[CaseScores]]:
+    """The volumes of every patient, those without any organ too."""
+    found = defaultdict(list)
     for case in cases:
-        if case.original_dice is not None:
-            found[case.subject or case.case].add(case.case)
-    return dict(found)
+        found[case.subject or case.case].append(case)
+    return found
 
 
 def matrix(arm: Arm, over: Shared, part: Part, measure: Measure) -> Array:
     """Mean over a patient's volumes: (runs, patients), nan where none of them has a score."""
     patients = [*over.patients, *over.healthy] if measure.absent else over.patients
     values = np.full((len(over.runs), len(patients)), np.nan)
-    place = {subject: number for number, subject in enumerate(patients)}
     for row, run in zip(values, over.runs, strict=True):
-        by_patient = defaultdict(list)
-        for case in arm.trials[run].cases[part]:
-            subject, score = case.subject or case.case, measure.of(case)
-            if subject in place and score is not None:
-                by_patient[place[subject]].append(score)
-        for column, scores in by_patient.items():
-            row[column] = np.mean(scores)
+        by_patient = _by_patient(arm.trials[run].cases[part])
+        for column, patient in enumerate(patients):
+            scores = [score for case in by_patient[patient] if (score := measure.of(case)) is not None]
+            if scores:
+                row[column] = np.mean(scores)
     return values
 
 
 def check_precision(random: Arm, pretrained: Arm) -> None:
-    """Two cells that are compared must have computed in the same precision.
-
-    Raises:
-        UserError: when a pair of runs did not.
-    """
+    """Two cells that are compared must have computed in the same precision; a UserError names a pair that did not."""
     for run in set(random.trials) & set(pretrained.trials):
         one, other = random.trials[run], pretrained.trials[run]
         if one.precision and other.precision and one.precision != other.precision:
@@ -138,34 +124,32 @@ class Comparison:
     adjusted: float
     """p after Holm, over all numbers of labelled volumes; nan without an interval."""
     verdict: Verdict
-    needed: Needed | None
-    """What would settle it, where it is not known."""
     worth: Multiplier | None
     """What pretraining is worth in labels; None where more labels did not help, or nothing finished at all sizes."""
     unhelped: bool
     """Whether that is None because more labels did not help random initialisation."""
 
 
-def compare(arms: Mapping[int, Mapping[str, Arm]], part: Part, margin: float) -> dict[int, Comparison]:
-    """The comparison at every size at which both arms share a run and a patient."""
+def compare(
+    arms: Mapping[int, Mapping[str, Arm]], common: Mapping[int, Shared], part: Part, margin: float
+) -> dict[int, Comparison]:
+    """The comparison at every size at which both arms, random first, share a run and a patient."""
     matrices = {}
     for size, pair in arms.items():
-        if len(pair) == 2 and all(arm.trials for arm in pair.values()):
-            over = shared([*pair.values()], part)
-            if over.runs and over.patients:
-                random, pretrained = (matrix(pair[init], over, part, FOREGROUND) for init in ("random", "pretrained"))
-                matrices[size] = pretrained - random
+        over = common[size]
+        if len(pair) == 2 and all(arm.trials for arm in pair.values()) and over.runs and over.patients:
+            random, pretrained = (matrix(arm, over, part, FOREGROUND) for arm in pair.values())
+            matrices[size] = pretrained - random
     found = {size: estimate(differences) for size, differences in matrices.items()}
     # A size without an interval, or without any result, was asked about all the same.
-    asked = [float(found[size].p) if size in found else np.nan for size in arms]
-    adjusted = dict(zip(arms, holm(np.nan_to_num(np.array(asked), nan=1.0)), strict=True))
+    asked = np.array([found[size].p if size in found else np.nan for size in arms])
+    adjusted = dict(zip(arms, holm(np.nan_to_num(asked, nan=1.0)), strict=True))
     comparisons = {}
     for size, differences in matrices.items():
         one = found[size]
         p = np.nan if np.isnan(one.p) else float(adjusted[size])
         verdict = judge(one, differences.shape, p, margin)
-        more = needed(differences, margin) if verdict is Verdict.UNKNOWN else None
-        comparisons[size] = Comparison(differences, one, p, verdict, more, *_worth(arms, size, part))
+        comparisons[size] = Comparison(differences, one, p, verdict, *_worth(arms, size, part))
     return comparisons
 
 

@@ -18,7 +18,10 @@ from ssl_ray.report.statistics import estimate
 from ssl_ray.report.trials import PretrainingRun
 
 _COLOUR = {"random": "#E69F00", "pretrained": "#0072B2"}
-_DASHES: dict[str, Any] = {"random": (0, (4, 2)), "pretrained": "solid"}
+_LINE: dict[str, dict[str, Any]] = {
+    "random": {"color": _COLOUR["random"], "linestyle": (0, (4, 2))},
+    "pretrained": {"color": _COLOUR["pretrained"], "linestyle": "solid"},
+}
 _MARKER = {"random": "s", "pretrained": "o"}
 _HATCH = {"random": "///", "pretrained": ""}
 
@@ -65,9 +68,8 @@ def _draw_dice(axis: Any, results: Results, width: int) -> None:
         x = [size + shift * width for size in drawn]
         means = [estimate(values) for values in drawn.values()]
         errors = np.nan_to_num([one.high - one.mean for one in means])
-        style: dict[str, Any] = {"color": _COLOUR[init], "linestyle": _DASHES[init], "marker": _MARKER[init]}
-        y = [one.mean for one in means]
-        axis.errorbar(x, y, errors, capsize=4, linewidth=2, elinewidth=1.2, label=init, **style)
+        style = _LINE[init] | {"marker": _MARKER[init], "linewidth": 2, "elinewidth": 1.2, "capsize": 4}
+        axis.errorbar(x, [one.mean for one in means], errors, label=init, **style)
         for values, position in zip(drawn.values(), x, strict=True):
             if len(values) > 1:
                 beside = [position + 2 * shift * width] * len(values)
@@ -135,8 +137,7 @@ def _finetuning(results: Results) -> Figure:
     for number, (axis, (size, arms)) in enumerate(zip(axes, results.arms.items(), strict=False)):
         for init, arm in arms.items():
             for trial in arm.trials.values():
-                line = {"color": _COLOUR[init], "linestyle": _DASHES[init], "linewidth": 1.6}
-                axis.plot(*zip(*trial.curve.items(), strict=True), **line)
+                axis.plot(*zip(*trial.curve.items(), strict=True), linewidth=1.6, **_LINE[init])
                 selected = int(trial.metrics.get("selected/step", -1))
                 if selected in trial.curve:
                     style = {"color": _COLOUR[init], "markeredgecolor": "black", "markersize": 5.5}
@@ -148,10 +149,7 @@ def _finetuning(results: Results) -> Figure:
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axis in axes[count:]:
         axis.set_axis_off()
-    handles = [
-        Line2D([], [], label=init, linewidth=1.8, color=_COLOUR[init], linestyle=_DASHES[init])
-        for init in results.inits
-    ]
+    handles = [Line2D([], [], label=init, linewidth=1.8, **_LINE[init]) for init in results.inits]
     selected_checkpoint = {"color": "black", "marker": "v", "linestyle": "", "markersize": 6}
     _legend_above(figure, [*handles, Line2D([], [], label="selected checkpoint", **selected_checkpoint)])
     return figure

@@ -1,18 +1,18 @@
 """What the report measures: how one volume is scored, and how a number is printed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
-from ssl_ray.evaluate.scores import CaseScores
+from ssl_ray.evaluate.scores import CaseScores, Scores
 
 
 @dataclass(frozen=True)
 class Measure:
     """A mean over the classes that a volume has, or their sum; `ssl_ray.evaluate.scores` defines the scores."""
 
-    classes: Callable[[CaseScores], Sequence[float | None] | None]
-    """The scores of one volume, one a class; None for a class that it lacks, or if it was not scored on this grid."""
+    classes: Callable[[CaseScores], Scores]
+    """The scores of one volume, one a class; None for a class that it lacks."""
     factor: float = 1.0
     """What a score is multiplied by for print."""
     digits: int = 3
@@ -23,18 +23,14 @@ class Measure:
 
     def of(self, case: CaseScores) -> float | None:
         """Score of one volume; None where it has none of the classes, unless they are added up."""
-        scores = self.classes(case)
-        if scores is None:
-            return None
-        known = [float(score) for score in scores if score is not None]
+        known = [float(score) for score in self.classes(case) if score is not None]
         return sum(known) / (1 if self.total else len(known)) if known or self.total else None
 
     def organ(self, number: int) -> "Measure":
         """The mean for one organ alone, the class after the one of this number; in percent where organs are counted."""
 
-        def one(case: CaseScores) -> Sequence[float | None] | None:
-            scores = self.classes(case)
-            return scores and scores[number : number + 1]
+        def one(case: CaseScores) -> Scores:
+            return self.classes(case)[number : number + 1]
 
         return Measure(one, 100, 1, absent=self.absent) if self.total else Measure(one, self.factor, self.digits)
 

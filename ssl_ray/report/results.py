@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +13,12 @@ from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, compare, matrix, shared
 from ssl_ray.report.measures import Measure
-from ssl_ray.report.statistics import Array, Estimate, estimate
+from ssl_ray.report.statistics import Array
 from ssl_ray.report.trials import Part, PretrainingRun, Trial, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, cells
 from ssl_ray.text import without_password
+from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import KEY, Tracker
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run as MlflowRun
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Results:
     """Everything that the report is made of."""
 
     study: Study
-    grid: "MlflowRun"
+    grid: MlflowRun
     trials: Sequence[Trial]
     """One for every cell of the study's grid, in the grid's order."""
     arms: Mapping[int, Mapping[str, Arm]]
@@ -95,10 +93,6 @@ class Results:
         """Number of validation or test volumes that were scored."""
         return max(len(trial.cases.get(part, ())) for trial in self.trials)
 
-    def metric(self, name: str) -> str:
-        """Name in MLflow of a metric of the selected checkpoint, over the volumes that are reported."""
-        return f"selected/{self.part}/{name}"
-
     def matrix(self, size: int, init: str, measure: Measure) -> Array:
         """Score (runs, patients) of an arm that has trials; nan where it has none."""
         return matrix(self.arms[size][init], self.common[size], self.part, measure)
@@ -106,29 +100,12 @@ class Results:
     def scores(self, size: int, measure: Measure) -> dict[str, Array]:
         """`matrix` by initialisation, for those that have trials; nan where any of them has no score."""
         found = {init: self.matrix(size, init, measure) for init, arm in self.arms[size].items() if arm.trials}
-        if not found:
-            return {}
-        missing = np.isnan(np.stack([*found.values()])).any(0)
+        missing = np.isnan(sum(found.values()))
         return {init: np.where(missing, np.nan, values) for init, values in found.items()}
-
-    def difference(self, size: int, measure: Measure) -> Estimate | None:
-        """Pretrained minus random; without interval where the matrix has holes, None where nothing can be compared."""
-        scores = self.scores(size, measure)
-        if len(scores) < 2 or np.isnan(scores["random"]).all():
-            return None
-        differences = scores["pretrained"] - scores["random"]
-        if not np.isnan(differences).any():
-            return estimate(differences)
-        return estimate(np.full((1, 1), np.nanmean(differences)))
 
 
 def read_results(study: Study, tracker: Tracker) -> Results:
-    """Read the study's newest grid, its trials and the pretrainings that these started from.
-
-    Raises:
-        UserError: when the study has no grid in MLflow yet, or two cells that are compared computed in different
-            precisions.
-    """
+    """Read the study's newest grid, its trials and the pretrainings that these started from; errors: `write_report`."""
     grids = tracker.runs(kind="grid")
     if not grids:
         raise UserError(
@@ -160,12 +137,8 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     )
 
 
-def conclude(study: Study, grid: "MlflowRun", trials: Sequence[Trial], **more: Any) -> Results:
-    """The results of trials that were read; `more` are the fields of `Results` that nothing is concluded from.
-
-    Raises:
-        UserError: when two cells that are compared computed in different precisions.
-    """
+def conclude(study: Study, grid: MlflowRun, trials: Sequence[Trial], **more: Any) -> Results:
+    """The results of trials that were read; `more` are the fields of `Results` that nothing is concluded from."""
     by_arm = defaultdict(list)
     for trial in trials:
         by_arm[trial.cell.size, trial.cell.init].append(trial)
@@ -178,5 +151,5 @@ def conclude(study: Study, grid: "MlflowRun", trials: Sequence[Trial], **more: A
             check_precision(*pair.values())
     part: Part = "test" if any(trial.cases.get("test") for trial in trials) else "validation"
     common = {size: shared([arm for arm in pair.values() if arm.trials], part) for size, pair in arms.items()}
-    comparisons = compare(arms, part, study.finetune.margin)
+    comparisons = compare(arms, common, part, study.finetune.margin)
     return Results(study, grid, trials, arms, part, common, comparisons, **more)

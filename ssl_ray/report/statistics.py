@@ -33,56 +33,44 @@ class Estimate:
     """
 
     mean: Any
-    error: Any
-    """Standard error of the mean."""
-    freedom: Any
-    """Degrees of freedom of the t distribution."""
     low: Any
     high: Any
     p: Any
     """Two-sided, of no difference."""
 
 
-@dataclass(frozen=True)
-class Squares:
-    """Mean squares of the two-way layout, each a number or an array (...)."""
-
-    runs: Any
-    patients: Any
-    rest: Any
-
-    def spread(self, runs: Any, patients: Any) -> tuple[Any, Any]:
-        """Standard error of the mean and its degrees of freedom; nan without any spread.
-
-        The variance is a sum of mean squares, and never less than runs or patients alone would give. Satterthwaite's
-        (1946) degrees of freedom are taken back, by the share in it of runs or patients, whichever are fewer, towards
-        theirs alone: the sum is too small too often just when few runs happen to agree (92.3 % are covered then, and
-        94.6 % this way).
-        """
-        between, among, rest = self.runs, self.patients, self.rest
-        total = between + among - rest
-        most = np.maximum(np.maximum(between, among), total)
-        most = np.where(most > 0, most, np.nan)
-        own = between**2 / (runs - 1) + among**2 / (patients - 1) + rest**2 / ((runs - 1) * (patients - 1))
-        freedom = np.where(between >= most, runs - 1.0, patients - 1.0)
-        freedom = np.where(total >= most, most**2 / own, freedom)
-        fewer, scarce = np.minimum(runs, patients) - 1, np.where(np.less_equal(runs, patients), between, among)
-        share = np.maximum(scarce - rest, 0) / most
-        return np.sqrt(most / (runs * patients)), np.maximum(1 / (share / fewer + (1 - share) / freedom), 1)
-
-
-def mean_squares(differences: Array) -> Squares:
-    """Mean squares of (..., runs, patients), at least two of each."""
+def mean_squares(differences: Array) -> tuple[Any, Any, Any]:
+    """Mean squares of (..., runs, patients), at least two of each: between runs, between patients, of the rest."""
     runs, patients = differences.shape[-2:]
     mean = differences.mean((-2, -1), keepdims=True)
     by_run = differences.mean(-1, keepdims=True) - mean
     by_patient = differences.mean(-2, keepdims=True) - mean
     rest = differences - mean - by_run - by_patient
-    return Squares(
+    return (
         patients * (by_run**2).sum((-2, -1)) / (runs - 1),
         runs * (by_patient**2).sum((-2, -1)) / (patients - 1),
         (rest**2).sum((-2, -1)) / ((runs - 1) * (patients - 1)),
     )
+
+
+def standard_error(squares: tuple[Any, Any, Any], runs: Any, patients: Any) -> tuple[Any, Any]:
+    """Standard error of the mean and degrees of freedom of its t distribution; nan without any spread.
+
+    The variance is a sum of mean squares, and never less than runs or patients alone would give. Satterthwaite's (1946)
+    degrees of freedom are taken back, by the share in it of runs or patients, whichever are fewer, towards theirs
+    alone: the sum is too small too often just when few runs happen to agree (92.3 % are covered then, and 94.6 % this
+    way).
+    """
+    between, among, rest = squares
+    total = between + among - rest
+    most = np.maximum(np.maximum(between, among), total)
+    most = np.where(most > 0, most, np.nan)
+    own = between**2 / (runs - 1) + among**2 / (patients - 1) + rest**2 / ((runs - 1) * (patients - 1))
+    freedom = np.where(between >= most, runs - 1.0, patients - 1.0)
+    freedom = np.where(total >= most, most**2 / own, freedom)
+    fewer, scarce = np.minimum(runs, patients) - 1, np.where(np.less_equal(runs, patients), between, among)
+    share = np.maximum(scarce - rest, 0) / most
+    return np.sqrt(most / (runs * patients)), np.maximum(1 / (share / fewer + (1 - share) / freedom), 1)
 
 
 def estimate(differences: Array) -> Estimate:
@@ -90,12 +78,11 @@ def estimate(differences: Array) -> Estimate:
     runs, patients = differences.shape[-2:]
     mean = differences.mean((-2, -1))
     if min(runs, patients) < 2:
-        return Estimate(mean, *[np.full_like(mean, np.nan)] * 5)
-    error, freedom = mean_squares(differences).spread(runs, patients)
+        return Estimate(mean, *[np.full_like(mean, np.nan)] * 3)
+    error, freedom = standard_error(mean_squares(differences), runs, patients)
     error = np.where(np.ptp(differences, (-2, -1)) < 1e-12, np.nan, error)  # equal but for rounding
     reach = stats.t.ppf(1 - ALPHA / 2, freedom) * error
-    p = 2 * stats.t.sf(np.abs(mean) / error, freedom)
-    return Estimate(mean, error, freedom, mean - reach, mean + reach, p)
+    return Estimate(mean, mean - reach, mean + reach, 2 * stats.t.sf(np.abs(mean) / error, freedom))
 
 
 def holm(p: Array) -> Array:
@@ -145,13 +132,11 @@ class Needed:
 def needed(differences: Array, margin: float) -> Needed:
     """The least numbers above those of (runs, patients) with which a difference of the margin would be seen."""
     runs, patients = differences.shape
-    found = mean_squares(differences)
-    by_run = max(0.0, float(found.runs - found.rest) / patients)
-    by_patient = max(0.0, float(found.patients - found.rest) / runs)
+    between, among, rest = map(float, mean_squares(differences))
+    by_run, by_patient = max(0.0, (between - rest) / patients), max(0.0, (among - rest) / runs)
 
     def settle(count: Any, scored: Any) -> Any:
-        rest = float(found.rest)
-        error, freedom = Squares(rest + scored * by_run, rest + count * by_patient, rest).spread(count, scored)
+        error, freedom = standard_error((rest + scored * by_run, rest + count * by_patient, rest), count, scored)
         return (stats.t.ppf(1 - ALPHA / 2, freedom) + stats.t.ppf(POWER, freedom)) * error <= margin
 
     more = np.arange(max(runs + 1, LEAST), MOST_RUNS + 1), np.arange(patients + 1, MOST_PATIENTS + 1)

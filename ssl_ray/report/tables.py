@@ -1,6 +1,6 @@
 """The tables: numbers as text, and a word where a number is missing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ from ssl_ray.report.comparison import SELECTION
 from ssl_ray.report.measures import FALSE_POSITIVES, FOREGROUND, HD95, MISSED, SURFACE_DICE, WITH_BACKGROUND, Measure
 from ssl_ray.report.page import literal
 from ssl_ray.report.results import Results
-from ssl_ray.report.statistics import Array
+from ssl_ray.report.statistics import Array, estimate
 
 _NONE = "n/a"
 
@@ -42,7 +42,7 @@ def published_table(results: Results) -> Table:
 
 def running_table(results: Results) -> Table:
     """Dice as the tutorial's script averages it, in percent."""
-    metric, rows = results.metric(PUBLISHED_DICE), []
+    metric, rows = f"selected/{results.part}/{PUBLISHED_DICE}", []
     for size, arms in results.arms.items():
         row = [str(size)]
         for arm in arms.values():
@@ -85,17 +85,16 @@ def organ_table(results: Results, size: int) -> Table:
             found = {init: results.matrix(size, init, one) for init in inits if arms[init].trials}
             row += [_mean(one, found[init]) if init in found else arms[init].hole for init in inits]
             if measure is FOREGROUND and len(inits) == 2:
-                known = len(found) == 2 and not any(np.isnan(values).all() for values in found.values())
-                gain = np.nanmean(found["pretrained"]) - np.nanmean(found["random"]) if known else 0
-                row.append(measure.signed(float(gain)) if known else _NONE)
+                means = [float(np.nanmean(values)) for values in found.values() if not np.isnan(values).all()]
+                row.append(measure.signed(means[1] - means[0]) if len(means) == 2 else _NONE)
         rows.append(row)
     return Table(header, rows, 1)
 
 
 def cell_table(results: Results) -> Table:
     """Every cell of the grid; the chosen learning rates are bold."""
-    names = {SELECTION: FOREGROUND, results.metric(ORIGINAL_DICE_FOREGROUND): FOREGROUND}
-    names |= {results.metric(ORIGINAL_HD95): HD95, results.metric(ORIGINAL_SURFACE_DICE): SURFACE_DICE}
+    reported = {ORIGINAL_DICE_FOREGROUND: FOREGROUND, ORIGINAL_HD95: HD95, ORIGINAL_SURFACE_DICE: SURFACE_DICE}
+    names = {SELECTION: FOREGROUND} | {f"selected/{results.part}/{name}": one for name, one in reported.items()}
     chosen = {trial.cell for arm in results.chosen for trial in arm.trials.values()}
     rows = []
     for trial in results.trials:
@@ -134,10 +133,16 @@ def _header(results: Results) -> list[str]:
 
 def _compared(results: Results, size: int, measure: Measure) -> list[str]:
     """Numbers of runs and patients, random, pretrained, and their difference; a missing arm says why."""
-    common, found = results.common[size], results.difference(size, measure)
-    shown = [over_runs(results, size, init, measure) for init in ("random", "pretrained")]
-    text = _NONE if found is None else measure.signed(float(found.mean))
-    if found is not None and not np.isnan(found.low):
-        text += f" ({measure.signed(float(found.low))} to {measure.signed(float(found.high))})"
+    common = results.common[size]
     patients = len(common.patients) + (len(common.healthy) if measure.absent else 0)
-    return [str(len(common.runs)), str(patients), *shown, text]
+    shown = [over_runs(results, size, init, measure) for init in ("random", "pretrained")]
+    return [str(len(common.runs)), str(patients), *shown, _difference(measure, results.scores(size, measure))]
+
+
+def _difference(measure: Measure, scores: Mapping[str, Array]) -> str:
+    """Pretrained minus random; with its interval where the matrix has no holes."""
+    if len(scores) < 2 or np.isnan(scores["random"]).all():
+        return _NONE
+    differences = scores["pretrained"] - scores["random"]
+    found, mean = estimate(differences), measure.signed(float(np.nanmean(differences)))
+    return mean if np.isnan(found.low) else f"{mean} ({measure.signed(found.low)} to {measure.signed(found.high)})"

@@ -3,14 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
 from ssl_ray.search.cells import FAILURE, NONFINITE, Cell
+from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run as MlflowRun
 
 Part = Literal["validation", "test"]
 Status = Literal["finished", "failed", "unfinished", "missing"]
@@ -43,7 +41,7 @@ class Trial:
 class PretrainingRun:
     """One pretraining run. Its losses are L1 by step, where the HU window is 0 to 1."""
 
-    run: "MlflowRun"
+    run: MlflowRun
     loss: Mapping[int, float]
     validation_loss: Mapping[int, float]
     identity_loss: Mapping[int, float]
@@ -54,7 +52,7 @@ class PretrainingRun:
     """End of the names of this run's figures: empty for the first run, then `_2`, `_3`, ..."""
 
 
-def read_trial(tracker: Tracker, cell: Cell, run: "MlflowRun | None") -> Trial:
+def read_trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> Trial:
     """A cell with what its run has logged; `missing` where it has none."""
     if run is None:
         return Trial(cell, "missing")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,28 @@ from ssl_ray.search.cells import FAILURE, NONFINITE, Cell
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Run, Tracker
 
 
+@dataclass(eq=False)
 class TrialCallback(tune.Callback):
-    """A child run in MLflow for each cell. After a fault it is continued, and no step is logged twice.
+    """A child run in MLflow for each cell. After a fault it is continued, and no step is logged twice."""
 
-    completed: number of cells that ended with a result.
-    failed: names of the cells that failed for good.
-    """
-
-    def __init__(
-        self,
-        tracker: Tracker,
-        parent: str,
-        params: Mapping[str, str],
-        jobs: Mapping[Cell, TrialJob],
-        made_by: Mapping[Path, str | None],
-        bar: Bar,
-        done: int,
-    ) -> None:
-        """Begin with no run, and the bar at `done`, the steps of the cells that were finished before.
-
-        `parent` is the id of the grid's run, every run gets `params`, `jobs` are those of the cells that are trained
-        now, and `made_by` has the runs that made the weights that some of them start from.
-        """
-        self._tracker, self._parent, self._jobs, self._bar, self._done = tracker, parent, jobs, bar, done
-        self._params = {name: value for name, value in params.items() if "grid" not in name}
-        self._made_by = made_by
-        self._open: dict[str, Run] = {}
-        self._steps: dict[str, int] = {}
-        self.completed = 0
-        self.failed: list[str] = []
-        bar.update(done)
+    tracker: Tracker
+    parent: str
+    """Id of the grid's run."""
+    params: Mapping[str, str]
+    """Of every run, but for those of the grid."""
+    jobs: Mapping[Cell, TrialJob]
+    """Of the cells that are trained now."""
+    made_by: Mapping[Path, str | None]
+    """The runs that made the weights that some of them start from."""
+    bar: Bar
+    done: int
+    """Steps of the cells that were finished before."""
+    completed: int = 0
+    """Number of cells that ended with a result."""
+    failed: list[str] = field(default_factory=list)
+    """Names of the cells that failed for good."""
+    _open: dict[str, Run] = field(default_factory=dict)
+    _steps: dict[str, int] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its callbacks for `Tuner.restore`, which we do not use."""
@@ -54,15 +47,16 @@ class TrialCallback(tune.Callback):
         if trial.trial_id in self._open:
             return
         cell: Cell = trial.config["cell"]
-        job = self._jobs[cell]
-        params: dict[str, Any] = self._params | {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run}
-        params |= {f"finetune.{key}": value for key, value in cell.settings.items()} | {"seed": job.seed}
+        job = self.jobs[cell]
+        params: dict[str, Any] = {name: value for name, value in self.params.items() if "grid" not in name}
+        params |= {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run, "seed": job.seed}
+        params |= {f"finetune.{key}": value for key, value in cell.settings.items()}
         # Fewer volumes than a split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
         tags = {FAILURE: "", NONFINITE: ""}  # of an earlier attempt
-        if job.weights and (made_by := self._made_by.get(job.weights)):
+        if job.weights and (made_by := self.made_by.get(job.weights)):
             tags[PRETRAINING_RUN] = made_by
-        self._open[trial.trial_id] = self._tracker.open("trial", job.folder.key, cell.name, params, self._parent, tags)
+        self._open[trial.trial_id] = self.tracker.open("trial", job.folder.key, cell.name, params, self.parent, tags)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -73,7 +67,7 @@ class TrialCallback(tune.Callback):
         run, cell, step, metrics = self._open[trial.trial_id], trial.config["cell"], result["step"], result["metrics"]
         self._steps[trial.trial_id] = step
         loss = f"loss {metrics['loss']:.3f} ({cell.name})" if "loss" in metrics else ""
-        self._bar.update(self._done + sum(self._steps.values()), loss)
+        self.bar.update(self.done + sum(self._steps.values()), loss)
         if "started_at" in metrics:  # the first record of every start
             replayed = max(0, max(run.logged("lr"), default=0) - step)
             run.metrics({"started_at": step, "replayed_steps": replayed}, len(run.logged("started_at")))
@@ -81,7 +75,7 @@ class TrialCallback(tune.Callback):
         elif step not in run.logged("selected/step" if "selected/step" in metrics else "lr"):
             run.metrics(metrics, step)
         if "selected/step" in metrics:
-            run.artifact(self._jobs[cell].folder.pull_evaluation())
+            run.artifact(self.jobs[cell].folder.pull_evaluation())
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that a trial is tried again, and why."""
@@ -96,7 +90,7 @@ class TrialCallback(tune.Callback):
             return
         self._open.pop(trial.trial_id).close()
         self.completed += 1
-        self._jobs[cell].folder.clear()  # not before the result is logged: until then a driver may need it
+        self.jobs[cell].folder.clear()  # not before the result is logged: until then a driver may need it
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """End the run as failed: Tune does not try this trial again."""

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ray import tune
 from ssl_ray.cluster.resources import check_resources
 from ssl_ray.config import depends
 from ssl_ray.config.schema import Finetune, Network
-from ssl_ray.console import Bar
+from ssl_ray.console import Bar, say
 from ssl_ray.data.prepare import usable
 from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store, Volume
@@ -27,15 +27,6 @@ from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest
-
-
-@dataclass(frozen=True)
-class GridResult:
-    """How many cells were trained now and before, and the names of those that failed for good."""
-
-    trained: int
-    finished: int
-    failed: tuple[str, ...]
 
 
 def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[str, Any]:
@@ -62,16 +53,15 @@ def finetune(
     tracker: Tracker,
     params: Mapping[str, str],
     config_yaml: str,
-) -> GridResult:
-    """Train every cell of the grid that is not finished yet.
+) -> tuple[str, ...]:
+    """Train every cell of the grid that is not finished yet -> names of the cells that failed for good.
 
     `seed` is the study's. `volumes` are the prepared ones by image path; a case that is not among them was skipped as
     bad. Cells with `init: pretrained` start from the one of `pretrained`, or from that of their run; it is empty where
     the grid has no such cell. The grid's MLflow run keeps `config_yaml`, and every run gets `params`.
 
     Raises:
-        UserError: when a cell has no usable volume left, the pretrained weights do not match, or the cluster cannot
-            hold a trial.
+        UserError: when the pretrained weights do not match, or the cluster cannot hold a trial.
     """
     key, jobs = trial_jobs(config, network, seed, splits, volumes, pretrained, folders)
     counts = {"pool_subjects": str(splits.pool_size(volumes))} if splits.pool else {}
@@ -81,14 +71,14 @@ def finetune(
     for job in finished:  # a driver that was killed may not have come to this
         job.folder.clear()
     with Bar("fine-tuning", len(jobs) * config.steps) as bar:
-        made_by = {made.weights: made.run_id for made in pretrained}
-        runs = TrialCallback(tracker, grid_run.id, params, pending, made_by, bar, len(finished) * config.steps)
+        made_by, done = {made.weights: made.run_id for made in pretrained}, len(finished) * config.steps
+        bar.update(done)
+        runs = TrialCallback(tracker, grid_run.id, params, pending, made_by, bar, done)
         try:
-            for number, made in enumerate(pretrained):
-                report = check_transfer(config, network, made.weights)
-                if number == 0:  # the others differ in their numbers alone
-                    grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
-                    grid_run.metrics({"transferred_share": report["share"]}, 0)
+            reports = [check_transfer(config, network, made.weights) for made in pretrained]
+            for report in reports[:1]:  # the others differ in their numbers alone
+                grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
+                grid_run.metrics({"transferred_share": report["share"]}, 0)
             if pending:
                 needed = config.cpus_per_trial, config.gpus_per_trial
                 check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
@@ -98,7 +88,10 @@ def finetune(
             grid_run.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
     grid_run.close()
-    return GridResult(runs.completed, len(finished), tuple(runs.failed))
+    say(f"fine-tuning: {runs.completed} cells trained now, {len(finished)} were done already")
+    for name in runs.failed:
+        say(f"fine-tuning: cell {name} FAILED; its log is under {folders.study / 'ray'}")
+    return tuple(runs.failed)
 
 
 def trial_jobs(

@@ -14,7 +14,7 @@ from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
-from ssl_ray.search.grid import GridResult, check_transfer, finetune
+from ssl_ray.search.grid import check_transfer, finetune
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.object_store import is_uri
 from ssl_ray.study import identity
@@ -52,13 +52,13 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         pretrained = _make_weights(study, folders, tracker, prepared) if needs_weights else []
         if last == "pretrain":
             return ()
-        grid = _run_grid(study, folders, tracker, prepared, pretrained)
+        failed = _run_grid(study, folders, tracker, prepared, pretrained)
     finally:
         tracker.settle()
         tracker.stop()
     if last == "report":
         report(study, folders)
-    return grid.failed
+    return failed
 
 
 def check_places(study: Study) -> Folders:
@@ -110,8 +110,8 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
 
 def _run_grid(
     study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, pretrained: Sequence[Pretrained]
-) -> GridResult:
-    """Every cell of the fine-tuning grid."""
+) -> tuple[str, ...]:
+    """Every cell of the fine-tuning grid -> names of those that failed for good."""
     config, splits, labelled = study.finetune, prepared.splits, prepared.labelled
     held_out = {"validation": splits.validation, "test": splits.test}
     content = {f"labelled {part} volumes": identity.told(usable(cases, labelled)) for part, cases in held_out.items()}
@@ -124,7 +124,7 @@ def _run_grid(
         if pretrained:
             content[f"pretrained weights, run {run}"] = pretrained[run % len(pretrained)].key
     identity.record(study, folders, "finetune", content)
-    done = finetune(
+    return finetune(
         config,
         study.network,
         study.seed,
@@ -136,7 +136,3 @@ def _run_grid(
         run_params(study, "finetune"),
         dump(study),
     )
-    say(f"fine-tuning: {done.trained} cells trained now, {done.finished} were done already")
-    for name in done.failed:
-        say(f"fine-tuning: cell {name} FAILED; its log is under {folders.study / 'ray'}")
-    return done

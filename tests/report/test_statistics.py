@@ -23,7 +23,9 @@ from ssl_ray.report.statistics import (
     estimate,
     holm,
     judge,
+    mean_squares,
     needed,
+    standard_error,
 )
 
 REPEATS = 10_000
@@ -63,9 +65,9 @@ def test_two_runs_or_two_patients_are_too_few_to_conclude_from(runs: int, patien
     """Their intervals hold the truth some 90 % of the time at worst: shown, but never a clear verdict."""
     random = np.random.default_rng([runs, patients])
     assert all(covers(drawn(random, runs, patients, spread)) >= 0.89 for spread in RUN_SPREADS)
-    found = Estimate(0.3, 0.01, 1, 0.2, 0.4, 0.001)
+    found = Estimate(0.3, 0.2, 0.4, 0.001)
     assert judge(found, (runs, patients), 0.001, MARGIN) is Verdict.UNKNOWN
-    assert judge(Estimate(0.0, 0.001, 1, -0.01, 0.01, 0.9), (runs, patients), 0.9, MARGIN) is Verdict.UNKNOWN
+    assert judge(Estimate(0.0, -0.01, 0.01, 0.9), (runs, patients), 0.9, MARGIN) is Verdict.UNKNOWN
 
 
 @pytest.mark.parametrize(("runs", "patients"), [(3, 12), (3, 40), (10, 12)])
@@ -176,15 +178,16 @@ def test_no_number_of_runs_makes_up_for_few_patients() -> None:
 def test_numbers_agree_with_an_analysis_of_variance_by_hand() -> None:
     """Three runs, two patients, worked out on paper; many matrices at once give what each gives alone."""
     differences = np.array([[0.01, 0.05], [0.03, 0.05], [0.02, 0.08]])
-    found = estimate(differences)
+    error, freedom = standard_error(mean_squares(differences), 3, 2)
     # means: runs 0.03, 0.04, 0.05; patients 0.02, 0.06; all 0.04. MS: runs 0.0002, patients 0.0024, rest 0.0002
-    assert found.mean == pytest.approx(0.04)
-    assert found.error == pytest.approx(math.sqrt(0.0024 / 6))
-    assert found.freedom == pytest.approx(0.0024**2 / (0.0002**2 / 2 + 0.0024**2 / 1 + 0.0002**2 / 2), abs=0.01)
+    assert estimate(differences).mean == pytest.approx(0.04)
+    assert error == pytest.approx(math.sqrt(0.0024 / 6))
+    assert freedom == pytest.approx(0.0024**2 / (0.0002**2 / 2 + 0.0024**2 / 1 + 0.0002**2 / 2), abs=0.01)
     many = estimate(np.random.default_rng(8).normal(0, 1, (4, 5, 3, 6)))
-    alone = estimate(np.random.default_rng(8).normal(0, 1, (4, 5, 3, 6))[2, 1])
-    assert many.p[2, 1] == pytest.approx(alone.p)
-    assert many.p[2, 1] == pytest.approx(2 * stats.t.sf(abs(alone.mean) / alone.error, alone.freedom))
+    one = np.random.default_rng(8).normal(0, 1, (4, 5, 3, 6))[2, 1]
+    error, freedom = standard_error(mean_squares(one), 3, 6)
+    assert many.p[2, 1] == pytest.approx(estimate(one).p)
+    assert many.p[2, 1] == pytest.approx(2 * stats.t.sf(abs(one.mean()) / error, freedom))
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (3, 1), (1, 1), (3, 8)])
@@ -220,7 +223,7 @@ def test_holm_multiplies_and_never_falls() -> None:
 )
 def test_the_first_verdict_that_fits_is_said(low: float, high: float, adjusted: float, verdict: Verdict) -> None:
     """With three runs; `adjusted` is p after Holm."""
-    assert judge(Estimate((low + high) / 2, 0.01, 4, low, high, adjusted), (3, 12), adjusted, MARGIN) is verdict
+    assert judge(Estimate((low + high) / 2, low, high, adjusted), (3, 12), adjusted, MARGIN) is verdict
 
 
 SIZES = (6, 12, 24)
