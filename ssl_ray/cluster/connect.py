@@ -11,17 +11,20 @@ from typing import Any
 import ray
 
 from ssl_ray.cluster import malloc
-from ssl_ray.cluster.checks import check_address, check_temporary_folder
-from ssl_ray.cluster.private import LOG_LEVELS
+from ssl_ray.cluster.private import LOG_LEVELS, answers, cluster_of_this_machine
 from ssl_ray.config.schema import LocalCluster
+from ssl_ray.errors import UserError
+
+_SECONDS = 10.0
+"""How long an address is tried, e.g. while a cluster starts."""
 
 
 def connect(settings: LocalCluster) -> None:
     """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine.
 
     Raises:
-        UserError: within half a minute, naming the environment variable, where no Ray answers at that address, or where
-            the folder for temporary files has too long a name for Ray to start.
+        UserError: naming the environment variable, where no Ray answers at that address, or where Ray does not start,
+            e.g. in a folder whose name leaves no room for those of its sockets.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray's new progress output prints a table even with verbose=0
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -34,18 +37,37 @@ def connect(settings: LocalCluster) -> None:
         if named != "local":
             check_address(named)
         else:
-            check_temporary_folder()
             options |= {
                 "address": "local",
                 "num_cpus": settings.cpus,  # None: Ray counts them, and respects a container's limit
                 "object_store_memory": int(settings.object_store_gigabytes * 2**30),
                 "include_dashboard": False,
             }
-        ray.init(runtime_env=runtime_env(), **options)
+        try:
+            ray.init(runtime_env=runtime_env(), **options)
+        except OSError as error:
+            raise UserError(f"Ray does not start (its folder is RAY_TMPDIR, or else TMPDIR): {error}") from error
     if threading.current_thread() is threading.main_thread():
         # `ray job stop` sends SIGTERM, which is to end the study as Ctrl-C does. This comes after `ray.init`, because
         # Ray's own handler aborts the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def check_address(named: str) -> None:
+    """Look whether a Ray answers at the address that RAY_ADDRESS names; `ray.init` alone takes 11 minutes to give up.
+
+    Raises:
+        UserError: for no address, or one at which nothing speaks gRPC as Ray does.
+    """
+    address = (cluster_of_this_machine() or named) if named == "auto" else named
+    found = re.fullmatch(r"(?:ray://)?([^/\s]+:\d{1,5})", address)
+    if not found:
+        rule = "no Ray runs on this machine" if named == "auto" else "must be host:port, ray://host:port, auto or local"
+    elif answers(found[1], _SECONDS):
+        return
+    else:
+        rule = f"no Ray answers at {address}"
+    raise UserError(f"RAY_ADDRESS: {rule}, got {named!r}; without it a Ray is started on this machine")
 
 
 def first_error(text: str) -> str | None:

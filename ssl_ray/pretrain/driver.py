@@ -24,11 +24,11 @@ from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata
-from ssl_ray.pretrain.entry import work
 from ssl_ray.pretrain.job import Job, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.folders import Folders
+from ssl_ray.text import reason
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
 from ssl_ray.training.meters import ObjectStore, as_system
@@ -67,7 +67,7 @@ def pretrain(
     tracker: Tracker,
     params: Mapping[str, str],
     config_yaml: str,
-    name: str = "pretrain",
+    name: str,
 ) -> Pretrained:
     """Pretrain, or find that it is done already; a run that was cut off goes on from its last checkpoint.
 
@@ -133,6 +133,11 @@ def _rewind(job: Job) -> None:
 
 
 def _train(job: Job, folders: Folders, run: Run) -> None:
+    def work(job: Job) -> None:  # Ray's controller reads it, too, and needs neither torch nor MONAI for it
+        from ssl_ray.pretrain.worker import train_loop
+
+        train_loop(job)
+
     config = job.recipe.settings
     trainer = TorchTrainer(
         work,
@@ -150,10 +155,8 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
             logging_config=train.LoggingConfig("WARNING"),
         ),
     )
-    with (
-        Bar("pretraining", job.training.table.steps) as bar,
-        _Collector(job, run, bar) as collector,
-    ):
+    steps = job.training.table.steps
+    with Bar("pretraining", steps) as bar, _Collector(job, run, bar) as collector:
         _fit(trainer)
     selected = job.mirror.has(job.weights)
     if collector.fatal:
@@ -161,10 +164,8 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
             "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped)"
             f"{'; the best weights so far are kept' if selected else ''}: {'; '.join(collector.fatal)}"
         )
-    if job.training.table.steps not in saved_steps(job.checkpoints, job.mirror):
-        raise RuntimeError(
-            f"pretraining ended before its last step; what its workers said did not arrive: {job.folder}"
-        )
+    if steps not in saved_steps(job.checkpoints, job.mirror):
+        raise RuntimeError(f"pretraining ended before its last step, and what its workers said is lost: {job.folder}")
     if not selected:
         raise FloatingPointError("pretraining: no validation loss was finite, so that no weights were selected")
 
@@ -185,7 +186,7 @@ def _fit(trainer: TorchTrainer) -> None:
         raise KeyboardInterrupt from error
     except train.WorkerGroupError as error:
         rank, cause = next(iter(error.worker_failures.items()))
-        what = first_error(str(cause)) or f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        what = first_error(str(cause)) or reason(cause)
         raise RuntimeError(f"pretraining failed on rank {rank} of the workers: {what}") from error
     finally:
         for number, handler in before.items():
@@ -258,7 +259,7 @@ class _Collector:
                 return
             except Exception as error:  # one record that cannot be logged must not end the logging of the others
                 if not told:
-                    say(f"WARNING: a metric is not logged: {type(error).__name__}: {error}")
+                    say(f"WARNING: a metric is not logged: {reason(error)}")
                 told = True
 
     def _record(self, record: dict[str, Any]) -> None:

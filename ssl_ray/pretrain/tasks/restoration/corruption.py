@@ -10,7 +10,7 @@ that the sixth in-painting box has a mean side of 31.6 voxels. Here every side i
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -131,35 +131,13 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
-        views = (_paint_boxes if volumes.is_cpu else _paint_masks)(volumes, draws)
+        views = _paint(volumes, draws)
     _shuffle_(views, draws)
     return views.unsqueeze(1)
 
 
-def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
-    """In- and out-painting box by box: on a CPU the least work, but a GPU would have its host wait for every box."""
-    views = torch.empty_like(volumes)
-    everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
-    corners = torch.stack([draws.start, draws.stop], dim=2).tolist()
-    samples = zip(volumes, views, draws.key, draws.outpaint.tolist(), corners, strict=True)
-    for volume, view, key, outpaint, placed in samples:
-        low, high = volume.aminmax()
-        boxes = [(start, stop) for start, stop in placed if start[0] < stop[0]]
-        if outpaint:
-            view.copy_(_noise(key, everywhere, low, high)[..., : volume.shape[2]])
-            for start, stop in boxes:
-                box = tuple(map(slice, start, stop))
-                view[box] = volume[box]
-        else:
-            view.copy_(volume)
-            for start, stop in boxes:
-                noise = _noise(key, _counters(start, stop, volumes), low, high)
-                view[tuple(map(slice, start, stop))] = noise[..., start[2] % 4 :][..., : stop[2] - start[2]]
-    return views
-
-
-def _paint_masks(volumes: Tensor, draws: Draws) -> Tensor:
-    """The same for all samples at once, for a GPU without the kernel: no shape depends on the draws, nothing waits."""
+def _paint(volumes: Tensor, draws: Draws) -> Tensor:
+    """In- and out-painting of (B, X, Y, Z) volumes: no shape depends on the draws, so that nothing waits for a GPU."""
     inside = []
     for axis, side in enumerate(volumes.shape[1:]):
         voxel = torch.arange(side, device=volumes.device)
@@ -167,8 +145,10 @@ def _paint_masks(volumes: Tensor, draws: Draws) -> Tensor:
     # How many boxes hold a voxel: a matrix product keeps the K boxes out of the (B, X, Y, Z) arrays.
     boxes = torch.einsum("bkx,bky,bkz->bxyz", *(axis.float() for axis in inside))
     low, high = (bound[:, None, None, None] for bound in volumes.flatten(1).aminmax(dim=1))
-    everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
-    noise = _noise(draws.key[:, None, None, None], everywhere, low, high)[..., : volumes.shape[3]]
+    _, side_x, side_y, side_z = volumes.shape
+    words = -(-side_z // 4)  # of four voxels along z
+    counters = torch.arange(side_x * side_y * words, device=volumes.device).view(side_x, side_y, words)
+    noise = _noise(draws.key[:, None, None, None], counters, low, high)[..., :side_z]
     return torch.where((boxes > 0) ^ draws.outpaint[:, None, None, None], noise, volumes)
 
 
@@ -192,7 +172,7 @@ def _shuffle_(views: Tensor, draws: Draws) -> None:
 
 @lru_cache(maxsize=1)
 def fused_paint() -> Callable[..., Tensor] | None:
-    """`_paint_masks` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
+    """`_paint` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
     try:
         from ssl_ray.pretrain.tasks.restoration.kernel import paint
 
@@ -211,14 +191,6 @@ def _noise(key: Tensor, counters: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """
     steps = _words(key, counters).view(torch.uint16).float()
     return steps.mul_((high - low) * 2.0**-16).add_(low)
-
-
-def _counters(start: Sequence[int], stop: Sequence[int], volumes: Tensor) -> Tensor:
-    """Noise counters (x, y, words) of a box in (B, X, Y, Z) volumes; along z from the last multiple of 4 on."""
-    _, _, side_y, side_z = volumes.shape
-    ends = ((start[0], stop[0]), (start[1], stop[1]), (start[2] // 4, -(-stop[2] // 4)))
-    x, y, z = (torch.arange(first, last, device=volumes.device) for first, last in ends)
-    return (x[:, None, None] * side_y + y[:, None]) * -(-side_z // 4) + z
 
 
 def _words(key: Tensor, counters: Tensor) -> Tensor:
