@@ -212,7 +212,7 @@ class Trial:
             "row": self.watch.row,
             "records": older + newer,
         }
-        save_latest(self.job.folder.checkpoints, state, mirror=self.job.folder.mirror)
+        save_latest(self.job.folder.checkpoints, state, self.job.folder.mirror)
         self.records, self.saved = (newer, []), time.monotonic()
 
     def _restore(self) -> int:

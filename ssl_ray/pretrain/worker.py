@@ -39,7 +39,7 @@ def train_loop(job: Job) -> None:
     flops = learner.views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
     totals = _Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = _Reporter(job, rank), _Preemption()
-    saver = Saver(job.checkpoints, config.keep_checkpoints, job.mirror, first=job.records)
+    saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
     saved = time.monotonic()
 
     start = _restore(job, rank, learner, watch)
