@@ -22,9 +22,8 @@ _SECONDS = 10.0
 def connect(settings: LocalCluster) -> None:
     """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine.
 
-    Raises:
-        UserError: naming the environment variable, where no Ray answers at that address, or where Ray does not start,
-            e.g. in a folder whose name leaves no room for those of its sockets.
+    A UserError names the environment variable where no Ray answers at that address, or where none starts, e.g. in a
+    folder whose name leaves no room for those of its sockets.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray's new progress output prints a table even with verbose=0
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -54,11 +53,7 @@ def connect(settings: LocalCluster) -> None:
 
 
 def check_address(named: str) -> None:
-    """Look whether a Ray answers at the address that RAY_ADDRESS names; `ray.init` alone takes 11 minutes to give up.
-
-    Raises:
-        UserError: for no address, or one at which nothing speaks gRPC as Ray does.
-    """
+    """A UserError unless Ray answers at what RAY_ADDRESS names; `ray.init` alone takes 11 minutes to give up."""
     address = (cluster_of_this_machine() or named) if named == "auto" else named
     found = re.fullmatch(r"(?:ray://)?([^/\s]+:\d{1,5})", address)
     if not found:

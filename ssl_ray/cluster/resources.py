@@ -6,11 +6,7 @@ from ssl_ray.errors import UserError
 
 
 def check_resources(key: str, what: str, cpus: float, gpus: float) -> None:
-    """Refuse a cluster that is too small for `what` (e.g. "2 workers"), which together need so many CPUs and GPUs.
-
-    Raises:
-        UserError: with the key of the configuration that asks for it, what is needed and what there is.
-    """
+    """Refuse a cluster that is too small for `what` (e.g. "2 workers"), for which the setting `key` asks."""
     there = ray.cluster_resources()
     for name, needed in (("CPU", cpus), ("GPU", gpus)):
         if there.get(name, 0.0) < needed:

@@ -37,11 +37,7 @@ class Trial:
     """
 
     def __init__(self, job: TrialJob, device: torch.device) -> None:
-        """Build the network and its optimizer.
-
-        Raises:
-            UserError: when the pretrained weights do not match the network, or the other arm has another precision.
-        """
+        """A UserError where pretrained weights do not match the network, or the other arm has another precision."""
         self.job = job
         self.config = job.config.model_copy(update={"precision": _settle(job, named(precision_of(job.config, device)))})
         self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights)

@@ -117,11 +117,11 @@ def _rewind(job: Job) -> None:
     Going on from a later one would give back the weights of another step under the same key.
     """
     folder, mirror = job.checkpoints, job.mirror
-    newest = None if mirror.has(job.weights) else load_latest(folder, job.key, mirror)
-    if newest is None or math.isinf(newest["best"]):  # nothing was selected yet
+    state = None if mirror.has(job.weights) else load_latest(folder, job.key, mirror)
+    best = state["best"] if state else math.inf
+    if math.isinf(best):  # nothing was selected yet
         return
-    state: dict[str, Any] | None = newest
-    while state and state["best"] <= newest["best"]:
+    while state and state["best"] <= best:
         for step, path in saved_steps(folder, mirror).items():
             if step >= state["step"]:
                 mirror.drop(path)

@@ -236,9 +236,7 @@ def tracking_uri(settings: Tracking, folders: Folders) -> str:
     """Where MLflow keeps the runs: `tracking.uri`, or else MLFLOW_TRACKING_URI, or else SQLite in the output folder.
 
     A study that was begun with SQLite stays there, whatever the variable says: on a server all would be trained again.
-
-    Raises:
-        UserError: where it would be SQLite, and the output folder cannot hold it.
+    A UserError where it would be SQLite, and the output folder cannot hold it.
     """
     begun = not folders.output.origin and (folders.output.folder / "mlflow.db").exists()
     if uri := settings.uri or (None if begun else os.environ.get(_URI)):
@@ -251,11 +249,7 @@ def tracking_uri(settings: Tracking, folders: Folders) -> str:
 
 
 def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
-    """Give the study's MLflow experiment another name, once it has everything -> whether there was one.
-
-    Raises:
-        UserError: when MLflow does not answer or refuses, or does not have everything yet.
-    """
+    """Give the study's MLflow experiment another name, once it has everything -> whether there was one."""
     try:
         tracker = Tracker(settings, folders, create=False)
     except MissingExperiment:

@@ -35,11 +35,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote.
-
-    Raises:
-        ValueError: when the checkpoint is torn, was changed, or holds anything but tensors and plain values.
-    """
+    """Read what `save_state` wrote; a ValueError where it is torn, was changed, or holds other kinds of things."""
     try:
         manifest = json.loads(read_file(folder / MANIFEST, most=2**16))
         if manifest.get("sha256") != _digest(folder / "state.pt"):
@@ -55,8 +51,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 def save_latest(folder: Path, state: Mapping[str, Any], mirror: Mirror, keep: int = 2) -> None:
     """Write a checkpoint to `<folder>/<step>` and remove old ones: the newest `keep` whole ones up to this one stay.
 
-    Raises:
-        OSError: when the checkpoint could not be written or uploaded; the ones before are still there.
+    After an OSError the ones before are still there.
     """
     path = folder / f"{state['step']:08d}"
     save_state(path, state)

@@ -26,9 +26,6 @@ class Fault(Generic[T]):
     norm: float
     row: int
 
-    def __str__(self) -> str:
-        return f"loss {self.loss:g}, gradient norm {self.norm:g}"
-
 
 class FiniteSum:
     """Sum over the losses that are finite. It stays on the device: reading one loss would wait for its step."""
@@ -101,7 +98,8 @@ def keep(
     as `model.<name>`. `facts`, whatever else the step depends on, become JSON under `facts` in the file's metadata.
     Returns loss, gradient norm, origin and file in one line.
     """
-    text, path = f"{fault}; {origin}", folder / f"step_{step:07d}.safetensors"
+    text = f"loss {fault.loss:g}, gradient norm {fault.norm:g}; {origin}"
+    path = folder / f"step_{step:07d}.safetensors"
     if not path.is_file() and len(list(folder.glob("*.safetensors"))) >= 3:
         return text  # those that follow have the same cause
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
