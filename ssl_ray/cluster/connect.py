@@ -65,6 +65,14 @@ def check_address(named: str) -> None:
     raise UserError(f"RAY_ADDRESS: {rule}, got {named!r}; without it a Ray is started on this machine")
 
 
+def check_resources(key: str, what: str, cpus: float, gpus: float) -> None:
+    """Refuse a cluster that is too small for `what`, e.g. "2 workers", where Ray itself would wait without end."""
+    there = ray.cluster_resources()
+    for name, needed in (("CPU", cpus), ("GPU", gpus)):
+        if there.get(name, 0.0) < needed:
+            raise UserError(f"{key}: {what} need {needed:g} {name}s, the cluster has {there.get(name, 0.0):g}")
+
+
 def first_error(text: str) -> str | None:
     """The cause in Ray's chain of tracebacks, `ValueError: ...`: its first error that is not one of Ray's wrappers."""
     named = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b(?!.*ray::).*: .*$", text, re.MULTILINE)

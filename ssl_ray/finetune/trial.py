@@ -106,10 +106,10 @@ class Trial:
         known = len(data.validation)
         scores = {"validation": cases[:known], "test": cases[known:]}
         metrics = {"selected/step": float(self.best_step)}
+        tree = {"step": self.best_step, "organs": list(data.organs)}
         for name, cases in scores.items():
             metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, data.organs).items()}
-        tree = {"step": self.best_step, "organs": list(data.organs)}
-        tree |= {name: [asdict(case) for case in cases] for name, cases in scores.items()}
+            tree[name] = [asdict(case) for case in cases]
         self.job.folder.keep_result(self.best_weights, tree)
         return metrics
 

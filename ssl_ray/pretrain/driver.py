@@ -18,8 +18,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ssl_ray.cluster.connect import first_error
-from ssl_ray.cluster.resources import check_resources
+from ssl_ray.cluster.connect import check_resources, first_error
 from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume

@@ -24,7 +24,7 @@ from ssl_ray.config.schema import Corruption
 from ssl_ray.text import reason
 
 
-@dataclass(frozen=True)
+@dataclass
 class Draws:
     """Everything random about the views of B samples, in one (B, 3 + 6 K + 3 S) int64 tensor that travels as a whole.
 
@@ -35,35 +35,13 @@ class Draws:
     boxes: int
     shuffle_size: int
 
-    @property
-    def key(self) -> Tensor:
-        """(B,) int64, any 64 bits; the noise is a hash of it."""
-        return self.table[:, 0].contiguous()
-
-    @property
-    def outpaint(self) -> Tensor:
-        """(B,) bool, False is in-painting."""
-        return self.table[:, 1] != 0
-
-    @property
-    def shuffle(self) -> Tensor:
-        """(B,) bool, False leaves the shuffle boxes alone."""
-        return self.table[:, 2] != 0
-
-    @property
-    def start(self) -> Tensor:
-        """(B, K, 3) voxels; box k covers start <= voxel < stop, and an unused one covers nothing."""
-        return self._corners(3, 3 + 3 * self.boxes)
-
-    @property
-    def stop(self) -> Tensor:
-        """(B, K, 3) voxels."""
-        return self._corners(3 + 3 * self.boxes, 3 + 6 * self.boxes)
-
-    @property
-    def shuffle_start(self) -> Tensor:
-        """(B, S, 3) voxels."""
-        return self._corners(3 + 6 * self.boxes, self.table.shape[1])
+    def __post_init__(self) -> None:
+        flags, *corners = self.table.tensor_split((3, 3 + 3 * self.boxes, 3 + 6 * self.boxes), dim=1)
+        self.key = flags[:, 0].contiguous()  # (B,) int64, any 64 bits; the noise is a hash of it
+        self.outpaint = flags[:, 1] != 0  # (B,) bool, False is in-painting
+        self.shuffle = flags[:, 2] != 0  # (B,) bool, False leaves the shuffle boxes alone
+        # (B, K, 3), (B, K, 3) and (B, S, 3) voxels; box k covers start <= voxel < stop, and an unused one nothing.
+        self.start, self.stop, self.shuffle_start = (part.view(len(part), -1, 3) for part in corners)
 
     def take(self, rows: slice) -> "Draws":
         """The draws of some of the samples."""
@@ -75,9 +53,6 @@ class Draws:
             return self
         table = self.table.pin_memory() if device.type == "cuda" else self.table
         return replace(self, table=table.to(device, non_blocking=True))
-
-    def _corners(self, first: int, last: int) -> Tensor:
-        return self.table[:, first:last].view(len(self.table), -1, 3)
 
 
 def draw(
