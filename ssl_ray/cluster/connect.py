@@ -56,13 +56,11 @@ def check_address(named: str) -> None:
     """A UserError unless Ray answers at what RAY_ADDRESS names; `ray.init` alone takes 11 minutes to give up."""
     address = (cluster_of_this_machine() or named) if named == "auto" else named
     found = re.fullmatch(r"(?:ray://)?([^/\s]+:\d{1,5})", address)
-    if not found:
-        rule = "no Ray runs on this machine" if named == "auto" else "must be host:port, ray://host:port, auto or local"
-    elif answers(found[1], _SECONDS):
-        return
-    else:
-        rule = f"no Ray answers at {address}"
-    raise UserError(f"RAY_ADDRESS: {rule}, got {named!r}; without it a Ray is started on this machine")
+    if not found or not answers(found[1], _SECONDS):
+        raise UserError(
+            f"RAY_ADDRESS: no Ray answers at {address!r}; must be host:port, ray://host:port, auto or local (without "
+            "it a Ray is started on this machine)"
+        )
 
 
 def check_resources(key: str, what: str, cpus: float, gpus: float) -> None:

@@ -212,7 +212,7 @@ class _Collector:
 
     def __init__(self, job: Job, run: Run, bar: Bar) -> None:
         self._job, self._run, self._bar = job, run, bar
-        self._known, self._starts = run.logged("lr"), len(run.logged("started_at"))
+        self._known = run.logged("lr")
         self._store = ObjectStore()
         self.fatal: list[str] = []  # what workers said about the steps that ended the training
         self._thread = threading.Thread(target=self._collect, daemon=True)
@@ -245,7 +245,9 @@ class _Collector:
                     return
                 kind, content = item
                 if kind == "started":
-                    self._started(content)
+                    self._run.started(content)
+                    self._store.sample()  # what was spilled before is not this run's
+                    self._bar.update(content, again=True)
                 elif kind == "record":
                     self._record(content)
                     self._bar.update(content["step"], progress(content))
@@ -272,14 +274,6 @@ class _Collector:
         with suppress(OSError):
             if picture and (Path(picture).is_file() or self._job.mirror.pull(Path(picture))):
                 self._run.artifact(Path(picture), "pictures")
-
-    def _started(self, step: int) -> None:
-        """Log the step that training goes on from: 0, and after every fault that of a checkpoint."""
-        replayed = max(0, max(self._known, default=0) - step)
-        self._run.metrics({"started_at": step, "replayed_steps": replayed}, self._starts)
-        self._starts += 1
-        self._store.sample()  # what was spilled before is not this run's
-        self._bar.update(step, again=True)
 
 
 def progress(record: Mapping[str, float]) -> str:
