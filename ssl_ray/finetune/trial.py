@@ -150,7 +150,7 @@ class Trial:
         tensors |= {"images": images, "labels": labels}
         kept = keep(fault, self.job.folder.path / "faults", step + 1, origin, tensors, facts)
         text = f"step {step + 1}: {kept}"
-        if self.watch.fatal(fault):
+        if fault.fatal:
             raise FloatingPointError(f"{fault.row} step(s) in a row were not finite, the last one was {text}")
         logging.getLogger(__name__).warning("skipped %s", text)
 

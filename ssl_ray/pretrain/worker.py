@@ -58,8 +58,8 @@ def train_loop(job: Job) -> None:
                 # On a GPU it is the step before this one, with its own learning rate.
                 facts = {"lr": learning_rate(config.optimizer, fault.what.step, table.steps), "world": world}
                 kept = _keep_fault(learner, fault, rank, facts)
-                reporter.fault(kept, watch.fatal(fault))
-                if watch.fatal(fault):
+                reporter.fault(kept, fault.fatal)
+                if fault.fatal:
                     return
         totals.add(loss, len(batch.indices), batch.waited)
 
