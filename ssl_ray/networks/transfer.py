@@ -1,8 +1,4 @@
-"""The strict transfer of an autoencoder's encoder into a UNETR.
-
-Both networks hold the same ViT under the same names, so that a transfer is a copy; what can go wrong is that nothing
-matches and nobody is told. Here a transfer is complete, or it is refused with the reason.
-"""
+"""The strict transfer of an autoencoder's encoder into a UNETR: it is complete, or refused with the reason."""
 
 import math
 import re

@@ -163,7 +163,7 @@ class Tracker:
         """
         first = {name.partition("/")[0] for name in metrics}
         had: dict[str, float] = self._ask(lambda client, run: client.get_run(run).data.metrics, {}, run_id)
-        gone = {name: math.nan for name in had if name.partition("/")[0] in first and name not in metrics}
+        gone = {name: math.nan for name in had if name.partition("/")[0] in first}
         points = [Metric(name, value, now(), 0) for name, value in {**gone, **metrics}.items()]
         named = [RunTag(name, value) for name, value in tags.items()]
         self._ask(lambda client, run: client.log_batch(run, points, (), named), None, run_id)
