@@ -23,7 +23,7 @@ def connect(settings: LocalCluster) -> None:
     """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine.
 
     A UserError names the environment variable where no Ray answers at that address, or where none starts, e.g. in a
-    folder whose name leaves no room for those of its sockets.
+    folder whose name is too long for its sockets.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray's new progress output prints a table even with verbose=0
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -45,7 +45,7 @@ def connect(settings: LocalCluster) -> None:
         try:
             ray.init(runtime_env=runtime_env(), **options)
         except OSError as error:
-            raise UserError(f"Ray does not start (its folder is RAY_TMPDIR, or else TMPDIR): {error}") from error
+            raise UserError(f"Ray neither starts nor is joined: {error} (see RAY_ADDRESS, RAY_TMPDIR)") from error
     if threading.current_thread() is threading.main_thread():
         # `ray job stop` sends SIGTERM, which is to end the study as Ctrl-C does. This comes after `ray.init`, because
         # Ray's own handler aborts the process.
