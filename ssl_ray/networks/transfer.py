@@ -63,9 +63,12 @@ def transfer(
     diverged = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if diverged:
         raise UserError(f"{source}: {_first(diverged)}: NaN or infinite weights; the pretraining has diverged")
-    heads = str(unetr.vit.blocks[0].attn.num_heads)  # it shows in no shape
-    if metadata.get("num_heads", heads) != heads:
-        raise UserError(f"{source}: trained with num_heads {metadata['num_heads']}, but this network has {heads}")
+    # The metadata explain a mismatch best. The number of heads shows in no shape: only they can tell it.
+    block = unetr.vit.blocks[0]
+    widths = {"hidden_size": block.mlp.linear1.in_features, "mlp_dim": block.mlp.linear1.out_features}
+    for name, here in (widths | {"num_heads": block.attn.num_heads}).items():
+        if metadata.get(name, str(here)) != str(here):
+            raise UserError(f"{source}: trained with {name} {metadata[name]}, but this network has {here}")
 
     missing = [key for key in wanted if key not in encoder]
     unexpected = [key for key in encoder if key not in wanted]

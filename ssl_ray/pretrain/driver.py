@@ -157,12 +157,15 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
     steps = job.training.table.steps
     with Bar("pretraining", steps) as bar, _Collector(job, run, bar) as collector:
         _fit(trainer)
+    selected = job.mirror.kept(job.weights).exists()
     if collector.fatal:
-        rule = "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped)"
-        raise FloatingPointError(f"{rule}: {'; '.join(collector.fatal)}")
+        raise FloatingPointError(
+            "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped)"
+            f"{'; the best weights so far are kept' if selected else ''}: {'; '.join(collector.fatal)}"
+        )
     if steps not in saved_steps(job.checkpoints, job.mirror):
         raise RuntimeError(f"pretraining ended before its last step, and what its workers said is lost: {job.folder}")
-    if not job.mirror.kept(job.weights).exists():
+    if not selected:
         raise FloatingPointError("pretraining: no validation loss was finite, so that no weights were selected")
 
 
