@@ -23,6 +23,7 @@ from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata
+from ssl_ray.pretrain.entry import work
 from ssl_ray.pretrain.job import Job, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
@@ -132,11 +133,6 @@ def _rewind(job: Job) -> None:
 
 
 def _train(job: Job, folders: Folders, run: Run) -> None:
-    def work(job: Job) -> None:  # Ray's controller reads it, too, and needs neither torch nor MONAI for it
-        from ssl_ray.pretrain.worker import train_loop
-
-        train_loop(job)
-
     config = job.recipe.settings
     trainer = TorchTrainer(
         work,

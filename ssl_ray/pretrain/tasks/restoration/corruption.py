@@ -10,7 +10,7 @@ that the sixth in-painting box has a mean side of 31.6 voxels. Here every side i
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -24,7 +24,7 @@ from ssl_ray.config.schema import Corruption
 from ssl_ray.text import reason
 
 
-@dataclass
+@dataclass(frozen=True)
 class Draws:
     """Everything random about the views of B samples, in one (B, 3 + 6 K + 3 S) int64 tensor that travels as a whole.
 
@@ -35,13 +35,35 @@ class Draws:
     boxes: int
     shuffle_size: int
 
-    def __post_init__(self) -> None:
-        flags, *corners = self.table.tensor_split((3, 3 + 3 * self.boxes, 3 + 6 * self.boxes), dim=1)
-        self.key = flags[:, 0].contiguous()  # (B,) int64, any 64 bits; the noise is a hash of it
-        self.outpaint = flags[:, 1] != 0  # (B,) bool, False is in-painting
-        self.shuffle = flags[:, 2] != 0  # (B,) bool, False leaves the shuffle boxes alone
-        # (B, K, 3), (B, K, 3) and (B, S, 3) voxels; box k covers start <= voxel < stop, and an unused one nothing.
-        self.start, self.stop, self.shuffle_start = (part.view(len(part), -1, 3) for part in corners)
+    @property
+    def key(self) -> Tensor:
+        """(B,) int64, any 64 bits; the noise is a hash of it."""
+        return self.table[:, 0].contiguous()
+
+    @property
+    def outpaint(self) -> Tensor:
+        """(B,) bool, False is in-painting."""
+        return self.table[:, 1] != 0
+
+    @property
+    def shuffle(self) -> Tensor:
+        """(B,) bool, False leaves the shuffle boxes alone."""
+        return self.table[:, 2] != 0
+
+    @property
+    def start(self) -> Tensor:
+        """(B, K, 3) voxels; box k covers start <= voxel < stop, and an unused one covers nothing."""
+        return self._corners(3, 3 + 3 * self.boxes)
+
+    @property
+    def stop(self) -> Tensor:
+        """(B, K, 3) voxels."""
+        return self._corners(3 + 3 * self.boxes, 3 + 6 * self.boxes)
+
+    @property
+    def shuffle_start(self) -> Tensor:
+        """(B, S, 3) voxels."""
+        return self._corners(3 + 6 * self.boxes, self.table.shape[1])
 
     def take(self, rows: slice) -> "Draws":
         """The draws of some of the samples."""
@@ -53,6 +75,9 @@ class Draws:
             return self
         table = self.table.pin_memory() if device.type == "cuda" else self.table
         return replace(self, table=table.to(device, non_blocking=True))
+
+    def _corners(self, first: int, last: int) -> Tensor:
+        return self.table[:, first:last].view(len(self.table), -1, 3)
 
 
 def draw(
@@ -106,13 +131,35 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
-        views = _paint(volumes, draws)
+        views = (_paint_boxes if volumes.is_cpu else _paint_masks)(volumes, draws)
     _shuffle_(views, draws)
     return views.unsqueeze(1)
 
 
-def _paint(volumes: Tensor, draws: Draws) -> Tensor:
-    """In- and out-painting of (B, X, Y, Z) volumes: no shape depends on the draws, so that nothing waits for a GPU."""
+def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:
+    """In- and out-painting box by box: on a CPU the least work, but a GPU would have its host wait for every box."""
+    views = torch.empty_like(volumes)
+    everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
+    corners = torch.stack([draws.start, draws.stop], dim=2).tolist()
+    samples = zip(volumes, views, draws.key, draws.outpaint.tolist(), corners, strict=True)
+    for volume, view, key, outpaint, placed in samples:
+        low, high = volume.aminmax()
+        boxes = [(start, stop) for start, stop in placed if start[0] < stop[0]]
+        if outpaint:
+            view.copy_(_noise(key, everywhere, low, high)[..., : volume.shape[2]])
+            for start, stop in boxes:
+                box = tuple(map(slice, start, stop))
+                view[box] = volume[box]
+        else:
+            view.copy_(volume)
+            for start, stop in boxes:
+                noise = _noise(key, _counters(start, stop, volumes), low, high)
+                view[tuple(map(slice, start, stop))] = noise[..., start[2] % 4 :][..., : stop[2] - start[2]]
+    return views
+
+
+def _paint_masks(volumes: Tensor, draws: Draws) -> Tensor:
+    """The same for all samples at once, for a GPU without the kernel: no shape depends on the draws, nothing waits."""
     inside = []
     for axis, side in enumerate(volumes.shape[1:]):
         voxel = torch.arange(side, device=volumes.device)
@@ -120,10 +167,8 @@ def _paint(volumes: Tensor, draws: Draws) -> Tensor:
     # How many boxes hold a voxel: a matrix product keeps the K boxes out of the (B, X, Y, Z) arrays.
     boxes = torch.einsum("bkx,bky,bkz->bxyz", *(axis.float() for axis in inside))
     low, high = (bound[:, None, None, None] for bound in volumes.flatten(1).aminmax(dim=1))
-    _, side_x, side_y, side_z = volumes.shape
-    words = -(-side_z // 4)  # of four voxels along z
-    counters = torch.arange(side_x * side_y * words, device=volumes.device).view(side_x, side_y, words)
-    noise = _noise(draws.key[:, None, None, None], counters, low, high)[..., :side_z]
+    everywhere = _counters((0, 0, 0), volumes.shape[1:], volumes)
+    noise = _noise(draws.key[:, None, None, None], everywhere, low, high)[..., : volumes.shape[3]]
     return torch.where((boxes > 0) ^ draws.outpaint[:, None, None, None], noise, volumes)
 
 
@@ -147,7 +192,7 @@ def _shuffle_(views: Tensor, draws: Draws) -> None:
 
 @lru_cache(maxsize=1)
 def fused_paint() -> Callable[..., Tensor] | None:
-    """`_paint` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
+    """`_paint_masks` as one kernel, which reads and writes every voxel once; None where Triton cannot build it."""
     try:
         from ssl_ray.pretrain.tasks.restoration.kernel import paint
 
@@ -166,6 +211,14 @@ def _noise(key: Tensor, counters: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """
     steps = _words(key, counters).view(torch.uint16).float()
     return steps.mul_((high - low) * 2.0**-16).add_(low)
+
+
+def _counters(start: Sequence[int], stop: Sequence[int], volumes: Tensor) -> Tensor:
+    """Noise counters (x, y, words) of a box in (B, X, Y, Z) volumes; along z from the last multiple of 4 on."""
+    _, _, side_y, side_z = volumes.shape
+    ends = ((start[0], stop[0]), (start[1], stop[1]), (start[2] // 4, -(-stop[2] // 4)))
+    x, y, z = (torch.arange(first, last, device=volumes.device) for first, last in ends)
+    return (x[:, None, None] * side_y + y[:, None]) * -(-side_z // 4) + z
 
 
 def _words(key: Tensor, counters: Tensor) -> Tensor:
