@@ -36,7 +36,7 @@ from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import Feed, batches, open_segment, segments
+from ssl_ray.pretrain.stream import Feed, batches, segments
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw
 
 FLOORS = {"clean": 1.8, "one view": 2.0, "two views": 2.0}
@@ -57,7 +57,7 @@ def ours(volumes: Sequence[Volume], store: Store, side: int, views: int, count: 
         feed = Feed(table, store, keys, keys, volumes[0].dtype, volumes[0].levels)
         shared = ray.put(feed)
         schedule = segments(table, 0, 1, 64 * 2**20 if side == 96 else 2**20, 1)
-        for batch in batches(table, 0, schedule, lambda segment: open_segment(shared, segment, 0, 1)):
+        for batch in batches(table, shared, schedule, 0, 1):
             clean = scale(torch.from_numpy(batch.images), feed.levels)
             for view in range(views):
                 corrupt(clean, draw(config, size, 0, batch.indices, view))

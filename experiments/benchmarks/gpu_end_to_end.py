@@ -140,8 +140,8 @@ def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
     import ray
 
     from ssl_ray.pretrain.driver import feed_of
-    from ssl_ray.pretrain.stream import Segment, open_segment, pin, segments
     from ssl_ray.pretrain.stream import batches as stream_batches
+    from ssl_ray.pretrain.stream import open_segment, pin, segments
 
     batch = 4 if bench.quick else 64
     config = made(bench, folder, "feed", batch, 1000)
@@ -196,10 +196,7 @@ def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
         print(iterator.stats()[:3000], flush=True)
 
     def stream() -> None:
-        def opener(segment: Segment) -> Any:
-            return open_segment(reference, segment, 0, held)
-
-        batches: Iterator[Any] = stream_batches(feed.table, 0, schedule, opener)
+        batches: Iterator[Any] = stream_batches(feed.table, reference, schedule, 0, held)
         bench.put("feed", "stream", value=consume(batches, lambda item: len(item.indices)))
 
     for name, call in (("stream", stream), ("ray_data", raw)):

@@ -305,7 +305,7 @@ def breakdown(bench: Bench) -> None:
                 "scale": lambda: scale(stored, 221),
                 "draw (host)": lambda: draw(config, side, 0, indices),
                 "upload draws": lambda: drawn.to(bench.device),
-                "paint, torch": lambda: corruption._paint_boxes(clean.squeeze(1), there),
+                "paint, torch": lambda: corruption._paint(clean.squeeze(1), there),
                 "shuffle": lambda: corruption._shuffle_(painted, there),
                 "forward": forward,
                 "forward + backward": lambda: forward().backward(),

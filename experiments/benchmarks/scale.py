@@ -31,7 +31,7 @@ from ssl_ray.data.store import Store
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import SEGMENT_BLOCKS, Feed, batches, open_segment, segments
+from ssl_ray.pretrain.stream import SEGMENT_BLOCKS, Feed, batches, segments
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import folders_of, recipe_of, tracker_of
 
@@ -62,10 +62,7 @@ def feed(bench: Bench) -> dict[str, float]:
         shared = ray.put(made)
         schedule = segments(table, 0, world, batch * side**3, 1)
         before, coordinating, start = ledger().seconds(), coordinator_seconds(), time.perf_counter()
-        ranks = [
-            batches(table, rank, schedule, lambda segment, rank=rank: open_segment(shared, segment, rank, 0))  # type: ignore[misc]
-            for rank in range(world)
-        ]
+        ranks = [batches(table, shared, schedule, rank, 0) for rank in range(world)]
         first = 0.0
         for _ in range(table.steps):
             for rank in ranks:

@@ -12,9 +12,12 @@ from typing import Any
 import ray
 
 from ssl_ray.cluster import malloc
-from ssl_ray.cluster.checks import check_address, check_temporary_folder
-from ssl_ray.cluster.private import LOG_LEVELS
+from ssl_ray.cluster.private import LOG_LEVELS, answers, cluster_of_this_machine
 from ssl_ray.config.schema import LocalCluster
+from ssl_ray.errors import UserError
+
+_SECONDS = 10.0
+"""How long an address is tried, e.g. while a cluster starts."""
 
 _DRIVER_ONLY = ("mlflow", "sklearn", "tensorboardX")
 """Packages that MONAI loads where they are installed, though no worker uses them: 1 of the 2.5 s of its import."""
@@ -23,9 +26,8 @@ _DRIVER_ONLY = ("mlflow", "sklearn", "tensorboardX")
 def connect(settings: LocalCluster) -> None:
     """Connect to the cluster in RAY_ADDRESS, which `ray job submit` sets, or start one on this machine.
 
-    Raises:
-        UserError: within half a minute, naming the environment variable, where no Ray answers at that address, or where
-            the folder for temporary files has too long a name for Ray to start.
+    A UserError names the environment variable where no Ray answers at that address, or where none starts, e.g. in a
+    folder whose name is too long for its sockets.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Ray's new progress output prints a table even with verbose=0
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -38,18 +40,39 @@ def connect(settings: LocalCluster) -> None:
         if named != "local":
             check_address(named)
         else:
-            check_temporary_folder()
             options |= {
                 "address": "local",
                 "num_cpus": settings.cpus,  # None: Ray counts them, and respects a container's limit
                 "object_store_memory": int(settings.object_store_gigabytes * 2**30),
                 "include_dashboard": False,
             }
-        ray.init(runtime_env=runtime_env(), **options)
+        try:
+            ray.init(runtime_env=runtime_env(), **options)
+        except OSError as error:
+            raise UserError(f"Ray neither starts nor is joined: {error} (see RAY_ADDRESS, RAY_TMPDIR)") from error
     if threading.current_thread() is threading.main_thread():
         # `ray job stop` sends SIGTERM, which is to end the study as Ctrl-C does. This comes after `ray.init`, because
         # Ray's own handler aborts the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def check_address(named: str) -> None:
+    """A UserError unless Ray answers at what RAY_ADDRESS names; `ray.init` alone takes 11 minutes to give up."""
+    address = (cluster_of_this_machine() or named) if named == "auto" else named
+    found = re.fullmatch(r"(?:ray://)?([^/\s]+:\d{1,5})", address)
+    if not found or not answers(found[1], _SECONDS):
+        raise UserError(
+            f"RAY_ADDRESS: no Ray answers at {address!r}; must be host:port, ray://host:port, auto or local (without "
+            "it a Ray is started on this machine)"
+        )
+
+
+def check_resources(key: str, what: str, cpus: float, gpus: float) -> None:
+    """Refuse a cluster that is too small for `what`, e.g. "2 workers", where Ray itself would wait without end."""
+    there = ray.cluster_resources()
+    for name, needed in (("CPU", cpus), ("GPU", gpus)):
+        if there.get(name, 0.0) < needed:
+            raise UserError(f"{key}: {what} need {needed:g} {name}s, the cluster has {there.get(name, 0.0):g}")
 
 
 def first_error(text: str) -> str | None:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import ray
 
-_REPLY_SECONDS = 5.0
-
 LOG_LEVELS = {
     # Routine messages; warnings and errors are still shown.
     "ray.data._internal.execution.streaming_executor": logging.WARNING,
@@ -41,6 +39,22 @@ def cluster_of_this_machine() -> str | None:
         return None
 
 
+def answers(address: str, seconds: float) -> bool:
+    """Whether a server of gRPC, as Ray is one, answers at `host:port` within so many seconds.
+
+    Where the name is gone, this raises ImportError.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel  # with TLS where RAY_USE_TLS says so
+
+    with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(seconds)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
+
+
 def object_store_statistics() -> Mapping[str, float]:
     """Bytes of all nodes' object stores: `used`, `capacity`, and `spilled` to disk since the cluster started.
 
@@ -50,7 +64,7 @@ def object_store_statistics() -> Mapping[str, float]:
     from ray._private import internal_api
     from ray._private.state import state
 
-    found = internal_api.get_memory_info_reply(state, timeout_seconds=_REPLY_SECONDS).store_stats
+    found = internal_api.get_memory_info_reply(state, timeout_seconds=5.0).store_stats
     return {
         "used": float(found.object_store_bytes_used),
         "capacity": float(found.object_store_bytes_avail),

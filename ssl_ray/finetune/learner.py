@@ -30,10 +30,7 @@ class SegmentationLearner:
     ) -> None:
         """Build the network by `seed`, with the encoder out of the file `weights` where one is given.
 
-        The decoder does not depend on whether one is given.
-
-        Raises:
-            UserError: when the pretrained weights do not match the network.
+        The decoder does not depend on whether one is given. A UserError where the weights do not match the network.
         """
         self.config, self.device = config, device
         torch.manual_seed(seed)

@@ -37,11 +37,7 @@ class Trial:
     """
 
     def __init__(self, job: TrialJob, device: torch.device) -> None:
-        """Build the network and its optimizer.
-
-        Raises:
-            UserError: when the pretrained weights do not match the network, or the other arm has another precision.
-        """
+        """A UserError where pretrained weights do not match the network, or the other arm has another precision."""
         self.job = job
         self.config = job.config.model_copy(update={"precision": _settle(job, named(precision_of(job.config, device)))})
         self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights)
@@ -110,10 +106,10 @@ class Trial:
         known = len(data.validation)
         scores = {"validation": cases[:known], "test": cases[known:]}
         metrics = {"selected/step": float(self.best_step)}
+        tree = {"step": self.best_step, "organs": list(data.organs)}
         for name, cases in scores.items():
             metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, data.organs).items()}
-        tree = {"step": self.best_step, "organs": list(data.organs)}
-        tree |= {name: [asdict(case) for case in cases] for name, cases in scores.items()}
+            tree[name] = [asdict(case) for case in cases]
         self.job.folder.keep_result(self.best_weights, tree)
         return metrics
 
@@ -154,7 +150,7 @@ class Trial:
         tensors |= {"images": images, "labels": labels}
         kept = keep(fault, self.job.folder.path / "faults", step + 1, origin, tensors, facts)
         text = f"step {step + 1}: {kept}"
-        if self.watch.fatal(fault):
+        if fault.fatal:
             raise FloatingPointError(f"{fault.row} step(s) in a row were not finite, the last one was {text}")
         logging.getLogger(__name__).warning("skipped %s", text)
 
@@ -212,7 +208,7 @@ class Trial:
             "row": self.watch.row,
             "records": older + newer,
         }
-        save_latest(self.job.folder.checkpoints, state, mirror=self.job.folder.mirror)
+        save_latest(self.job.folder.checkpoints, state, self.job.folder.mirror)
         self.records, self.saved = (newer, []), time.monotonic()
 
     def _restore(self) -> int:

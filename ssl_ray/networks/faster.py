@@ -5,6 +5,7 @@ Which of them is faster depends on the device, so the builders in `unetr.py` use
 
 import math
 
+from einops import rearrange
 from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor, nn
 
@@ -44,18 +45,16 @@ class _FastAttention(SABlock):
 
 class _PatchConv(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
-        (p, q, r), (batch, channels, *sides) = self.kernel_size, x.shape
-        grid = [side // width for side, width in zip(sides, self.kernel_size, strict=True)]
-        patches = x.view(batch, channels, grid[0], p, grid[1], q, grid[2], r).permute(0, 2, 4, 6, 1, 3, 5, 7)
-        patches = patches.reshape(batch, math.prod(grid), channels * p * q * r)
+        p, q, r = self.kernel_size
+        patches = rearrange(x, "b c (x p) (y q) (z r) -> b (x y z) (c p q r)", p=p, q=q, r=r)
         tokens = nn.functional.linear(patches, self.weight.flatten(1), self.bias)
-        return tokens.transpose(1, 2).reshape(batch, -1, *grid)
+        return tokens.transpose(1, 2).reshape(len(x), -1, x.shape[2] // p, x.shape[3] // q, x.shape[4] // r)
 
 
 class _PatchConvTranspose(nn.ConvTranspose3d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        (p, q, r), (batch, _, *grid) = self.kernel_size, x.shape
-        bias = None if self.bias is None else self.bias.repeat_interleave(p * q * r)
+        sides = dict(zip("xyzpqr", (*x.shape[2:], *self.kernel_size), strict=True))
+        bias = None if self.bias is None else self.bias.repeat_interleave(math.prod(self.kernel_size))
         voxels = nn.functional.linear(x.flatten(2).transpose(1, 2), self.weight.flatten(1).T, bias)
-        voxels = voxels.view(batch, *grid, self.out_channels, p, q, r).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return voxels.reshape(batch, self.out_channels, grid[0] * p, grid[1] * q, grid[2] * r)
+        whole: Tensor = rearrange(voxels, "b (x y z) (c p q r) -> b c (x p) (y q) (z r)", **sides)
+        return whole

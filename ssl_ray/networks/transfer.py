@@ -1,8 +1,4 @@
-"""The strict transfer of an autoencoder's encoder into a UNETR.
-
-Both networks hold the same ViT under the same names, so that a transfer is a copy; what can go wrong is that nothing
-matches and nobody is told. Here a transfer is complete, or it is refused with the reason.
-"""
+"""The strict transfer of an autoencoder's encoder into a UNETR: it is complete, or refused with the reason."""
 
 import math
 import re
@@ -131,18 +127,14 @@ def _source_grid(
     tokens: int, target: tuple[int, int, int], metadata: Mapping[str, str], source: str
 ) -> tuple[int, ...]:
     """The grid of tokens that position embeddings belong to."""
-    if "patch_size" in metadata:
-        grid = tuple(int(side) // VIT_PATCH for side in re.findall(r"\d{1,6}", metadata["patch_size"]))
-        if len(grid) != 3 or math.prod(grid) != tokens:
-            raise UserError(
-                f"{source}: patch_size in the metadata does not explain {tokens} tokens, got {metadata['patch_size']!r}"
-            )
-        return grid
-    side = round(tokens ** (1 / 3))
-    grids = {grid for grid in (target, (side,) * 3) if math.prod(grid) == tokens}
-    if len(grids) != 1:
+    if given := metadata.get("patch_size"):
+        grids = {tuple(int(side) // VIT_PATCH for side in re.findall(r"\d{1,6}", given))}
+    else:
+        grids = {target, (round(tokens ** (1 / 3)),) * 3}
+    possible = [grid for grid in grids if len(grid) == 3 and math.prod(grid) == tokens]
+    if len(possible) != 1:
         raise UserError(
             f"{source}: the grid of its {tokens} tokens cannot be told, and this network has "
-            f"{' x '.join(map(str, target))}: use a safetensors file with patch_size in its metadata"
+            f"{' x '.join(map(str, target))}: use a safetensors file with patch_size in its metadata, got {given!r}"
         )
-    return grids.pop()
+    return possible[0]

@@ -54,8 +54,7 @@ def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mappin
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict, or one under `"state_dict"`, on the CPU, and remove DDP's prefix; no pickled code is ever run.
 
-    Raises:
-        UserError: for a file that cannot be read, or holds anything but named dense tensors of real numbers.
+    A file that cannot be read, or holds anything but named dense tensors of real numbers, is a UserError.
     """
     try:
         with open_file(path) as file:
@@ -77,11 +76,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """The metadata in a safetensors file, each value as one short line; empty for a torch file, which has none.
-
-    Raises:
-        UserError: for a file that cannot be read, or is damaged.
-    """
+    """The metadata in a safetensors file, each value as one short line; empty for a torch file, which has none."""
     if path.suffix != ".safetensors":
         return {}
     try:

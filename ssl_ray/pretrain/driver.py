@@ -18,8 +18,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ssl_ray.cluster.connect import first_error
-from ssl_ray.cluster.resources import check_resources
+from ssl_ray.cluster.connect import check_resources, first_error
 from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
@@ -29,6 +28,7 @@ from ssl_ray.pretrain.job import Job, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.folders import Folders
+from ssl_ray.text import reason
 from ssl_ray.tracking.tracker import Run, Tracker
 from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
 from ssl_ray.training.meters import ObjectStore, as_system
@@ -67,7 +67,7 @@ def pretrain(
     tracker: Tracker,
     params: Mapping[str, str],
     config_yaml: str,
-    name: str = "pretrain",
+    name: str,
 ) -> Pretrained:
     """Pretrain, or find that it is done already; a run that was cut off goes on from its last checkpoint.
 
@@ -117,11 +117,11 @@ def _rewind(job: Job) -> None:
     Going on from a later one would give back the weights of another step under the same key.
     """
     folder, mirror = job.checkpoints, job.mirror
-    newest = None if mirror.has(job.weights) else load_latest(folder, job.key, mirror)
-    if newest is None or math.isinf(newest["best"]):  # nothing was selected yet
+    state = None if mirror.kept(job.weights).exists() else load_latest(folder, job.key, mirror)
+    best = state["best"] if state else math.inf
+    if math.isinf(best):  # nothing was selected yet
         return
-    state: dict[str, Any] | None = newest
-    while state and state["best"] <= newest["best"]:
+    while state and state["best"] <= best:
         for step, path in saved_steps(folder, mirror).items():
             if step >= state["step"]:
                 mirror.drop(path)
@@ -150,21 +150,17 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
             logging_config=train.LoggingConfig("WARNING"),
         ),
     )
-    with (
-        Bar("pretraining", job.training.table.steps) as bar,
-        _Collector(job, run, bar) as collector,
-    ):
+    steps = job.training.table.steps
+    with Bar("pretraining", steps) as bar, _Collector(job, run, bar) as collector:
         _fit(trainer)
-    selected = job.mirror.has(job.weights)
+    selected = job.mirror.kept(job.weights).exists()
     if collector.fatal:
         raise FloatingPointError(
             "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped)"
             f"{'; the best weights so far are kept' if selected else ''}: {'; '.join(collector.fatal)}"
         )
-    if job.training.table.steps not in saved_steps(job.checkpoints, job.mirror):
-        raise RuntimeError(
-            f"pretraining ended before its last step; what its workers said did not arrive: {job.folder}"
-        )
+    if steps not in saved_steps(job.checkpoints, job.mirror):
+        raise RuntimeError(f"pretraining ended before its last step, and what its workers said is lost: {job.folder}")
     if not selected:
         raise FloatingPointError("pretraining: no validation loss was finite, so that no weights were selected")
 
@@ -185,7 +181,7 @@ def _fit(trainer: TorchTrainer) -> None:
         raise KeyboardInterrupt from error
     except train.WorkerGroupError as error:
         rank, cause = next(iter(error.worker_failures.items()))
-        what = first_error(str(cause)) or f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        what = first_error(str(cause)) or reason(cause)
         raise RuntimeError(f"pretraining failed on rank {rank} of the workers: {what}") from error
     finally:
         for number, handler in before.items():
@@ -212,7 +208,7 @@ class _Collector:
 
     def __init__(self, job: Job, run: Run, bar: Bar) -> None:
         self._job, self._run, self._bar = job, run, bar
-        self._known, self._starts = run.logged("lr"), len(run.logged("started_at"))
+        self._known = run.logged("lr")
         self._store = ObjectStore()
         self.fatal: list[str] = []  # what workers said about the steps that ended the training
         self._thread = threading.Thread(target=self._collect, daemon=True)
@@ -245,7 +241,9 @@ class _Collector:
                     return
                 kind, content = item
                 if kind == "started":
-                    self._started(content)
+                    self._run.started(content)
+                    self._store.sample()  # what was spilled before is not this run's
+                    self._bar.update(content, again=True)
                 elif kind == "record":
                     self._record(content)
                     self._bar.update(content["step"], progress(content))
@@ -258,7 +256,7 @@ class _Collector:
                 return
             except Exception as error:  # one record that cannot be logged must not end the logging of the others
                 if not told:
-                    say(f"WARNING: a metric is not logged: {type(error).__name__}: {error}")
+                    say(f"WARNING: a metric is not logged: {reason(error)}")
                 told = True
 
     def _record(self, record: dict[str, Any]) -> None:
@@ -272,14 +270,6 @@ class _Collector:
         with suppress(OSError):
             if picture and (Path(picture).is_file() or self._job.mirror.pull(Path(picture))):
                 self._run.artifact(Path(picture), "pictures")
-
-    def _started(self, step: int) -> None:
-        """Log the step that training goes on from: 0, and after every fault that of a checkpoint."""
-        replayed = max(0, max(self._known, default=0) - step)
-        self._run.metrics({"started_at": step, "replayed_steps": replayed}, self._starts)
-        self._starts += 1
-        self._store.sample()  # what was spilled before is not this run's
-        self._bar.update(step, again=True)
 
 
 def progress(record: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ streamed in *segments* of some hundred blocks; the next one is opened while the 
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -143,15 +143,12 @@ class Pace:
     before_execution_starts = after_execution_succeeds = after_execution_fails = _nothing
 
 
-def batches(
-    table: SampleTable, rank: int, schedule: Sequence[Segment], opener: Callable[[Segment], Any]
-) -> Iterator[Batch]:
-    """Batches of one rank, step by step; all ranks must take equally many.
+def batches(table: SampleTable, feed: Any, schedule: Sequence[Segment], rank: int, held: float) -> Iterator[Batch]:
+    """Batches of one rank, step by step; all ranks must take equally many. `feed` and `held` are as for `open_segment`.
 
-    `opener` gives the Ray Data iterator of this rank for a segment. A RuntimeError says that Ray Data did not keep the
-    order of blocks, or lost some.
+    A RuntimeError says that Ray Data did not keep the order of blocks, or lost some.
     """
-    reading = (_read_ahead(table, rank, segment, opener(segment)) for segment in schedule)
+    reading = (_read_ahead(table, rank, segment, open_segment(feed, segment, rank, held)) for segment in schedule)
     following = next(reading, None)
     for segment in schedule:
         waiting, following = following, None

@@ -18,7 +18,7 @@ from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
-from ssl_ray.pretrain.stream import Batch, Segment, batches, open_segment, segments
+from ssl_ray.pretrain.stream import Batch, batches, segments
 from ssl_ray.training.checkpoint import Saver, load_latest
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
@@ -39,7 +39,7 @@ def train_loop(job: Job) -> None:
     flops = learner.views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
     totals = _Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = _Reporter(job, rank), _Preemption()
-    saver = Saver(job.checkpoints, config.keep_checkpoints, job.mirror, first=job.records)
+    saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
     saved = time.monotonic()
 
     start = _restore(job, rank, learner, watch)
@@ -58,8 +58,8 @@ def train_loop(job: Job) -> None:
                 # On a GPU it is the step before this one, with its own learning rate.
                 facts = {"lr": learning_rate(config.optimizer, fault.what.step, table.steps), "world": world}
                 kept = _keep_fault(learner, fault, rank, facts)
-                reporter.fault(kept, watch.fatal(fault))
-                if watch.fatal(fault):
+                reporter.fault(kept, fault.fatal)
+                if fault.fatal:
                     return
         totals.add(loss, len(batch.indices), batch.waited)
 
@@ -99,13 +99,9 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
     """The rank's batches from step `start` on."""
     # One copy for all, and a reference, as what is broadcast must stay small.
     feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
-    config, table = job.recipe.settings, job.training.table
-
-    def opener(segment: Segment) -> Any:
-        return open_segment(feed, segment, rank, world * config.cpus_per_worker)
-
-    itemsize = np.dtype(job.training.dtype).itemsize
-    return batches(table, rank, segments(table, start, world, config.block_megabytes * 2**20, itemsize), opener)
+    config, table, itemsize = job.recipe.settings, job.training.table, np.dtype(job.training.dtype).itemsize
+    schedule = segments(table, start, world, config.block_megabytes * 2**20, itemsize)
+    return batches(table, feed, schedule, rank, world * config.cpus_per_worker)
 
 
 def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:

@@ -69,8 +69,7 @@ class TrialCallback(tune.Callback):
         loss = f"loss {metrics['loss']:.3f} ({cell.name})" if "loss" in metrics else ""
         self.bar.update(self.done + sum(self._steps.values()), loss)
         if "started_at" in metrics:  # the first record of every start
-            replayed = max(0, max(run.logged("lr"), default=0) - step)
-            run.metrics({"started_at": step, "replayed_steps": replayed}, len(run.logged("started_at")))
+            run.started(step)
             run.params({"precision": result["precision"]})
         elif step not in run.logged("selected/step" if "selected/step" in metrics else "lr"):
             run.metrics(metrics, step)

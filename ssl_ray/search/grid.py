@@ -9,7 +9,7 @@ from typing import Any
 
 from ray import tune
 
-from ssl_ray.cluster.resources import check_resources
+from ssl_ray.cluster.connect import check_resources
 from ssl_ray.config import depends
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.console import Bar, say

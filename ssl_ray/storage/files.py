@@ -18,8 +18,7 @@ MANIFEST = "manifest.json"
 def open_file(path: Path, most: int | None = None) -> BufferedReader:
     """Open a regular file, or a link to one, for reading; `most` is the bytes that it may have.
 
-    Raises:
-        OSError: also for a FIFO, on which reading would wait for ever, and for a device, which may have no end.
+    An OSError also for a FIFO, on which reading would wait for ever, and for a device, which may have no end.
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     status = os.fstat(file.fileno())

@@ -58,7 +58,7 @@ class Mirror:
 
     def move(self, path: Path, target: Path) -> bool:
         """Give a file or folder another name, here and where it is kept; returns whether it was kept."""
-        found = self.has(path)
+        found = self.kept(path).exists()
         if found:
             self.kept(path).move(self.kept(target))
         if self.origin and path.exists():
@@ -68,7 +68,3 @@ class Mirror:
     def names(self, path: Path) -> set[str]:
         """Names of the files and folders that are kept in a folder."""
         return {name.partition("/")[0] for name in self.kept(path).list()}
-
-    def has(self, path: Path) -> bool:
-        """Whether a file or folder is kept."""
-        return self.kept(path).exists()

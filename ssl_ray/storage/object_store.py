@@ -27,11 +27,6 @@ _CHUNK = 2**25
 """Bytes that are read at once; in an object store each chunk is a request."""
 
 
-def is_uri(text: str | Path) -> bool:
-    """Whether this names an object store and not a local path."""
-    return "://" in str(text)  # a path has single slashes
-
-
 def default_scratch() -> Path:
     """The user's own folder among this machine's temporary files, for copies of what is kept elsewhere.
 
@@ -61,7 +56,7 @@ class Place:
     @classmethod
     def parse(cls, text: str | Path) -> "Place":
         """A place from a path or URI; relative paths become absolute, and a URI that is none of ours is refused."""
-        if not is_uri(text):
+        if "://" not in str(text):  # a path has single slashes
             return cls(str(Path(text).absolute()))
         try:
             parts = urlsplit(str(text))

@@ -16,7 +16,6 @@ from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
 from ssl_ray.search.grid import check_transfer, finetune
 from ssl_ray.storage.folders import Folders
-from ssl_ray.storage.object_store import is_uri
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
 from ssl_ray.study.experiment import Step
@@ -66,7 +65,7 @@ def check_places(study: Study) -> Folders:
     folders = folders_of(study)
     folders.check_writable()
     identity.check_unchanged(study, folders)
-    lasts = is_uri(study.output) or Path(study.output).is_absolute()
+    lasts = folders.output.origin or Path(study.output).is_absolute()
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not lasts:
         say(
             f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "

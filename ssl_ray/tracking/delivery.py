@@ -6,7 +6,7 @@ a run is looked up by its key before it is made.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Condition, Thread
@@ -14,18 +14,7 @@ from typing import TypeVar
 
 from ssl_ray.console import say
 from ssl_ray.text import without_password
-from ssl_ray.tracking.client import (
-    KEY,
-    KIND,
-    Away,
-    Client,
-    Metric,
-    Param,
-    Refused,
-    RunTag,
-    is_refusal,
-    why,
-)
+from ssl_ray.tracking.client import KEY, KIND, Away, Client, Metric, Param, Refused, RunTag, is_refusal, why
 from ssl_ray.tracking.run import FILE_TRIES, REFERENCE, Record, Run
 
 T = TypeVar("T")
@@ -39,7 +28,7 @@ class Delivery(Thread):
     Attributes:
         folder: of the runs' journals.
         place: MLflow's tracking URI without user name and password.
-        experiment_id: MLflow's id of the experiment, None until it is known.
+        experiment_id: None until it is known.
         runs: by name, those that an earlier process left included.
         away: why MLflow does not answer; None while it does.
     """
@@ -118,13 +107,12 @@ class Delivery(Thread):
         while not self._stopped:
             with self.wake:
                 self.wake.wait_for(lambda: self._stopped or self.away or self._due(), min(1, self._longest_pause))
-                due = [] if self._stopped else self._due()
             try:
                 if self.away and not self._stopped:
                     self.experiment_id = self._find_experiment(self.client)
-                for run in due:
+                for run in self._due():
                     if self._stopped:
-                        break
+                        return
                     self._deliver(run)
             except Exception as error:
                 self.set_away(why(error))
@@ -151,15 +139,7 @@ class Delivery(Thread):
         parts, refused = [batch], []
         for part in parts:
             try:
-                if part[0]["do"] == "metrics":
-                    points = [
-                        Metric(key, value, record["at"], record["step"])
-                        for record in part
-                        for key, value in record["values"].items()
-                    ]
-                    self.client.log_batch(_known(run), points)
-                else:
-                    self._send(run, part[0])
+                self._send(run, part)
             except Exception as error:
                 if not is_refusal(error):
                     if part[0]["do"] != "file":
@@ -179,8 +159,9 @@ class Delivery(Thread):
     def _pause(self, failures: int) -> float:
         return min(2.0**failures / 4, self._longest_pause)
 
-    def _send(self, run: Run, record: Record) -> None:
-        """Send a record of anything but metrics."""
+    def _send(self, run: Run, part: Sequence[Record]) -> None:
+        """Send records of metrics, or one of anything else."""
+        record = part[0]
         values: dict[str, str] = record.get("values", {})
         if record["do"] == "open" and run.run_id is None:
             kind, key = record["kind"], record["key"]
@@ -192,6 +173,9 @@ class Delivery(Thread):
         match record["do"]:
             case "open":
                 self.client.update_run(run_id, status="RUNNING")
+            case "metrics":
+                points = ((key, value, one["at"], one["step"]) for one in part for key, value in one["values"].items())
+                self.client.log_batch(run_id, [Metric(*point) for point in points])
             case "params":
                 # MLflow refuses to change a parameter; what does not affect the result may differ on taking up a run.
                 given = self.client.get_run(run_id).data.params

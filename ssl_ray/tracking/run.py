@@ -102,6 +102,11 @@ class Run:
         if new:
             self.append({"do": "metrics", "at": now(), "step": step, "values": new})
 
+    def started(self, step: int) -> None:
+        """Log the step that a training goes on from: 0, and after every fault that of a checkpoint."""
+        replayed = max(0, max(self._steps["lr"], default=0) - step)
+        self.metrics({"started_at": step, "replayed_steps": replayed}, len(self._steps["started_at"]))
+
     def params(self, values: Mapping[str, Any]) -> None:
         """Set parameters; those that the run has already stay as they are."""
         self.append({"do": "params", "values": {key: str(value)[:6000] for key, value in values.items()}})  # its limit

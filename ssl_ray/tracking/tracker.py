@@ -94,8 +94,8 @@ class Tracker:
         if create:
             home.mkdir(parents=True, exist_ok=True)
             delivery.start()
-        elif delivery.left:
-            say(f"MLflow has not got everything: {delivery.left} records are in {home} for the study's next run")
+        else:
+            self.settle()  # says what only the next training delivers
 
     def _find(self, client: Client) -> str:
         """MLflow's id of the experiment, which is made if need be."""
@@ -119,7 +119,7 @@ class Tracker:
 
     def runs(self, **tags: str) -> list[MlflowRun]:
         """Runs whose tags (`kind`, `key`, `parent`) match, newest first."""
-        return self._ask(lambda client: client.find(self._delivery.experiment_id, **tags), [])
+        return self._ask(lambda client, _: client.find(self._delivery.experiment_id, **tags), [])
 
     def finished(self, kind: str, key: str) -> str | None:
         """Id of the finished run of a key; by the journal where MLflow is away or has not heard of the run yet."""
@@ -135,17 +135,12 @@ class Tracker:
 
     def history(self, run_id: str, metric: str) -> dict[int, float]:
         """Values of a metric by step, ascending."""
-        points: list[Any] = self._ask(lambda client: client.get_metric_history(self._real(run_id), metric), [])
+        points: list[Any] = self._ask(lambda client, run: client.get_metric_history(run, metric), [], run_id)
         return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
 
     def files(self, run_id: str, folder: str | None = None) -> list[str]:
-        """Paths of a run's artifacts in one folder, numbers in order; a run that MLflow has not made yet has none."""
-
-        def artifacts(client: Client) -> list[Any]:
-            real = self._real(run_id)
-            return [] if real.startswith(REFERENCE) else client.list_artifacts(real, folder)
-
-        items: list[Any] = self._ask(artifacts, [])
+        """Paths of a run's artifacts in one folder, numbers in order."""
+        items: list[Any] = self._ask(lambda client, run: client.list_artifacts(run, folder), [], run_id)
         paths = [item.path for item in items if not item.is_dir]
         return sorted(paths, key=lambda path: re.sub(r"\d+", lambda number: number[0].zfill(12), path))
 
@@ -154,12 +149,12 @@ class Tracker:
         if path not in self.files(run_id, path.rpartition("/")[0] or None):
             return None
         with tempfile.TemporaryDirectory() as folder:
-            got = self._ask(lambda client: client.download_artifacts(self._real(run_id), path, folder), None)
+            got = self._ask(lambda client, run: client.download_artifacts(run, path, folder), None, run_id)
             return Path(got).read_bytes() if got else None
 
     def attach(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Log a file with a run that may have ended long ago."""
-        self._ask(lambda client: client.log_artifact(self._real(run_id), str(path), folder), None)
+        self._ask(lambda client, run: client.log_artifact(run, str(path), folder), None, run_id)
 
     def conclude(self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Log metrics and tags with a run that may have ended long ago, in place of those that it had.
@@ -167,11 +162,11 @@ class Tracker:
         A metric that it has under the same first name, e.g. `answer/`, and that is not among these, becomes nan.
         """
         first = {name.partition("/")[0] for name in metrics}
-        had: dict[str, float] = self._ask(lambda client: client.get_run(self._real(run_id)).data.metrics, {})
-        gone = {name: math.nan for name in had if name.partition("/")[0] in first and name not in metrics}
+        had: dict[str, float] = self._ask(lambda client, run: client.get_run(run).data.metrics, {}, run_id)
+        gone = {name: math.nan for name in had if name.partition("/")[0] in first}
         points = [Metric(name, value, now(), 0) for name, value in {**gone, **metrics}.items()]
         named = [RunTag(name, value) for name, value in tags.items()]
-        self._ask(lambda client: client.log_batch(self._real(run_id), points, (), named), None)
+        self._ask(lambda client, run: client.log_batch(run, points, (), named), None, run_id)
 
     def open(
         self,
@@ -222,14 +217,15 @@ class Tracker:
         """Deliver no more in this process; what is left stays on disk for the next tracker."""
         self._delivery.stop()
 
-    def _real(self, run_id: str) -> str:
-        run = self._delivery.runs.get(run_id.removeprefix(REFERENCE))
-        return run.id if run else run_id
-
-    def _ask(self, question: Callable[[Client], T], nothing: T) -> T:
+    def _ask(self, question: Callable[[Client, str], T], nothing: T, run_id: str = "") -> T:
+        """An answer of MLflow, e.g. about a run, which gets `nothing` where MLflow has not made it yet."""
         self._delivery.catch_up(30)
+        run = self._delivery.runs.get(run_id.removeprefix(REFERENCE))
+        real = run.id if run else run_id
+        if real.startswith(REFERENCE):
+            return nothing
         try:
-            return self._delivery.ask(question)
+            return self._delivery.ask(lambda client: question(client, real))
         except Away:
             if self._create:
                 return nothing
@@ -240,9 +236,7 @@ def tracking_uri(settings: Tracking, folders: Folders) -> str:
     """Where MLflow keeps the runs: `tracking.uri`, or else MLFLOW_TRACKING_URI, or else SQLite in the output folder.
 
     A study that was begun with SQLite stays there, whatever the variable says: on a server all would be trained again.
-
-    Raises:
-        UserError: where it would be SQLite, and the output folder cannot hold it.
+    A UserError where it would be SQLite, and the output folder cannot hold it.
     """
     begun = not folders.output.origin and (folders.output.folder / "mlflow.db").exists()
     if uri := settings.uri or (None if begun else os.environ.get(_URI)):
@@ -255,11 +249,7 @@ def tracking_uri(settings: Tracking, folders: Folders) -> str:
 
 
 def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:
-    """Give the study's MLflow experiment another name, once it has everything -> whether there was one.
-
-    Raises:
-        UserError: when MLflow does not answer or refuses, or does not have everything yet.
-    """
+    """Give the study's MLflow experiment another name, once it has everything -> whether there was one."""
     try:
         tracker = Tracker(settings, folders, create=False)
     except MissingExperiment:

@@ -18,7 +18,7 @@ from ssl_ray.text import shown
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings and containers of them) to a folder, which appears whole.
+    """Write tensors, numbers, strings and containers of them to a folder, which appears whole.
 
     A worker whose driver was killed goes on writing for some seconds, beside the worker that has taken its place. Both
     write the same state, each into a folder of its own that is then renamed.
@@ -35,11 +35,7 @@ def save_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote.
-
-    Raises:
-        ValueError: when the checkpoint is torn, was changed, or holds anything but tensors and plain values.
-    """
+    """Read what `save_state` wrote; a ValueError where it is torn, was changed, or holds other kinds of things."""
     try:
         manifest = json.loads(read_file(folder / MANIFEST, most=2**16))
         if manifest.get("sha256") != _digest(folder / "state.pt"):
@@ -52,43 +48,38 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def save_latest(folder: Path, state: Mapping[str, Any], keep: int = 2, mirror: Mirror | None = None) -> None:
+def save_latest(folder: Path, state: Mapping[str, Any], mirror: Mirror, keep: int = 2) -> None:
     """Write a checkpoint to `<folder>/<step>` and remove old ones: the newest `keep` whole ones up to this one stay.
 
-    Raises:
-        OSError: when the checkpoint could not be written or uploaded; the ones before are still there.
+    After an OSError the ones before are still there.
     """
-    mirror = mirror or Mirror(folder)
     path = folder / f"{state['step']:08d}"
     save_state(path, state)
     mirror.push(path)
     names = {old.name for old in folder.iterdir()} | mirror.names(folder)
     until = sorted((name for name in names if name.isdecimal() and int(name) <= state["step"]), key=int)
-    whole = [name for name in until if mirror.has(folder / name / MANIFEST)]
+    whole = [name for name in until if mirror.kept(folder / name / MANIFEST).exists()]
     for name in set(until) - set(whole[-keep:]):
         mirror.drop(folder / name)
     remove_stale(folder, ".*", seconds=3600)
 
 
-def saved_steps(folder: Path, mirror: Mirror | None = None) -> dict[int, Path]:
+def saved_steps(folder: Path, mirror: Mirror) -> dict[int, Path]:
     """The checkpoints in a folder by step, ascending, whole or not."""
-    found = {int(name): folder / name for name in (mirror or Mirror(folder)).names(folder) if name.isdecimal()}
-    return dict(sorted(found.items()))
+    return dict(sorted((int(name), folder / name) for name in mirror.names(folder) if name.isdecimal()))
 
 
-def load_latest(folder: Path, key: str | None = None, mirror: Mirror | None = None) -> dict[str, Any] | None:
-    """The newest checkpoint of `save_latest` that is whole and, where a key is given, has that key; or None."""
-    mirror = mirror or Mirror(folder)
+def load_latest(folder: Path, key: str, mirror: Mirror) -> dict[str, Any] | None:
+    """The newest checkpoint of `save_latest` that is whole and has the key, or None."""
     for path in reversed(saved_steps(folder, mirror).values()):
         mirror.pull(path)
         try:
             state = load_state(path)
-            if key is not None and state.get("key") != key:
+            if state.get("key") != key:
                 raise ValueError(f"{path}: belongs to another configuration ({state.get('key')}, not {key})")
+            return state
         except ValueError as error:
             logging.getLogger(__name__).warning("%s; trying the one before", error)
-        else:
-            return state
     return None
 
 
@@ -106,9 +97,9 @@ def snapshot(value: Any) -> Any:
 class Saver:
     """Writes checkpoints in a thread of its own, one at a time and in order."""
 
-    def __init__(self, folder: Path, keep: int, mirror: Mirror | None = None, first: Path | None = None) -> None:
+    def __init__(self, folder: Path, mirror: Mirror, keep: int, first: Path) -> None:
         """`first` is a file that has to be in the mirror before each checkpoint; the rest as for `save_latest`."""
-        self._folder, self._keep, self._mirror, self._first = folder, keep, mirror, first
+        self._folder, self._mirror, self._keep, self._first = folder, mirror, keep, first
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
 
@@ -118,9 +109,8 @@ class Saver:
         self._pending = self._pool.submit(self._write, snapshot(state))
 
     def _write(self, state: Mapping[str, Any]) -> None:
-        if self._mirror and self._first:
-            self._mirror.push(self._first)
-        save_latest(self._folder, state, self._keep, self._mirror)
+        self._mirror.push(self._first)
+        save_latest(self._folder, state, self._mirror, self._keep)
 
     def wait(self) -> None:
         """Return when the last checkpoint is written; raises its OSError."""

@@ -1,7 +1,7 @@
 """torch.compile, on machines where it works."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from ssl_ray.text import reason
 
 
-def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], setting: str, **options: Any) -> bool:
+def compile_or_not(modules: Sequence[nn.Module], attempt: Callable[[], Any], setting: str) -> bool:
     """Compile modules in place, if that works here; the names in their state dicts stay as they are.
 
     Compiling block by block takes a twelfth of the time of a whole ViT, whose blocks share one graph, and DDP can begin
@@ -19,9 +19,8 @@ def compile_or_not(modules: Iterable[nn.Module], attempt: Callable[[], Any], set
     `attempt` is a forward and backward pass in the shapes of a training step: an error of the compiler comes there. If
     one does, this returns False, one warning names the `setting` and the cause, and the modules work as before.
     """
-    modules = list(modules)
     for module in modules:
-        module.compile(dynamic=False, **options)
+        module.compile(dynamic=False)
     try:
         attempt()
     except Exception as error:  # a missing compiler, an operator that it does not know: any library's own error

@@ -19,15 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Fault(Generic[T]):
-    """A step that `take_step` skipped on the device. `what` names it; with it, `row` steps in a row were skipped."""
+    """A step that `take_step` skipped on the device. `what` names it; `fatal`: the policy allows no more in a row."""
 
     what: T
     loss: float
     norm: float
     row: int
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:g}, gradient norm {self.norm:g}"
+    fatal: bool
 
 
 class FiniteSum:
@@ -82,14 +80,10 @@ class Watch(Generic[T]):
         copied.synchronize()
         return self._judge(what, values)
 
-    def fatal(self, fault: Fault[T]) -> bool:
-        """Whether more consecutive steps were skipped than the policy allows."""
-        return fault.row > self._limit
-
     def _judge(self, what: T, values: Tensor) -> Fault[T] | None:
         loss, norm = values.tolist()
         self.row = 0 if math.isfinite(norm) else self.row + 1
-        return Fault(what, loss, norm, self.row) if self.row else None
+        return Fault(what, loss, norm, self.row, self.row > self._limit) if self.row else None
 
 
 def keep(
@@ -101,7 +95,8 @@ def keep(
     as `model.<name>`. `facts`, whatever else the step depends on, become JSON under `facts` in the file's metadata.
     Returns loss, gradient norm, origin and file in one line.
     """
-    text, path = f"{fault}; {origin}", folder / f"step_{step:07d}.safetensors"
+    text = f"loss {fault.loss:g}, gradient norm {fault.norm:g}; {origin}"
+    path = folder / f"step_{step:07d}.safetensors"
     if not path.is_file() and len(list(folder.glob("*.safetensors"))) >= 3:
         return text  # those that follow have the same cause
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

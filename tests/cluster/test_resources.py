@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from ssl_ray.cluster.resources import check_resources
+from ssl_ray.cluster.connect import check_resources
 from ssl_ray.errors import UserError
 
 

@@ -2,15 +2,14 @@
 
 import copy
 import logging
-from functools import partial
+from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
 from studies import small_study
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssl_ray.finetune import learner as module
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.training import compile as compiled
 
@@ -38,7 +37,7 @@ def steps(made: SegmentationLearner, first: int, last: int) -> list[float]:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """`compile` without writing C++: what is traced is run as it is."""
-    monkeypatch.setattr(module, "compile_or_not", partial(compiled.compile_or_not, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
 
 
 def test_compiled_steps_are_the_eager_ones(traced: None) -> None:

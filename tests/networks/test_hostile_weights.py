@@ -105,8 +105,8 @@ for name, build, rule, reader in (
     ("pytorch cut", lambda path: cut(path, tensors(), 0.5), "not a file of weights", "weights"),
     ("pytorch without its end", lambda path: cut(path, tensors(), 0.99), "not a file of weights", "weights"),
     ("safetensors cut", safetensors({"a": slot(0, 16)}, bytes(9)), "not a file of weights", "weights"),
-    ("patch size a lie", lambda path: exported(path, {"patch_size": "[99, 99, 99]"}), "does not explain", "transfer"),
-    ("patch size absurd", lambda path: exported(path, {"patch_size": "9" * 10**5}), "does not explain", "transfer"),
+    ("patch size a lie", lambda path: exported(path, {"patch_size": "[99, 99, 99]"}), "cannot be told", "transfer"),
+    ("patch size absurd", lambda path: exported(path, {"patch_size": "9" * 10**5}), "cannot be told", "transfer"),
     ("heads another number", lambda path: exported(path, {"num_heads": "6"}), "num_heads 6", "transfer"),
 ):  # fmt: skip
     ROWS.add(name, build, rule, reader)

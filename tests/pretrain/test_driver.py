@@ -26,9 +26,9 @@ def test_weights_that_were_deleted_are_found_again(
     """Training goes back to before they were found, or to step 0, never on to others under the same key."""
     job = make(tmp_path).job
     for step in kept:
-        save_latest(job.folder / "checkpoints", {"step": step, "key": job.key, "best": BEST[step]}, keep=9)
+        save_latest(job.folder / "checkpoints", {"step": step, "key": job.key, "best": BEST[step]}, job.mirror, keep=9)
     driver._rewind(job)
-    found = load_latest(job.folder / "checkpoints", job.key)
+    found = load_latest(job.folder / "checkpoints", job.key, job.mirror)
     assert (found["step"] if found else 0) == start
     assert ("was deleted" in capsys.readouterr().out) == (kept != (10,))
 
@@ -36,10 +36,10 @@ def test_weights_that_were_deleted_are_found_again(
 def test_weights_that_are_there_change_nothing(tmp_path: Path) -> None:
     """A training that was cut off goes on from its newest checkpoint."""
     job = make(tmp_path).job
-    save_latest(job.folder / "checkpoints", {"step": 40, "key": job.key, "best": BEST[40]})
+    save_latest(job.folder / "checkpoints", {"step": 40, "key": job.key, "best": BEST[40]}, job.mirror)
     job.weights.touch()
     driver._rewind(job)
-    found = load_latest(job.folder / "checkpoints", job.key)
+    found = load_latest(job.folder / "checkpoints", job.key, job.mirror)
     assert found
     assert found["step"] == 40
 

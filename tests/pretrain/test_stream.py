@@ -10,7 +10,7 @@ from ssl_ray.data.patch import read_patch
 from ssl_ray.data.store import Store
 from ssl_ray.pretrain import stream as streaming
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import Batch, Feed, Segment, batches, open_segment, segments
+from ssl_ray.pretrain.stream import Batch, Feed, Segment, batches, segments
 
 
 @pytest.fixture
@@ -33,11 +33,7 @@ def streams(
 
     reference = ray.put(feed)
     schedule = segments(feed.table, start, world, block_bytes, 1)
-
-    def stream(rank: int) -> Iterator[Batch]:
-        return batches(feed.table, rank, schedule, lambda segment: open_segment(reference, segment, rank, held))
-
-    return [stream(rank) for rank in range(world)], schedule
+    return [batches(feed.table, reference, schedule, rank, held) for rank in range(world)], schedule
 
 
 @pytest.mark.parametrize(("world", "held"), [(1, 0), (2, 0), (3, 0), (3, 2)])
@@ -99,4 +95,4 @@ def test_a_failing_read_reaches_the_training_thread(ray_cluster: None, feed: Fee
 
 def test_a_finished_table_gives_nothing(feed: Feed) -> None:
     """A run that resumes after its last step trains no further."""
-    assert list(batches(feed.table, 0, [], lambda segment: [])) == []
+    assert list(batches(feed.table, None, [], 0, 0)) == []

@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from ssl_ray.storage.mirror import Mirror
 from ssl_ray.training.checkpoint import digest, load_latest, load_state, save_latest, save_state
 
 
 def state(step: int = 3) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(step)
     return {"step": step, "model": {"weight": torch.randn(4, 5, generator=generator)}, "best": 0.25, "key": "k"}
+
+
+def latest(folder: Path) -> Any:
+    return load_latest(folder, "k", Mirror(folder))
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -58,13 +63,13 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
 
 def test_the_newest_whole_checkpoint_is_used(tmp_path: Path) -> None:
     """Two are kept; when the newest is torn, the one before it is found."""
-    assert load_latest(tmp_path) is None
+    assert latest(tmp_path) is None
     for step in (1, 2, 30):
-        save_latest(tmp_path, state(step))
+        save_latest(tmp_path, state(step), Mirror(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
-    assert (load_latest(tmp_path) or {})["step"] == 30
+    assert latest(tmp_path)["step"] == 30
     (tmp_path / "00000030" / "state.pt").write_bytes(b"torn")
-    assert (load_latest(tmp_path) or {})["step"] == 2
+    assert latest(tmp_path)["step"] == 2
 
 
 def test_a_step_of_nine_digits_is_newer_than_one_of_eight(tmp_path: Path) -> None:
@@ -72,8 +77,8 @@ def test_a_step_of_nine_digits_is_newer_than_one_of_eight(tmp_path: Path) -> Non
     (tmp_path / "notes").mkdir()
     steps = (99_999_990, 99_999_999, 100_000_000, 100_000_010)
     for number, step in enumerate(steps):
-        save_latest(tmp_path, {"step": step})
-        assert (load_latest(tmp_path) or {})["step"] == step
+        save_latest(tmp_path, {"step": step, "key": "k"}, Mirror(tmp_path))
+        assert latest(tmp_path)["step"] == step
         kept = {int(path.name) for path in tmp_path.iterdir() if path.name != "notes"}
         assert kept == set(steps[max(0, number - 1) : number + 1])
 
@@ -87,9 +92,9 @@ def test_digests_tell_values_apart_and_not_their_order() -> None:
 
 def test_a_torn_checkpoint_is_replaced(tmp_path):
     """A step that is trained again after a fault replaces what was left of it."""
-    save_latest(tmp_path, state(1))
+    save_latest(tmp_path, state(1), Mirror(tmp_path))
     for name in ("state.pt", "manifest.json"):
         (tmp_path / "00000001" / name).write_bytes(b"torn")
-        save_latest(tmp_path, state(1))
-        assert torch.equal(load_latest(tmp_path)["model"]["weight"], state(1)["model"]["weight"])
+        save_latest(tmp_path, state(1), Mirror(tmp_path))
+        assert torch.equal(latest(tmp_path)["model"]["weight"], state(1)["model"]["weight"])
         assert [path.name for path in tmp_path.iterdir()] == ["00000001"]

@@ -4,7 +4,4 @@ In- or out-painting (Pathak et al. 2016, arXiv:1604.07379), then the shuffling o
 doi:10.1016/j.media.2019.101539), with the numbers and the order of MONAI's self-supervised tutorial
 (Project-MONAI/tutorials, `self_supervised_pretraining/vit_unetr_ssl`) and the meaning of MONAI's `RandCoarseDropout`
 and `RandCoarseShuffle`.
-
-`corruption` draws the views and paints them (on a GPU by `kernel`), `objective` is the network in training with its
-losses, and `picture` shows what it restores.
 """
