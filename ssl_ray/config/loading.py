@@ -5,7 +5,7 @@ import re
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping
 from io import StringIO
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,8 +13,6 @@ from pydantic import BaseModel, ValidationError
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.text import shown, without_password
-
-S = TypeVar("S", bound=BaseModel)
 
 
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
@@ -56,18 +54,6 @@ def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[st
         else:
             flat[f"{prefix}{key}"] = without_password(str(value))
     return flat
-
-
-def changed(section: S, overrides: Mapping[str, Any]) -> S:
-    """The section with other values of some dotted keys, validated, e.g. `{"optimizer.lr": 2e-4}`."""
-    tree = section.model_dump()
-    for key, value in overrides.items():
-        *parents, last = key.split(".")
-        node = tree
-        for part in parents:
-            node = node[part]
-        node[last] = value
-    return type(section).model_validate(tree)
 
 
 class _UniqueKeys(yaml.SafeLoader):

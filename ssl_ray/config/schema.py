@@ -11,10 +11,11 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from ssl_ray.config.common import VIT_LAYERS, VIT_PATCH, Network, Optimizer, Preparation, Section, Seed
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
 from ssl_ray.config.pretrain import Contrastive, Corruption, Pretrain, Source
+from ssl_ray.config.search import Search, check_space
 
 __all__ = ["VIT_LAYERS", "VIT_PATCH", "LocalCluster", "Network", "Optimizer", "Preparation", "Study", "Tracking"]
 __all__ += ["Augmentation", "Contrastive", "Corruption", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss"]
-__all__ += ["Source"]
+__all__ += ["Search", "Source"]
 
 
 class PhantomCohort(Section):
@@ -56,6 +57,7 @@ class Study(Section):
     network: Network = Network()
     pretrain: Pretrain
     finetune: Finetune
+    search: Search | None = Field(None, description="in place of the grid")
     tracking: Tracking = Tracking()
     cluster: LocalCluster = LocalCluster()
 
@@ -69,6 +71,26 @@ class Study(Section):
                 f"{pretrainings} for {runs} runs"
             )
         return self
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> "Study":
+        if self.search:
+            tuned = self.finetune
+            if tuned.runs > 1:
+                raise ValueError(
+                    f"finetune.runs: must be 1 in a search, whose best cell can be run again, got {tuned.runs}"
+                )
+            if tuned.grid.lr:
+                raise ValueError(
+                    "finetune.grid.lr: a search draws learning rates by search.space.finetune.optimizer.lr"
+                )
+            check_space(self.unsearched, self.search.space, {"size": tuned.sizes, "init": tuned.grid.init})
+        return self
+
+    @property
+    def unsearched(self) -> "Study":
+        """The same experiment without its search."""
+        return self.model_copy(update={"search": None})
 
     @property
     def pretrains(self) -> bool:

@@ -1,0 +1,69 @@
+"""Dotted keys of a section, e.g. `pretrain.optimizer.lr`: which there are, and a section with other values of some."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a section, with those of all kinds that its parts may be of."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for part in _sections(field.annotation):
+            yield from keys(part, f"{prefix}{name}.")
+
+
+def leaves(key: str, value: Any) -> dict[str, Any]:
+    """A value by its dotted key, a section by those of its fields; lists become tuples, so that all can be hashed."""
+    if isinstance(value, Mapping):
+        return {inner: leaf for name, part in value.items() for inner, leaf in leaves(f"{key}.{name}", part).items()}
+    return {key: tuple(value) if isinstance(value, list) else value}
+
+
+def changed(section: S, values: Mapping[str, Any]) -> S:
+    """The section with other values of some dotted keys, validated, e.g. `{"optimizer.lr": 2e-4}`.
+
+    A `kind` that is not the section's comes with that kind's defaults. Keys that the kinds chosen lack are left out.
+    """
+    return type(section).model_validate(_placed(section, values)[0])
+
+
+def read(section: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that `changed` does not leave out."""
+    return _placed(section, values)[1]
+
+
+def _placed(section: BaseModel, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section's tree with the values in it, and the values that found a place there."""
+    tree, placed = section.model_dump(), {}
+    # A section comes before its fields, and of these first the kind, which says which others there are.
+    for key in sorted(values, key=lambda key: (key.rpartition(".")[0], not key.endswith(".kind"), key)):
+        *parents, last = key.split(".")
+        node, model = tree, type(section)
+        for part in parents:
+            known = _sections(model.model_fields[part].annotation) if part in model.model_fields else []
+            if not known:
+                break
+            node = node[part]
+            model = next((one for one in known if node.get("kind") in _kinds(one)), known[0])
+        else:
+            if last == "kind" and node.get("kind") != values[key]:
+                node.clear()
+            if last in model.model_fields:
+                node[last] = placed[key] = values[key]
+    return tree, placed
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field of this type may hold: `Source` of `tuple[Source, ...]`, every one of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
+    """What `kind` says where this section is meant, if it is one of several."""
+    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
