@@ -11,7 +11,7 @@ The driver imports this, too: MONAI takes seconds to load and is not here.
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class TrialJob:
     config: Finetune
     network: Network
     seed: int
-    data: TrialData
+    data: TrialData = field(repr=False)
     weights: Path | None
     folder: TrialFolder
     arms: tuple[Path, ...] = ()

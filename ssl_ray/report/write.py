@@ -24,6 +24,8 @@ class Report:
     markdown: Path
     html: Path
     figures: tuple[Path, ...]
+    more: tuple[Path, ...] = ()
+    """Further files."""
 
 
 def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:

@@ -1,7 +1,7 @@
 """Turns what Ray Tune tells the driver of its trials into MLflow runs, one for each cell, and a progress bar."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 from ray import tune
 
 from ssl_ray.cluster.connect import first_error
+from ssl_ray.config.loading import flatten
 from ssl_ray.console import Bar, say
 from ssl_ray.finetune.job import TrialJob
-from ssl_ray.search.cells import FAILURE, NONFINITE, Cell
+from ssl_ray.search.cells import FAILURE, NONFINITE, STOPPED, Cell
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Run, Tracker
 
 
@@ -31,6 +32,8 @@ class TrialCallback(tune.Callback):
     bar: Bar
     done: int
     """Steps of the cells that were finished before."""
+    tell: Callable[[Cell, Mapping[str, float] | None], bool] = lambda cell, metrics: True
+    """Is told how a cell has ended: with metrics, stopped without any, failed with None -> whether it is over."""
     completed: int = 0
     """Number of cells that ended with a result."""
     failed: list[str] = field(default_factory=list)
@@ -48,12 +51,14 @@ class TrialCallback(tune.Callback):
             return
         cell: Cell = trial.config["cell"]
         job = self.jobs[cell]
-        params: dict[str, Any] = {name: value for name, value in self.params.items() if "grid" not in name}
+        params: dict[str, Any] = dict(self.params)
+        params |= flatten(job.config, "finetune.") | flatten(job.network, "network.")
+        params = {name: value for name, value in params.items() if "grid" not in name}
         params |= {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run, "seed": job.seed}
-        params |= {f"finetune.{key}": value for key, value in cell.settings.items()}
+        params |= cell.settings
         # Fewer volumes than a split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
-        tags = {FAILURE: "", NONFINITE: ""}  # of an earlier attempt
+        tags = {FAILURE: "", NONFINITE: "", STOPPED: ""}  # of an earlier attempt
         if job.weights and (made_by := self.made_by.get(job.weights)):
             tags[PRETRAINING_RUN] = made_by
         self._open[trial.trial_id] = self.tracker.open("trial", job.folder.key, cell.name, params, self.parent, tags)
@@ -87,9 +92,14 @@ class TrialCallback(tune.Callback):
         if failure := trial.last_result.get("failure"):
             self._fail(trial, failure, failure, {NONFINITE: "true"} if trial.last_result.get("nonfinite") else {})
             return
-        self._open.pop(trial.trial_id).close()
-        self.completed += 1
-        self.jobs[cell].folder.clear()  # not before the result is logged: until then a driver may need it
+        run, metrics = self._open.pop(trial.trial_id), trial.last_result["metrics"]
+        if stopped := "selected/step" not in metrics:
+            run.tags({STOPPED: f"at step {trial.last_result['step']}"})
+            self._steps[trial.trial_id] = self.jobs[cell].config.steps
+        run.close("KILLED" if stopped else "FINISHED")
+        self.completed += not stopped
+        if self.tell(cell, {} if stopped else metrics):
+            self.jobs[cell].folder.clear()  # not before the result is logged: until then a driver may need it
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """End the run as failed: Tune does not try this trial again."""
@@ -106,6 +116,7 @@ class TrialCallback(tune.Callback):
         run.tags({FAILURE: cause[:500], **(tags or {})})
         run.text(error, "failure.txt")
         run.close("FAILED")
+        self.tell(trial.config["cell"], None)
         self.failed.append(name)
         say(f"fine-tuning: {name} failed: {cause}")
 

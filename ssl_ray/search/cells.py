@@ -1,12 +1,13 @@
-"""The cells of the fine-tuning grid, and under which names the grid's MLflow run keeps what the report reads."""
+"""Cells, the grid of them, and under which names the parent run in MLflow keeps what the report reads."""
 
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssl_ray.config.loading import changed
+from ssl_ray.config.overrides import S, changed
 from ssl_ray.config.schema import Finetune
+from ssl_ray.random import number
 
 CELLS = "cells.json"
 """Artifact of the grid's run: the key of every cell, by which the report finds its run."""
@@ -20,6 +21,12 @@ FAILURE = "ssl_ray.failure"
 NONFINITE = "ssl_ray.nonfinite"
 """Tag of a trial that failed because its loss or gradient was not finite: "true"."""
 
+STOPPED = "ssl_ray.stopped"
+"""Tag of a trial that a search has stopped: at which step."""
+
+JOURNAL = "search.journal"
+"""In the study's folder, and an artifact of a search's run: Optuna's record of the cells that were drawn."""
+
 Init = Literal["random", "pretrained"]
 
 
@@ -27,8 +34,8 @@ Init = Literal["random", "pretrained"]
 class Cell:
     """One run of one combination of settings.
 
-    overrides: `size` and `init`, and other values of dotted keys of the section `finetune`, `optimizer.lr` at least;
-        sorted by key.
+    overrides: `size` and `init`, and other values of dotted keys of the experiment, `finetune.optimizer.lr` at least;
+        sorted by key, values hashable.
     run: which seed, draw of the labelled volumes and pretraining; cells that differ in `init` alone share them.
     """
 
@@ -37,8 +44,8 @@ class Cell:
 
     @classmethod
     def of(cls, size: int, init: Init, lr: float, run: int = 0, **more: Any) -> "Cell":
-        """The cell of these overrides; further keys by `**{"augmentation.shift": 0.2}`."""
-        overrides: dict[str, Any] = {"size": size, "init": init, "optimizer.lr": lr, **more}
+        """The cell of these overrides; further keys by `**{"finetune.augmentation.shift": 0.2}`."""
+        overrides: dict[str, Any] = {"size": size, "init": init, "finetune.optimizer.lr": lr, **more}
         return cls(tuple(sorted(overrides.items())), run)
 
     @property
@@ -55,22 +62,30 @@ class Cell:
     @property
     def lr(self) -> float:
         """Peak learning rate."""
-        return float(dict(self.overrides)["optimizer.lr"])
+        return float(self.settings["finetune.optimizer.lr"])
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The overrides that are keys of the section `finetune`."""
+        """The overrides that are keys of the experiment."""
         return {key: value for key, value in self.overrides if key not in ("size", "init")}
 
     @property
     def name(self) -> str:
-        """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
-        more = [f"{key}{value}-" for key, value in self.settings.items() if key != "optimizer.lr"]
-        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{''.join(more)}run{self.run}"
+        """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`; six letters stand for further overrides."""
+        more = [item for item in self.settings.items() if item[0] != "finetune.optimizer.lr"]
+        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{f'{number(more):016x}-'[-7:] if more else ''}run{self.run}"
 
     def apply(self, config: Finetune) -> Finetune:
-        """The settings that this cell is trained with."""
-        return changed(config, self.settings)
+        """The section `finetune` that this cell is trained with."""
+        start = "finetune."
+        return changed(
+            config, {k.removeprefix(start): value for k, value in self.settings.items() if k.startswith(start)}
+        )
+
+    def experiment(self, unsearched: S) -> S:
+        """The whole experiment, without its search, as one of which this is the only cell."""
+        grid = {"sizes": [self.size], "init": [self.init], "lr": None}
+        return changed(unsearched, {"finetune.grid": grid, "finetune.primary": None, **self.settings})
 
 
 def cells(config: Finetune) -> list[Cell]:

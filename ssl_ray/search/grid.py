@@ -2,12 +2,13 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.search import Searcher
 
 from ssl_ray.cluster.connect import check_resources
 from ssl_ray.config import depends
@@ -82,7 +83,7 @@ def finetune(
             if pending:
                 needed = config.cpus_per_trial, config.gpus_per_trial
                 check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
-                _tune(config, pending, folders, key, runs)
+                tune_cells(config, pending, folders, key, runs)
         except BaseException as error:
             runs.abandon()
             grid_run.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -149,7 +150,17 @@ def _open(
     return run
 
 
-def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key: str, runs: TrialCallback) -> None:
+def tune_cells(
+    config: Finetune,
+    jobs: Mapping[Cell, TrialJob],
+    folders: Folders,
+    key: str,
+    runs: TrialCallback,
+    search: Searcher | None = None,
+    stop: Callable[[str, dict[str, Any]], bool] | None = None,
+) -> None:
+    """Have Ray Tune train these cells, or those that `search` gives with their jobs; `stop` ends one at a record."""
+
     def trainable(space: Mapping[str, Any]) -> None:
         import torch
 
@@ -157,7 +168,7 @@ def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key
 
         torch.set_num_threads(max(1, int(config.cpus_per_trial)))
         device = torch.device("cuda" if config.gpus_per_trial else "cpu")
-        job = jobs[space["cell"]]
+        job: TrialJob = space.get("job") or jobs[space["cell"]]
         if job.weights and job.weights.is_relative_to(folders.output.folder):
             folders.output.pull(job.weights)  # another machine may have written them
         try:
@@ -168,15 +179,17 @@ def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key
         try:
             for step, metrics in trial.train():
                 tune.report({"step": step, "metrics": metrics, "precision": trial.config.precision})
-            tune.report({"step": config.steps, "metrics": trial.evaluate()})
+            tune.report({"step": job.config.steps, "metrics": trial.evaluate()})
         except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})
 
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tune.Tuner(
         tune.with_resources(trainable, resources),
-        param_space={"cell": tune.grid_search(list(jobs))},
+        param_space={} if search else {"cell": tune.grid_search(list(jobs))},
         tune_config=tune.TuneConfig(
+            search_alg=search,
+            num_samples=-1 if search else 1,
             max_concurrent_trials=config.max_concurrent_trials,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -184,6 +197,7 @@ def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key
         run_config=tune.RunConfig(
             name=f"finetune-{key}",
             **folders.ray_storage,
+            stop=stop,
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             callbacks=[runs],
             verbose=0,

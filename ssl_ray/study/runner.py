@@ -48,10 +48,17 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         return ()
     tracker = tracker_of(study)
     try:
-        pretrained = _make_weights(study, folders, tracker, prepared) if needs_weights else []
+        searched = study.search and last != "pretrain"  # which makes its weights cell by cell
+        ours = needs_weights and not (searched and study.pretrains)
+        pretrained = _make_weights(study, folders, tracker, prepared) if ours else []
         if last == "pretrain":
             return ()
-        failed = _run_grid(study, folders, tracker, prepared, pretrained)
+        if searched:
+            from ssl_ray.study.searching import run_search  # it loads Optuna
+
+            failed = run_search(study, folders, tracker, cohorts, prepared, pretrained)
+        else:
+            failed = _run_grid(study, folders, tracker, prepared, pretrained)
     finally:
         tracker.settle()
         tracker.stop()
@@ -77,8 +84,13 @@ def check_places(study: Study) -> Folders:
 def report(study: Study, folders: Folders) -> None:
     """Write table, figures and page from MLflow alone, and show the table."""
     tracker = tracker_of(study, create=False)
-    written = write_report(study, tracker, folders.study)
-    for path in (written.markdown, written.html, folders.study / "figures"):
+    if study.search:
+        from ssl_ray.report.search import write_search_report
+
+        written = write_search_report(study, tracker, folders.study)
+    else:
+        written = write_report(study, tracker, folders.study)
+    for path in (written.markdown, written.html, folders.study / "figures", *written.more):
         folders.output.push(path)
     uri = without_password(tracker.uri)
     server = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"
