@@ -47,6 +47,8 @@ def _placed(section: BaseModel, values: Mapping[str, Any]) -> tuple[dict[str, An
             known = _sections(model.model_fields[part].annotation) if part in model.model_fields else []
             if not known:
                 break
+            if node.get(part) is None:  # of another kind, with its defaults
+                node[part] = {}
             node = node[part]
             model = next((one for one in known if node.get("kind") in _kinds(one)), known[0])
         else:

@@ -90,10 +90,12 @@ def _of_what_is_read(tried: Sequence[FrozenTrial], mode: str, with_status: bool 
     shown = optuna.create_study(direction="maximize" if mode == "max" else "minimize")
     for trial in (one for one in tried if one.value is not None):
         own = _read(trial)
-        kinds: dict[str, BaseDistribution] = {key: trial.distributions[key] for key in own}
-        for key, kind in kinds.items():
-            if isinstance(kind, CategoricalDistribution):
-                kinds[key] = CategoricalDistribution([_meant(str(choice)) for choice in kind.choices])
+        kinds = {key: trial.distributions[key] for key in own}
+        kinds |= {
+            key: CategoricalDistribution([*_labels(kind).values()])
+            for key, kind in kinds.items()
+            if isinstance(kind, CategoricalDistribution)
+        }
         if with_status:
             own["status"], kinds["status"] = STATUS[trial.state], CategoricalDistribution([*STATUS.values()])
         shown.add_trial(create_trial(value=trial.value, params=own, distributions=kinds))
@@ -103,16 +105,24 @@ def _of_what_is_read(tried: Sequence[FrozenTrial], mode: str, with_status: bool 
 def _read(trial: FrozenTrial) -> dict[str, Any]:
     """What was drawn for a cell and is read by it."""
     cell = trial.user_attrs.get("cell", {})
-    own = {key for key in trial.params if any(name == key or name.startswith(f"{key}.") for name in cell)}
+    own = [key for key in trial.params if any(name == key or name.startswith(f"{key}.") for name in cell)]
+    kinds = {key: trial.distributions[key] for key in own}
     return {
-        key: _meant(value) if isinstance(value, str) else value for key, value in trial.params.items() if key in own
+        key: _labels(kind)[trial.params[key]] if isinstance(kind, CategoricalDistribution) else trial.params[key]
+        for key, kind in kinds.items()
     }
 
 
-def _meant(choice: str) -> Any:
-    """A choice out of its JSON; a section stays text."""
-    meant = json.loads(choice)
-    return choice if isinstance(meant, dict | list) else meant
+def _labels(choices: CategoricalDistribution) -> dict[Any, Any]:
+    """What is shown of each choice, which Optuna has in JSON: its value, or a section's kind where that tells them apart."""
+    meant = {choice: json.loads(str(choice)) for choice in choices.choices}
+    kinds = [value.get("kind") for value in meant.values() if isinstance(value, dict)]
+    for choice, value in meant.items():
+        if isinstance(value, dict):
+            meant[choice] = value["kind"] if kinds.count(value.get("kind", "")) == 1 else choice
+        elif isinstance(value, list):
+            meant[choice] = choice
+    return meant
 
 
 def _row(trial: FrozenTrial, keys: Sequence[str], best: bool) -> list[str]:
