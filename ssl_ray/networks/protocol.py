@@ -1,7 +1,9 @@
 """What a pretraining task may ask of a network: an encoder of tokens, and an autoencoder around one.
 
 A network's module has two builders for it: `build_encoder(settings, patch_size, channels) -> Encoder`, and
-`build_autoencoder(settings, patch_size, channels) -> Autoencoder`. Both hold the encoder under the same names.
+`build_autoencoder(settings, patch_size, channels) -> Autoencoder`. Both hold the encoder under the same names. A file
+of pretrained weights has these names as they are (an autoencoder's) or behind `encoder.` (of a task that builds a
+network of its own around the encoder); `transfer` takes either.
 """
 
 from collections.abc import Sequence
@@ -50,7 +52,7 @@ class Encoder(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """Transformer blocks over all tokens of a patch, (B, N, hidden_size) -> the same, with positions and a final norm."""
+    """Transformer blocks over all tokens of a patch, with positions and a final norm: (B, N, hidden_size) -> same."""
 
     blocks: nn.ModuleList
 
