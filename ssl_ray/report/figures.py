@@ -164,7 +164,7 @@ def _pretraining(pretraining: PretrainingRun) -> Figure:
     axis.plot(*zip(*pretraining.validation_loss.items(), strict=True), label="validation", **style)
     if pretraining.identity_loss:
         step, level = max(pretraining.identity_loss.items())
-        axis.plot([0, step], [level] * 2, "--", color="#D55E00", linewidth=1.6, label="validation, nothing restored")
+        axis.plot([0, step], [level] * 2, "--", color="#D55E00", linewidth=1.6, label="validation, nothing learned")
     axis.set(xlabel="step", ylabel="L1 (HU window = 0 to 1)")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.set_xlim(left=0)
