@@ -23,6 +23,7 @@ TASKS = {"restoration": RESTORATION, "masked": MASKED}
 
 def trained(folder: Path, **settings: Any) -> tuple[PretrainingLearner, Path]:
     """A learner after three steps, and its file of weights."""
+    folder.mkdir(exist_ok=True)
     made = make(folder, **settings)
     steps(made, 0, 3)
     made._export(3)
