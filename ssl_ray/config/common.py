@@ -1,6 +1,6 @@
-"""What the sections of an experiment share: types of fields, preparation, network, optimizer."""
+"""What the sections of an experiment share: types of fields, kinds of a section, preparation, network, optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -22,6 +22,17 @@ def rule(holds: Callable[[Any], bool], text: str) -> AfterValidator:
         return values
 
     return AfterValidator(check)
+
+
+def of_kinds(default: str) -> BeforeValidator:
+    """For a union of sections that `kind` tells apart: a plain string is short for `{kind: string}`."""
+
+    def spelled_out(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        return {"kind": default, **value} if isinstance(value, Mapping) else value
+
+    return BeforeValidator(spelled_out)
 
 
 def _three(value: Any) -> Any:
@@ -71,6 +82,18 @@ class Network(Section):
                 f"hidden_size must be a multiple of num_heads, got {self.hidden_size} and {self.num_heads}"
             )
         return self
+
+
+class TaskSettings(Section):
+    """What the settings of every pretraining task tell."""
+
+    @property
+    def compares_patches(self) -> bool:
+        """Whether the loss is between patches of one worker, so that results depend on the number of workers."""
+        return False
+
+    def check_patch(self, patch_size: tuple[int, int, int], tokens: int) -> None:
+        """A ValueError where the task cannot be trained on patches of this size, of which a network makes `tokens`."""
 
 
 class Optimizer(Section):

@@ -4,18 +4,18 @@ Everything in it is checked here, before anything expensive starts; the checks t
 follow in `ssl_ray.data`. This module only describes; `ssl_ray.config.loading` goes from YAML to a `Study` and back.
 """
 
+import math
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import VIT_LAYERS, VIT_PATCH, Network, Optimizer, Preparation, Section, Seed
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
-from ssl_ray.config.pretrain import Contrastive, Corruption, Pretrain, Source
+from ssl_ray.config.pretrain import Pretrain, Source
 from ssl_ray.config.search import Search, check_space
 
 __all__ = ["VIT_LAYERS", "VIT_PATCH", "LocalCluster", "Network", "Optimizer", "Preparation", "Study", "Tracking"]
-__all__ += ["Augmentation", "Contrastive", "Corruption", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss"]
-__all__ += ["Search", "Source"]
+__all__ += ["Augmentation", "Finetune", "LabelledCohort", "Pretrain", "Search", "SegmentationLoss", "Source"]
 
 
 class PhantomCohort(Section):
@@ -70,6 +70,12 @@ class Study(Section):
                 f"some of the others would depend on each other, and 1 with finetune.weights, which are of one; got "
                 f"{pretrainings} for {runs} runs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _task_fits_its_network(self) -> "Study":
+        patch_size = self.pretrain.patch_size
+        self.pretrain.task.check_patch(patch_size, math.prod(side // VIT_PATCH for side in patch_size))
         return self
 
     @model_validator(mode="after")

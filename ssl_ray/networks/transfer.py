@@ -1,9 +1,10 @@
-"""The strict transfer of an autoencoder's encoder into a UNETR: it is complete, or refused with the reason."""
+"""The strict transfer of an encoder into another network: it is complete, or refused with the reason."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from monai.networks.nets import UNETR
@@ -22,7 +23,7 @@ _POSITIONS = "patch_embedding.position_embeddings"
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a transfer did to the ViT of a UNETR; keys as in `unetr.vit.state_dict()`.
+    """What a transfer did to a ViT; keys as in its state dict.
 
     loaded: number of parameters that were copied unchanged.
     interpolated: the position embeddings where they were resampled to another grid of tokens, or nothing.
@@ -43,10 +44,18 @@ class Transfer:
 def transfer(
     weights: Mapping[str, Tensor], unetr: UNETR, source: str, metadata: Mapping[str, str] | None = None
 ) -> Transfer:
-    """Copy the encoder of a ViTAutoEnc into `unetr.vit`, in place: the whole of it, or nothing.
+    """Copy a pretrained encoder into `unetr.vit`, in place: the whole of it, or nothing, see `take`."""
+    return take(weights, unetr.vit, unetr.feat_size, source, metadata or {})
+
+
+def take(
+    weights: Mapping[str, Tensor], vit: nn.Module, grid: tuple[int, int, int], source: str, metadata: Mapping[str, str]
+) -> Transfer:
+    """Copy a pretrained encoder into `vit`, of this grid of tokens, in place: the whole of it, or nothing.
 
     Every parameter that the tokens depend on must be there, in the shape that it has here. The one exception are
     position embeddings of another grid of tokens: they are interpolated trilinearly (as MAE and timm do in 2D).
+    An autoencoder's decoder, in the weights or in `vit`, is left alone.
     State dicts of MONAI 0.8 to 1.6 have the same names and meaning, but for idle parameters, which may differ. The ViT
     may be a part of a larger network, all its keys with one prefix, such as `model.`; the other parts are left out.
     Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
@@ -55,8 +64,7 @@ def transfer(
         UserError: naming the source, for NaN or infinite weights, encoder keys that are missing, unexpected or of
             another shape, several encoders, another number of heads, or a grid of tokens that cannot be told.
     """
-    metadata = metadata or {}
-    wanted: dict[str, Tensor] = unetr.vit.state_dict()
+    wanted = {key: value for key, value in vit.state_dict().items() if not key.startswith(_DECODER)}
     prefix = _prefix(weights, source)
     inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     encoder = {key: value for key, value in inside.items() if not key.startswith(_DECODER)}
@@ -64,7 +72,7 @@ def transfer(
     if diverged:
         raise UserError(f"{source}: {_first(diverged)}: NaN or infinite weights; the pretraining has diverged")
     # The metadata explain a mismatch best. The number of heads shows in no shape: only they can tell it.
-    block = unetr.vit.blocks[0]
+    block: Any = vit.get_submodule("blocks.0")
     widths = {"hidden_size": block.mlp.linear1.in_features, "mlp_dim": block.mlp.linear1.out_features}
     for name, here in (widths | {"num_heads": block.attn.num_heads}).items():
         if metadata.get(name, str(here)) != str(here):
@@ -85,13 +93,13 @@ def transfer(
         listed = "; ".join(f"{name}: {_first(keys)}" for name, keys in complaints.items() if keys)
         raise UserError(f"{source}: not the weights of this ViT: {listed}")
     values = {key: encoder[key] for key in wanted if key in encoder}
-    grid = _source_grid(values[_POSITIONS].shape[1], unetr.feat_size, metadata, source)
-    resampled = grid != unetr.feat_size
+    given = _source_grid(values[_POSITIONS].shape[1], grid, metadata, source)
+    resampled = given != grid
     if resampled:  # (1, tokens, hidden), to another grid that covers the same patch
-        volume = values[_POSITIONS].float().transpose(1, 2).reshape(1, -1, *grid)
-        volume = nn.functional.interpolate(volume, tuple(unetr.feat_size), mode="trilinear")
+        volume = values[_POSITIONS].float().transpose(1, 2).reshape(1, -1, *given)
+        volume = nn.functional.interpolate(volume, tuple(grid), mode="trilinear")
         values[_POSITIONS] = volume.flatten(2).transpose(1, 2)
-    unetr.vit.load_state_dict(values, strict=False)
+    vit.load_state_dict(values, strict=False)
     return Transfer(
         loaded=len(values) - resampled,
         interpolated=(_POSITIONS,) if resampled else (),

@@ -9,7 +9,7 @@ from typing import Any
 
 import optuna
 from matplotlib import pyplot
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from optuna.visualization.matplotlib import plot_parallel_coordinate
 
@@ -114,7 +114,7 @@ def _read(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _labels(choices: CategoricalDistribution) -> dict[Any, Any]:
-    """What is shown of each choice, which Optuna has in JSON: its value, or a section's kind where that tells them apart."""
+    """What is shown of each choice, which Optuna has as JSON: its value; of a section its kind, if that is enough."""
     meant = {choice: json.loads(str(choice)) for choice in choices.choices}
     kinds = [value.get("kind") for value in meant.values() if isinstance(value, dict)]
     for choice, value in meant.items():
