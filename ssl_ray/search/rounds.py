@@ -6,7 +6,8 @@ a place that a trial leaves is taken by the next cell that needs nothing made.
 
 import json
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,16 @@ class Rounds(Searcher):
         When the budget ends, so does a pretraining, as after Ctrl-C: it goes on when there is more.
         """
         waiting, self._waiting = self._waiting, []
-        before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-        if self.proposals.search.budget:
-            signal.setitimer(signal.ITIMER_REAL, max(self.proposals.left, 0.001))
         try:
-            while self.proposals.left > 0 and (waiting or len(self._ready) < places):
-                cell = waiting.pop(0) if waiting else self.proposals.draw()
-                if cell is None:
-                    break
-                self._prepare(cell, make=True)
+            with _interrupted_after(self.proposals.left):
+                while self.proposals.left > 0 and (waiting or len(self._ready) < places):
+                    cell = waiting.pop(0) if waiting else self.proposals.draw()
+                    if cell is None:
+                        break
+                    self._prepare(cell, make=True)
         except KeyboardInterrupt:
             if self.proposals.left > 0:
                 raise
-        finally:
-            if self.proposals.search.budget:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
         if self.proposals.left <= 0:
             say("search: its budget is used up; with more, the same command goes on")
         return self.proposals.left > 0 and bool(self._ready)
@@ -126,6 +121,21 @@ class Rounds(Searcher):
         elif cell in self.proposals.open:
             self.jobs[cell] = job
             self._ready.append(cell)
+
+
+@contextmanager
+def _interrupted_after(seconds: float) -> Iterator[None]:
+    """What Ctrl-C does comes after so many seconds by itself, unless they are infinite."""
+    if seconds == float("inf"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0) + 0.1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def run_rounds(
