@@ -55,7 +55,7 @@ def test_keys_are_those_of_every_kind() -> None:
     ids=lambda case: ", ".join(case),
 )
 def test_another_kind_has_its_own_defaults(values: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The kind that is there keeps what it has; what a kind does not read is left out, in whatever order it is given."""
+    """The kind that is there keeps what it has; what a kind does not read is left out, whatever the order."""
     page = Page(shape=Square(side=5.0, colour="blue"))
     assert changed(page, values).model_dump() == expected
     assert page.shape.model_dump() == {"kind": "square", "side": 5.0, "colour": "blue"}
@@ -66,10 +66,6 @@ def test_only_what_is_read_is_named() -> None:
     assert read(Page(), values) == {"shape.side": 2.0, "width": 3}
     other = {"shape.kind": "triangle"}
     assert read(Page(), values | other) == {"shape.base": 7.0, "width": 3} | other
-        "shape.kind": "triangle",
-        "shape.base": 7.0,
-        "width": 3,
-    }
 
 
 def test_a_wrong_value_is_refused() -> None:
