@@ -26,12 +26,12 @@ STEPS = 120
 
 def write(folder: Path, cohort: Path) -> Path:
     """Five cells over learning rate and two pretrainings, one trial at a time; the worse ones are stopped."""
-    space = {"finetune.optimizer.lr": {"loguniform": [1e-4, 1e-2]}, "pretrain.epochs": {"choice": [2, 3]}}
+    space = {"finetune.optimizer.lr": {"loguniform": [1e-4, 1e-2]}, "pretrain.epochs": {"choice": [60, 80]}}
     tree = small_tree(
         folder,
         cohort,
         name="search",
-        pretrain={"batch_size": 4, "validate_every": 1},
+        pretrain={"batch_size": 4, "validate_every": 20, "checkpoint_every": 10},
         finetune={
             "grid": {"init": ["pretrained"]},
             "patches_per_volume": 2,
@@ -122,7 +122,7 @@ def test_a_search_that_is_killed_twice(
     assert any(len(starts) > 1 and max(starts.values()) > 0 for starts in restarted), "from a checkpoint"
     for run in finished:
         history = tracker.client.get_metric_history(run.info.run_id, "loss")
-        assert len({point.step for point in history}) == len(history) == STEPS / 1, "no step is logged twice"
+        assert len({point.step for point in history}) == len(history) == STEPS, "no step is logged twice"
     pretrainings = tracker.runs(kind="pretraining")
     assert len(pretrainings) <= 2, "cells share them"
     assert {run.info.status for run in pretrainings} == {"FINISHED"}
@@ -133,6 +133,4 @@ def test_a_search_that_is_killed_twice(
     assert main(["run", str(path)]) == 0
     again = {run.info.run_id: run.info.end_time for run in tracker.runs(kind="trial")}
     assert again == {run.info.run_id: run.info.end_time for run in runs}, "nothing is trained again"
-    best = load(home / "best.yaml", ["finetune.steps=4", "finetune.validate_every=2"])
-    assert best.finetune.steps == 4
     assert main(["finetune", str(home / "best.yaml"), "--set", "finetune.steps=4"]) == 0
