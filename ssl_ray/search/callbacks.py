@@ -33,7 +33,8 @@ class TrialCallback(tune.Callback):
     done: int
     """Steps of the cells that were finished before."""
     tell: Callable[[Cell, Mapping[str, float] | None], bool] = lambda cell, metrics: True
-    """Is told how a cell has ended: with metrics, stopped without any, failed with None -> whether it is over."""
+    """Is told of a cell that is not to be tried again: finished with metrics, stopped without any, None where they are
+    not finite -> whether it is over."""
     completed: int = 0
     """Number of cells that ended with a result."""
     failed: list[str] = field(default_factory=list)
@@ -116,7 +117,8 @@ class TrialCallback(tune.Callback):
         run.tags({FAILURE: cause[:500], **(tags or {})})
         run.text(error, "failure.txt")
         run.close("FAILED")
-        self.tell(trial.config["cell"], None)
+        if tags:  # it would fail again
+            self.tell(trial.config["cell"], None)
         self.failed.append(name)
         say(f"fine-tuning: {name} failed: {cause}")
 

@@ -89,7 +89,7 @@ class Rounds(Searcher):
     def tell(self, cell: Cell, metrics: Mapping[str, float] | None) -> bool:
         """A cell has ended: stopped where there are no metrics, failed where they are None -> whether for good.
 
-        What the budget cuts off goes on when there is more.
+        What the budget cuts off goes on when there is more; what failed otherwise, the same command tries again.
         """
         stopped = metrics is not None and not metrics
         if not stopped or self.proposals.left > 0:
@@ -110,7 +110,8 @@ class Rounds(Searcher):
             job = self._job_of(cell, make)
         except (ValidationError, FloatingPointError, RuntimeError) as error:
             say(f"search: {cell.name} is not trained: {reason(error)}")
-            self.proposals.end(cell, note=reason(error))
+            if not isinstance(error, RuntimeError):  # it would fail again
+                self.proposals.end(cell, note=reason(error))
             return
         if job is None:
             self._waiting.append(cell)
@@ -148,7 +149,7 @@ def run_rounds(
     made_by: Mapping[Path, str | None],
     config_yaml: str,
 ) -> tuple[str, ...]:
-    """Train the cells of a search -> names of those that failed, if no cell has finished.
+    """Train the cells of a search -> names of those that failed and that the same command tries again.
 
     `made_by` are the MLflow runs that made the cells' weights. The search's own run keeps `config_yaml`.
     """
@@ -156,7 +157,7 @@ def run_rounds(
     check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
     places = [there.get(name, 0.0) / share for name, share in zip(("CPU", "GPU"), needed, strict=True) if share]
     places += [float(config.max_concurrent_trials)] if config.max_concurrent_trials else []
-    proposals, failed, status = rounds.proposals, list[str](), "FAILED"
+    proposals, status = rounds.proposals, "FAILED"
     parent = tracker.open("search", key, "search", params)
     parent.text(config_yaml, "experiment.yaml")
     try:
@@ -169,7 +170,6 @@ def run_rounds(
                     tune_cells(config, {}, folders, key, runs, rounds, rounds.stop)
                 finally:
                     runs.abandon()
-            failed += runs.failed
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -179,4 +179,4 @@ def run_rounds(
         parent.close(status)
     counts = proposals.counts()
     say(f"search: {', '.join(f'{count} cells {status}' for status, count in counts.items() if count)}")
-    return () if counts["finished"] else tuple(failed)
+    return tuple(cell.name for cell in proposals.open) if proposals.left > 0 else ()

@@ -29,7 +29,7 @@ def run_search(
     prepared: PreparedCohorts,
     given: Sequence[Pretrained],
 ) -> tuple[str, ...]:
-    """Train what the study's search draws -> names of the cells that failed, if none has finished.
+    """Train what the study's search draws -> names of the cells that failed and are tried again by the same command.
 
     Pretrained cells start from the weights `given`, or else each from those of its own pretraining settings.
     """

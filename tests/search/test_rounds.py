@@ -25,8 +25,10 @@ SPACE: dict[str, Any] = {
 class Cluster:
     """Makes the weights of a number of epochs once, and jobs of 900 steps."""
 
-    def __init__(self, folder: Path, fails: int = 0, **search: Any) -> None:
-        self.folder, self.fails = folder, fails
+    def __init__(
+        self, folder: Path, fails: int = 0, error: type[Exception] = FloatingPointError, **search: Any
+    ) -> None:
+        self.folder, self.fails, self.error = folder, fails, error
         self.made: list[int] = []
         self.asked: list[tuple[Cell, bool]] = []
         self.finished: set[str] = set()
@@ -50,7 +52,7 @@ class Cluster:
             if not make:
                 return None
             if epochs == self.fails:
-                raise FloatingPointError("the loss was not finite")
+                raise self.error("the loss was not finite")
             self.made.append(epochs)
         key = f"{cell.lr!r} {epochs} {own.network}"
         folder = SimpleNamespace(key=key, pull_evaluation=lambda: self.folder / "evaluation.json")
@@ -99,6 +101,20 @@ def test_a_pretraining_that_fails_ends_its_cells_alone(tmp_path: Path) -> None:
     assert failed
     notes = {trial.user_attrs["note"] for trial in rounds.proposals._study.trials}
     assert notes == {"", "FloatingPointError: the loss was not finite"}
+
+
+def test_a_pretraining_that_fails_otherwise_is_tried_again_by_the_next_command(tmp_path: Path) -> None:
+    """A full disk says nothing about its settings."""
+    cluster = Cluster(tmp_path, fails=2, error=RuntimeError)
+    train(cluster.rounds(), cluster)
+    left = cluster.rounds().proposals.open
+    assert left
+    assert {cell.settings["pretrain.epochs"] for cell in left} == {2}
+    cluster.fails = 0
+    again = cluster.rounds()
+    done = [cell for cells in train(again, cluster) for cell in cells]
+    assert set(done) == set(left)
+    assert again.proposals.counts() == {"finished": 9, "stopped": 0, "failed": 0, "unfinished": 0}
 
 
 def test_settings_that_do_not_go_together_end_their_cell(tmp_path: Path) -> None:
