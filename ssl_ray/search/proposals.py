@@ -115,7 +115,8 @@ class Proposals:
                 self.open[cell] = trial
                 self._keep()
                 return cell
-            self._study.tell(trial, state=TrialState.FAIL)  # the same as one that is being trained
+            trial.set_user_attr("note", f"the same as number {self.open[cell].number}")
+            self._study.tell(trial, state=TrialState.FAIL)
         return None
 
     def begin(self, cell: Cell, key: str) -> bool:
