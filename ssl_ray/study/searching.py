@@ -46,7 +46,7 @@ def run_search(
         start = given
         if (there := volumes.get(preparations)) is None:
             return None
-        if cell.init == "pretrained" and not given:
+        if cell.init != "random" and not given:
             if not (made := _weights(own, folders, tracker, there, make)):
                 return None
             made_by[made.weights], start = made.run_id, [made]
