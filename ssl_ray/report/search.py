@@ -48,6 +48,7 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     finished = [trial for trial in tried if trial.state == TrialState.COMPLETE]
     best = max(finished, key=lambda one: (one.value or 0.0) * (1 if search.mode == "max" else -1), default=None)
     values: dict[str, Any] = {"study": study, "search": search, "config": config, "best": best, "literal": literal}
+    folder.mkdir(parents=True, exist_ok=True)
     figures: list[Path] = []
     more: list[Path] = []
     if any(trial.value is not None for trial in tried):
