@@ -1,6 +1,7 @@
 """A small pretraining that tests disturb, and what is compared afterwards."""
 
 import contextlib
+import glob
 import json
 import os
 import signal
@@ -123,9 +124,13 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> A
 
 
 def saved(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints under a folder."""
-    manifests = folder.glob("**/checkpoints/[!.]*/manifest.json")
-    return sorted(json.loads(path.read_text())["step"] for path in manifests)
+    """Steps of the whole checkpoints under a folder, in which a run writes and removes them meanwhile."""
+    steps = []
+    # Unlike `Path.glob`, this goes on where a folder is gone before it is looked into.
+    for path in glob.glob(f"{folder}/**/checkpoints/[!.]*/manifest.json", recursive=True):
+        with contextlib.suppress(OSError):
+            steps.append(json.loads(Path(path).read_text())["step"])
+    return sorted(steps)
 
 
 def workers(root: psutil.Process | None = None) -> list[psutil.Process]:
