@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray.config.schema import Pretrain
 from ssl_ray.networks.faster import use_fast_attention, use_patch_products
-from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.samples import Sample

@@ -15,7 +15,7 @@ from ray.train.torch import get_device
 from torch import Tensor, distributed
 
 from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.stream import Batch, batches, segments

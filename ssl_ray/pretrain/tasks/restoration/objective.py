@@ -7,7 +7,8 @@ from monai.networks.nets import ViTAutoEnc
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssl_ray.config.schema import VIT_PATCH, Contrastive
+from ssl_ray.config.schema import Contrastive
+from ssl_ray.networks.unetr.settings import VIT_PATCH
 
 
 class Restoration(nn.Module):
