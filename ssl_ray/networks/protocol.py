@@ -4,6 +4,9 @@ A network's module has three builders: `build_encoder(settings, patch_size, chan
 `build_autoencoder(settings, patch_size, channels) -> Autoencoder`, which holds the encoder under the same names, and
 `build_segmentation(settings, patch_size, channels, classes) -> Segmenter`. One that is never pretrained has the last
 alone, and returns any module from (B, C, X, Y, Z) to logits (B, classes, X, Y, Z), background included.
+
+A file of pretrained weights has the encoder's names as they are (an autoencoder's) or behind `encoder.` (of a task that
+builds a network of its own around the encoder); `transfer` takes either.
 """
 
 import re
@@ -64,7 +67,7 @@ class Encoder(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """Blocks over all tokens of a patch, with positions and a final norm: (B, N, hidden_size) -> the same."""
+    """Transformer blocks over all tokens of a patch, with positions and a final norm: (B, N, hidden_size) -> same."""
 
     blocks: nn.ModuleList
 
