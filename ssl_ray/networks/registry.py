@@ -11,6 +11,7 @@ from ssl_ray.networks.protocol import Autoencoder, Encoder
 
 _MODULES = {
     "unetr": "ssl_ray.networks.unetr.network",
+    "primus": "ssl_ray.networks.primus.network",
 }
 
 
