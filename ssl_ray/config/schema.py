@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from ssl_ray.config.common import Optimizer, Preparation, Section, Seed, of_kinds
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
 from ssl_ray.config.pretrain import Contrastive, Corruption, Pretrain, Source
+from ssl_ray.networks.dynunet.settings import DynUnet
 from ssl_ray.networks.primus.settings import Primus
 from ssl_ray.networks.unetr.settings import Unetr
 
@@ -19,7 +20,7 @@ __all__ += ["Augmentation", "Contrastive", "Corruption", "Finetune", "LabelledCo
 __all__ += ["Source"]
 
 
-Network = Annotated[Unetr | Primus, Field(discriminator="kind"), of_kinds("unetr")]
+Network = Annotated[Unetr | Primus | DynUnet, Field(discriminator="kind"), of_kinds("unetr")]
 """The settings of any network."""
 
 

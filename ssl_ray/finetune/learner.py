@@ -105,5 +105,9 @@ class _Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):
             logits = self.network(images)
-        loss: Tensor = self.criterion(logits.float(), labels)
-        return loss
+        if logits.ndim == images.ndim:
+            loss: Tensor = self.criterion(logits.float(), labels)
+            return loss
+        # Deep supervision: (B, levels, classes, X, Y, Z), each level half as heavy as the one above it.
+        losses = [self.criterion(level.float(), labels) / 2**depth for depth, level in enumerate(logits.unbind(1))]
+        return torch.stack(losses).sum() / (2 - 0.5 ** (len(losses) - 1))

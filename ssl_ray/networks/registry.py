@@ -12,6 +12,7 @@ from ssl_ray.networks.protocol import Autoencoder, Encoder
 _MODULES = {
     "unetr": "ssl_ray.networks.unetr.network",
     "primus": "ssl_ray.networks.primus.network",
+    "dynunet": "ssl_ray.networks.dynunet.network",
 }
 
 

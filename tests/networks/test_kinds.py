@@ -14,6 +14,7 @@ from ssl_ray.config.loading import dump, parse
 from ssl_ray.config.schema import Network
 from ssl_ray.errors import UserError
 from ssl_ray.finetune.learner import SegmentationLearner
+from ssl_ray.networks.dynunet.settings import DynUnet
 from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.primus.settings import Primus
 from ssl_ray.networks.registry import build_autoencoder, build_encoder, build_segmentation
@@ -24,8 +25,9 @@ from ssl_ray.networks.weight_files import describe
 CPU = torch.device("cpu")
 UNETR = Unetr(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
 PRIMUS = Primus(token=8, hidden_size=48, layers=2, num_heads=4)
+DYNUNET = DynUnet(filters=(4, 8, 8, 8), deep_supervision=False)
 PRETRAINED = pytest.mark.parametrize("network", [UNETR, PRIMUS], ids=lambda network: network.kind)
-ALL = pytest.mark.parametrize("network", [UNETR, PRIMUS], ids=lambda network: network.kind)
+ALL = pytest.mark.parametrize("network", [UNETR, PRIMUS, DYNUNET], ids=lambda network: network.kind)
 CUBE, LONG = (32, 32, 32), (16, 32, 48)
 
 
@@ -207,7 +209,7 @@ def test_mistakes_in_a_network_are_told_with_its_own_keys() -> None:
     assert "demo.yaml: network.layers: input should be greater than 0" in refusal("network={kind: primus, layers: 0}")
     text = refusal("network=unet")
     assert "demo.yaml: network: " in text
-    assert all(f"'{kind}'" in text for kind in ("unet", "unetr", "primus"))
+    assert all(f"'{kind}'" in text for kind in ("unet", "unetr", "primus", "dynunet"))
 
 
 def test_patches_are_of_whole_tokens() -> None:
@@ -228,3 +230,23 @@ def test_a_pretraining_depends_on_what_its_network_reads() -> None:
     assert key(UNETR) == key(UNETR.model_copy(update={"feature_size": 8}))
     others = [PRIMUS, *(PRIMUS.model_copy(update=change) for change in ({"token": 4}, {"layers": 3}))]
     assert len({str(key(network)) for network in (UNETR, *others)}) == 4
+
+
+def test_without_pretraining_there_is_nothing_to_transfer() -> None:
+    """Told when the YAML is read; and where weights are given all the same, nothing is copied."""
+    rule = "finetune.grid.init: a dynunet is not pretrained here, so that [random] is all that it can start from"
+    assert f"{rule}, got ['random', 'pretrained']" in refusal("network=dynunet", "finetune.patch_size=64")
+    fitting = ["network=dynunet", "finetune.patch_size=64", "finetune.grid.init=[random]"]
+    assert not parse(STUDY.read_text(), "demo", fitting).pretrains
+    assert f"{rule}, got ['random'] and finetune.weights" in refusal(*fitting, "finetune.weights=a.safetensors")
+    weights = build_autoencoder(UNETR, CUBE).state_dict()
+    with pytest.raises(UserError, match="weights: a DynUNet has no encoder"):
+        transfer(weights, build_segmentation(DYNUNET, CUBE, 1, 3), "weights")
+
+
+def test_levels_fit_the_patch() -> None:
+    """With the arithmetic of the halvings, and of what is left at the lowest level."""
+    text = refusal("network=dynunet", "finetune.patch_size=48", "finetune.grid.init=[random]")
+    assert "a side must be a multiple of 32, 2^5 for 6 levels (dynunet), got [48, 48, 48]: 48 = 1 x 32 + 16" in text
+    text = refusal("network=dynunet", "finetune.patch_size=32", "finetune.grid.init=[random]")
+    assert "6 levels leave one voxel of [32, 32, 32], too few for instance norm" in text
