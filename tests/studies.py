@@ -21,7 +21,7 @@ _TREE: dict[str, Any] = {
         "sources": [{"root": "nowhere", "datalist": "unlabelled.json"}],
         "preparation": PREPARATION,
         "patch_size": 16,
-        "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
+        "task": {"corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3}},
         "precision": "float32",
     },
     "finetune": {

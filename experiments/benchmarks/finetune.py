@@ -49,7 +49,7 @@ def study(bench: Bench, network: Unetr, side: int) -> Study:
                 "sources": [nowhere],
                 "preparation": preparation,
                 "patch_size": side,
-                "corruption": boxes,
+                "task": {"corruption": boxes},
             },
             "finetune": {
                 "cohort": {"root": str(bench.folder), "classes": CLASSES, "splits": {1: "none.json"}},

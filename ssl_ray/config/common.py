@@ -89,6 +89,18 @@ class NetworkSettings(Section):
                 )
 
 
+class TaskSettings(Section):
+    """What the settings of every pretraining task tell."""
+
+    @property
+    def compares_patches(self) -> bool:
+        """Whether the loss is between patches of one worker, so that results depend on the number of workers."""
+        return False
+
+    def check_patch(self, patch_size: tuple[int, int, int], tokens: int) -> None:
+        """A ValueError where the task cannot be trained on patches of this size, of which a network makes `tokens`."""
+
+
 class Optimizer(Section):
     """Adam or AdamW, with a linear warm-up and then a constant or cosine learning rate."""
 

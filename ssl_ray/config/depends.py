@@ -39,10 +39,10 @@ def preparation(settings: Preparation, version: int, sources: Mapping[str, str])
 def pretraining(settings: Pretrain, network: Network) -> dict[str, Any]:
     """What the pretrained weights depend on, beside the volumes and the seed."""
     tree = settings.model_dump(mode="json", exclude=_PRETRAIN_HOW | _PRETRAIN_APART)
-    if settings.contrastive.enabled:
+    if settings.task.compares_patches:
         tree["workers"] = settings.worker_range[1]  # negatives are the worker's own patches
-    else:
-        tree["contrastive"] = {"enabled": False}
+    elif "contrastive" in tree["task"]:
+        tree["task"]["contrastive"] = {"enabled": False}
     read = network.model_dump(mode="json", exclude=set(network.segmentation_only))
     return {"pretrain": {"version": VERSION["pretrain"], **tree}, "network": read}
 

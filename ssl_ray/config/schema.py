@@ -4,20 +4,20 @@ Everything in it is checked here, before anything expensive starts; the checks t
 follow in `ssl_ray.data`. This module only describes; `ssl_ray.config.loading` goes from YAML to a `Study` and back.
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import Optimizer, Preparation, Section, Seed, of_kinds
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
-from ssl_ray.config.pretrain import Contrastive, Corruption, Pretrain, Source
+from ssl_ray.config.pretrain import Pretrain, Source
 from ssl_ray.networks.dynunet.settings import DynUnet
 from ssl_ray.networks.primus.settings import Primus
 from ssl_ray.networks.unetr.settings import Unetr
 
 __all__ = ["LocalCluster", "Network", "Optimizer", "Preparation", "Study", "Tracking"]
-__all__ += ["Augmentation", "Contrastive", "Corruption", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss"]
-__all__ += ["Source"]
+__all__ += ["Augmentation", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss", "Source"]
 
 
 Network = Annotated[Unetr | Primus | DynUnet, Field(discriminator="kind"), of_kinds("unetr")]
@@ -79,10 +79,11 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _fits_its_network(self) -> "Study":
-        network, tuned = self.network, self.finetune
+        network, tuned, patch_size = self.network, self.finetune, self.pretrain.patch_size
         network.check_patch("finetune.patch_size", tuned.patch_size)
         if network.pretrains:
-            network.check_patch("pretrain.patch_size", self.pretrain.patch_size)
+            network.check_patch("pretrain.patch_size", patch_size)
+            self.pretrain.task.check_patch(patch_size, math.prod(side // network.multiple[0] for side in patch_size))
         elif tuned.weights or set(tuned.grid.init) != {"random"}:
             raise ValueError(
                 f"finetune.grid.init: a {network.kind} is not pretrained here, so that [random] is all that it can "

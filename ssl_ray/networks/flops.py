@@ -8,6 +8,7 @@ utilisation (MFU) may claim, and on a CPU torch does not see it at all.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,11 +41,16 @@ def network_cost(
     """
     with torch.device("meta"):
         model = build(network, patch_size, channels, *classes)
-        with FlopCounterMode(display=False) as forward:
-            output = model(torch.empty(1, channels, *patch_size))
-        restored = output[0] if isinstance(output, tuple) else output  # ViTAutoEnc returns its tokens too
-        with FlopCounterMode(display=False) as backward:
-            restored.sum().backward()
+        return counted(model, lambda: model(torch.empty(1, channels, *patch_size)))
+
+
+def counted(model: nn.Module, run: Callable[[], Any]) -> Cost:
+    """The cost of `run()`, a forward pass on the meta device, to a tensor or to a tuple that begins with it."""
+    with FlopCounterMode(display=False) as forward:
+        output = run()
+    result = output[0] if isinstance(output, tuple) else output  # ViTAutoEnc returns its tokens too
+    with FlopCounterMode(display=False) as backward:
+        result.sum().backward()
     flops, weights = forward.get_total_flops(), list(model.parameters())
     trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
     return Cost(flops, flops + backward.get_total_flops(), sum(weight.nbytes for weight in weights), trained)

@@ -81,8 +81,9 @@ def test_the_recipe_is_the_default(file: Path) -> None:
     pretrain, finetune, network = study.pretrain, study.finetune, study.network
     assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
     assert (pretrain.epochs, pretrain.optimizer.name, pretrain.optimizer.lr) == (300, "adam", 1e-4)
-    assert not pretrain.contrastive.enabled
-    assert pretrain.contrastive.temperature == 0.05
+    assert pretrain.task.kind == "restoration"
+    assert not pretrain.task.contrastive.enabled
+    assert pretrain.task.contrastive.temperature == 0.05
     assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
     assert (finetune.steps, finetune.volumes_per_step, finetune.patches_per_volume) == (30_000, 1, 4)
     assert (finetune.optimizer.name, finetune.optimizer.weight_decay) == ("adamw", 1e-5)
@@ -112,7 +113,7 @@ def test_resolved_study_survives_dump_with_everything_set(file: Path, tmp_path: 
             "phantom={root: p, unlabelled: 3, labelled: 2, validation: 1, test: 1, splits: [1, 2], seed: 5}",
             "pretrain.optimizer={name: adamw, lr: 1e-12, schedule: cosine, warmup_steps: 9, clip_norm: 0.5}",
             "pretrain.patch_size=[32, 48, 64]",
-            "pretrain.corruption={inpaint_size: [1, 5], outpaint_size: [8, 8], shuffle_size: 4}",
+            "pretrain.task.corruption={inpaint_size: [1, 5], outpaint_size: [8, 8], shuffle_size: 4}",
             "pretrain.preparation.orientation=null",
             "tracking={uri: 'sqlite:///x.db', experiment: 'öäü: #1'}",
         ],
@@ -134,8 +135,8 @@ def test_resolved_study_survives_dump_with_everything_set(file: Path, tmp_path: 
         ("finetune.optimizer.learning_rate", None),
         ("finetune.grid.size", "sizes"),
         ("finetune.loss.include_backgrund", "include_background"),
-        ("pretrain.contrastive.enable", "enabled"),
-        ("pretrain.corruption.inpaint_box", "inpaint_boxes"),
+        ("pretrain.task.contrastive.enable", "enabled"),
+        ("pretrain.task.corruption.inpaint_box", "inpaint_boxes"),
         ("pretrain.sources.0.rooot", "root"),
         ("pretrain.sources.1.datalst", "datalist"),
         ("network.hiden_size", "hidden_size"),
@@ -178,8 +179,8 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("pretrain.preparation.orientation", "RPI", "orientation: input should be 'RAS', 'LPS' or 'LAS', got 'RPI'"),
         ("pretrain.workers", 9, "batch_size must give every worker a patch, got 8 for 9 workers"),
         ("pretrain.patch_size", [96, 96, 48], "a box of 64 voxels does not fit into patch_size [96, 96, 48]"),
-        ("pretrain.corruption.shuffle_size", 97, "corruption: a box of 97 voxels does not fit"),
-        ("pretrain.corruption.inpaint_size", [9, 8], "inpaint_size: the smallest side must not exceed the largest"),
+        ("pretrain.task.corruption.shuffle_size", 97, "corruption: a box of 97 voxels does not fit"),
+        ("pretrain.task.corruption.inpaint_size", [9, 8], "inpaint_size: the smallest side must not exceed the larg"),
         ("pretrain.sources", [], "pretrain.sources: at least one value, and none twice, got []"),
         ("pretrain.optimizer.lr", 0, "pretrain.optimizer.lr: input should be greater than 0, got 0"),
         ("pretrain.optimizer.weight_decay", math.inf, "weight_decay: input should be a finite number, got inf"),
@@ -220,8 +221,8 @@ def test_a_broken_rule_is_named_with_place_and_value(file: Path, key: str, value
 def test_a_contrastive_loss_without_negatives_is_refused(file: Path, patches: int, workers: int) -> None:
     """One patch a worker has nothing to be told from: the loss would be 0 at every step."""
     change(change(file, "pretrain.batch_size", patches), "pretrain.workers", workers)
-    assert "two patches a worker or more" in refusal(file, "pretrain.contrastive.enabled=true")
-    assert load(file, ["pretrain.contrastive.enabled=true", f"pretrain.batch_size={2 * workers}"])
+    assert "two patches a worker or more" in refusal(file, "pretrain.task.contrastive.enabled=true")
+    assert load(file, ["pretrain.task.contrastive.enabled=true", f"pretrain.batch_size={2 * workers}"])
 
 
 def test_a_wrong_item_is_not_also_reported_as_an_empty_list(file: Path) -> None:
@@ -417,10 +418,10 @@ def test_the_recipe_is_to_the_number() -> None:
     assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
     assert (pretrain.preparation.spacing, pretrain.preparation.hu_window) == ((2, 2, 2), (-57, 164))
     assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
-    assert (pretrain.epochs, pretrain.validate_every, pretrain.contrastive.enabled) == (300, 2, False)
+    assert (pretrain.epochs, pretrain.validate_every, pretrain.task.contrastive.enabled) == (300, 2, False)
     assert (pretrain.optimizer.name, pretrain.optimizer.lr, pretrain.optimizer.schedule) == ("adam", 1e-4, "constant")
     assert (pretrain.optimizer.weight_decay, pretrain.optimizer.clip_norm) == (0, None)
-    task = pretrain.corruption
+    task = pretrain.task.corruption
     assert (task.inpaint_boxes, task.inpaint_size, task.outpaint_boxes, task.outpaint_size) == (6, (5, 32), 6, (20, 64))
     assert (task.shuffle_prob, task.shuffle_boxes, task.shuffle_size, task.outpaint_prob) == (0.8, 10, 8, 0.5)
     assert task.growing

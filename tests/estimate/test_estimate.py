@@ -70,7 +70,8 @@ def test_steps_and_flops_are_those_of_plain_arithmetic(cohort: Path, tmp_path: P
     assert grid["windows_per_validation"] == windows
     assert grid["flops"] == 4 * (100 * 4 * patch.training + (5 * windows + test) * patch.forward)
     assert grid["total_seconds"] is None
-    views = estimate_pretraining(study_of(tmp_path / "planned.yaml", "pretrain.contrastive.enabled=true")[0], volumes)
+    two, _ = study_of(tmp_path / "planned.yaml", "pretrain.task.contrastive.enabled=true")
+    views = estimate_pretraining(two, volumes)
     assert views["flops_per_step"] == 2 * work["flops_per_step"]
 
 

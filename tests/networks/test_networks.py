@@ -10,7 +10,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ssl_ray.networks.faster import use_fast_attention
-from ssl_ray.networks.registry import build_autoencoder, build_segmentation
+from ssl_ray.networks.registry import build_autoencoder, build_encoder, build_segmentation
 from ssl_ray.networks.transfer import transfer
 from ssl_ray.networks.unetr.settings import Unetr
 from ssl_ray.networks.weight_files import describe
@@ -55,6 +55,40 @@ def test_autoencoder_restores_the_shape_of_its_input(patch_size: tuple[int, int,
     restored, hidden = build_autoencoder(TINY, patch_size)(torch.rand(2, 1, *patch_size))
     assert restored.shape == (2, 1, *patch_size)
     assert [h.shape for h in hidden] == [(2, np.prod(patch_size) // 16**3, 48)] * 12
+
+
+@pytest.mark.parametrize("patch_size", [CUBE, LONG])
+def test_the_steps_of_an_autoencoder_give_what_its_forward_gives(patch_size: tuple[int, int, int]) -> None:
+    """Embedding, encoding and decoding one after the other, to the bit; the tokens are those of the encoder alone."""
+    autoencoder, encoder, x = trained(patch_size), build_encoder(TINY, patch_size), torch.rand(2, 1, *patch_size)
+    state = autoencoder.state_dict()
+    encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
+    encoded = autoencoder.encode(autoencoder.embed(x))
+    assert torch.equal(autoencoder.decode(encoded, patch_size), autoencoder(x)[0])
+    assert torch.equal(encoder.encode(encoder.embed(x)), encoded)
+    assert encoded.shape == (2, np.prod(encoder.grid(patch_size)), encoder.hidden_size)
+
+
+def test_tokens_are_in_c_order_of_their_grid() -> None:
+    """The token of a place is what the voxels there become, z fastest."""
+    encoder, patch = build_encoder(TINY, LONG), torch.rand(1, 1, *LONG)
+    x, y, z = encoder.grid(LONG)
+    before = encoder.embed(patch)
+    for place in range(x * y * z):
+        corner = [index * side for index, side in zip(np.unravel_index(place, (x, y, z)), encoder.token, strict=True)]
+        other = patch.clone()
+        other[(0, 0, *(slice(first, first + 16) for first in corner))] += 1
+        changed = (encoder.embed(other) != before).any(dim=2)[0]
+        assert changed.nonzero().flatten().tolist() == [place]
+
+
+def test_a_decoder_of_tokens_tells_places_apart() -> None:
+    """Equal tokens come out different, as it knows where they are; all that is trainable gets a gradient."""
+    decoder = build_encoder(TINY, LONG).build_decoder(LONG, 24, 48, 3, layers=2)
+    decoded = decoder(torch.ones(2, int(np.prod(LONG)) // 16**3, 24))
+    assert not torch.allclose(decoded[:, 0], decoded[:, 1])
+    decoded.square().sum().backward()
+    assert {p.grad is None for p in decoder.parameters() if p.requires_grad} == {False}
 
 
 @pytest.mark.parametrize("patch_size", [CUBE, LONG])

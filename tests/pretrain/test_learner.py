@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny_learner import BATCH, CPU, LEVELS, SIDE, make, same, steps, weights
 
-from ssl_ray.config.schema import Corruption
 from ssl_ray.pretrain import learner as module
 from ssl_ray.pretrain.learner import scale
-from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw, draws_of
+from ssl_ray.pretrain.tasks.restoration.settings import Corruption
 from ssl_ray.training import compile as compiled
 from ssl_ray.training.precision import autocast
 
@@ -22,10 +22,10 @@ from ssl_ray.training.precision import autocast
 @pytest.mark.parametrize("two_views", [False, True])
 def test_the_loss_is_that_of_monais_own_forward(tmp_path: Path, two_views: bool) -> None:
     """Computed in parts, the first step's loss is the L1 of `ViTAutoEnc.forward`, to the bit."""
-    made = make(tmp_path, contrastive={"enabled": two_views})
+    made = make(tmp_path, task={"contrastive": {"enabled": two_views}})
     images = np.random.default_rng(0).integers(0, LEVELS + 1, (BATCH,) + (SIDE,) * 3, dtype=np.uint8)
     clean = scale(torch.from_numpy(images), LEVELS)
-    view = corrupt(clean, draw(made.config.corruption, (SIDE,) * 3, 0, np.arange(BATCH)))
+    view = corrupt(clean, draw(made.config.task.corruption, (SIDE,) * 3, 0, np.arange(BATCH)))
     with torch.no_grad(), autocast(CPU, made.dtype):
         expected = (made.network(view)[0] - clean).abs().mean()
     assert steps(made, 0, 1) == [float(expected)]
@@ -33,7 +33,7 @@ def test_the_loss_is_that_of_monais_own_forward(tmp_path: Path, two_views: bool)
 
 def test_the_contrastive_view_changes_the_training(tmp_path: Path) -> None:
     """The reported loss is the L1 of the first view, the same before the first step and another after it."""
-    one, two = steps(make(tmp_path), 0, 3), steps(make(tmp_path, contrastive={"enabled": True}), 0, 3)
+    one, two = steps(make(tmp_path), 0, 3), steps(make(tmp_path, task={"contrastive": {"enabled": True}}), 0, 3)
     assert two[0] == pytest.approx(one[0], rel=1e-6)
     assert two[1] != one[1]
     assert two[2] != one[2]
@@ -124,19 +124,19 @@ def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
 
 
 def test_the_draws_of_some_samples_are_those_samples() -> None:
-    """Whether they are drawn alone or taken from those of a batch."""
+    """Whether they are drawn alone or are rows of those of a batch."""
     config = Corruption(inpaint_size=(2, 6), outpaint_size=(4, 10), shuffle_size=3)
     drawn = draw(config, (SIDE,) * 3, 3, np.arange(6))
     some = draw(config, (SIDE,) * 3, 3, np.arange(2, 5))
     for name in ("key", "outpaint", "start", "stop", "shuffle", "shuffle_start"):
-        assert same(getattr(drawn.take(slice(2, 5)), name), getattr(some, name))
+        assert same(getattr(draws_of(config, drawn.table[2:5]), name), getattr(some, name))
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"microbatch": 3},
-    {"contrastive": {"enabled": True}},
+    {"task": {"contrastive": {"enabled": True}}},
     {"optimizer": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 0.01}},
 ]
 

@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped": {"optimizer": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 0.01}},
     # Three passes of one patch, of which the second rank has but two.
     "accumulated": {"batch_size": 5, "microbatch": 1},
-    "contrastive": {"contrastive": {"enabled": True}, "workers": WORLD},
+    "contrastive": {"task": {"contrastive": {"enabled": True}}, "workers": WORLD},
     "bfloat16": {"precision": "bfloat16"},
 }
 
@@ -97,7 +97,7 @@ def work(rank: int, folder: Path) -> None:
         before = copy.deepcopy(made.state())
         watch: Watch[str] = Watch("skip", 10)
         poisoned = lambda *call: call[-1] * (torch.nan if rank == 1 else 1)  # noqa: E731
-        handle = made.restoration.embedding.register_forward_hook(poisoned)
+        handle = made.network.patch_embedding.register_forward_hook(poisoned)
         loss, norm = made.step(batch(2, 2), np.arange(2), WORLD, 1e-3)
         handle.remove()
         after = copy.deepcopy(made.state())
