@@ -1,0 +1,72 @@
+"""Any network that can be pretrained is, by any task: exactly resumed, and taken over by its own segmentation."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from studies import small_study
+from tiny_learner import BATCH, CPU, LEVELS, SIDE, same, steps
+
+from ssl_ray.config.schema import Network
+from ssl_ray.data.store import Store
+from ssl_ray.networks.primus.settings import Primus
+from ssl_ray.networks.registry import build_segmentation
+from ssl_ray.networks.transfer import transfer
+from ssl_ray.networks.weight_files import describe, load_metadata, load_weights
+from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.learner import PretrainingLearner
+from ssl_ray.pretrain.samples import SampleTable
+from ssl_ray.pretrain.stream import Feed
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.study.parts import recipe_of
+
+PRIMUS = Primus(token=4, hidden_size=48, layers=2, num_heads=4)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make(folder: Path, network: Network = PRIMUS, **pretrain: object) -> PretrainingLearner:
+    """A tiny learner outside Ray."""
+    study = small_study(folder, pretrain={"batch_size": BATCH} | pretrain)
+    table = SampleTable(0, np.array([[32] * 3] * 4), (SIDE,) * 3, 2, BATCH, 1)
+    feed = Feed(table, Store(folder), ("a",) * 4, ("a",) * 4, "uint8", LEVELS)
+    recipe = replace(recipe_of(study), network=network)
+    return PretrainingLearner(Job(recipe, feed, feed, folder, Mirror(folder), "key", None), CPU)  # type: ignore[arg-type]
+
+
+def test_a_resumed_pretraining_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    """State out, state in; and it learns."""
+    undisturbed = make(tmp_path)
+    first = steps(undisturbed, 0, 3)
+    state = copy.deepcopy(undisturbed.state())
+    losses = steps(undisturbed, 3, 9)
+    resumed = make(tmp_path)
+    resumed.load(state)
+    assert steps(resumed, 3, 9) == losses
+    assert same(resumed.state(), undisturbed.state())
+    assert losses[-1] < first[0]
+
+
+def test_microbatches_equal_the_whole_batch(tmp_path: Path) -> None:
+    """To rounding."""
+    np.testing.assert_allclose(steps(make(tmp_path, microbatch=3), 0, 4), steps(make(tmp_path), 0, 4), rtol=1e-5)
+
+
+def test_what_it_exports_is_taken_over(tmp_path: Path) -> None:
+    """Through its file, with the metadata that name kind, token and layers."""
+    made = make(tmp_path)
+    steps(made, 0, 2)
+    made.best = 1.0
+    made._export(2)
+    weights, metadata = load_weights(made.job.weights), load_metadata(made.job.weights)
+    assert metadata.items() >= describe(PRIMUS, (SIDE,) * 3).items()
+    network = build_segmentation(PRIMUS, (SIDE,) * 3, 1, 3)
+    assert transfer(weights, network, "weights", metadata).share == 1
+    own = made.task.encoder.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in network.encoder.state_dict().items())
