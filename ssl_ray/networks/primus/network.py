@@ -35,19 +35,30 @@ def build_segmentation(network: Primus, patch_size: Sequence[int], channels: int
     return _Segmentation(network, patch_size, channels, classes)
 
 
-class _Encoder(Encoder):
+class _Stack(nn.Module):
+    def __init__(self, grid: Sequence[int], width: int, inner: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.rotation, self.norm = Rotation(grid, width // heads), nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(_Block(width, inner, heads, depth) for depth in range(1, layers + 1))
+
+    def encode(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        turns = self.rotation(places)
+        for block in self.blocks:
+            tokens = block(tokens, turns)
+        encoded: Tensor = self.norm(tokens)
+        return encoded
+
+
+class _Encoder(_Stack, Encoder):
     positions, beside = "pos_embed", ("decoder.",)
 
     def __init__(self, network: Primus, patch_size: Sequence[int], channels: int) -> None:
-        super().__init__()
-        side, width, heads = network.token, network.hidden_size, network.num_heads
+        side, width = network.token, network.hidden_size
+        grid = [length // side for length in patch_size]
+        super().__init__(grid, width, width * 8 // 3, network.num_heads, network.layers)
         self.network, self.token, self.hidden_size = network, (side, side, side), width
-        grid = self.grid(patch_size)
         self.patch_embedding = _initialised(nn.Conv3d(channels, width, side, side))
         self.pos_embed = _learned(grid, width)
-        self.rotation = Rotation(grid, width // heads)
-        self.blocks = _blocks(network.layers, width, width * 8 // 3, heads)
-        self.norm = nn.LayerNorm(width)
 
     @property
     def settings(self) -> Mapping[str, object]:
@@ -61,17 +72,19 @@ class _Encoder(Encoder):
         tokens: Tensor = self.patch_embedding(x).flatten(2).transpose(1, 2)
         return tokens + self.pos_embed
 
-    def encode(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        turns = self.rotation(places)
-        for block in self.blocks:
-            tokens = block(tokens, turns)
-        encoded: Tensor = self.norm(tokens)
-        return encoded
-
     def build_decoder(
         self, patch_size: Sequence[int], hidden_size: int, mlp_dim: int, num_heads: int, layers: int
     ) -> TokenDecoder:
         return _TokenDecoder(self.grid(patch_size), hidden_size, mlp_dim, num_heads, layers)
+
+
+class _TokenDecoder(_Stack, TokenDecoder):
+    def __init__(self, grid: Sequence[int], width: int, inner: int, heads: int, layers: int) -> None:
+        super().__init__(grid, width, inner, heads, layers)
+        self.positions = _learned(grid, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.encode(tokens + self.positions)
 
 
 class _Autoencoder(_Encoder, Autoencoder):
@@ -100,18 +113,32 @@ class _Segmentation(Segmenter):
         return logits
 
 
-class _TokenDecoder(TokenDecoder):
-    def __init__(self, grid: Sequence[int], width: int, inner: int, heads: int, layers: int) -> None:
-        super().__init__()
-        self.positions, self.rotation = _learned(grid, width), Rotation(grid, width // heads)
-        self.blocks, self.norm = _blocks(layers, width, inner, heads), nn.LayerNorm(width)
+class _Block(nn.Module):
+    """Attention, and SwiGLU (Shazeer 2020, arXiv:2002.05202) with a norm; deeper blocks begin with smaller outputs."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens, turns = tokens + self.positions, self.rotation(None)
-        for block in self.blocks:
-            tokens = block(tokens, turns)
-        decoded: Tensor = self.norm(tokens)
-        return decoded
+    def __init__(self, width: int, inner: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        projections = {f"{name}_proj": nn.Linear(width, width, bias=name != "k") for name in "qkv"}
+        self.attn = nn.ModuleDict({**projections, "norm": nn.LayerNorm(width), "proj": nn.Linear(width, width)})
+        gates = {name: nn.Linear(width, inner) for name in ("fc1_g", "fc1_x")}
+        self.mlp = nn.ModuleDict({**gates, "norm": nn.LayerNorm(inner), "fc2": nn.Linear(inner, width)})
+        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((width,), _LAYER_SCALE)) for _ in range(2))
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear):
+                scale = math.sqrt(2 * depth) if name in ("attn.proj", "mlp.fc2") else 1.0
+                nn.init.trunc_normal_(layer.weight, std=0.02 / scale, a=-2 / scale, b=2 / scale)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Tensor, turns: Tensor) -> Tensor:
+        x, attn, mlp = self.norm1(tokens), self.attn, self.mlp
+        q, k, v = (attn[f"{name}_proj"](x).unflatten(2, (self.heads, -1)).transpose(1, 2) for name in "qkv")
+        mixed = functional.scaled_dot_product_attention(turned(q, turns), turned(k, turns), v)  # (B, heads, n, width)
+        tokens = tokens + self.gamma_1 * attn["proj"](attn["norm"](mixed.transpose(1, 2).flatten(2)))
+        x = self.norm2(tokens)
+        gated = functional.silu(mlp["fc1_g"](x)) * mlp["fc1_x"](x)
+        return tokens + self.gamma_2 * mlp["fc2"](mlp["norm"](gated))
 
 
 class Rotation(nn.Module):
@@ -144,46 +171,6 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
     return (x * turns[0] + across * turns[1]).to(x.dtype)
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(width)
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width, bias=False)
-        self.v_proj, self.proj = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (project(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for project in projections)
-        mixed = functional.scaled_dot_product_attention(turned(q, turns), turned(k, turns), v)  # (B, heads, n, width)
-        projected: Tensor = self.proj(self.norm(mixed.transpose(1, 2).flatten(2)))
-        return projected
-
-
-class _SwiGLU(nn.Module):
-    """Shazeer 2020, arXiv:2002.05202, with EVA-02's norm."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.fc1_g, self.fc1_x = nn.Linear(width, inner), nn.Linear(width, inner)
-        self.norm, self.fc2 = nn.LayerNorm(inner), nn.Linear(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.fc2(self.norm(functional.silu(self.fc1_g(x)) * self.fc1_x(x)))
-        return mixed
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, inner: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width), _Attention(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width), _SwiGLU(width, inner)
-        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((width,), _LAYER_SCALE)) for _ in range(2))
-
-    def forward(self, tokens: Tensor, turns: Tensor) -> Tensor:
-        tokens = tokens + self.gamma_1 * self.attn(self.norm1(tokens), turns)
-        return tokens + self.gamma_2 * self.mlp(self.norm2(tokens))
-
-
 class _ChannelNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -203,25 +190,12 @@ class _Decoder(nn.Sequential):
         super().__init__(*layers[:-2])
 
 
-def _learned(grid: Sequence[int], width: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, math.prod(grid), width), std=0.02))
-
-
-def _blocks(layers: int, width: int, inner: int, heads: int) -> nn.ModuleList:
-    """Blocks whose outputs begin the smaller, the deeper they are (as in EVA-02)."""
-    blocks = nn.ModuleList(_Block(width, inner, heads) for _ in range(layers))
-    for depth, block in enumerate(blocks, start=1):
-        for name, layer in block.named_modules():
-            if isinstance(layer, nn.Linear):
-                scale = math.sqrt(2 * depth) if name in ("attn.proj", "mlp.fc2") else 1.0
-                nn.init.trunc_normal_(layer.weight, std=0.02 / scale, a=-2 / scale, b=2 / scale)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-    return blocks
-
-
 def _initialised(convolution: nn.Conv3d | nn.ConvTranspose3d) -> nn.Module:
     assert convolution.bias is not None
     nn.init.kaiming_normal_(convolution.weight, a=0.01)
     nn.init.zeros_(convolution.bias)
     return convolution
+
+
+def _learned(grid: Sequence[int], width: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, math.prod(grid), width), std=0.02))
