@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import Optimizer, Section, Stage, of_kinds, one_or_more
+from ssl_ray.pretrain.tasks.masked.settings import Masked
 from ssl_ray.pretrain.tasks.restoration.settings import Restoration
 
-AnyTask = Annotated[Restoration, of_kinds("restoration")]
+AnyTask = Annotated[Restoration | Masked, Field(discriminator="kind"), of_kinds("restoration")]
 """The settings of any pretraining task."""
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from ssl_ray.config.loading import dump, flatten, parse
 from ssl_ray.config.schema import Finetune, Preparation, Pretrain, Study
 from ssl_ray.errors import UserError
+from ssl_ray.pretrain.tasks.masked.settings import Masked
+from ssl_ray.pretrain.tasks.restoration.settings import Restoration
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
@@ -151,6 +153,37 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(file: Path, key: str
     line = next(line for line in message.splitlines() if "unknown key" in line)
     assert f"{file}: {key}: unknown key; " in line
     assert (f"did you mean '{near}'?" in line) if near else ("valid keys: name, lr," in line)
+
+
+def test_a_task_is_named_by_a_string_or_by_its_kind(file: Path) -> None:
+    """Restoration where nothing is said; what is left out of a task is its default."""
+    assert load(file).pretrain.task == Restoration()
+    assert load(file, ["pretrain.task=masked"]).pretrain.task == Masked()
+    assert load(file, ["pretrain.task={kind: masked, loss: l1}"]).pretrain.task == Masked(loss="l1")
+    assert load(file, ["pretrain.task.corruption.growing=true"]).pretrain.task.corruption.growing
+
+
+@pytest.mark.parametrize(
+    ("task", "rule"),
+    [
+        ("maskd", "pretrain.task: input tag 'maskd' found using 'kind' does not match any of the expected tags"),
+        ({"kind": "masked", "ration": 0.5}, "pretrain.task.ration: unknown key; did you mean 'ratio'?"),
+        ({"kind": "masked", "ratio": 1}, "pretrain.task.ratio: input should be less than 1, got 1"),
+        ({"kind": "masked", "corruption": {}}, "pretrain.task.corruption: unknown key"),
+        (
+            {"kind": "masked", "decoder": {"num_heads": 7}},
+            "decoder: hidden_size must be a multiple of num_heads, got",
+        ),
+        (
+            {"kind": "masked", "ratio": 0.999},
+            "ratio: 0.999 of the 216 tokens of a patch [96, 96, 96] leaves 0 to be",
+        ),
+        ({"kind": "masked", "ratio": 0.001}, "leaves 216 to be seen; at least one must be seen and one dropped"),
+    ],
+)
+def test_a_broken_rule_of_a_task_is_named_without_its_kind(file: Path, task: Any, rule: str) -> None:
+    """The place is the key in the YAML."""
+    assert rule in refusal(change(file, "pretrain.task", task))
 
 
 def test_all_mistakes_are_told_at_once(file: Path) -> None:

@@ -60,3 +60,5 @@ def test_pretrainings_of_a_study_differ_in_their_seed_alone() -> None:
     task = {"contrastive": {"enabled": True}}
     contrastive = [small_study(pretrain={"task": task, "workers": number}) for number in (1, 2)]
     assert key(recipe_of(contrastive[0])) != key(recipe_of(contrastive[1])), "negatives are the worker's own patches"
+    masked = [small_study(pretrain={"patch_size": 32, "task": {"kind": "masked", "ratio": r}}) for r in (0.5, 0.75)]
+    assert len({key(recipe_of(study)) for study in (*masked, small_study(pretrain={"patch_size": 32}))}) == 3

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_learner import BATCH, CPU, LEVELS, SIDE, make, same, steps, weights
+from tiny_learner import BATCH, CPU, LEVELS, MASKED, SIDE, images_of, make, same, steps, weights
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.pretrain import learner as module
 from ssl_ray.pretrain.learner import scale
+from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw, draws_of
 from ssl_ray.pretrain.tasks.restoration.settings import Corruption
 from ssl_ray.training import compile as compiled
@@ -39,24 +41,76 @@ def test_the_contrastive_view_changes_the_training(tmp_path: Path) -> None:
     assert two[2] != one[2]
 
 
-def test_a_resumed_learner_goes_on_bit_by_bit(tmp_path: Path) -> None:
+TASKS = pytest.mark.parametrize("task", [{}, MASKED], ids=["restoration", "masked"])
+
+
+@TASKS
+def test_a_resumed_learner_goes_on_bit_by_bit(tmp_path: Path, task: dict[str, Any]) -> None:
     """State out, state in: the losses and the state after six more steps are those of the undisturbed learner."""
-    undisturbed = make(tmp_path)
+    undisturbed = make(tmp_path, **task)
     steps(undisturbed, 0, 3)
     state = copy.deepcopy(undisturbed.state())
     losses = steps(undisturbed, 3, 9)
-    resumed = make(tmp_path)
+    resumed = make(tmp_path, **task)
     resumed.load(state)
     assert steps(resumed, 3, 9) == losses
     assert same(resumed.state(), undisturbed.state())
 
 
-def test_accumulated_microbatches_equal_the_whole_batch(tmp_path: Path) -> None:
+@TASKS
+def test_accumulated_microbatches_equal_the_whole_batch(tmp_path: Path, task: dict[str, Any]) -> None:
     """Three patches and then one, or four at once: the same losses and, to rounding, the same weights."""
-    whole, parts = make(tmp_path), make(tmp_path, microbatch=3)
+    whole, parts = make(tmp_path, **task), make(tmp_path, microbatch=3, **task)
     np.testing.assert_allclose(steps(parts, 0, 4), steps(whole, 0, 4), rtol=1e-5)
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], value, rtol=1e-4, atol=1e-5)
+
+
+@TASKS
+def test_a_training_learns(tmp_path: Path, task: dict[str, Any]) -> None:
+    """On the same patches again and again the loss falls."""
+    made = make(tmp_path, **task)
+    losses = [float(made.step(images_of(made, 0), np.arange(BATCH), 1, 1e-2)[0]) for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@TASKS
+def test_ddp_finds_no_parameter_unused(tmp_path: Path, task: dict[str, Any]) -> None:
+    """A backward pass reaches all that is trainable, and nothing but idle norms is frozen."""
+    made = make(tmp_path, **task)
+    clean = scale(torch.from_numpy(images_of(made, 0)), LEVELS)
+    made.task(made.task.see(clean, [made.task.draw(0, np.arange(BATCH), 0)]), clean)[1].backward()
+    parameters = dict(made.network.named_parameters())
+    assert {name for name, value in parameters.items() if value.grad is None} == {
+        name for name, value in parameters.items() if not value.requires_grad
+    }
+    assert all("norm_cross_attn" in name for name, value in parameters.items() if not value.requires_grad)
+    assert {id(value) for value in made.task.parameters()} == {id(value) for value in parameters.values()}
+
+
+@TASKS
+def test_what_is_sharded_and_compiled_is_part_of_the_task(tmp_path: Path, task: dict[str, Any]) -> None:
+    """Each block once, and a forward pass calls every part."""
+    made = make(tmp_path, **task)
+    called: set[int] = set()
+    assert len({id(block) for block in made.task.blocks}) == len(made.task.blocks) >= 12
+    assert {id(block) for block in made.task.blocks} <= {id(part) for part in made.task.parts}
+    for part in made.task.parts:
+        part.register_forward_pre_hook(lambda module, _: called.add(id(module)))
+    steps(made, 0, 1)
+    assert called == {id(part) for part in made.task.parts}
+
+
+@TASKS
+def test_what_is_counted_is_what_a_step_computes(tmp_path: Path, task: dict[str, Any]) -> None:
+    """Floating-point operations of a patch, on the meta device, against a batch with content."""
+    made = make(tmp_path, **task)
+    cost = task_cost(made.config.task, made.job.recipe.network, made.config.patch_size)
+    clean = scale(torch.from_numpy(images_of(made, 0)), LEVELS)
+    seen = made.task.see(clean, [made.task.draw(0, np.arange(BATCH), 0)])
+    with FlopCounterMode(display=False) as counter:
+        made.task(seen, clean)[1].backward()
+    assert BATCH * cost.training == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -137,6 +191,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"microbatch": 3},
     {"task": {"contrastive": {"enabled": True}}},
+    MASKED,
     {"optimizer": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 0.01}},
 ]
 

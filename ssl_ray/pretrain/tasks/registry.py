@@ -14,6 +14,7 @@ from ssl_ray.networks.flops import Cost, counted
 from ssl_ray.pretrain.tasks.protocol import Task
 
 MODULES = {
+    "masked": "ssl_ray.pretrain.tasks.masked.task",
     "restoration": "ssl_ray.pretrain.tasks.restoration.task",
 }
 """By `pretrain.task.kind`."""

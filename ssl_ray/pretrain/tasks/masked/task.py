@@ -1,0 +1,151 @@
+"""The masked autoencoder in training: the encoder of the tokens that are seen, a light decoder of all, the loss."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ssl_ray.config.schema import Network
+from ssl_ray.networks.protocol import Encoder
+from ssl_ray.networks.registry import build_encoder
+from ssl_ray.pretrain.tasks.masked.settings import Decoder, Masked
+from ssl_ray.pretrain.tasks.protocol import Task, Validation
+from ssl_ray.random import words_of
+
+
+def build_task(settings: Masked, network: Network, patch_size: Sequence[int], channels: int) -> Task:
+    """The network's encoder, and blocks of its own kind to decode."""
+    encoder = build_encoder(network, patch_size, channels)
+    return MaskedTask(settings, MaskedAutoencoder(encoder, settings.decoder, patch_size, channels), patch_size)
+
+
+class MaskedAutoencoder(nn.Module):
+    """An encoder of some tokens, and a decoder of all N. P is the number of voxels of a token, all channels counted."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, patch_size: Sequence[int], channels: int) -> None:
+        super().__init__()
+        width = decoder.hidden_size
+        self.encoder = encoder
+        self.narrow = nn.Linear(encoder.hidden_size, width)
+        self.dropped = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
+        self.decoder = encoder.build_decoder(patch_size, **decoder.model_dump())
+        self.voxels = nn.Linear(width, channels * math.prod(encoder.token))
+
+    def decode(self, patches: Tensor, places: Tensor) -> Tensor:
+        """Patches (B, C, X, Y, Z), of which the tokens at `places` (B, n) are seen -> (B, N, width)."""
+        tokens = self.encoder.embed(patches)  # (B, N, hidden)
+        seen = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))  # (B, n, hidden)
+        seen = self.narrow(self.encoder.encode(seen, places))  # (B, n, width)
+        everywhere = self.dropped.to(seen.dtype).expand(len(seen), tokens.shape[1], -1)
+        decoded: Tensor = self.decoder(everywhere.scatter(1, places[..., None].expand_as(seen), seen))
+        return decoded
+
+    def predict(self, decoded: Tensor) -> Tensor:
+        """(B, N, width) -> voxels (B, N, P), float32."""
+        voxels: Tensor = self.voxels(decoded)
+        return voxels.float()
+
+
+class MaskedTask(Task):
+    """L1 or L2 on the voxels of dropped tokens."""
+
+    def __init__(self, settings: Masked, network: MaskedAutoencoder, patch_size: Sequence[int]) -> None:
+        super().__init__()
+        self.grid = network.encoder.grid(patch_size)
+        self.kept = settings.kept(math.prod(self.grid))
+        self.objective = _Objective(network, settings, self.kept)
+
+    @property
+    def network(self) -> MaskedAutoencoder:
+        """Encoder and decoder."""
+        return self.objective.network
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, under this name in the network."""
+        return self.network.encoder
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Those of the encoder and of the decoder."""
+        return [*self.encoder.blocks, *self.network.decoder.blocks]
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The encoder's, the decoder's blocks, and what follows them."""
+        return [*self.encoder.parts, *self.network.decoder.blocks, self.objective]
+
+    def draw(self, seed: int, indices: NDArray[np.int64], view: int) -> Tensor:
+        """The places of all N tokens in random order, those to be seen at the front: (B, N)."""
+        words = words_of(seed, indices, view, math.prod(self.grid))
+        return torch.from_numpy(words.argsort(axis=1, kind="stable"))
+
+    def see(self, clean: Tensor, tables: Sequence[Tensor]) -> Tensor:
+        """That order; the network takes its tokens out of the clean patch."""
+        return tables[0]
+
+    def forward(self, seen: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean over dropped tokens, reported and minimised."""
+        loss: Tensor = self.objective(self.network.decode(clean, seen[:, : self.kept]), seen, clean)
+        return loss, loss
+
+    def validate(self, seen: Tensor, clean: Tensor) -> Validation:
+        """Beside the loss that of predicting the mean of what is seen, by channel; of normalised tokens that is 0."""
+        made = self.network.predict(self.network.decode(clean, seen[:, : self.kept]))  # (B, N, P)
+        voxels = tokens_of(clean, self.encoder.token)
+        mean, scale = self.objective.units(voxels)
+        targets = (voxels - mean) / scale
+        places = seen[:, : self.kept, None].expand(-1, -1, voxels.shape[2])
+        channels = targets.gather(1, places).unflatten(2, (clean.shape[1], -1))  # (B, n, C, P / C)
+        guess = channels.mean(dim=(1, 3)).repeat_interleave(channels.shape[3], 1)  # (B, P)
+        losses = {"loss": made, "mean_loss": guess[:, None].expand_as(targets)}
+        made = made * scale + mean
+        dropped = torch.ones_like(voxels, dtype=torch.bool).scatter(1, places, False)
+        rows = {"ground truth": voxels, "seen": torch.where(dropped, torch.nan, voxels), "made": made}
+        rows["made, seen put back"] = torch.where(dropped, made, voxels)
+        return Validation(
+            {name: self.objective.loss(one, targets, seen).mean(dtype=torch.float64) for name, one in losses.items()},
+            {name: patches_of(row, self.grid, self.encoder.token) for name, row in rows.items()},
+        )
+
+
+class _Objective(nn.Module):
+    """What follows the decoder's last norm."""
+
+    def __init__(self, network: MaskedAutoencoder, settings: Masked, kept: int) -> None:
+        super().__init__()
+        self.network, self.settings, self.kept = network, settings, kept
+
+    def forward(self, decoded: Tensor, order: Tensor, clean: Tensor) -> Tensor:
+        """(B, N, width), places (B, N), patches -> mean loss."""
+        voxels = tokens_of(clean, self.network.encoder.token)
+        mean, scale = self.units(voxels)
+        return self.loss(self.network.predict(decoded), (voxels - mean) / scale, order).mean()
+
+    def units(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which values are 0 and 1 for the loss, a token: two times (B, N, 1)."""
+        if self.settings.normalise:
+            return voxels.mean(dim=2, keepdim=True), (voxels.var(dim=2, keepdim=True) + 1e-6).sqrt()
+        return torch.zeros_like(voxels[..., :1]), torch.ones_like(voxels[..., :1])
+
+    def loss(self, made: Tensor, targets: Tensor, order: Tensor) -> Tensor:
+        """(B, N, P), twice -> mean over the voxels of each dropped token, (B, N - n)."""
+        error = made - targets
+        error = error.abs() if self.settings.loss == "l1" else error.square()
+        return error.mean(dim=2).gather(1, order[:, self.kept :])
+
+
+def tokens_of(patches: Tensor, token: Sequence[int]) -> Tensor:
+    """(B, C, X, Y, Z) -> (B, N, P): the voxels of a token in C order, channel by channel."""
+    p, q, r = token
+    return rearrange(patches, "b c (x p) (y q) (z r) -> b (x y z) (c p q r)", p=p, q=q, r=r)
+
+
+def patches_of(voxels: Tensor, grid: Sequence[int], token: Sequence[int]) -> Tensor:
+    """The inverse of `tokens_of`."""
+    sides = dict(zip("xyzpqr", (*grid, *token), strict=True))
+    return rearrange(voxels, "b (x y z) (c p q r) -> b c (x p) (y q) (z r)", **sides)
