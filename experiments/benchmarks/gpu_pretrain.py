@@ -386,6 +386,7 @@ def variants(bench: Bench) -> None:
             "plain, eager": make(plain),
             "attention's own indexing": make(attention),
             "two views": make(task={"contrastive": {"enabled": True}}),
+            "masked": make(task="masked"),
         }
         if bench.device.type == "cuda":
             kinds["convolutions"] = make(convolutions)

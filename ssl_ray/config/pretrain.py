@@ -34,6 +34,7 @@ class Pretrain(Stage):
     epochs: PositiveInt = 300
     pretrainings: PositiveInt = Field(1, description="1: all runs start from the same; finetune.runs: each has its own")
     task: AnyTask = Restoration()
+    weights: str | None = Field(None, description="a file to go on from: its encoder, and its decoder if of the task")
     optimizer: PretrainingOptimizer = PretrainingOptimizer()
     validate_every: PositiveInt = Field(2, description="epochs")
     picture_every: PositiveInt = Field(5, description="validations")

@@ -1,4 +1,4 @@
-"""The strict transfer of a pretrained encoder into a network that segments: complete, or refused with the reason."""
+"""The strict transfer of an encoder into another network: it is complete, or refused with the reason."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from ssl_ray.text import shown
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a transfer did to the encoder of a network; keys as in its state dict.
+    """What a transfer did to an encoder; keys as in its state dict.
 
     loaded: number of parameters that were copied unchanged.
     interpolated: the position embeddings where they were resampled to another grid of tokens, or nothing.
@@ -36,24 +36,33 @@ class Transfer:
 def transfer(
     weights: Mapping[str, Tensor], network: nn.Module, source: str, metadata: Mapping[str, str] | None = None
 ) -> Transfer:
-    """Copy the encoder of a pretraining network into `network.encoder`, in place: the whole of it, or nothing.
+    """Copy a pretrained encoder into `network.encoder`, in place: the whole of it, or nothing, see `take`.
+
+    A network without one, which is never pretrained, is a UserError.
+    """
+    if not isinstance(network, Segmenter):
+        raise UserError(f"{source}: a {type(network).__name__} has no encoder that weights could be taken into")
+    return take(weights, network.encoder, network.feat_size, source, metadata or {})
+
+
+def take(
+    weights: Mapping[str, Tensor], vit: Encoder, grid: tuple[int, int, int], source: str, metadata: Mapping[str, str]
+) -> Transfer:
+    """Copy a pretrained encoder into `vit`, of this grid of tokens, in place: the whole of it, or nothing.
 
     Every parameter that the tokens depend on must be there, in the shape that it has here. The one exception are
     position embeddings of another grid of tokens: they are interpolated trilinearly (as MAE and timm do in 2D).
+    An autoencoder's decoder, in the weights or in `vit`, is left alone.
     State dicts of MONAI 0.8 to 1.6 have the same names and meaning, but for idle parameters, which may differ. The
     encoder may be a part of a larger network, all its keys with one prefix, such as `model.`; the other parts are left
     out. Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
 
     Raises:
         UserError: naming the source, for NaN or infinite weights, encoder keys that are missing, unexpected or of
-            another shape, several encoders, another kind of network or number of heads, a grid of tokens that cannot be
-            told, or a network that is never pretrained.
+            another shape, several encoders, another kind of network or number of heads, or a grid of tokens that cannot
+            be told.
     """
-    metadata = metadata or {}
-    if not isinstance(network, Segmenter):
-        raise UserError(f"{source}: a {type(network).__name__} has no encoder that weights could be taken into")
-    vit = network.encoder
-    wanted: dict[str, Tensor] = vit.state_dict()
+    wanted = {key: value for key, value in vit.state_dict().items() if not key.startswith(vit.beside)}
     prefix = _prefix(weights, vit.positions, source)
     inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     encoder = {key: value for key, value in inside.items() if not key.startswith(vit.beside)}
@@ -80,11 +89,11 @@ def transfer(
         listed = "; ".join(f"{name}: {_first(keys)}" for name, keys in complaints.items() if keys)
         raise UserError(f"{source}: not the weights of this ViT: {listed}")
     values = {key: encoder[key] for key in wanted if key in encoder}
-    grid = _source_grid(values[vit.positions].shape[1], network.feat_size, vit, metadata, source)
-    resampled = grid != network.feat_size
+    given = _source_grid(values[vit.positions].shape[1], grid, vit, metadata, source)
+    resampled = given != grid
     if resampled:  # (1, tokens, hidden), to another grid that covers the same patch
-        volume = values[vit.positions].float().transpose(1, 2).reshape(1, -1, *grid)
-        volume = nn.functional.interpolate(volume, tuple(network.feat_size), mode="trilinear")
+        volume = values[vit.positions].float().transpose(1, 2).reshape(1, -1, *given)
+        volume = nn.functional.interpolate(volume, tuple(grid), mode="trilinear")
         values[vit.positions] = volume.flatten(2).transpose(1, 2)
     vit.load_state_dict(values, strict=False)
     return Transfer(

@@ -19,6 +19,7 @@ from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.pretrain.samples import Sample
+from ssl_ray.pretrain.start import start_from
 from ssl_ray.pretrain.tasks.registry import build_task
 from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
@@ -34,8 +35,10 @@ class PretrainingLearner:
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, _settled(job, device), device
         torch.manual_seed(job.recipe.seed)
-        self.task = build_task(self.config.task, job.recipe.network, self.config.patch_size).to(device)
-        self.network = self.task.network
+        self.task = build_task(self.config.task, job.recipe.network, self.config.patch_size)
+        if job.recipe.weights:
+            start_from(job.recipe.weights, self.task, self.config.patch_size)
+        self.network = self.task.to(device).network
         self.dtype = resolve(self.config.precision, device)
         if device.type == "cuda":
             use_fast_attention(self.network)

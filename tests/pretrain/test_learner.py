@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from tiny_learner import BATCH, CPU, LEVELS, MASKED, SIDE, images_of, make, same, steps, weights
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.pretrain import learner as module
 from ssl_ray.pretrain.learner import scale
+from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw, draws_of
 from ssl_ray.pretrain.tasks.restoration.settings import Corruption
@@ -111,6 +114,36 @@ def test_what_is_counted_is_what_a_step_computes(tmp_path: Path, task: dict[str,
     with FlopCounterMode(display=False) as counter:
         made.task(seen, clean)[1].backward()
     assert BATCH * cost.training == counter.get_total_flops()
+
+
+class Noise(Feed):
+    """Patches that no file is needed for, a function of their sample."""
+
+    def read(self, samples: Any) -> Any:
+        size = self.table.patch_size
+        draws = (np.random.default_rng([sample.volume, *sample.origin]) for sample in samples)
+        return np.stack([draw.integers(0, LEVELS + 1, size, dtype=np.uint8) for draw in draws])
+
+
+@pytest.mark.parametrize(("task", "baseline"), [({}, "identity"), (MASKED, "mean")], ids=["restoration", "masked"])
+def test_a_validation_is_fixed_and_has_a_baseline_and_a_picture(
+    tmp_path: Path, task: dict[str, Any], baseline: str
+) -> None:
+    """Its losses are means over all patches, whatever the batches; the best weights say their task."""
+    made, parts = make(tmp_path, **task), make(tmp_path, microbatch=3, **task)
+    samples = made.job.validation
+    for one in (made, parts):
+        feed = Noise(samples.table, samples.store, samples.keys, samples.ids, "uint8", LEVELS)
+        one.job = replace(one.job, validation=feed)
+    found = made.validate(0, 1, 7, picture=True)
+    picture = str(found.pop("picture"))
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    assert [*found] == ["validation_loss", f"validation_{baseline}_loss"]
+    assert found == made.validate(0, 1, 8, picture=False)
+    assert found == pytest.approx(parts.validate(0, 1, 7, picture=False), rel=1e-5)
+    assert made.best == found["validation_loss"]
+    facts = load_metadata(made.job.weights)
+    assert (facts["task"], facts["step"]) == (made.config.task.kind, "7")
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

@@ -56,22 +56,22 @@ def test_every_token_is_seen_as_often() -> None:
 @pytest.mark.parametrize(("ratio", "kept"), [(0.75, 6), (0.5, 12), (0.9, 2)])
 def test_the_ratio_is_the_share_that_is_dropped(ratio: float, kept: int) -> None:
     """Of 24 tokens."""
-    assert make(ratio=ratio).kept == Masked(ratio=ratio).kept(24) == kept
+    assert make(ratio=ratio).objective.kept == Masked(ratio=ratio).kept(24) == kept
 
 
 def test_the_network_sees_nothing_of_what_is_dropped() -> None:
     """Other voxels there change no prediction; one seen voxel changes those of all tokens."""
     task, clean = make(), patches(1)
     order = task.draw(0, np.arange(1), 0)
-    places = order[:, : task.kept]
-    made = task.network.predict(task.network.decode(clean, places))
+    places = order[:, : task.objective.kept]
+    made = task.network.predict(task.network(clean, places))
     assert made.shape == (1, 24, 16**3)
     other = clean.clone()
-    for token in order[0, task.kept :].tolist():
+    for token in order[0, task.objective.kept :].tolist():
         other[(0, 0, *boxes()[token])] = 7
-    assert torch.equal(task.network.predict(task.network.decode(other, places)), made)
+    assert torch.equal(task.network.predict(task.network(other, places)), made)
     other[(0, 0, *(box.start for box in boxes()[int(places[0, 0])]))] += 1
-    assert (task.network.predict(task.network.decode(other, places)) != made).any(dim=2).all()
+    assert (task.network.predict(task.network(other, places)) != made).any(dim=2).all()
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -83,14 +83,14 @@ def test_the_loss_is_that_of_the_paper(loss: str, normalise: bool, channels: int
     order = task.draw(0, np.arange(3), 0)
     with torch.no_grad():
         reported, minimised = task(task.see(clean, [order]), clean)
-        predicted = task.network.predict(task.network.decode(clean, order[:, : task.kept]))
+        predicted = task.network.predict(task.network(clean, order[:, : task.objective.kept]))
         target = torch.stack([clean[(slice(None), slice(None), *box)].flatten(1) for box in boxes()], dim=1)
         if normalise:
             mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
             target = (target - mean) / (var + 1.0e-6) ** 0.5
         difference = predicted - target
         each = (difference.abs() if loss == "l1" else difference**2).mean(dim=-1)  # (B, N)
-        mask = torch.ones(3, 24).scatter(1, order[:, : task.kept], 0)  # 0 is keep, 1 is remove
+        mask = torch.ones(3, 24).scatter(1, order[:, : task.objective.kept], 0)  # 0 is keep, 1 is remove
         expected = (each * mask).sum() / mask.sum()
         checked = task.validate(order, clean).losses["loss"]
     torch.testing.assert_close(reported, expected)
@@ -102,7 +102,7 @@ def test_the_baseline_is_the_mean_of_what_is_seen() -> None:
     """Where seen tokens are 0.2 in one channel and 0.6 in the other, and dropped ones 0.5: L1 is (0.3 + 0.1) / 2."""
     task, clean = make(2, loss="l1"), torch.full((1, 2, *SIZE), 0.5)
     order = task.draw(0, np.arange(1), 0)
-    for token in order[0, : task.kept].tolist():
+    for token in order[0, : task.objective.kept].tolist():
         clean[(0, 0, *boxes()[token])], clean[(0, 1, *boxes()[token])] = 0.2, 0.6
     assert float(task.validate(order, clean).losses["mean_loss"]) == pytest.approx(0.2, abs=1e-6)
     random = make(normalise=True, loss="l2").validate(task.draw(0, np.arange(2), 0), patches(2)).losses["mean_loss"]

@@ -13,7 +13,7 @@ from ssl_ray.config.schema import Network
 from ssl_ray.networks.protocol import Encoder
 from ssl_ray.networks.registry import build_encoder
 from ssl_ray.pretrain.tasks.masked.settings import Decoder, Masked
-from ssl_ray.pretrain.tasks.protocol import Task, Validation
+from ssl_ray.pretrain.tasks.protocol import Objective, Task, Validation
 from ssl_ray.random import words_of
 
 
@@ -35,7 +35,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = encoder.build_decoder(patch_size, **decoder.model_dump())
         self.voxels = nn.Linear(width, channels * math.prod(encoder.token))
 
-    def decode(self, patches: Tensor, places: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, places: Tensor) -> Tensor:
         """Patches (B, C, X, Y, Z), of which the tokens at `places` (B, n) are seen -> (B, N, width)."""
         tokens = self.encoder.embed(patches)  # (B, N, hidden)
         seen = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))  # (B, n, hidden)
@@ -53,31 +53,12 @@ class MaskedAutoencoder(nn.Module):
 class MaskedTask(Task):
     """L1 or L2 on the voxels of dropped tokens."""
 
+    objective: "_Objective"
+
     def __init__(self, settings: Masked, network: MaskedAutoencoder, patch_size: Sequence[int]) -> None:
-        super().__init__()
-        self.grid = network.encoder.grid(patch_size)
-        self.kept = settings.kept(math.prod(self.grid))
-        self.objective = _Objective(network, settings, self.kept)
-
-    @property
-    def network(self) -> MaskedAutoencoder:
-        """Encoder and decoder."""
-        return self.objective.network
-
-    @property
-    def encoder(self) -> Encoder:
-        """The encoder, under this name in the network."""
-        return self.network.encoder
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """Those of the encoder and of the decoder."""
-        return [*self.encoder.blocks, *self.network.decoder.blocks]
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        """The encoder's, the decoder's blocks, and what follows them."""
-        return [*self.encoder.parts, *self.network.decoder.blocks, self.objective]
+        grid = network.encoder.grid(patch_size)
+        super().__init__(_Objective(network, settings, settings.kept(math.prod(grid))))
+        self.grid = grid
 
     def draw(self, seed: int, indices: NDArray[np.int64], view: int) -> Tensor:
         """The places of all N tokens in random order, those to be seen at the front: (B, N)."""
@@ -90,31 +71,32 @@ class MaskedTask(Task):
 
     def forward(self, seen: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over dropped tokens, reported and minimised."""
-        loss: Tensor = self.objective(self.network.decode(clean, seen[:, : self.kept]), seen, clean)
+        loss: Tensor = self.objective(self.network(clean, seen[:, : self.objective.kept]), seen, clean)
         return loss, loss
 
     def validate(self, seen: Tensor, clean: Tensor) -> Validation:
         """Beside the loss that of predicting the mean of what is seen, by channel; of normalised tokens that is 0."""
-        made = self.network.predict(self.network.decode(clean, seen[:, : self.kept]))  # (B, N, P)
-        voxels = tokens_of(clean, self.encoder.token)
-        mean, scale = self.objective.units(voxels)
+        task, token = self.objective, self.encoder.token
+        voxels = tokens_of(clean, token)  # (B, N, P)
+        mean, scale = task.units(voxels)
         targets = (voxels - mean) / scale
-        places = seen[:, : self.kept, None].expand(-1, -1, voxels.shape[2])
+        made = task.network.predict(self.network(clean, seen[:, : task.kept]))
+        places = seen[:, : task.kept, None].expand(-1, -1, voxels.shape[2])
         channels = targets.gather(1, places).unflatten(2, (clean.shape[1], -1))  # (B, n, C, P / C)
-        guess = channels.mean(dim=(1, 3)).repeat_interleave(channels.shape[3], 1)  # (B, P)
-        losses = {"loss": made, "mean_loss": guess[:, None].expand_as(targets)}
+        guess = channels.mean(dim=(1, 3)).repeat_interleave(channels.shape[3], 1)[:, None].expand_as(targets)
+        losses = {
+            name: task.loss(values, targets, seen).mean(dtype=torch.float64)
+            for name, values in (("loss", made), ("mean_loss", guess))
+        }
         made = made * scale + mean
         dropped = torch.ones_like(voxels, dtype=torch.bool).scatter(1, places, False)
         rows = {"ground truth": voxels, "seen": torch.where(dropped, torch.nan, voxels), "made": made}
         rows["made, seen put back"] = torch.where(dropped, made, voxels)
-        return Validation(
-            {name: self.objective.loss(one, targets, seen).mean(dtype=torch.float64) for name, one in losses.items()},
-            {name: patches_of(row, self.grid, self.encoder.token) for name, row in rows.items()},
-        )
+        return Validation(losses, {name: patches_of(row, self.grid, token) for name, row in rows.items()})
 
 
-class _Objective(nn.Module):
-    """What follows the decoder's last norm."""
+class _Objective(Objective):
+    network: MaskedAutoencoder
 
     def __init__(self, network: MaskedAutoencoder, settings: Masked, kept: int) -> None:
         super().__init__()
@@ -126,11 +108,11 @@ class _Objective(nn.Module):
         mean, scale = self.units(voxels)
         return self.loss(self.network.predict(decoded), (voxels - mean) / scale, order).mean()
 
-    def units(self, voxels: Tensor) -> tuple[Tensor, Tensor]:
-        """Which values are 0 and 1 for the loss, a token: two times (B, N, 1)."""
-        if self.settings.normalise:
-            return voxels.mean(dim=2, keepdim=True), (voxels.var(dim=2, keepdim=True) + 1e-6).sqrt()
-        return torch.zeros_like(voxels[..., :1]), torch.ones_like(voxels[..., :1])
+    def units(self, voxels: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """The values that are 0, and 1 more than that, for the loss: of each token (B, N, 1), or of all."""
+        if not self.settings.normalise:
+            return 0.0, 1.0
+        return voxels.mean(dim=2, keepdim=True), (voxels.var(dim=2, keepdim=True) + 1e-6).sqrt()
 
     def loss(self, made: Tensor, targets: Tensor, order: Tensor) -> Tensor:
         """(B, N, P), twice -> mean over the voxels of each dropped token, (B, N - n)."""

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ssl_ray.config.schema import Network
 from ssl_ray.networks.protocol import Autoencoder
 from ssl_ray.networks.registry import build_autoencoder
-from ssl_ray.pretrain.tasks.protocol import Task, Validation
+from ssl_ray.pretrain.tasks.protocol import Objective, Task, Validation
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw, draws_of
 from ssl_ray.pretrain.tasks.restoration.settings import Contrastive, Restoration
 
@@ -24,39 +24,20 @@ def build_task(settings: Restoration, network: Network, patch_size: Sequence[int
 class RestorationTask(Task):
     """L1 between patches and their restorations, and with two views a contrastive loss between these."""
 
+    objective: "_Objective"
+
     def __init__(self, settings: Restoration, network: Autoencoder, patch_size: Sequence[int]) -> None:
-        super().__init__()
-        self.settings, self.patch_size = settings, patch_size
+        super().__init__(_Objective(network, settings.contrastive))
+        self.corruption, self.patch_size = settings.corruption, patch_size
         self.views = 2 if settings.contrastive.enabled else 1
-        self.objective = _Objective(network, settings.contrastive)
-
-    @property
-    def network(self) -> Autoencoder:
-        """The autoencoder."""
-        return self.objective.network
-
-    @property
-    def encoder(self) -> Autoencoder:
-        """The same: its decoder's parameters are beside the encoder's."""
-        return self.objective.network
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """Those of the encoder."""
-        return [*self.network.blocks]
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        """The encoder's, and what follows the tokens."""
-        return [*self.network.parts, self.objective]
 
     def draw(self, seed: int, indices: NDArray[np.int64], view: int) -> Tensor:
         """Boxes, noise and shuffling of each sample, see `corruption.Draws`."""
-        return draw(self.settings.corruption, self.patch_size, seed, indices, view).table
+        return draw(self.corruption, self.patch_size, seed, indices, view).table
 
     def see(self, clean: Tensor, tables: Sequence[Tensor]) -> Tensor:
         """Corrupted views, those of the first table before those of the second: (views * B, C, X, Y, Z)."""
-        return torch.cat([corrupt(clean, draws_of(self.settings.corruption, table)) for table in tables])
+        return torch.cat([corrupt(clean, draws_of(self.corruption, table)) for table in tables])
 
     def forward(self, seen: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """Mean L1 of the first view, and what is minimised."""
@@ -73,11 +54,11 @@ class RestorationTask(Task):
         return Validation(losses, {"ground truth": clean, "corrupted": seen, "restored": restored})
 
     def _tokens(self, seen: Tensor) -> Tensor:
-        return self.network.encode(self.network.embed(seen))
+        return self.encoder.encode(self.encoder.embed(seen))
 
 
-class _Objective(nn.Module):
-    """What follows the tokens: the decoder and the losses."""
+class _Objective(Objective):
+    network: Autoencoder
 
     def __init__(self, network: Autoencoder, contrastive: Contrastive) -> None:
         super().__init__()
