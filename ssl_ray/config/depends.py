@@ -43,8 +43,8 @@ def pretraining(settings: Pretrain, network: Network) -> dict[str, Any]:
         tree["workers"] = settings.worker_range[1]  # negatives are the worker's own patches
     elif "contrastive" in tree["task"]:
         tree["task"]["contrastive"] = {"enabled": False}
-    widths = network.model_dump(mode="json", exclude={"feature_size"})  # that of UNETR's decoder
-    return {"pretrain": {"version": VERSION["pretrain"], **tree}, "network": widths}
+    read = network.model_dump(mode="json", exclude=set(network.segmentation_only))
+    return {"pretrain": {"version": VERSION["pretrain"], **tree}, "network": read}
 
 
 def finetuning(settings: Finetune, network: Network) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ssl_ray.data.normalise import levels
 from ssl_ray.estimate.volumes import Group
 from ssl_ray.evaluate.sliding_window import sliding_windows
 from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.unetr import build_unetr
+from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import segments
 from ssl_ray.pretrain.tasks.registry import task_cost
@@ -63,7 +63,7 @@ def estimate_grid(
     places += [cluster["cpus"] / config.cpus_per_trial] if cluster["cpus"] is not None else []
     places += [cluster["gpus"] / config.gpus_per_trial] if config.gpus_per_trial else []
     at_once = min(trials, max(1, int(min(places))))
-    cost = network_cost(build_unetr, study.network, sides, config.cohort.classes)
+    cost = network_cost(build_segmentation, study.network, sides, 1, config.cohort.classes)
     validations = math.ceil(config.steps / config.validate_every)
     held_out = groups["labelled validation"], groups["labelled test"]
     overlap = config.sliding_window_overlap

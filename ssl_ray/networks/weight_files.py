@@ -29,8 +29,8 @@ _METADATA = "ssl_ray"
 
 def describe(network: Network, patch_size: Sequence[int]) -> dict[str, str]:
     """Metadata for `export`: what `transfer` must know of an autoencoder and cannot see in its weights."""
-    widths = network.model_dump(include={"hidden_size", "mlp_dim", "num_heads"})
-    return {name: str(value) for name, value in widths.items()} | {"patch_size": str(list(patch_size))}
+    read = network.model_dump(exclude=set(network.segmentation_only))
+    return {name: str(value) for name, value in read.items()} | {"patch_size": str(list(patch_size))}
 
 
 def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -29,7 +29,8 @@ def start_from(weights: Path, task: Task, patch_size: Sequence[int]) -> dict[str
     """
     state = load_weights(weights)
     report = take(state, task.encoder, task.encoder.grid(patch_size), str(weights), load_metadata(weights))
-    encoder = {id(value) for part in task.encoder.parts for value in part.parameters()}
+    named, other = task.encoder.named_parameters(), task.encoder.beside
+    encoder = {id(value) for name, value in named if not name.startswith(other)}
     beside = {name: value for name, value in task.network.named_parameters() if id(value) not in encoder}
     same = {name: state[name] for name, value in beside.items() if name in state and state[name].shape == value.shape}
     if whole := same.keys() == beside.keys():

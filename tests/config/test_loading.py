@@ -199,8 +199,9 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("pretrain.patch_size", 40, "pretrain.patch_size.0: input should be a multiple of 16, got 40"),
-        ("finetune.patch_size", [32, 32, 50], "finetune.patch_size.2: input should be a multiple of 16, got 50"),
+        ("pretrain.patch_size", 72, "pretrain.patch_size: a side must be a multiple of 16, the side of a token"),
+        ("pretrain.patch_size", 0, "pretrain.patch_size.0: input should be greater than 0, got 0"),
+        ("finetune.patch_size", [32, 32, 50], "(unetr), got [32, 32, 50]: 50 = 3 x 16 + 2"),
         ("pretrain.preparation.hu_window", [164, -57], "hu_window: the lower HU must be below the upper, got [164.0, "),
         ("pretrain.preparation.hu_window", [5, 5], "hu_window: the lower HU must be below the upper"),
         ("pretrain.preparation.hu_window", [-math.inf, 5], "preparation.hu_window.0: input should be a finite number"),

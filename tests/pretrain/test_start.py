@@ -9,8 +9,8 @@ from studies import small_study
 from tiny_learner import MASKED, make, same, steps, weights
 
 from ssl_ray.errors import UserError
+from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.networks.transfer import transfer
-from ssl_ray.networks.unetr import build_unetr
 from ssl_ray.networks.weight_files import describe, export, load_metadata, load_weights
 from ssl_ray.pretrain.driver import pretraining_key
 from ssl_ray.pretrain.learner import PretrainingLearner
@@ -60,7 +60,7 @@ def test_it_starts_from_the_encoder_of_any_task_and_from_the_decoder_of_its_own(
 def test_what_was_masked_goes_into_a_segmentation_network(tmp_path: Path) -> None:
     """The encoder, complete, by its name in the file; the decoder is left."""
     source, path = trained(tmp_path, **MASKED)
-    unetr = build_unetr(source.job.recipe.network, (32, 32, 32), 3)
+    unetr = build_segmentation(source.job.recipe.network, (32, 32, 32), 1, 3)
     report = transfer(load_weights(path), unetr, str(path), load_metadata(path))
     assert (report.prefix, report.share, report.interpolated) == ("encoder.", 1, ())
     assert same(dict(unetr.vit.state_dict()), encoder(source))

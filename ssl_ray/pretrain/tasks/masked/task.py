@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssl_ray.config.schema import Network
 from ssl_ray.networks.protocol import Encoder
-from ssl_ray.networks.unetr import build_encoder
+from ssl_ray.networks.registry import build_encoder
 from ssl_ray.pretrain.tasks.masked.settings import Decoder, Masked
 from ssl_ray.pretrain.tasks.protocol import Objective, Task, Validation
 from ssl_ray.random import words_of

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ssl_ray.config.schema import Network
 from ssl_ray.networks.protocol import Autoencoder
-from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.pretrain.tasks.protocol import Objective, Task, Validation
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw, draws_of
 from ssl_ray.pretrain.tasks.restoration.settings import Contrastive, Restoration
