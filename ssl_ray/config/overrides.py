@@ -9,18 +9,12 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a section, with those of all kinds that its parts may be of."""
+    """The dotted key of every value in a section, whatever kinds its parts may be of."""
     for name, field in section.model_fields.items():
-        yield f"{prefix}{name}"
-        for part in _sections(field.annotation):
-            yield from keys(part, f"{prefix}{name}.")
-
-
-def leaves(key: str, value: Any) -> dict[str, Any]:
-    """A value by its dotted key, a section by those of its fields; lists become tuples, so that all can be hashed."""
-    if isinstance(value, Mapping):
-        return {inner: leaf for name, part in value.items() for inner, leaf in leaves(f"{key}.{name}", part).items()}
-    return {key: tuple(value) if isinstance(value, list) else value}
+        inner = sections(field.annotation)
+        yield from (key for part in inner for key in keys(part, f"{prefix}{name}."))
+        if not inner:
+            yield f"{prefix}{name}"
 
 
 def changed(section: S, values: Mapping[str, Any]) -> S:
@@ -39,18 +33,14 @@ def read(section: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
 def _placed(section: BaseModel, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The section's tree with the values in it, and the values that found a place there."""
     tree, placed = section.model_dump(), {}
-    # A section comes before its fields, and of these first the kind, which says which others there are.
-    for key in sorted(values, key=lambda key: (key.rpartition(".")[0], not key.endswith(".kind"), key)):
+    for key in sorted(values, key=lambda key: not key.endswith(".kind")):  # the kind says which other keys there are
         *parents, last = key.split(".")
         node, model = tree, type(section)
         for part in parents:
-            known = _sections(model.model_fields[part].annotation) if part in model.model_fields else []
-            if not known:
+            if part not in model.model_fields or not (known := sections(model.model_fields[part].annotation)):
                 break
-            if node.get(part) is None:  # of another kind, with its defaults
-                node[part] = {}
-            node = node[part]
-            model = next((one for one in known if node.get("kind") in _kinds(one)), known[0])
+            node[part] = node = node.get(part) or {}
+            model = next((one for one in known if node.get("kind") in kinds(one)), known[0])
         else:
             if last == "kind" and node.get("kind") != values[key]:
                 node.clear()
@@ -59,13 +49,13 @@ def _placed(section: BaseModel, values: Mapping[str, Any]) -> tuple[dict[str, An
     return tree, placed
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
+def sections(annotation: Any) -> list[type[BaseModel]]:
     """The sections that a field of this type may hold: `Source` of `tuple[Source, ...]`, every one of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]
+    return [section for part in get_args(annotation) for section in sections(part)]
 
 
-def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
-    """What `kind` says where this section is meant, if it is one of several."""
+def kinds(section: type[BaseModel]) -> tuple[str, ...]:
+    """What `kind` says where this section is meant, if it is one of several kinds."""
     return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()

@@ -102,21 +102,13 @@ class Study(Section):
     def _can_be_searched(self) -> "Study":
         if self.search:
             tuned = self.finetune
-            if tuned.runs > 1:
+            if tuned.runs > 1 or tuned.grid.lr:
                 raise ValueError(
-                    f"finetune.runs: must be 1 in a search, whose best cell can be run again, got {tuned.runs}"
+                    "finetune: a search has one run, as its best cell can be run again, and draws learning rates by "
+                    f"search.space.finetune.optimizer.lr; got runs {tuned.runs} and grid.lr {tuned.grid.lr}"
                 )
-            if tuned.grid.lr:
-                raise ValueError(
-                    "finetune.grid.lr: a search draws learning rates by search.space.finetune.optimizer.lr"
-                )
-            check_space(self.unsearched, self.search.space, {"size": tuned.sizes, "init": tuned.grid.init})
+            check_space(self, self.search.space, {"size": tuned.sizes, "init": tuned.grid.init})
         return self
-
-    @property
-    def unsearched(self) -> "Study":
-        """The same experiment without its search."""
-        return self.model_copy(update={"search": None})
 
     @property
     def pretrains(self) -> bool:

@@ -2,29 +2,32 @@
 
 import difflib
 import math
+import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from ssl_ray.config.common import Section
-from ssl_ray.config.overrides import changed, keys, leaves, read
+from ssl_ray.config.overrides import S, changed, keys, read
 
-_SEARCHED = "finetune.", "pretrain.", "network."
-_APART = tuple(f"finetune.{name}" for name in ("cohort", "grid", "runs", "margin", "primary", "weights"))
-_APART += "pretrain.sources", "pretrain.pretrainings"
-"""Keys that say which cells and volumes there are, not how one cell is trained."""
+_SEARCHED = re.compile(
+    r"(finetune\.(?!weights)|pretrain\.|network\.)(?!(cohort|grid|runs|margin|primary|sources|pretrainings)\b)"
+)
+"""Keys that say how one cell is trained, not which cells and volumes there are."""
 
 
 def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    """One distribution with values that fit it; ends that YAML reads as text, such as 1e-4, become numbers."""
+    """One distribution, its values hashable; ends that YAML reads as text, such as 1e-4, become numbers."""
     if len(given) != 1:
         raise ValueError(f"exactly one of choice, uniform, loguniform and int, got {list(given)}")
     ((kind, values),) = given.items()
     if kind == "choice":
+        values = tuple(tuple(value) if isinstance(value, list) else value for value in values)
         if not values or any(value in values[:place] for place, value in enumerate(values)):
             raise ValueError(f"choice: at least one value, and none twice, got {list(values)}")
-        return given
+        return {kind: values}
     try:
         low, high = (int(str(value)) if kind == "int" else float(value) for value in values)
     except (TypeError, ValueError):
@@ -38,7 +41,7 @@ def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
 Distribution = Annotated[
     dict[Literal["choice", "uniform", "loguniform", "int"], tuple[Any, ...]], AfterValidator(_fits)
 ]
-"""E.g. `{loguniform: [1.0e-4, 1.0e-2]}`. Both ends may be drawn; a choice may be a whole section."""
+"""E.g. `{loguniform: [1.0e-4, 1.0e-2]}`; both ends may be drawn. A choice of one value sets it."""
 
 Metric = Literal[
     "dice_foreground",
@@ -72,41 +75,53 @@ class Search(Section):
         return self
 
 
+def resolved(experiment: S, values: Mapping[str, Any]) -> S:
+    """The experiment, validated, of which the cell with these values, `size` and `init` among them, is the only one."""
+    grid = {"finetune.grid.sizes": [values["size"]], "finetune.grid.init": [values["init"]], "finetune.grid.lr": None}
+    return changed(experiment, {**grid, "finetune.primary": None, "search": None, **values})
+
+
 def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given: Mapping[str, Sequence[Any]]) -> None:
-    """Check every key and value of a space with an experiment that has no `search`.
+    """Check every key of a space, and every value beside some that may be drawn with it.
 
     `given` are the values of `size` and `init` in the grid; where the space does not draw them, there is one of each.
 
     Raises:
         ValueError: names the key, the value and what is wrong; for an unknown key, the nearest valid one.
     """
-    own = [key for key in keys(type(experiment)) if key.startswith(_SEARCHED) and not key.startswith(_APART)]
-    for key, distribution in space.items():
-        ((kind, values),) = distribution.items()
-        if key in given and (kind != "choice" or not all(value in given[key] for value in values)):
-            raise ValueError(f"search.space.{key}: must be a choice out of the grid's {list(given[key])}")
-        if key not in (*given, *own):
-            near = difflib.get_close_matches(key, [*given, *own], n=1, cutoff=0.5)
-            rule = f"unknown key; did you mean '{near[0]}'?" if near else "unknown key"
-            rule = "is the same for all cells" if key.startswith(_APART) else rule
-            raise ValueError(f"search.space.{key}: {rule}")
-        tried = [(value, beside | leaves(key, value)) for value in values for beside in _beside(key, space)]
-        if key in own and not any(read(experiment, both).keys() & leaves(key, value).keys() for value, both in tried):
-            raise ValueError(f"search.space.{key}: is read by none of the kinds that are set or drawn")
-        for value, both in tried if key in own else ():
-            try:
-                changed(experiment, both)
-            except ValidationError as error:
-                mistake = error.errors()[0]
-                rule = ": ".join(filter(None, [".".join(map(str, mistake["loc"])), mistake["msg"]]))
-                raise ValueError(f"search.space.{key}: {value!r} is refused: {rule}") from error
+    valid = [*given, *(key for key in keys(type(experiment)) if _SEARCHED.match(key))]
+    drawn = {key: values for key, one in space.items() for values in one.values()}
+    for key in drawn:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"search.space.{key}: not a key that can be searched{hint}")
     for name, there in given.items():
+        if name in space and not ("choice" in space[name] and all(value in there for value in drawn[name])):
+            raise ValueError(f"search.space.{name}: must be a choice out of the grid's {list(there)}")
         if name not in space and len(there) > 1:
             raise ValueError(f"finetune.grid: one {name}, unless search.space.{name} draws it, got {list(there)}")
+    base, draw = {name: there[0] for name, there in given.items()}, random.Random(0)
+    beside = [base, *({**base, **{key: draw.choice(values) for key, values in drawn.items()}} for _ in range(50))]
+    for key, values in drawn.items():
+        for value in values:
+            if refusal := _refusal(experiment, key, [{**others, key: value} for others in beside]):
+                raise ValueError(f"search.space.{key}: {value!r} {refusal}")
 
 
-def _beside(key: str, space: Mapping[str, Distribution]) -> list[dict[str, Any]]:
-    """What may be drawn with a key and decides whether it is read: nothing, or a kind of a section that it is in."""
-    kinds = {other: one["choice"] for other, one in space.items() if "choice" in one and other != key}
-    inside = {other: values for other, values in kinds.items() if key.startswith(other.removesuffix("kind"))}
-    return [{}, *(leaves(other, value) for other, values in inside.items() for value in values)]
+def _refusal(experiment: BaseModel, key: str, cells: Sequence[Mapping[str, Any]]) -> str:
+    """Why a key's value is refused in each of these cells, as in the first; nothing if it is not in one of them."""
+    reasons = []
+    for values in cells:
+        try:
+            resolved(experiment, values)
+        except ValidationError as error:
+            mistake = error.errors()[0]
+            rule = ": ".join(filter(None, [".".join(map(str, mistake["loc"])), mistake["msg"]]))
+        else:
+            rule = ""
+        if key in ("size", "init") or key in read(experiment, values):
+            if not rule:
+                return ""
+            reasons.append(f"is refused: {rule}")
+    return reasons[0] if reasons else "is read by none of the kinds that are set or drawn"

@@ -32,9 +32,8 @@ class TrialCallback(tune.Callback):
     bar: Bar
     done: int
     """Steps of the cells that were finished before."""
-    tell: Callable[[Cell, Mapping[str, float] | None], bool] = lambda cell, metrics: True
-    """Is told of a cell that is not to be tried again: finished with metrics, stopped without any, None where they are
-    not finite -> whether it is over."""
+    tell: Callable[[Cell, Mapping[str, float] | None], None] = lambda cell, metrics: None
+    """Is told of a cell that is not to be tried again: finished with metrics, stopped without any, None: not finite."""
     completed: int = 0
     """Number of cells that ended with a result."""
     failed: list[str] = field(default_factory=list)
@@ -52,8 +51,7 @@ class TrialCallback(tune.Callback):
             return
         cell: Cell = trial.config["cell"]
         job = self.jobs[cell]
-        params: dict[str, Any] = dict(self.params)
-        params |= flatten(job.config, "finetune.") | flatten(job.network, "network.")
+        params: dict[str, Any] = {**self.params, **flatten(job.config, "finetune."), **flatten(job.network, "network.")}
         params = {name: value for name, value in params.items() if "grid" not in name}
         params |= {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run, "seed": job.seed}
         params |= cell.settings
@@ -93,14 +91,14 @@ class TrialCallback(tune.Callback):
         if failure := trial.last_result.get("failure"):
             self._fail(trial, failure, failure, {NONFINITE: "true"} if trial.last_result.get("nonfinite") else {})
             return
-        run, metrics = self._open.pop(trial.trial_id), trial.last_result["metrics"]
+        run, job, metrics = self._open.pop(trial.trial_id), self.jobs[cell], trial.last_result["metrics"]
+        self._steps[trial.trial_id] = job.config.steps
         if stopped := "selected/step" not in metrics:
             run.tags({STOPPED: f"at step {trial.last_result['step']}"})
-            self._steps[trial.trial_id] = self.jobs[cell].config.steps
         run.close("KILLED" if stopped else "FINISHED")
         self.completed += not stopped
-        if self.tell(cell, {} if stopped else metrics):
-            self.jobs[cell].folder.clear()  # not before the result is logged: until then a driver may need it
+        self.tell(cell, {} if stopped else metrics)
+        job.folder.clear()  # not before the result is logged: until then a driver may need it
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """End the run as failed: Tune does not try this trial again."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssl_ray.config.overrides import S, changed
+from ssl_ray.config.overrides import changed
 from ssl_ray.config.schema import Finetune
 from ssl_ray.random import number
 
@@ -73,19 +73,12 @@ class Cell:
     def name(self) -> str:
         """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`; six letters stand for further overrides."""
         more = [item for item in self.settings.items() if item[0] != "finetune.optimizer.lr"]
-        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{f'{number(more):016x}-'[-7:] if more else ''}run{self.run}"
+        letters = f"{number(more):016x}-"[-7:] if more else ""
+        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{letters}run{self.run}"
 
     def apply(self, config: Finetune) -> Finetune:
         """The section `finetune` that this cell is trained with."""
-        start = "finetune."
-        return changed(
-            config, {k.removeprefix(start): value for k, value in self.settings.items() if k.startswith(start)}
-        )
-
-    def experiment(self, unsearched: S) -> S:
-        """The whole experiment, without its search, as one of which this is the only cell."""
-        grid = {"sizes": [self.size], "init": [self.init], "lr": None}
-        return changed(unsearched, {"finetune.grid": grid, "finetune.primary": None, **self.settings})
+        return changed(config, {key.removeprefix("finetune."): value for key, value in self.settings.items()})
 
 
 def cells(config: Finetune) -> list[Cell]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.tracker import Run, Tracker
+from ssl_ray.tracking.run import Run, ending
+from ssl_ray.tracking.tracker import Tracker
 from ssl_ray.training.checkpoint import digest
 
 
@@ -71,24 +72,16 @@ def finetune(
     finished = [job for cell, job in jobs.items() if cell not in pending]
     for job in finished:  # a driver that was killed may not have come to this
         job.folder.clear()
-    with Bar("fine-tuning", len(jobs) * config.steps) as bar:
+    with ending(grid_run), Bar("fine-tuning", len(jobs) * config.steps) as bar:
         made_by, done = {made.weights: made.run_id for made in pretrained}, len(finished) * config.steps
         bar.update(done)
         runs = TrialCallback(tracker, grid_run.id, params, pending, made_by, bar, done)
-        try:
-            reports = [check_transfer(config, network, made.weights) for made in pretrained]
-            for report in reports[:1]:  # the others differ in their numbers alone
-                grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
-                grid_run.metrics({"transferred_share": report["share"]}, 0)
-            if pending:
-                needed = config.cpus_per_trial, config.gpus_per_trial
-                check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
-                tune_cells(config, pending, folders, key, runs)
-        except BaseException as error:
-            runs.abandon()
-            grid_run.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-    grid_run.close()
+        reports = [check_transfer(config, network, made.weights) for made in pretrained]
+        for report in reports[:1]:  # the others differ in their numbers alone
+            grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
+            grid_run.metrics({"transferred_share": report["share"]}, 0)
+        if pending:
+            tune_cells(config, pending, folders, key, runs)
     say(f"fine-tuning: {runs.completed} cells trained now, {len(finished)} were done already")
     for name in runs.failed:
         say(f"fine-tuning: cell {name} FAILED; its log is under {folders.study / 'ray'}")
@@ -150,16 +143,75 @@ def _open(
     return run
 
 
+class Drawn(Searcher):
+    """Gives Tune one cell after the other, each with its job, as places become free."""
+
+    def __init__(self, cells: Iterator[tuple[Cell, TrialJob]]) -> None:
+        super().__init__()
+        self._cells = cells
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles it for `Tuner.restore`, which we do not use."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing, as above."""
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next cell, or FINISHED."""
+        cell, job = next(self._cells, (None, None))
+        return {"cell": cell, "job": job} if cell else self.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Nothing: `TrialCallback` tells of it, once MLflow knows."""
+
+
 def tune_cells(
     config: Finetune,
     jobs: Mapping[Cell, TrialJob],
     folders: Folders,
     key: str,
     runs: TrialCallback,
-    search: Searcher | None = None,
+    drawn: Drawn | None = None,
     stop: Callable[[str, dict[str, Any]], bool] | None = None,
 ) -> None:
-    """Have Ray Tune train these cells, or those that `search` gives with their jobs; `stop` ends one at a record."""
+    """Have Ray Tune train these cells, or those that are drawn; `stop` ends a trial at one of its records.
+
+    Raises:
+        UserError: when the cluster cannot hold a trial.
+    """
+    needed = config.cpus_per_trial, config.gpus_per_trial
+    check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
+    resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
+    tuner = tune.Tuner(
+        tune.with_resources(_trainable(config, jobs, folders), resources),
+        param_space={} if drawn else {"cell": tune.grid_search(list(jobs))},
+        tune_config=tune.TuneConfig(
+            search_alg=drawn,
+            num_samples=-1 if drawn else 1,
+            max_concurrent_trials=config.max_concurrent_trials,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=f"finetune-{key}",
+            **folders.ray_storage,
+            stop=stop,
+            failure_config=tune.FailureConfig(max_failures=config.max_failures),
+            callbacks=[runs],
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        runs.abandon()
+
+
+def _trainable(
+    config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders
+) -> Callable[[Mapping[str, Any]], None]:
+    """What Ray Tune starts in a process of its own: the trial of one cell."""
 
     def trainable(space: Mapping[str, Any]) -> None:
         import torch
@@ -183,23 +235,4 @@ def tune_cells(
         except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})
 
-    resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
-    tune.Tuner(
-        tune.with_resources(trainable, resources),
-        param_space={} if search else {"cell": tune.grid_search(list(jobs))},
-        tune_config=tune.TuneConfig(
-            search_alg=search,
-            num_samples=-1 if search else 1,
-            max_concurrent_trials=config.max_concurrent_trials,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=tune.RunConfig(
-            name=f"finetune-{key}",
-            **folders.ray_storage,
-            stop=stop,
-            failure_config=tune.FailureConfig(max_failures=config.max_failures),
-            callbacks=[runs],
-            verbose=0,
-        ),
-    ).fit()
+    return trainable

@@ -6,40 +6,45 @@ it would have to be put back piece by piece, and OptunaSearch takes a stopped tr
 """
 
 import itertools
-import json
+import math
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState
-from pydantic import BaseModel
+from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ssl_ray.config.overrides import leaves, read
-from ssl_ray.config.schema import Search
+from ssl_ray.config.overrides import read
+from ssl_ray.config.schema import Study
 from ssl_ray.random import number
 from ssl_ray.search.cells import Cell
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
 
-STATUS = {
+_STATUS = {
     TrialState.COMPLETE: "finished",
     TrialState.PRUNED: "stopped",
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "unfinished",
+    TrialState.WAITING: "",
 }
-"""What we call Optuna's states."""
-
 _REDUCTION = 3
 """Of the cells that reach a rung, one in so many goes on to the next, which comes after so many times the steps
 (asynchronous successive halving: Li et al., MLSys 2020)."""
 
 
-def open_study(path: Path, name: str, mode: str, pruner: BasePruner | None = None) -> optuna.Study:
+def status(trial: FrozenTrial) -> str:
+    """What became of a cell; nothing if it was not drawn yet."""
+    return "repeated" if "repeats" in trial.user_attrs else _STATUS[trial.state]
+
+
+def open_journal(path: Path, name: str, mode: str) -> optuna.Study:
     """The Optuna study of this name in a journal; both are made if need be, and no other process may use it."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     content = path.read_bytes() if path.exists() else b""
@@ -47,9 +52,7 @@ def open_study(path: Path, name: str, mode: str, pruner: BasePruner | None = Non
         write_file(path, content[: content.rfind(b"\n") + 1])
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # of a process that was killed
     storage, direction = JournalStorage(JournalFileBackend(str(path))), "maximize" if mode == "max" else "minimize"
-    return optuna.create_study(
-        storage=storage, study_name=name, direction=direction, pruner=pruner, load_if_exists=True
-    )
+    return optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
 
 
 class Proposals:
@@ -57,119 +60,104 @@ class Proposals:
 
     Attributes:
         total: how many cells may be drawn.
-        open: those that were drawn and have not ended.
+        open: those that are being trained.
     """
 
-    def __init__(
-        self,
-        search: Search,
-        base: Cell,
-        experiment: BaseModel,
-        path: Path,
-        mirror: Mirror,
-        name: str,
-        seed: int,
-        rung: int,
-    ) -> None:
-        """Args:
-        base: what a cell is where the space does not draw it.
-        experiment: without the search; it says which of the values drawn are read.
-        name: of this search in the journal; another space has another.
-        rung: steps of the first rung.
-        """
-        self.search, self.path, self._base, self._experiment = search, path, base, experiment
-        self._mirror, self._seed = mirror, seed
+    def __init__(self, study: Study, path: Path, mirror: Mirror, name: str) -> None:
+        """The cells that the journal `path` has under this name; another space has another one."""
+        assert study.search
+        self.study, self.search, self.path, self._mirror = study, study.search, path, mirror
         mirror.pull(path)
-        halving = SuccessiveHalvingPruner(min_resource=rung, reduction_factor=_REDUCTION)
-        self._study = open_study(path, name, search.mode, halving if search.scheduler == "asha" else NopPruner())
-        self._spent, self._began = float(self._study.user_attrs.get("seconds", 0.0)), time.monotonic()
-        self.total = search.samples
-        if search.algorithm == "grid":
-            choices = [[json.dumps(value) for value in one["choice"]] for one in search.space.values()]
-            for values in itertools.product(*choices):
-                self._study.enqueue_trial(dict(zip(search.space, values, strict=True)), skip_if_exists=True)
-            self.total = len(self._study.get_trials(deepcopy=False))
-        drawn = self._study.get_trials(states=(TrialState.RUNNING,))
-        self.open = {self._cell(trial): trial for trial in (Trial(self._study, one._trial_id) for one in drawn)}
+        self._drawn = open_journal(path, name, self.search.mode)
+        halving = SuccessiveHalvingPruner(min_resource=study.finetune.validate_every, reduction_factor=_REDUCTION)
+        self._drawn.pruner = halving if self.search.scheduler == "asha" else NopPruner()
+        self._spent, self._began = float(self._drawn.user_attrs.get("seconds", 0.0)), time.monotonic()
+        self.open: dict[Cell, Trial] = {}
+        self.total = self.search.samples
+        if self.search.algorithm == "grid":
+            for values in itertools.product(*(_labels(one["choice"]) for one in self.search.space.values())):
+                self._drawn.enqueue_trial(dict(zip(self.search.space, values, strict=True)), skip_if_exists=True)
+            self.total = len(self._trials())
 
     @property
     def left(self) -> float:
         """Seconds that are left of the budget."""
-        hours = self.search.budget
-        return float("inf") if hours is None else 3600 * hours - self._seconds
+        return 3600 * (self.search.budget or math.inf) - self._spent - time.monotonic() + self._began
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Counter[str]:
         """Numbers of cells by status."""
-        states = [trial.state for trial in self._study.get_trials(deepcopy=False)]
-        return {status: states.count(state) for state, status in STATUS.items()}
+        return Counter(filter(None, map(status, self._trials())))
 
-    def draw(self) -> Cell | None:
+    def unfinished(self) -> list[Trial]:
+        """Cells that were drawn and have not ended."""
+        return [Trial(self._drawn, one._trial_id) for one in self._trials() if one.state == TrialState.RUNNING]
+
+    def draw(self) -> Trial | None:
         """A further cell, or None where there are enough; it depends on seed, number and what is known by then."""
-        while (number_drawn := sum(self.counts().values())) < self.total:
-            seed = number(self._seed, "search", number_drawn) % 2**32
-            tpe = TPESampler(n_startup_trials=min(10, 1 + self.total // 3), seed=seed)
-            self._study.sampler = tpe if self.search.algorithm == "optuna" else RandomSampler(seed)
-            trial = self._study.ask()
-            cell = self._cell(trial)
-            if cell not in self.open:
-                self.open[cell] = trial
-                self._keep()
-                return cell
-            trial.set_user_attr("note", f"the same as number {self.open[cell].number}")
-            self._study.tell(trial, state=TrialState.FAIL)
-        return None
+        if (drawn := self.counts().total()) >= self.total:
+            return None
+        seed = number(self.study.seed, "search", drawn) % 2**32
+        tpe = TPESampler(n_startup_trials=min(10, 1 + self.total // 3), seed=seed)
+        self._drawn.sampler = tpe if self.search.algorithm == "optuna" else RandomSampler(seed)
+        return self._drawn.ask()
 
-    def begin(self, cell: Cell, key: str) -> bool:
-        """Whether a cell is to be trained; another of its key ends it as it has ended itself."""
-        trial = self.open[cell]
+    def cell(self, trial: Trial) -> Cell:
+        """The values of a trial, numbers to four digits; those that it has not drawn yet are drawn."""
+        tuned = self.study.finetune
+        drawn: dict[str, Any] = {"size": tuned.sizes[0], "init": tuned.grid.init[0]}
+        drawn["finetune.optimizer.lr"] = tuned.optimizer.lr
+        for key, one in self.search.space.items():
+            ((kind, values),) = one.items()
+            if kind == "choice":
+                labels = _labels(values)
+                drawn[key] = values[labels.index(trial.suggest_categorical(key, labels))]
+            elif kind == "int":
+                drawn[key] = trial.suggest_int(key, *values)
+            else:
+                exact = trial.suggest_float(key, *values, log=kind == "loguniform")
+                drawn[key] = min(max(float(f"{exact:.4g}"), values[0]), values[1])
+        if drawn["init"] == "random":
+            drawn = {key: value for key, value in drawn.items() if not key.startswith("pretrain.")}
+        chosen = {"size": drawn["size"], "init": drawn["init"], **read(self.study, drawn)}
+        return Cell(tuple(sorted(chosen.items())), 0)
+
+    def begin(self, trial: Trial, cell: Cell, key: str) -> bool:
+        """Whether a cell is to be trained: no earlier one has its key."""
         trial.set_user_attr("cell", dict(cell.overrides))
         trial.set_user_attr("key", key)
-        for other in self._study.get_trials(deepcopy=False):
-            if other.number != trial.number and other.user_attrs.get("key") == key:
-                stopped = other.state == TrialState.PRUNED
-                value = other.value if other.state == TrialState.COMPLETE else None
-                self.end(cell, value, stopped, f"the same as number {other.number}")
+        for other in self._trials()[: trial.number]:
+            if other.user_attrs.get("key") == key:
+                trial.set_user_attr("repeats", other.number)
+                self.end(trial, note=f"the same as number {other.number}")
                 return False
+        self.open[cell] = trial
+        self._keep()
         return True
 
     def report(self, cell: Cell, step: int, value: float) -> bool:
         """Keep a validation's score -> whether the cell is to be stopped; a repeated one changes nothing."""
         trial = self.open[cell]
-        if step in self._study.get_trials(deepcopy=False)[trial.number].intermediate_values:
+        if step in self._trials()[trial.number].intermediate_values:
             return False
         trial.report(value, step)
         self._keep()
         return trial.should_prune()
 
-    def end(self, cell: Cell, value: float | None = None, stopped: bool = False, note: str = "") -> None:
+    def end(self, trial: Trial, value: float | None = None, stopped: bool = False, note: str = "") -> None:
         """A cell has finished with a value, was stopped, or has failed."""
-        trial = self.open.pop(cell)
         trial.set_user_attr("note", note)
         state = TrialState.PRUNED if stopped else TrialState.FAIL if value is None else TrialState.COMPLETE
-        self._study.tell(trial, value, state)
+        self._drawn.tell(trial, value, state)
         self._keep()
 
-    @property
-    def _seconds(self) -> float:
-        return self._spent + time.monotonic() - self._began
+    def _trials(self) -> list[FrozenTrial]:
+        return self._drawn.get_trials(deepcopy=False)
 
     def _keep(self) -> None:
-        self._study.set_user_attr("seconds", round(self._seconds, 1))
+        self._drawn.set_user_attr("seconds", round(self._spent + time.monotonic() - self._began, 1))
         self._mirror.push(self.path)
 
-    def _cell(self, trial: Trial) -> Cell:
-        """The values of a trial, to four digits; those that it has not drawn yet are drawn."""
-        overrides: dict[str, Any] = dict(self._base.overrides)
-        for key, one in self.search.space.items():
-            ((kind, values),) = one.items()
-            value: Any
-            if kind == "choice":
-                value = json.loads(trial.suggest_categorical(key, [json.dumps(choice) for choice in values]))
-            elif kind == "int":
-                value = trial.suggest_int(key, *values)
-            else:
-                drawn = trial.suggest_float(key, *values, log=kind == "loguniform")
-                value = min(max(float(f"{drawn:.4g}"), values[0]), values[1])
-            overrides |= leaves(key, value)
-        apart = {key: overrides.pop(key) for key in ("size", "init")}
-        return Cell(tuple(sorted({**apart, **read(self._experiment, overrides)}.items())), 0)
+
+def _labels(values: Sequence[Any]) -> list[Any]:
+    """Choices as Optuna takes them."""
+    return [value if isinstance(value, str | int | float | None) else str(value) for value in values]

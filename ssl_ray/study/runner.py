@@ -17,7 +17,7 @@ from ssl_ray.report.write import write_report
 from ssl_ray.search.grid import check_transfer, finetune
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
-from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
+from ssl_ray.study.cohorts import Cohorts, PreparedCohorts, prepare_cohorts, read_cohorts
 from ssl_ray.study.experiment import Step
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.text import without_password
@@ -52,17 +52,11 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         return ()
     tracker = tracker_of(study)
     try:
-        searched = study.search and last != "pretrain"  # which makes its weights cell by cell
-        ours = needs_weights and not (searched and study.pretrains)
-        pretrained = _make_weights(study, folders, tracker, prepared) if ours else []
+        by_cell = study.search is not None and last != "pretrain"
+        pretrained = _make_weights(study, folders, tracker, prepared, by_cell) if needs_weights else []
         if last == "pretrain":
             return ()
-        if searched:
-            from ssl_ray.study.searching import run_search  # it loads Optuna
-
-            failed = run_search(study, folders, tracker, cohorts, prepared, pretrained)
-        else:
-            failed = _run_grid(study, folders, tracker, prepared, pretrained)
+        failed = _fine_tune(study, folders, tracker, cohorts, prepared, pretrained)
     finally:
         tracker.settle()
         tracker.stop()
@@ -103,8 +97,13 @@ def report(study: Study, folders: Folders) -> None:
     say(f"MLflow:  {server}   (experiment {tracker.experiment!r})")
 
 
-def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts) -> list[Pretrained]:
-    """The weights that `init: pretrained` starts from: this study's own, or those in `finetune.weights`."""
+def _make_weights(
+    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, by_cell: bool
+) -> list[Pretrained]:
+    """The weights that `init: pretrained` starts from: this study's own, or those in `finetune.weights`.
+
+    With `by_cell`, its own are left to the search, which makes them cell by cell.
+    """
     if given := study.finetune.weights:
         say(f"pretrained weights are given: {given}")
         return [Pretrained(Path(given).absolute(), weights_digest(Path(given)))]
@@ -115,7 +114,7 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     content["weights to go on from"] = weights_digest(Path(given)) if (given := study.pretrain.weights) else "none"
     identity.record(study, folders, "pretrain", content)
     params, resolved, made = run_params(study, "pretrain"), dump(study), []
-    for number in range(study.pretrain.pretrainings):
+    for number in range(0 if by_cell else study.pretrain.pretrainings):
         recipe, name = recipe_of(study, number), f"pretrain-run{number}" if number else "pretrain"
         own = params | {"seed": str(recipe.seed), "run": str(number)}
         done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, own, resolved, name)
@@ -124,10 +123,15 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     return made
 
 
-def _run_grid(
-    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, pretrained: Sequence[Pretrained]
+def _fine_tune(
+    study: Study,
+    folders: Folders,
+    tracker: Tracker,
+    cohorts: Cohorts,
+    prepared: PreparedCohorts,
+    pretrained: Sequence[Pretrained],
 ) -> tuple[str, ...]:
-    """Every cell of the fine-tuning grid -> names of those that failed for good."""
+    """Every cell of the grid, or those of the search -> names of those that failed."""
     config, splits, labelled = study.finetune, prepared.splits, prepared.labelled
     held_out = {"validation": splits.validation, "test": splits.test}
     content = {f"labelled {part} volumes": identity.told(usable(cases, labelled)) for part, cases in held_out.items()}
@@ -140,6 +144,10 @@ def _run_grid(
         if pretrained:
             content[f"pretrained weights, run {run}"] = pretrained[run % len(pretrained)].key
     identity.record(study, folders, "finetune", content)
+    if study.search:
+        from ssl_ray.study.searching import run_search  # it loads Optuna
+
+        return run_search(study, folders, tracker, cohorts, prepared, pretrained, content)
     return finetune(
         config,
         study.network,
