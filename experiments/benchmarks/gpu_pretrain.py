@@ -265,7 +265,7 @@ def step(bench: Bench) -> None:
 
 
 def masked(bench: Bench) -> None:
-    """Both tasks with both networks, compiled, in turns: time, patches a second, MFU, peak memory beside the others'."""
+    """Both tasks with both networks, compiled, in turns: time, patches/s, MFU, and how much memory each takes."""
     primus: dict[str, Any] = {"network": TINY_PRIMUS if bench.quick else PRIMUS}
     kinds: dict[str, dict[str, Any]] = {
         "restoration, unetr": {},
@@ -279,7 +279,7 @@ def masked(bench: Bench) -> None:
         def build(name: str, batch: int = batch, costs: Any = costs, peaks: Any = peaks) -> Callable[[], Any]:
             cuda = bench.device.type == "cuda"
             before = torch.cuda.memory_allocated() if cuda else 0
-            made = learner(bench, batch, compile=True, **kinds[name])
+            made = learner(bench, batch, compile=not bench.quick, **kinds[name])
             costs[name] = task_cost(made.config.task, made.job.recipe.network, made.config.patch_size).training
             call = stepper(bench, made, batch)
             if cuda:
