@@ -29,8 +29,7 @@ Words, each for one thing:
     run               a fine-tuning seed, a draw and a pretraining, numbered from 0
     pair              a random and a pretrained cell that differ in nothing else
     cell              overrides of any keys of the experiment (size, initialisation, learning rate, ...) and a run
-    search            cells that are drawn from a space, instead of the grid's
-    proposal          a cell that a search has drawn; it ends as finished, stopped or failed
+    search            cells that are drawn from a space, instead of the grid's; each finishes, is stopped, or fails
     rung              number of steps at which a search compares cells, and stops the worse ones
     round             cells of a search that are trained before weights are made for the next ones
     trial             the training of one cell under Ray Tune

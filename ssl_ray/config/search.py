@@ -5,6 +5,8 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -20,22 +22,21 @@ _SEARCHED = re.compile(
 
 def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """One distribution, its values hashable; ends that YAML reads as text, such as 1e-4, become numbers."""
-    if len(given) != 1:
-        raise ValueError(f"exactly one of choice, uniform, loguniform and int, got {list(given)}")
-    ((kind, values),) = given.items()
+    kind, values = next(iter(given.items()), ("", ()))
     if kind == "choice":
         values = tuple(tuple(value) if isinstance(value, list) else value for value in values)
-        if not values or any(value in values[:place] for place, value in enumerate(values)):
-            raise ValueError(f"choice: at least one value, and none twice, got {list(values)}")
-        return {kind: values}
-    try:
-        low, high = (int(str(value)) if kind == "int" else float(value) for value in values)
-    except (TypeError, ValueError):
-        low = high = 0
-    if not (0 if kind == "loguniform" else -math.inf) < low < high < math.inf:
-        rule = {"int": " whole", "loguniform": " positive"}.get(kind, "")
-        raise ValueError(f"{kind}: two{rule} numbers, the lower one first, got {list(values)}")
-    return {kind: (low, high)}
+        fits = bool(values) and not any(value in values[:place] for place, value in enumerate(values))
+    else:
+        with suppress(TypeError, ValueError):
+            values = tuple(int(str(value)) if kind == "int" else float(value) for value in values)
+        low, high = values if len(values) == 2 and not any(isinstance(value, str) for value in values) else (0, 0)
+        fits = (0 if kind == "loguniform" else -math.inf) < low < high < math.inf
+    if len(given) != 1 or not fits:
+        raise ValueError(
+            "one of choice (values, none twice), uniform, loguniform (positive) and int (whole): [lowest, highest], "
+            f"got {given}"
+        )
+    return {kind: values}
 
 
 Distribution = Annotated[
@@ -43,14 +44,7 @@ Distribution = Annotated[
 ]
 """E.g. `{loguniform: [1.0e-4, 1.0e-2]}`; both ends may be drawn. A choice of one value sets it."""
 
-Metric = Literal[
-    "dice_foreground",
-    "dice_with_background",
-    "published_dice",
-    "original_dice_foreground",
-    "original_surface_dice",
-    "original_hd95",
-]
+_METRIC = "^((original_)?dice_foreground|dice_with_background|published_dice|original_surface_dice|original_hd95)$"
 """Of `ssl_ray.evaluate.scores`. Those on the original grid are measured at the end of a trial alone."""
 
 
@@ -60,7 +54,7 @@ class Search(Section):
     algorithm: Literal["grid", "random", "optuna"] = Field("optuna", description="optuna: its TPE sampler")
     scheduler: Literal["none", "asha"] = Field("none", description="asha: stops the worse cells early")
     samples: PositiveInt = Field(20, description="cells; algorithm grid has every combination of its choices instead")
-    metric: Metric = Field("dice_foreground", description="on the validation volumes")
+    metric: str = Field("dice_foreground", pattern=_METRIC, description="on the validation volumes")
     mode: Literal["max", "min"] = "max"
     budget: PositiveFloat | None = Field(None, description="hours, over all restarts, pretrainings included")
     space: dict[str, Distribution] = Field(min_length=1, description="by dotted key of the experiment; size, init")
@@ -97,31 +91,25 @@ def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given:
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"search.space.{key}: not a key that can be searched{hint}")
     for name, there in given.items():
-        if name in space and not ("choice" in space[name] and all(value in there for value in drawn[name])):
+        chosen = space[name].get("choice", ()) if name in space else there[:1]
+        if not set(chosen) <= set(there) or len(chosen) < min(len(there), 1 + (name not in space)):
             raise ValueError(f"search.space.{name}: must be a choice out of the grid's {list(there)}")
-        if name not in space and len(there) > 1:
-            raise ValueError(f"finetune.grid: one {name}, unless search.space.{name} draws it, got {list(there)}")
     base, draw = {name: there[0] for name, there in given.items()}, random.Random(0)
     beside = [base, *({**base, **{key: draw.choice(values) for key, values in drawn.items()}} for _ in range(50))]
-    for key, values in drawn.items():
-        for value in values:
-            if refusal := _refusal(experiment, key, [{**others, key: value} for others in beside]):
-                raise ValueError(f"search.space.{key}: {value!r} {refusal}")
+    for key, value in ((key, value) for key, values in drawn.items() for value in values):
+        cells = [{**others, key: value} for others in beside]
+        cells = [cell for cell in cells if key in given or key in read(experiment, cell)]
+        refusals = list(takewhile(bool, (_refusal(experiment, cell) for cell in cells)))
+        if len(refusals) == len(cells):
+            rule = f"is refused: {refusals[0]}" if cells else "is read by none of the kinds that are set or drawn"
+            raise ValueError(f"search.space.{key}: {value!r} {rule}")
 
 
-def _refusal(experiment: BaseModel, key: str, cells: Sequence[Mapping[str, Any]]) -> str:
-    """Why a key's value is refused in each of these cells, as in the first; nothing if it is not in one of them."""
-    reasons = []
-    for values in cells:
-        try:
-            resolved(experiment, values)
-        except ValidationError as error:
-            mistake = error.errors()[0]
-            rule = ": ".join(filter(None, [".".join(map(str, mistake["loc"])), mistake["msg"]]))
-        else:
-            rule = ""
-        if key in ("size", "init") or key in read(experiment, values):
-            if not rule:
-                return ""
-            reasons.append(f"is refused: {rule}")
-    return reasons[0] if reasons else "is read by none of the kinds that are set or drawn"
+def _refusal(experiment: BaseModel, values: Mapping[str, Any]) -> str:
+    """Why the experiment is refused with these values; nothing if it is not."""
+    try:
+        resolved(experiment, values)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        return f"{'.'.join(map(str, mistake['loc']))} {mistake['msg']}".strip()
+    return ""

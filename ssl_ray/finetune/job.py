@@ -11,7 +11,7 @@ The driver imports this, too: MONAI takes seconds to load and is not here.
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +72,22 @@ class TrialFolder:
             self.mirror.drop(self.checkpoints)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Tune writes it with every record
 class TrialJob:
     """One cell of the grid, with all that its result depends on and the folder that it writes to.
 
     config: with the cell's own values.
     seed: of the initial weights and of the order of the patches.
     weights: pretrained weights to start from; None for random ones.
+    made_by: id of the MLflow run that made them, where it is known.
     arms: folders of the cells that this one may be compared with; its own may be among them.
     """
 
     config: Finetune
     network: Network
     seed: int
-    data: TrialData = field(repr=False)
+    data: TrialData
     weights: Path | None
     folder: TrialFolder
+    made_by: str | None = None
     arms: tuple[Path, ...] = ()

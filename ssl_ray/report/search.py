@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 from matplotlib import pyplot
 from optuna.distributions import CategoricalDistribution
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from optuna.visualization.matplotlib import plot_parallel_coordinate
 
@@ -39,7 +40,11 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     assert ran.search
     if (journal := tracker.read(run_id, JOURNAL)) is None:
         raise UserError(f"{JOURNAL} of the search {run_id} is not in MLflow yet: run the study first")
-    search, drawn = ran.search, _drawn(journal, parent.data.tags[KEY], ran.search.mode)
+    with TemporaryDirectory() as scratch:
+        (path := Path(scratch) / JOURNAL).write_bytes(journal)
+        kept = open_journal(path, parent.data.tags[KEY], ran.search.mode)
+        drawn, search = optuna.create_study(direction=kept.direction), ran.search
+        drawn.add_trials(kept.get_trials())
     tried = [trial for trial in drawn.get_trials() if status(trial)]
     finished = [trial for trial in tried if trial.state == TrialState.COMPLETE]
     best = drawn.best_trial if finished else None
@@ -51,9 +56,10 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         values["importances"] = optuna.importance.get_param_importances(drawn)
     figures = [folder / "figures" / "search.png"] if any(trial.value is not None for trial in tried) else []
     for path in figures:
-        _draw(tried, search.metric, path)
-    more = [folder / "best.yaml"] if best else []
-    for path in more:
+        _draw(tried, drawn.direction, search.metric, path)
+    more = []
+    if best:
+        more = [path := folder / "best.yaml"]
         own = resolved(ran, best.user_attrs["cell"]).model_copy(update={"name": f"{study.name}-best"})
         values["yaml"] = dump(own)
         path.write_text(values["yaml"], encoding="utf-8")
@@ -68,20 +74,9 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     return Report(str(values["cells"]), markdown, html, tuple(figures), tuple(more))
 
 
-def _drawn(journal: bytes, name: str, mode: str) -> optuna.Study:
-    """What a journal has under this name, in memory."""
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / JOURNAL
-        path.write_bytes(journal)
-        kept = open_journal(path, name, mode)
-        study = optuna.create_study(direction=kept.direction)
-        study.add_trials(kept.get_trials())
-    return study
-
-
-def _draw(tried: list[FrozenTrial], metric: str, path: Path) -> None:
+def _draw(tried: list[FrozenTrial], direction: StudyDirection, metric: str, path: Path) -> None:
     """Optuna's parallel coordinates of the cells that have a score; one axis says which of them were stopped."""
-    shown = optuna.create_study()
+    shown = optuna.create_study(direction=direction)
     for trial in (one for one in tried if one.value is not None):
         params = trial.params | {"status": status(trial)}
         kinds = trial.distributions | {"status": CategoricalDistribution(("finished", "stopped"))}
@@ -89,7 +84,7 @@ def _draw(tried: list[FrozenTrial], metric: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        axis = plot_parallel_coordinate(shown, target=lambda one: one.value, target_name=metric)
+        axis = plot_parallel_coordinate(shown, target_name=metric)
     axis.set_title("")
     axis.figure.set_size_inches(11, 5)
     axis.figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})

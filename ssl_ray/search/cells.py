@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from ssl_ray.config.overrides import changed
 from ssl_ray.config.schema import Finetune
-from ssl_ray.random import number
 
 CELLS = "cells.json"
 """Artifact of the grid's run: the key of every cell, by which the report finds its run."""
@@ -71,10 +70,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`; six letters stand for further overrides."""
-        more = [item for item in self.settings.items() if item[0] != "finetune.optimizer.lr"]
-        letters = f"{number(more):016x}-"[-7:] if more else ""
-        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{letters}run{self.run}"
+        """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
+        more = [f"{key}{value}-" for key, value in self.settings.items() if key != "finetune.optimizer.lr"]
+        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{''.join(more)}run{self.run}"
 
     def apply(self, config: Finetune) -> Finetune:
         """The section `finetune` that this cell is trained with."""

@@ -73,15 +73,15 @@ def finetune(
     for job in finished:  # a driver that was killed may not have come to this
         job.folder.clear()
     with ending(grid_run), Bar("fine-tuning", len(jobs) * config.steps) as bar:
-        made_by, done = {made.weights: made.run_id for made in pretrained}, len(finished) * config.steps
+        done = len(finished) * config.steps
         bar.update(done)
-        runs = TrialCallback(tracker, grid_run.id, params, pending, made_by, bar, done)
+        runs = TrialCallback(tracker, grid_run.id, params, bar, done)
         reports = [check_transfer(config, network, made.weights) for made in pretrained]
         for report in reports[:1]:  # the others differ in their numbers alone
             grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
             grid_run.metrics({"transferred_share": report["share"]}, 0)
         if pending:
-            tune_cells(config, pending, folders, key, runs)
+            tune_cells(config, iter(pending.items()), len(pending), folders, key, runs)
     say(f"fine-tuning: {runs.completed} cells trained now, {len(finished)} were done already")
     for name in runs.failed:
         say(f"fine-tuning: cell {name} FAILED; its log is under {folders.study / 'ray'}")
@@ -113,7 +113,7 @@ def trial_jobs(
         path = folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}"
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         data = TrialData(store, training, validation, test, splits.organs)
-        jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder)
+        jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder, start.run_id if start else None)
     compared: dict[tuple[int, int], list[Path]] = defaultdict(list)
     for cell, job in jobs.items():
         compared[cell.size, cell.run].append(job.folder.path)
@@ -143,53 +143,71 @@ def _open(
     return run
 
 
-class Drawn(Searcher):
+class _Cells(Searcher):
     """Gives Tune one cell after the other, each with its job, as places become free."""
 
     def __init__(self, cells: Iterator[tuple[Cell, TrialJob]]) -> None:
         super().__init__()
         self._cells = cells
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles it for `Tuner.restore`, which we do not use."""
-        return {}
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing, as above."""
-
     def suggest(self, trial_id: str) -> Any:
         """The next cell, or FINISHED."""
         cell, job = next(self._cells, (None, None))
         return {"cell": cell, "job": job} if cell else self.FINISHED
 
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+    def on_trial_complete(self, *args: Any, **more: Any) -> None:
         """Nothing: `TrialCallback` tells of it, once MLflow knows."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing, as Tune does so for `Tuner.restore`, which we do not use."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as above."""
+        return {}
 
 
 def tune_cells(
     config: Finetune,
-    jobs: Mapping[Cell, TrialJob],
+    cells: Iterator[tuple[Cell, TrialJob]],
+    places: int,
     folders: Folders,
     key: str,
     runs: TrialCallback,
-    drawn: Drawn | None = None,
     stop: Callable[[str, dict[str, Any]], bool] | None = None,
 ) -> None:
-    """Have Ray Tune train these cells, or those that are drawn; `stop` ends a trial at one of its records.
-
-    Raises:
-        UserError: when the cluster cannot hold a trial.
-    """
+    """Have Ray Tune train these cells, so many at once where there is room; `stop` ends a trial at a record of its."""
     needed = config.cpus_per_trial, config.gpus_per_trial
     check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
+
+    def trainable(space: Mapping[str, Any]) -> None:
+        import torch
+
+        from ssl_ray.finetune.trial import Trial  # the trial's process loads MONAI, the driver does not
+
+        torch.set_num_threads(max(1, int(config.cpus_per_trial)))
+        device = torch.device("cuda" if config.gpus_per_trial else "cpu")
+        job: TrialJob = space["job"]
+        if job.weights and job.weights.is_relative_to(folders.output.folder):
+            folders.output.pull(job.weights)  # another machine may have written them
+        try:
+            trial = Trial(job, device)
+        except UserError as error:  # reported, not raised: Tune would try the trial again, with the same end
+            tune.report({"failure": str(error)})
+            return
+        try:
+            for step, metrics in trial.train():
+                tune.report({"step": step, "metrics": metrics, "precision": trial.config.precision})
+            tune.report({"step": job.config.steps, "metrics": trial.evaluate()})
+        except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
+            tune.report({"failure": str(error), "nonfinite": True})
+
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
     tuner = tune.Tuner(
-        tune.with_resources(_trainable(config, jobs, folders), resources),
-        param_space={} if drawn else {"cell": tune.grid_search(list(jobs))},
+        tune.with_resources(trainable, resources),
         tune_config=tune.TuneConfig(
-            search_alg=drawn,
-            num_samples=-1 if drawn else 1,
-            max_concurrent_trials=config.max_concurrent_trials,
+            search_alg=_Cells(cells),
+            num_samples=-1,
+            max_concurrent_trials=min(places, config.max_concurrent_trials or places),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -206,33 +224,3 @@ def tune_cells(
         tuner.fit()
     finally:
         runs.abandon()
-
-
-def _trainable(
-    config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders
-) -> Callable[[Mapping[str, Any]], None]:
-    """What Ray Tune starts in a process of its own: the trial of one cell."""
-
-    def trainable(space: Mapping[str, Any]) -> None:
-        import torch
-
-        from ssl_ray.finetune.trial import Trial  # the trial's process loads MONAI, the driver does not
-
-        torch.set_num_threads(max(1, int(config.cpus_per_trial)))
-        device = torch.device("cuda" if config.gpus_per_trial else "cpu")
-        job: TrialJob = space.get("job") or jobs[space["cell"]]
-        if job.weights and job.weights.is_relative_to(folders.output.folder):
-            folders.output.pull(job.weights)  # another machine may have written them
-        try:
-            trial = Trial(job, device)
-        except UserError as error:  # reported, not raised: Tune would try the trial again, with the same end
-            tune.report({"failure": str(error)})
-            return
-        try:
-            for step, metrics in trial.train():
-                tune.report({"step": step, "metrics": metrics, "precision": trial.config.precision})
-            tune.report({"step": job.config.steps, "metrics": trial.evaluate()})
-        except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
-            tune.report({"failure": str(error), "nonfinite": True})
-
-    return trainable

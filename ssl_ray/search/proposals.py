@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from optuna.pruners import NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ssl_ray.config.overrides import read
@@ -34,9 +35,6 @@ _STATUS = {
     TrialState.RUNNING: "unfinished",
     TrialState.WAITING: "",
 }
-_REDUCTION = 3
-"""Of the cells that reach a rung, one in so many goes on to the next, which comes after so many times the steps
-(asynchronous successive halving: Li et al., MLSys 2020)."""
 
 
 def status(trial: FrozenTrial) -> str:
@@ -51,7 +49,7 @@ def open_journal(path: Path, name: str, mode: str) -> optuna.Study:
     if not content.endswith(b"\n"):  # a line that was cut off, after which Optuna would read nothing
         write_file(path, content[: content.rfind(b"\n") + 1])
     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)  # of a process that was killed
-    storage, direction = JournalStorage(JournalFileBackend(str(path))), "maximize" if mode == "max" else "minimize"
+    storage, direction = JournalStorage(JournalFileBackend(str(path))), StudyDirection[f"{mode.upper()}IMIZE"]
     return optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
 
 
@@ -69,7 +67,8 @@ class Proposals:
         self.study, self.search, self.path, self._mirror = study, study.search, path, mirror
         mirror.pull(path)
         self._drawn = open_journal(path, name, self.search.mode)
-        halving = SuccessiveHalvingPruner(min_resource=study.finetune.validate_every, reduction_factor=_REDUCTION)
+        # Li et al., MLSys 2020: one in three goes on from a rung to the next, at three times the steps.
+        halving = SuccessiveHalvingPruner(min_resource=study.finetune.validate_every, reduction_factor=3)
         self._drawn.pruner = halving if self.search.scheduler == "asha" else NopPruner()
         self._spent, self._began = float(self._drawn.user_attrs.get("seconds", 0.0)), time.monotonic()
         self.open: dict[Cell, Trial] = {}
@@ -128,27 +127,39 @@ class Proposals:
         for other in self._trials()[: trial.number]:
             if other.user_attrs.get("key") == key:
                 trial.set_user_attr("repeats", other.number)
-                self.end(trial, note=f"the same as number {other.number}")
+                self.end(trial, TrialState.FAIL, note=f"the same as number {other.number}")
                 return False
         self.open[cell] = trial
         self._keep()
         return True
 
-    def report(self, cell: Cell, step: int, value: float) -> bool:
-        """Keep a validation's score -> whether the cell is to be stopped; a repeated one changes nothing."""
-        trial = self.open[cell]
-        if step in self._trials()[trial.number].intermediate_values:
+    def stop(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        """Keep the score in a record that Ray Tune got -> whether its trial is to end here, before its last step."""
+        score = result.get("metrics", {}).get(f"validation/{self.search.metric}")
+        if score is None:
             return False
-        trial.report(value, step)
+        trial, step = self.open[result["config"]["cell"]], int(result["step"])
+        if step in self._trials()[trial.number].intermediate_values:  # again, after a fault
+            return False
+        trial.report(score, step)
         self._keep()
-        return trial.should_prune()
+        return trial.should_prune() and step < result["config"]["job"].config.steps
 
-    def end(self, trial: Trial, value: float | None = None, stopped: bool = False, note: str = "") -> None:
-        """A cell has finished with a value, was stopped, or has failed."""
+    def tell(self, cell: Cell, metrics: Mapping[str, float] | None) -> None:
+        """A cell has finished with these metrics, was stopped where there are none, has failed where they are None."""
+        value = (metrics or {}).get(f"selected/validation/{self.search.metric}")
+        lost = TrialState.PRUNED if metrics == {} else TrialState.FAIL
+        self.end(self.open.pop(cell), lost if value is None else TrialState.COMPLETE, value)
+
+    def end(self, trial: Trial, state: TrialState, value: float | None = None, note: str = "") -> None:
+        """Nothing more comes of a cell."""
         trial.set_user_attr("note", note)
-        state = TrialState.PRUNED if stopped else TrialState.FAIL if value is None else TrialState.COMPLETE
         self._drawn.tell(trial, value, state)
         self._keep()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles `stop` for `Tuner.restore`, which we do not use."""
+        return {}
 
     def _trials(self) -> list[FrozenTrial]:
         return self._drawn.get_trials(deepcopy=False)

@@ -17,7 +17,7 @@ from ssl_ray.report.write import write_report
 from ssl_ray.search.grid import check_transfer, finetune
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
-from ssl_ray.study.cohorts import Cohorts, PreparedCohorts, prepare_cohorts, read_cohorts
+from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
 from ssl_ray.study.experiment import Step
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.text import without_password
@@ -56,7 +56,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         pretrained = _make_weights(study, folders, tracker, prepared, by_cell) if needs_weights else []
         if last == "pretrain":
             return ()
-        failed = _fine_tune(study, folders, tracker, cohorts, prepared, pretrained)
+        failed = _fine_tune(study, folders, tracker, prepared, pretrained)
     finally:
         tracker.settle()
         tracker.stop()
@@ -100,10 +100,7 @@ def report(study: Study, folders: Folders) -> None:
 def _make_weights(
     study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, by_cell: bool
 ) -> list[Pretrained]:
-    """The weights that `init: pretrained` starts from: this study's own, or those in `finetune.weights`.
-
-    With `by_cell`, its own are left to the search, which makes them cell by cell.
-    """
+    """The weights that `init: pretrained` starts from: those given, or the study's own, unless a search makes them."""
     if given := study.finetune.weights:
         say(f"pretrained weights are given: {given}")
         return [Pretrained(Path(given).absolute(), weights_digest(Path(given)))]
@@ -124,12 +121,7 @@ def _make_weights(
 
 
 def _fine_tune(
-    study: Study,
-    folders: Folders,
-    tracker: Tracker,
-    cohorts: Cohorts,
-    prepared: PreparedCohorts,
-    pretrained: Sequence[Pretrained],
+    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, pretrained: Sequence[Pretrained]
 ) -> tuple[str, ...]:
     """Every cell of the grid, or those of the search -> names of those that failed."""
     config, splits, labelled = study.finetune, prepared.splits, prepared.labelled
@@ -147,7 +139,7 @@ def _fine_tune(
     if study.search:
         from ssl_ray.study.searching import run_search  # it loads Optuna
 
-        return run_search(study, folders, tracker, cohorts, prepared, pretrained, content)
+        return run_search(study, folders, tracker, prepared, pretrained, content)
     return finetune(
         config,
         study.network,

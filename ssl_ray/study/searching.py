@@ -4,31 +4,31 @@ A pretraining takes the whole cluster, and Ray Data would wait for CPUs as long 
 a place that a trial leaves is taken by the next cell that needs nothing made.
 """
 
-import json
 import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import ray
+from optuna.trial import TrialState
+from pydantic import ValidationError
 
 from ssl_ray.config import depends
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.config.search import resolved
 from ssl_ray.console import Bar, say
-from ssl_ray.evaluate.scores import CaseScores, aggregate
+from ssl_ray.errors import UserError
 from ssl_ray.finetune.job import TrialJob
 from ssl_ray.pretrain.driver import Pretrained, pretrain, pretraining_key
 from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import JOURNAL, Cell
-from ssl_ray.search.grid import Drawn, trial_jobs, tune_cells
+from ssl_ray.search.grid import trial_jobs, tune_cells
 from ssl_ray.search.proposals import Proposals
 from ssl_ray.storage.folders import Folders
-from ssl_ray.study.cohorts import Cohorts, PreparedCohorts, check_warmup, prepare_cohorts
+from ssl_ray.study.cohorts import PreparedCohorts, check_warmup, prepare_cohorts, read_cohorts
 from ssl_ray.study.parts import recipe_of, run_params
 from ssl_ray.text import reason
 from ssl_ray.tracking.run import ending
@@ -43,101 +43,64 @@ class Rounds:
     proposals: Proposals
     folders: Folders
     tracker: Tracker
-    cohorts: Cohorts
     prepared: PreparedCohorts
     given: Sequence[Pretrained] = ()
     """Weights that pretrained cells start from, instead of each from those of its own pretraining settings."""
-    jobs: dict[Cell, TrialJob] = field(default_factory=dict)
-    """Of all cells so far."""
-    made_by: dict[Path, str | None] = field(default_factory=dict)
-    """The MLflow runs that made the weights they start from."""
 
     def __post_init__(self) -> None:
         self._study, self._waiting = self.proposals.study, self.proposals.unfinished()
         self._volumes = {_preparations(self._study): self.prepared}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles `stop` for `Tuner.restore`, which we do not use."""
-        return {}
 
     def __call__(self, places: int) -> Iterator[Iterator[tuple[Cell, TrialJob]]]:
         """Rounds of cells: the weights and volumes of the first ones, for so many places, are made before it begins."""
         while self.proposals.left > 0 and (first := list(islice(iter(lambda: self._next(make=True), None), places))):
             yield chain(first, iter(lambda: self._next(make=False), None))
 
-    def stop(self, trial_id: str, result: Mapping[str, Any]) -> bool:
-        """Whether a trial is to end with this record, before its last step."""
-        cell: Cell = result["config"]["cell"]
-        score = result.get("metrics", {}).get(f"validation/{self.proposals.search.metric}")
-        worse = score is not None and self.proposals.report(cell, result["step"], score)
-        return worse and result["step"] < self.jobs[cell].config.steps
-
-    def tell(self, cell: Cell, metrics: Mapping[str, float] | None) -> None:
-        """A cell has ended, stopped where there are no metrics, failed where they are None."""
-        value = (metrics or {}).get(f"selected/validation/{self.proposals.search.metric}")
-        self.proposals.end(self.proposals.open.pop(cell), value, stopped=metrics == {})
-
     def _next(self, make: bool) -> tuple[Cell, TrialJob] | None:
         """The next cell that is to be trained; None if there is none, or if it needs what is not to be made now."""
         while trial := self._waiting.pop(0) if self._waiting else self.proposals.draw():
             cell = self.proposals.cell(trial)
             try:
-                own = resolved(self._study, dict(cell.overrides))
-                check_warmup(own, len(self.prepared.training))
-            except ValueError as error:  # each value was checked when the YAML was read, not all of them together
-                self._give_up(trial, cell, error)
-                continue
-            try:
-                job = self._job(own, make)
-            except FloatingPointError as error:
-                self._give_up(trial, cell, error)
-            except RuntimeError as error:  # e.g. a full disk: the same command tries it again
+                job = self._job(resolved(self._study, dict(cell.overrides)), make)
+            except (ValidationError, FloatingPointError) as error:  # it would fail again
+                say(f"search: {cell.name} cannot be trained: {reason(error)}")
+                self.proposals.end(trial, TrialState.FAIL, note=reason(error))
+            except (UserError, RuntimeError) as error:
                 say(f"search: {cell.name} is not trained now: {reason(error)}")
             else:
                 if job is None:
                     self._waiting.insert(0, trial)
                     return None
                 if self.proposals.begin(trial, cell, job.folder.key):
-                    self.jobs[cell] = job
-                    if not self.tracker.finished("trial", job.folder.key):
+                    known = self.tracker.runs(kind="trial", key=job.folder.key)
+                    done = [run for run in known if run.info.status == "FINISHED"]  # in another search, or not told yet
+                    if not done:
                         return cell, job
-                    self._tell_finished(cell, job)
+                    self.proposals.tell(cell, done[0].data.metrics)
         return None
 
-    def _give_up(self, trial: Any, cell: Cell, error: Exception) -> None:
-        say(f"search: {cell.name} cannot be trained: {reason(error)}")
-        self.proposals.end(trial, note=reason(error))
-
-    def _tell_finished(self, cell: Cell, job: TrialJob) -> None:
-        """A cell whose trial had finished when the driver was killed, before it was told."""
-        tree = json.loads(job.folder.pull_evaluation().read_bytes())
-        scores = aggregate([CaseScores(**case) for case in tree["validation"]], tree["organs"])
-        self.tell(cell, {f"selected/validation/{name}": score for name, score in scores.items()})
-
     def _job(self, own: Study, make: bool) -> TrialJob | None:
-        """What the only cell of an experiment is trained with; None if something is missing and not to be made."""
+        """What the only cell of an experiment is trained with; None if something is missing and not to be made.
+
+        Cells whose pretrainings have one key share it.
+        """
         if make and _preparations(own) not in self._volumes:
-            self._volumes[_preparations(own)] = prepare_cohorts(own, self.folders, self.cohorts)
+            self._volumes[_preparations(own)] = prepare_cohorts(own, self.folders, read_cohorts(own))
         if not (there := self._volumes.get(_preparations(own))):
             return None
         start = self.given
         if own.pretrains:
-            if not (made := self._weights(own, there, make)):
+            recipe, volumes = recipe_of(own), (there.training, there.validation)
+            check_warmup(own, len(there.training))
+            key = pretraining_key(recipe, *volumes)
+            if not make and not self.tracker.finished("pretraining", key):
                 return None
-            self.made_by[made.weights], start = made.run_id, [made]
+            params = run_params(own, "pretrain") | {"seed": str(recipe.seed), "run": "0"}
+            name = f"pretrain-{key[:6]}"
+            start = [pretrain(recipe, *volumes, self.folders, self.tracker, params, dump(own), name)]
         labelled = own.seed, there.splits, there.labelled
         ((_, job),) = trial_jobs(own.finetune, own.network, *labelled, start, self.folders)[1].items()
         return job
-
-    def _weights(self, own: Study, there: PreparedCohorts, make: bool) -> Pretrained | None:
-        """The weights that an experiment's pretraining gives, which others may share; None if not to be made."""
-        recipe, volumes = recipe_of(own), (there.training, there.validation)
-        key = pretraining_key(recipe, *volumes)
-        if not make and not self.tracker.finished("pretraining", key):
-            return None
-        params = run_params(own, "pretrain") | {"seed": str(recipe.seed), "run": "0"}
-        name = f"pretrain-{key[:6]}"
-        return pretrain(recipe, *volumes, self.folders, self.tracker, params, dump(own), name)
 
 
 def _preparations(study: Study) -> Any:
@@ -148,7 +111,6 @@ def run_search(
     study: Study,
     folders: Folders,
     tracker: Tracker,
-    cohorts: Cohorts,
     prepared: PreparedCohorts,
     given: Sequence[Pretrained],
     content: Mapping[str, str],
@@ -162,10 +124,9 @@ def run_search(
     settings = depends.pretraining(study.pretrain, study.network), depends.grid(config, study.network)
     key = digest(*settings, study.seed, content, drawn)
     proposals = Proposals(study, folders.study / JOURNAL, folders.output, key)
-    rounds = Rounds(proposals, folders, tracker, cohorts, prepared, given)
+    rounds = Rounds(proposals, folders, tracker, prepared, given)
     there, needed = ray.cluster_resources(), {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}
-    places = [there.get(name, 0.0) / share for name, share in needed.items() if share]
-    places += [float(config.max_concurrent_trials)] if config.max_concurrent_trials else []
+    places = max(1, int(min(there.get(name, 0.0) / share for name, share in needed.items() if share)))
     params = run_params(study, "finetune")
     names = dict.fromkeys([*params, *study.search.space], "-")  # of what a cell does not read
     parent = tracker.open("search", key, "search", params)
@@ -175,13 +136,12 @@ def run_search(
     signal.setitimer(signal.ITIMER_REAL, 0 if math.isinf(proposals.left) else max(proposals.left, 0.1))
     with ending(parent):
         try:
-            for cells in rounds(max(1, int(min(places)))):
+            for cells in rounds(places):
                 with Bar("search", proposals.total * config.steps) as bar:
                     counts = proposals.counts()
                     done = (counts.total() - counts["unfinished"]) * config.steps
-                    made_by = rounds.made_by
-                    runs = TrialCallback(tracker, parent.id, names, rounds.jobs, made_by, bar, done, rounds.tell)
-                    tune_cells(config, {}, folders, key, runs, Drawn(cells), rounds.stop)
+                    runs = TrialCallback(tracker, parent.id, names, bar, done, proposals.tell)
+                    tune_cells(config, cells, places, folders, key, runs, proposals.stop)
         except KeyboardInterrupt:
             if proposals.left > 0:
                 raise
