@@ -5,7 +5,6 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import takewhile
 from typing import Annotated, Any, Literal
 
@@ -27,10 +26,11 @@ def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         values = tuple(tuple(value) if isinstance(value, list) else value for value in values)
         fits = bool(values) and not any(value in values[:place] for place, value in enumerate(values))
     else:
-        with suppress(TypeError, ValueError):
-            values = tuple(int(str(value)) if kind == "int" else float(value) for value in values)
-        low, high = values if len(values) == 2 and not any(isinstance(value, str) for value in values) else (0, 0)
-        fits = (0 if kind == "loguniform" else -math.inf) < low < high < math.inf
+        try:
+            low, high = values = tuple(int(str(value)) if kind == "int" else float(value) for value in values)
+            fits = (0 if kind == "loguniform" else -math.inf) < low < high < math.inf
+        except (TypeError, ValueError):
+            fits = False
     if len(given) != 1 or not fits:
         raise ValueError(
             "one of choice (values, none twice), uniform, loguniform (positive) and int (whole): [lowest, highest], "
@@ -87,7 +87,8 @@ def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given:
     drawn = {key: values for key, one in space.items() for values in one.values()}
     for key in drawn:
         if key not in valid:
-            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            inside = [one for one in valid if one.startswith(f"{key}.")]
+            near = inside or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"search.space.{key}: not a key that can be searched{hint}")
     for name, there in given.items():

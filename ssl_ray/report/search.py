@@ -50,19 +50,19 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     best = drawn.best_trial if finished else None
     values: dict[str, Any] = {"study": study, "search": search, "config": config, "best": best, "literal": literal}
     values |= {"statuses": list(map(status, tried)), "enough": ENOUGH, "importances": {}, "test": None}
-    rows = [_row(trial, [*search.space], trial == best) for trial in tried]
-    values["cells"] = Table(["number", "status", *search.space, "last step", search.metric, "note"], rows, 2)
+    keys = [key for key, one in search.space.items() if len(*one.values()) > 1]
+    rows = [_row(trial, keys, trial == best) for trial in tried]
+    values["cells"] = Table(["number", "status", *keys, "last step", search.metric, "note"], rows, 2)
     if len(finished) >= ENOUGH:
-        values["importances"] = optuna.importance.get_param_importances(drawn)
-    figures = [folder / "figures" / "search.png"] if any(trial.value is not None for trial in tried) else []
-    for path in figures:
-        _draw(tried, drawn.direction, search.metric, path)
-    more = []
+        values["importances"] = optuna.importance.get_param_importances(drawn, params=keys)
+    figures, more = [], []
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     if best:
-        more = [path := folder / "best.yaml"]
+        figures, more = [folder / "figures" / "search.png"], [folder / "best.yaml"]
+        _draw(tried, drawn.direction, keys, search.metric, *figures)
         own = resolved(ran, best.user_attrs["cell"]).model_copy(update={"name": f"{study.name}-best"})
         values["yaml"] = dump(own)
-        path.write_text(values["yaml"], encoding="utf-8")
+        more[0].write_text(values["yaml"], encoding="utf-8")
         for run in tracker.runs(kind="trial", key=best.user_attrs["key"])[:1]:
             values["test"] = run.data.metrics.get(f"selected/test/{ORIGINAL_DICE_FOREGROUND}")
     text = TEMPLATES.get_template("search.md.j2").render(values)
@@ -74,17 +74,16 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     return Report(str(values["cells"]), markdown, html, tuple(figures), tuple(more))
 
 
-def _draw(tried: list[FrozenTrial], direction: StudyDirection, metric: str, path: Path) -> None:
+def _draw(tried: list[FrozenTrial], direction: StudyDirection, keys: list[str], metric: str, path: Path) -> None:
     """Optuna's parallel coordinates of the cells that have a score; one axis says which of them were stopped."""
     shown = optuna.create_study(direction=direction)
     for trial in (one for one in tried if one.value is not None):
         params = trial.params | {"status": status(trial)}
         kinds = trial.distributions | {"status": CategoricalDistribution(("finished", "stopped"))}
         shown.add_trial(create_trial(value=trial.value, params=params, distributions=kinds))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        axis = plot_parallel_coordinate(shown, target_name=metric)
+        axis = plot_parallel_coordinate(shown, params=[*keys, "status"], target_name=metric)
     axis.set_title("")
     axis.figure.set_size_inches(11, 5)
     axis.figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})

@@ -1,15 +1,16 @@
 """The page of a search that is written into MLflow as a real one would be."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 from studies import place_database, small_study
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
+from ssl_ray.config.search import resolved
 from ssl_ray.errors import UserError
 from ssl_ray.report.search import write_search_report
 from ssl_ray.report.write import Report
@@ -21,9 +22,10 @@ from ssl_ray.study.parts import tracker_of
 
 SPACE: dict[str, Any] = {
     "finetune.optimizer.lr": {"loguniform": [1e-4, 1e-2]},
-    "pretrain.task": {"choice": [{"kind": "restoration"}, {"kind": "masked", "loss": "l1"}]},
+    "pretrain.task.kind": {"choice": ["restoration", "masked"]},
     "pretrain.task.ratio": {"choice": [0.5, 0.75]},
     "pretrain.patches_per_volume": {"int": [1, 4]},
+    "finetune.optimizer.betas": {"choice": [[0.9, 0.95], [0.9, 0.999]]},
 }
 
 
@@ -40,27 +42,28 @@ def score(cell: Cell) -> float:
 
 
 def record(folder: Path, study: Study, count: int, stopped: int = 0, tested: bool = True) -> list[Cell]:
-    """A search of so many finished and stopped cells, and one that is going on."""
-    assert study.search
-    tracker, plain = tracker_of(study), study.unsearched
-    base, mirror = Cell.of(2, "pretrained", 1e-3), Mirror(folder)
-    proposals = Proposals(study.search, base, plain, folder / JOURNAL, mirror, "the search", 0, 10)
+    """A search of so many finished and stopped cells, one that repeats another, and one that is going on."""
+    tracker = tracker_of(study)
+    proposals = Proposals(study, folder / JOURNAL, Mirror(folder), "the search")
     parent = tracker.open("search", "the search", "search", {})
     parent.text(dump(study), "experiment.yaml")
     cells = []
     for place in range(count + stopped + 1):
-        cell = proposals.draw()
-        assert cell
-        assert proposals.begin(cell, f"key{place}")
-        proposals.report(cell, 10, score(cell) / 2)
+        trial = proposals.draw()
+        assert trial
+        cell = proposals.cell(trial)
+        assert proposals.begin(trial, cell, f"key{place}")
+        trial.report(score(cell) / 2, 10)
         run = tracker.open("trial", f"key{place}", cell.name, {}, parent.id)
         if place < count:
             run.metrics({"selected/test/original_dice_foreground": 0.1 + score(cell)} if tested else {"loss": 1.0}, 90)
-            proposals.end(cell, score(cell))
+            proposals.end(trial, TrialState.COMPLETE, score(cell))
             cells.append(cell)
         elif place < count + stopped:
-            proposals.end(cell, stopped=True)
+            proposals.tell(cell, {})
         run.close()
+    if repeated := proposals.draw():
+        proposals.begin(repeated, proposals.cell(repeated), "key0")
     parent.artifact(folder / JOURNAL)
     parent.close()
     tracker.settle()
@@ -82,7 +85,7 @@ def test_the_best_cell_is_shown_without_a_verdict_and_can_be_run(tmp_path: Path)
     assert f"**Best on validation**: number {cells.index(best)}, `dice_foreground` {score(best):.3f}." in text
     assert f"{0.1 + score(best):.3f}. **Exploratory**" in text
     assert "no verdict" in text
-    assert re.search(r"17 cells by .*:\n12 finished,\n4 stopped,\n1 unfinished\.", text)
+    assert re.search(r"18 cells .*:\n12 finished, 4 stopped, 1 unfinished, 1 repeated\.", text)
     assert "Importances are shown from 20 finished cells on." in text
     assert f"| {best.lr:.4g} |" in re.sub(" +", " ", text)
     for words in ("clear", "p <", "interval"):
@@ -90,7 +93,7 @@ def test_the_best_cell_is_shown_without_a_verdict_and_can_be_run(tmp_path: Path)
     (yaml,) = written.more
     own = load(yaml)
     assert (own.name, own.search) == ("fake-best", None)
-    assert own == best.experiment(study.unsearched).model_copy(update={"name": "fake-best"})
+    assert own == resolved(study, dict(best.overrides)).model_copy(update={"name": "fake-best"})
     assert own.finetune.optimizer.lr == best.lr
     page = written.html.read_text()
     assert page.count("<img") == 1
@@ -103,8 +106,9 @@ def test_the_best_cell_is_shown_without_a_verdict_and_can_be_run(tmp_path: Path)
 
 
 def test_what_mattered_is_told_from_twenty_cells_on(tmp_path: Path) -> None:
-    """The learning rate, which the scores are made of, has the largest share by far."""
-    study = study_of(tmp_path, samples=60)
+    """The learning rate, which the scores are made of, has the largest share by far; a choice of one has none."""
+    space = SPACE | {"finetune.optimizer.weight_decay": {"choice": [0.01]}}
+    study = study_of(tmp_path, samples=60, space=space)
     record(tmp_path, study, 50)
     text = report_on(study, tmp_path).markdown.read_text()
     shares = {key: float(share) for key, share in re.findall(r"^- `(.*)`: (\d+) %$", text, re.MULTILINE)}
@@ -150,13 +154,12 @@ def test_a_study_without_a_search_yet_says_so(tmp_path: Path) -> None:
 
 
 def test_what_a_cell_does_not_read_is_not_shown(tmp_path: Path) -> None:
-    """The ratio of restoration is a dash; sections are shown by their kind."""
+    """The ratio of restoration is a dash."""
     study = study_of(tmp_path)
     cells = record(tmp_path, study, 10)
-    rows = [line for line in report_on(study, tmp_path).table.splitlines() if re.match(r"\| \d", line)]
-    assert len(rows) == 11
+    rows = [line for line in report_on(study, tmp_path).table.splitlines() if re.match(r"\| +\d", line)]
+    assert len(rows) == 12
     for row, cell in zip(rows, cells, strict=False):
         kind, ratio = (part.strip() for part in row.split("|")[4:6])
         assert kind == cell.settings["pretrain.task.kind"]
         assert ratio == str(cell.settings.get("pretrain.task.ratio", "-"))
-        assert json.dumps(kind) not in row

@@ -1,15 +1,17 @@
 """What a search draws, and that it goes on from its journal as if it had never been killed."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import optuna
 import pytest
+from optuna.trial import Trial, TrialState
 from studies import small_study
 
-from ssl_ray.config.schema import Search, Study
+from ssl_ray.config.search import resolved
 from ssl_ray.search.cells import JOURNAL, Cell
 from ssl_ray.search.proposals import Proposals
 from ssl_ray.storage.mirror import Mirror
@@ -20,18 +22,29 @@ SPACE: dict[str, Any] = {
     "pretrain.task.ratio": {"uniform": [0.5, 0.8]},
     "pretrain.patches_per_volume": {"int": [1, 3]},
 }
-BASE = Cell.of(2, "random", 1e-3)
 
 
-def study(search: Mapping[str, Any]) -> Study:
-    finetune = {"grid": {"init": ["random"]}, "steps": 900, "validate_every": 100}
-    return small_study(pretrain={"patch_size": 32}, finetune=finetune, search=dict(search))
+def proposals(folder: Path, seed: int = 0, init: str = "pretrained", **search: Any) -> Proposals:
+    """Trials of 900 steps, whose first rung is at 100."""
+    finetune = {"grid": {"init": [init]}, "steps": 900, "validate_every": 100}
+    search = {"space": SPACE, "samples": 8} | search
+    study = small_study(pretrain={"patch_size": 32}, finetune=finetune, search=search, seed=seed)
+    return Proposals(study, folder / JOURNAL, Mirror(folder), "name")
 
 
-def proposals(folder: Path, seed: int = 0, **search: Any) -> Proposals:
-    made = study({"space": SPACE, "samples": 8} | search)
-    assert isinstance(made.search, Search)
-    return Proposals(made.search, BASE, made.unsearched, folder / JOURNAL, Mirror(folder), "name", seed, 100)
+def drawn(one: Proposals) -> list[tuple[Trial, Cell]]:
+    return [(trial, one.cell(trial)) for trial in iter(one.draw, None)]
+
+
+def record(cell: Cell, step: int, score: float) -> dict[str, Any]:
+    """What Ray Tune gets of a validation."""
+    job = SimpleNamespace(config=SimpleNamespace(steps=900))
+    metrics = {"validation/dice_foreground": score, "lr": 1.0}
+    return {"step": step, "metrics": metrics, "config": {"cell": cell, "job": job}}
+
+
+def result(score: float) -> dict[str, float]:
+    return {"selected/validation/dice_foreground": score}
 
 
 def score(cell: Cell) -> float:
@@ -41,23 +54,26 @@ def score(cell: Cell) -> float:
 
 def carried_out(open_again: Callable[[], Proposals], killed: bool) -> list[tuple[Cell, list[tuple[int, bool]]]]:
     """Train every cell that is drawn to its end or its stop; `killed` opens the journal again before every call."""
-    found = []
-    one = open_again()
+    found, one = [], open_again()
 
     def now() -> Proposals:
         nonlocal one
-        one = open_again() if killed else one
+        if killed:
+            one = open_again()
+            for trial in one.unfinished():
+                assert one.begin(trial, one.cell(trial), json.dumps(one.cell(trial).overrides))
         return one
 
-    while cell := now().draw():
-        assert now().begin(cell, json.dumps(cell.overrides))
+    while trial := now().draw():
+        cell = one.cell(trial)
+        assert one.begin(trial, cell, json.dumps(cell.overrides))
         decisions = []
         for step in range(100, 1000, 100):
-            stopped = now().report(cell, step, score(cell) * step / 900)
+            stopped = now().stop("", record(cell, step, score(cell) * step / 900))
             decisions.append((step, stopped))
             if stopped:
                 break
-        now().end(cell, None if decisions[-1][1] else score(cell), stopped=decisions[-1][1])
+        now().tell(cell, {} if decisions[-1][1] else result(score(cell)))
         found.append((cell, decisions))
     return found
 
@@ -74,144 +90,156 @@ def test_a_search_that_is_killed_everywhere_goes_on_as_if_nothing_had_happened(t
     assert len({cell for cell, _ in whole}) == 14
     assert proposals(tmp_path / "whole", seed=1, **options).draw() is None, "enough were drawn"
     counts = proposals(tmp_path / "killed", **options).counts()
-    assert counts == {
-        "finished": sum(not decisions[-1][1] for _, decisions in whole),
-        "stopped": sum(decisions[-1][1] for _, decisions in whole),
-        "failed": 0,
-        "unfinished": 0,
-    }
+    stopped = sum(decisions[-1][1] for _, decisions in whole)
+    assert counts == {"finished": 14 - stopped, "stopped": stopped}
 
 
 def test_successive_halving_stops_the_worse_ones(tmp_path: Path) -> None:
-    """At 100, 300 and 900 steps only, and never the best one so far."""
+    """At 100 and 300 steps only, never the best one so far, and none at its last step, which is a rung, too."""
     found = carried_out(lambda: proposals(tmp_path, scheduler="asha", samples=18, algorithm="random"), killed=False)
     stops = [decisions[-1][0] for _, decisions in found if decisions[-1][1]]
-    assert set(stops) <= {100, 300, 900}
+    assert set(stops) <= {100, 300}
     assert len(stops) > 9
     best = -1.0
     for cell, decisions in found:
         if score(cell) > best:
             best = score(cell)
             assert not any(stopped for _, stopped in decisions), cell.name
+    (tmp_path / "none").mkdir()
     without = carried_out(lambda: proposals(tmp_path / "none", samples=6), killed=False)
     assert not any(stopped for _, decisions in without for _, stopped in decisions)
+
+
+def test_records_without_a_score_stop_nothing(tmp_path: Path) -> None:
+    one = proposals(tmp_path, scheduler="asha")
+    (first, good), (second, bad), *_ = drawn(one)
+    assert one.begin(first, good, "good")
+    assert one.begin(second, bad, "bad")
+    assert not one.stop("", record(good, 100, 0.9))
+    given = record(bad, 100, 0.1)
+    assert not one.stop("", given | {"metrics": {"loss": 0.1}})
+    assert not one.stop("", {"failure": "why", "config": given["config"]})
+    assert one.stop("", given)
 
 
 def test_cells_are_within_the_space_and_have_what_they_read(tmp_path: Path) -> None:
     """A key that the kind does not read is no part of the cell, as is not what the space leaves to the experiment."""
     one = proposals(tmp_path, algorithm="random", samples=30)
-    drawn = list(iter(one.draw, None))
-    assert len(set(drawn)) == 30
-    kinds = {cell.settings["pretrain.task.kind"] for cell in drawn}
-    assert kinds == {"restoration", "masked"}
-    for cell in drawn:
+    cells = [cell for _, cell in drawn(one)]
+    assert len(set(cells)) == 30
+    assert {cell.settings["pretrain.task.kind"] for cell in cells} == {"restoration", "masked"}
+    for cell in cells:
         settings = cell.settings
         assert 1e-4 <= cell.lr <= 1e-2
         assert float(f"{cell.lr:.4g}") == cell.lr
         assert settings["pretrain.patches_per_volume"] in (1, 2, 3)
         assert ("pretrain.task.ratio" in settings) == (settings["pretrain.task.kind"] == "masked")
-        own = cell.experiment(study({"space": SPACE}).unsearched)
+        own = resolved(one.study, dict(cell.overrides))
         assert (own.pretrain.task.kind, own.finetune.optimizer.lr) == (settings["pretrain.task.kind"], cell.lr)
-    assert set(one.open) == set(drawn) == set(proposals(tmp_path, algorithm="random", samples=30).open)
+        assert (own.search, own.finetune.sizes, own.finetune.grid.init) == (None, (2,), ("pretrained",))
+    again = proposals(tmp_path, algorithm="random", samples=30)
+    assert [again.cell(trial) for trial in again.unfinished()] == cells
+
+
+def test_random_weights_read_nothing_of_a_pretraining(tmp_path: Path) -> None:
+    one = proposals(tmp_path, init="random")
+    assert {tuple(cell.settings) for _, cell in drawn(one)} == {("finetune.optimizer.lr",)}
 
 
 def test_another_seed_draws_other_cells(tmp_path: Path) -> None:
-    first = [proposals(tmp_path / str(seed), seed=seed, algorithm="random").draw() for seed in (0, 0, 1)]
-    assert first[1] is not None
-    assert first[1] != first[0], "the second one of the same journal"
-    (tmp_path / "again").mkdir()
-    again = proposals(tmp_path / "again", algorithm="random").draw()
-    assert again == first[0] != first[2]
+    found = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / folder).mkdir()
+        found.append([cell for _, cell in drawn(proposals(tmp_path / folder, seed, algorithm="random"))])
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_grid_is_every_combination_once(tmp_path: Path) -> None:
-    """In the order of the space, also where it is begun again; whole sections may be chosen."""
-    tasks = [{"kind": "restoration"}, {"kind": "masked", "ratio": 0.5}]
-    space = {"pretrain.task": {"choice": tasks}, "finetune.optimizer.lr": {"choice": [1e-3, 1e-2]}}
-    drawn = []
+    """In the order of the space, also where it is begun again; lists may be chosen."""
+    space = {
+        "finetune.optimizer.betas": {"choice": [[0.9, 0.95], [0.9, 0.999]]},
+        "finetune.optimizer.lr": {"choice": [1e-3, 1e-2]},
+    }
+    found = []
     for _ in range(6):
-        if cell := proposals(tmp_path, algorithm="grid", space=space, samples=1).draw():
-            drawn.append((cell.settings["pretrain.task.kind"], cell.settings.get("pretrain.task.ratio"), cell.lr))
-    assert drawn == [
-        (kind, ratio, lr) for kind, ratio in (("restoration", None), ("masked", 0.5)) for lr in (1e-3, 1e-2)
-    ]
+        one = proposals(tmp_path, algorithm="grid", space=space, samples=1)
+        if trial := one.draw():
+            cell = one.cell(trial)
+            found.append((cell.settings["finetune.optimizer.betas"], cell.lr))
+            assert resolved(one.study, dict(cell.overrides)).finetune.optimizer.betas == found[-1][0]
+    assert found == [(betas, lr) for betas in ((0.9, 0.95), (0.9, 0.999)) for lr in (1e-3, 1e-2)]
 
 
 @pytest.mark.parametrize(
-    ("ended", "status"), [({"value": 0.5}, "finished"), ({"stopped": True}, "stopped"), ({}, "failed")]
+    ("metrics", "status"), [(result(0.5), "finished"), ({}, "stopped"), (None, "failed"), ("open", "unfinished")]
 )
-def test_what_was_trained_is_not_trained_again(tmp_path: Path, ended: dict[str, Any], status: str) -> None:
-    """Another cell of the same key ends as the first one did."""
+def test_what_was_trained_is_not_trained_again(tmp_path: Path, metrics: Any, status: str) -> None:
+    """A cell of the same key is a repeated one, whatever became of the first one, and after a fault as well."""
     one = proposals(tmp_path)
-    first, second = one.draw(), one.draw()
-    assert first
-    assert second
-    assert one.begin(first, "key")
-    one.report(first, 100, 0.4)
-    one.end(first, **ended)
-    assert not one.begin(second, "key")
-    assert not one.open
-    assert one.counts()[status] == 2
-
-
-def test_what_is_being_trained_is_not_begun_a_second_time(tmp_path: Path) -> None:
-    """The cell that came first goes on."""
+    (first, cell), (second, other), *_ = drawn(one)
+    assert one.begin(first, cell, "key")
+    one.stop("", record(cell, 100, 0.4))
+    if metrics != "open":
+        one.tell(cell, metrics)
+    second.set_user_attr("key", "key")  # killed here
     one = proposals(tmp_path)
-    first, second = one.draw(), one.draw()
-    assert first
-    assert second
-    assert one.begin(first, "key")
-    assert not one.begin(second, "key")
-    again = proposals(tmp_path)
-    assert list(again.open) == [first]
-    assert again.begin(first, "key")
+    for trial in one.unfinished()[:2]:
+        assert one.begin(trial, one.cell(trial), "key") == (trial.number == 0)
+    assert one.counts() == Counter(["unfinished"] * 6 + [status, "repeated"])
+    assert other not in one.open
 
 
 def test_a_score_that_is_told_again_changes_nothing(tmp_path: Path) -> None:
     """A trial that goes on from a checkpoint repeats its records."""
-    one = proposals(tmp_path, scheduler="asha")
-    cell = one.draw()
-    assert cell
-    assert one.begin(cell, "key")
-    assert not one.report(cell, 100, 0.4)
-    assert not proposals(tmp_path, scheduler="asha").report(cell, 100, 0.1)
-    one.end(cell, 0.4)
-    (trial,) = one._study.trials
-    assert trial.intermediate_values == {100: 0.4}
+    one = proposals(tmp_path, scheduler="asha", samples=1)
+    ((trial, cell),) = drawn(one)
+    assert one.begin(trial, cell, "key")
+    assert not one.stop("", record(cell, 100, 0.4))
+    again = proposals(tmp_path, scheduler="asha", samples=1)
+    assert again.begin(*again.unfinished(), cell, "key")
+    assert not again.stop("", record(cell, 100, 0.1))
+    again.tell(cell, result(0.4))
+    (kept,) = again._trials()
+    assert kept.intermediate_values == {100: 0.4}
 
 
 @pytest.mark.parametrize("torn", [b'{"op_code": 7, "tri', b""])
 def test_a_journal_that_was_cut_off_is_read(tmp_path: Path, torn: bytes) -> None:
     """A half line is no record, and a lock is nobody's any more."""
     one = proposals(tmp_path)
-    cell = one.draw()
+    trial = one.draw()
+    assert trial
+    cell = one.cell(trial)
     with (tmp_path / JOURNAL).open("ab") as file:
         file.write(torn)
     (tmp_path / f"{JOURNAL}.lock").symlink_to(tmp_path / JOURNAL)
     again = proposals(tmp_path)
-    assert list(again.open) == [cell]
+    assert list(map(again.cell, again.unfinished())) == [cell]
     assert again.draw()
-    assert len(proposals(tmp_path).open) == 2
+    assert len(proposals(tmp_path).unfinished()) == 2
 
 
 def test_a_draw_that_was_cut_off_is_completed(tmp_path: Path) -> None:
     """Optuna writes a trial before its values, one by one."""
-    one = proposals(tmp_path)
-    trial = one._study.ask()
-    trial.suggest_float("finetune.optimizer.lr", 1e-4, 1e-2, log=True)
-    (cell,) = proposals(tmp_path).open
+    trial = proposals(tmp_path).draw()
+    assert trial
+    lr = trial.suggest_float("finetune.optimizer.lr", 1e-4, 1e-2, log=True)
+    again = proposals(tmp_path)
+    (cell,) = map(again.cell, again.unfinished())
     assert cell.settings.keys() >= {"finetune.optimizer.lr", "pretrain.task.kind", "pretrain.patches_per_volume"}
-    assert cell.lr == pytest.approx(trial.params["finetune.optimizer.lr"], rel=1e-3)
-    assert list(proposals(tmp_path).open) == [cell]
+    assert cell.lr == pytest.approx(lr, rel=1e-3)
+    third = proposals(tmp_path)
+    assert list(map(third.cell, third.unfinished())) == [cell]
 
 
 def test_the_budget_is_of_all_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     one = proposals(tmp_path, budget=1.0)
+    ((trial, _), *_) = drawn(one)
     now += 1800
     assert one.left == 1800
-    one.draw()
+    one.end(trial, TrialState.FAIL)
     now += 5000  # nobody works on it
     again = proposals(tmp_path, budget=1.0)
     assert again.left == 1800
@@ -225,4 +253,3 @@ def test_optuna_learns_from_what_is_known(tmp_path: Path) -> None:
     """Late cells are better than early ones, which were drawn at random."""
     found = [score(cell) for cell, _ in carried_out(lambda: proposals(tmp_path, samples=40), killed=False)]
     assert sum(found[-15:]) / 15 > sum(found[:10]) / 10
-    assert optuna.__version__ >= "5"
