@@ -82,7 +82,7 @@ def _draw(tried: list[FrozenTrial], direction: StudyDirection, keys: list[str], 
         kinds = trial.distributions | {"status": CategoricalDistribution(("finished", "stopped"))}
         shown.add_trial(create_trial(value=trial.value, params=params, distributions=kinds))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # that it is experimental, and an axis on which all have one value
         axis = plot_parallel_coordinate(shown, params=[*keys, "status"], target_name=metric)
     axis.set_title("")
     axis.figure.set_size_inches(11, 5)

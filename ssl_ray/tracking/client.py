@@ -13,8 +13,8 @@ from threading import Lock
 from typing import TypeAlias
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-# By itself MLflow repeats a request whose answer got lost, "create a run" included; here it is looked up first.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# By itself MLflow repeats a request whose answer got lost, "create a run" included; here it is looked up first.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -183,8 +183,9 @@ def test_what_was_trained_is_not_trained_again(tmp_path: Path, metrics: Any, sta
         one.tell(cell, metrics)
     second.set_user_attr("key", "key")  # killed here
     one = proposals(tmp_path)
-    for trial in one.unfinished()[:2]:
-        assert one.begin(trial, one.cell(trial), "key") == (trial.number == 0)
+    for trial in one.unfinished():
+        if trial.number < 2:
+            assert one.begin(trial, one.cell(trial), "key") == (trial.number == 0)
     assert one.counts() == Counter(["unfinished"] * 6 + [status, "repeated"])
     assert other not in one.open
 
