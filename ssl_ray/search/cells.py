@@ -71,8 +71,9 @@ class Cell:
     @property
     def name(self) -> str:
         """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
-        more = [f"{key}{value}-" for key, value in self.settings.items() if key != "finetune.optimizer.lr"]
-        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{''.join(more)}run{self.run}"
+        others = (item for item in self.settings.items() if item[0] != "finetune.optimizer.lr")
+        more = "".join(f"{key.rpartition('.')[2]}{value}-" for key, value in others)
+        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{more}run{self.run}"
 
     def apply(self, config: Finetune) -> Finetune:
         """The section `finetune` that this cell is trained with."""

@@ -64,7 +64,7 @@ def test_a_cell_is_a_value() -> None:
     assert {cell: 1}[Cell.of(6, "pretrained", 1e-4, 2, **dict(reversed(more.items())))] == 1
     assert (cell.size, cell.init, cell.lr, cell.run) == (6, "pretrained", 1e-4, 2)
     assert Cell.of(6, "pretrained", 1e-4).name == "n06-pretrained-lr0.0001-run0"
-    assert cell.name == "n06-pretrained-lr0.0001-finetune.augmentation.shift0.2-pretrain.epochs7-run2"
+    assert cell.name == "n06-pretrained-lr0.0001-shift0.2-epochs7-run2"
     assert cell.name != Cell.of(6, "pretrained", 1e-4, 2, **(more | {"pretrain.epochs": 8})).name
     assert cell.settings == Cell.of(6, "random", 1e-4, 2, **more).settings
     applied = cell.apply(small_study().finetune)
