@@ -22,17 +22,12 @@ def changed(section: S, values: Mapping[str, Any]) -> S:
 
     A `kind` that is not the section's comes with that kind's defaults. Keys that the kinds chosen lack are left out.
     """
-    return type(section).model_validate(_placed(section, values)[0])
+    return type(section).model_validate(placed(section, values)[0])
 
 
-def read(section: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that `changed` does not leave out."""
-    return _placed(section, values)[1]
-
-
-def _placed(section: BaseModel, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The section's tree with the values in it, and the values that found a place there."""
-    tree, placed = section.model_dump(), {}
+def placed(section: BaseModel, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The section's tree with the values in it, and those of the values that found a place there."""
+    tree, found = section.model_dump(), {}
     for key in sorted(values, key=lambda key: not key.endswith(".kind")):  # the kind says which other keys there are
         *parents, last = key.split(".")
         node, model = tree, type(section)
@@ -45,8 +40,8 @@ def _placed(section: BaseModel, values: Mapping[str, Any]) -> tuple[dict[str, An
             if last == "kind" and node.get("kind") != values[key]:
                 node.clear()
             if last in model.model_fields:
-                node[last] = placed[key] = values[key]
-    return tree, placed
+                node[last] = found[key] = values[key]
+    return tree, found
 
 
 def sections(annotation: Any) -> list[type[BaseModel]]:

@@ -103,10 +103,8 @@ class Study(Section):
         if self.search:
             tuned = self.finetune
             if tuned.runs > 1 or tuned.grid.lr:
-                raise ValueError(
-                    "finetune: a search has one run, as its best cell can be run again, and draws learning rates by "
-                    f"search.space.finetune.optimizer.lr; got runs {tuned.runs} and grid.lr {tuned.grid.lr}"
-                )
+                rule = "finetune: a search has one run, and draws rates by search.space.finetune.optimizer.lr; got runs"
+                raise ValueError(f"{rule} {tuned.runs} and grid.lr {tuned.grid.lr}")
             check_space(self, self.search.space, {"size": tuned.sizes, "init": tuned.grid.init})
         return self
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from ssl_ray.config.common import Section
-from ssl_ray.config.overrides import S, changed, keys, read
+from ssl_ray.config.overrides import S, changed, keys, placed
 
 _SEARCHED = re.compile(
     r"(finetune\.(?!weights)|pretrain\.|network\.)(?!(cohort|grid|runs|margin|primary|sources|pretrainings)\b)"
@@ -61,9 +61,8 @@ class Search(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Search":
-        ranges = [key for key, one in self.space.items() if "choice" not in one]
-        if self.algorithm == "grid" and ranges:
-            raise ValueError(f"space.{ranges[0]}: must be a choice with algorithm grid, got {self.space[ranges[0]]}")
+        if self.algorithm == "grid" and not all("choice" in one for one in self.space.values()):
+            raise ValueError("space: with algorithm grid, every key must have a choice")
         if self.scheduler == "asha" and self.metric.startswith("original_"):
             raise ValueError(f"metric: asha needs one that every validation measures, got {self.metric}")
         return self
@@ -76,21 +75,16 @@ def resolved(experiment: S, values: Mapping[str, Any]) -> S:
 
 
 def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given: Mapping[str, Sequence[Any]]) -> None:
-    """Check every key of a space, and every value beside some that may be drawn with it.
+    """Refuse a key that cannot be searched, and a value that is refused beside all else that may be drawn (50 draws).
 
     `given` are the values of `size` and `init` in the grid; where the space does not draw them, there is one of each.
-
-    Raises:
-        ValueError: names the key, the value and what is wrong; for an unknown key, the nearest valid one.
     """
     valid = [*given, *(key for key in keys(type(experiment)) if _SEARCHED.match(key))]
     drawn = {key: values for key, one in space.items() for values in one.values()}
-    for key in drawn:
-        if key not in valid:
-            inside = [one for one in valid if one.startswith(f"{key}.")]
-            near = inside or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"search.space.{key}: not a key that can be searched{hint}")
+    for key in drawn.keys() - valid:
+        near = [one for one in valid if one.startswith(f"{key}.")] or difflib.get_close_matches(key, valid, 1, 0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"search.space.{key}: not a key that can be searched{hint}")
     for name, there in given.items():
         chosen = space[name].get("choice", ()) if name in space else there[:1]
         if not set(chosen) <= set(there) or len(chosen) < min(len(there), 1 + (name not in space)):
@@ -99,7 +93,7 @@ def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given:
     beside = [base, *({**base, **{key: draw.choice(values) for key, values in drawn.items()}} for _ in range(50))]
     for key, value in ((key, value) for key, values in drawn.items() for value in values):
         cells = [{**others, key: value} for others in beside]
-        cells = [cell for cell in cells if key in given or key in read(experiment, cell)]
+        cells = [cell for cell in cells if key in given or key in placed(experiment, cell)[1]]
         refusals = list(takewhile(bool, (_refusal(experiment, cell) for cell in cells)))
         if len(refusals) == len(cells):
             rule = f"is refused: {refusals[0]}" if cells else "is read by none of the kinds that are set or drawn"
@@ -107,7 +101,6 @@ def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given:
 
 
 def _refusal(experiment: BaseModel, values: Mapping[str, Any]) -> str:
-    """Why the experiment is refused with these values; nothing if it is not."""
     try:
         resolved(experiment, values)
     except ValidationError as error:

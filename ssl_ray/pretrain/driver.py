@@ -92,6 +92,7 @@ def pretrain(
     feeds = feed_of(recipe, folders, training), feed_of(recipe, folders, validation)
     job = Job(recipe, *feeds, folder, folders.output, key, reports)
     steps = job.training.table.steps
+    recipe.settings.optimizer.check_warmup(steps, "pretrain.")
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": steps}
     run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")

@@ -8,7 +8,6 @@ from typing import Any
 import optuna
 from matplotlib import pyplot
 from optuna.distributions import CategoricalDistribution
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from optuna.visualization.matplotlib import plot_parallel_coordinate
 
@@ -44,22 +43,21 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         (path := Path(scratch) / JOURNAL).write_bytes(journal)
         kept = open_journal(path, parent.data.tags[KEY], ran.search.mode)
         drawn, search = optuna.create_study(direction=kept.direction), ran.search
-        drawn.add_trials(kept.get_trials())
-    tried = [trial for trial in drawn.get_trials() if status(trial)]
-    finished = [trial for trial in tried if trial.state == TrialState.COMPLETE]
+        drawn.add_trials(trial for trial in kept.get_trials() if status(trial))
+    tried, finished = drawn.get_trials(), drawn.get_trials(states=[TrialState.COMPLETE])
     best = drawn.best_trial if finished else None
-    values: dict[str, Any] = {"study": study, "search": search, "config": config, "best": best, "literal": literal}
-    values |= {"statuses": list(map(status, tried)), "enough": ENOUGH, "importances": {}, "test": None}
     keys = [key for key, one in search.space.items() if len(*one.values()) > 1]
     rows = [_row(trial, keys, trial == best) for trial in tried]
-    values["cells"] = Table(["number", "status", *keys, "last step", search.metric, "note"], rows, 2)
+    table = Table(["number", "status", *keys, "last step", search.metric, "note"], rows, 2)
+    values: dict[str, Any] = {"study": study, "search": search, "config": config, "best": best, "cells": table}
+    values |= {"statuses": list(map(status, tried)), "enough": ENOUGH, "importances": {}, "test": None}
     if len(finished) >= ENOUGH:
         values["importances"] = optuna.importance.get_param_importances(drawn, params=keys)
     figures, more = [], []
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     if best:
         figures, more = [folder / "figures" / "search.png"], [folder / "best.yaml"]
-        _draw(tried, drawn.direction, keys, search.metric, *figures)
+        _draw(drawn, keys, search.metric, *figures)
         own = resolved(ran, best.user_attrs["cell"]).model_copy(update={"name": f"{study.name}-best"})
         values["yaml"] = dump(own)
         more[0].write_text(values["yaml"], encoding="utf-8")
@@ -71,19 +69,21 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     html.write_text(to_html(text, folder, f"{study.name}: a search"), encoding="utf-8")
     for path in (markdown, html, *more, *figures):
         tracker.attach(run_id, path, "report/figures" if path in figures else "report")
-    return Report(str(values["cells"]), markdown, html, tuple(figures), tuple(more))
+    return Report(str(table), markdown, html, tuple(figures), tuple(more))
 
 
-def _draw(tried: list[FrozenTrial], direction: StudyDirection, keys: list[str], metric: str, path: Path) -> None:
+def _draw(drawn: optuna.Study, keys: list[str], metric: str, path: Path) -> None:
     """Optuna's parallel coordinates of the cells that have a score; one axis says which of them were stopped."""
-    shown = optuna.create_study(direction=direction)
-    for trial in (one for one in tried if one.value is not None):
+    shown = optuna.create_study(direction=drawn.direction)
+    for trial in (one for one in drawn.get_trials() if one.value is not None):
         params = trial.params | {"status": status(trial)}
         kinds = trial.distributions | {"status": CategoricalDistribution(("finished", "stopped"))}
         shown.add_trial(create_trial(value=trial.value, params=params, distributions=kinds))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental, and an axis on which all have one value
         axis = plot_parallel_coordinate(shown, params=[*keys, "status"], target_name=metric)
+    for lines in axis.collections:  # without the palest
+        lines.set_cmap("viridis_r")
     axis.set_title("")
     axis.figure.set_size_inches(11, 5)
     axis.figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})

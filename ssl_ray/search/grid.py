@@ -144,26 +144,22 @@ def _open(
 
 
 class _Cells(Searcher):
-    """Gives Tune one cell after the other, each with its job, as places become free."""
+    """Gives Tune one cell after the other, each with its job. How they end, `TrialCallback` tells."""
 
     def __init__(self, cells: Iterator[tuple[Cell, TrialJob]]) -> None:
         super().__init__()
         self._cells = cells
 
     def suggest(self, trial_id: str) -> Any:
-        """The next cell, or FINISHED."""
         cell, job = next(self._cells, (None, None))
         return {"cell": cell, "job": job} if cell else self.FINISHED
 
-    def on_trial_complete(self, *args: Any, **more: Any) -> None:
-        """Nothing: `TrialCallback` tells of it, once MLflow knows."""
+    def on_trial_complete(self, *args: Any, **more: Any) -> None: ...
 
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing, as Tune does so for `Tuner.restore`, which we do not use."""
+    def save(self, checkpoint_path: str) -> None: ...
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing, as above."""
-        return {}
+        return {}  # Tune pickles it for `Tuner.restore`, which we do not use
 
 
 def tune_cells(

@@ -1,8 +1,7 @@
-"""The cells that a search has drawn from its space, and what became of them: an Optuna study in a file. Free of Ray.
+"""The cells that a search has drawn, and what became of them: an Optuna study in a file. Free of Ray.
 
-The file, Optuna's journal, is synced at every draw, score and end, with the rungs of successive halving: a search that
-was killed at any moment goes on from it. Ray Tune's own OptunaSearch and ASHAScheduler keep all this in memory, where
-it would have to be put back piece by piece, and OptunaSearch takes a stopped trial's last score for a finished one's.
+The file, Optuna's journal, has every draw, score, rung and end: a search that was killed at any moment goes on from it.
+Ray Tune's OptunaSearch and ASHAScheduler keep it in memory, and take a stopped trial's score for a finished one's.
 """
 
 import itertools
@@ -21,25 +20,19 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from ssl_ray.config.overrides import read
+from ssl_ray.config.overrides import placed
 from ssl_ray.config.schema import Study
 from ssl_ray.random import number
 from ssl_ray.search.cells import Cell
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
 
-_STATUS = {
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "stopped",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "unfinished",
-    TrialState.WAITING: "",
-}
+_STATUS = {"COMPLETE": "finished", "PRUNED": "stopped", "FAIL": "failed", "RUNNING": "unfinished", "WAITING": ""}
 
 
 def status(trial: FrozenTrial) -> str:
     """What became of a cell; nothing if it was not drawn yet."""
-    return "repeated" if "repeats" in trial.user_attrs else _STATUS[trial.state]
+    return "repeated" if "repeats" in trial.user_attrs else _STATUS[trial.state.name]
 
 
 def open_journal(path: Path, name: str, mode: str) -> optuna.Study:
@@ -54,12 +47,7 @@ def open_journal(path: Path, name: str, mode: str) -> optuna.Study:
 
 
 class Proposals:
-    """The cells of one search; Optuna calls them trials.
-
-    Attributes:
-        total: how many cells may be drawn.
-        open: those that are being trained.
-    """
+    """The cells of one search, Optuna's trials: at most `total`, of which those that are `open` are being trained."""
 
     def __init__(self, study: Study, path: Path, mirror: Mirror, name: str) -> None:
         """The cells that the journal `path` has under this name; another space has another one."""
@@ -70,7 +58,7 @@ class Proposals:
         # Li et al., MLSys 2020: one in three goes on from a rung to the next, at three times the steps.
         halving = SuccessiveHalvingPruner(min_resource=study.finetune.validate_every, reduction_factor=3)
         self._drawn.pruner = halving if self.search.scheduler == "asha" else NopPruner()
-        self._spent, self._began = float(self._drawn.user_attrs.get("seconds", 0.0)), time.monotonic()
+        self._began = time.monotonic() - float(self._drawn.user_attrs.get("seconds", 0.0))
         self.open: dict[Cell, Trial] = {}
         self.total = self.search.samples
         if self.search.algorithm == "grid":
@@ -81,7 +69,7 @@ class Proposals:
     @property
     def left(self) -> float:
         """Seconds that are left of the budget."""
-        return 3600 * (self.search.budget or math.inf) - self._spent - time.monotonic() + self._began
+        return 3600 * (self.search.budget or math.inf) - (time.monotonic() - self._began)
 
     def counts(self) -> Counter[str]:
         """Numbers of cells by status."""
@@ -105,8 +93,7 @@ class Proposals:
         tuned = self.study.finetune
         drawn: dict[str, Any] = {"size": tuned.sizes[0], "init": tuned.grid.init[0]}
         drawn["finetune.optimizer.lr"] = tuned.optimizer.lr
-        for key, one in self.search.space.items():
-            ((kind, values),) = one.items()
+        for key, kind, values in ((key, *item) for key, one in self.search.space.items() for item in one.items()):
             if kind == "choice":
                 labels = _labels(values)
                 drawn[key] = values[labels.index(trial.suggest_categorical(key, labels))]
@@ -117,7 +104,7 @@ class Proposals:
                 drawn[key] = min(max(float(f"{exact:.4g}"), values[0]), values[1])
         if drawn["init"] == "random":
             drawn = {key: value for key, value in drawn.items() if not key.startswith("pretrain.")}
-        chosen = {"size": drawn["size"], "init": drawn["init"], **read(self.study, drawn)}
+        chosen = {"size": drawn["size"], "init": drawn["init"], **placed(self.study, drawn)[1]}
         return Cell(tuple(sorted(chosen.items())), 0)
 
     def begin(self, trial: Trial, cell: Cell, key: str) -> bool:
@@ -157,15 +144,11 @@ class Proposals:
         self._drawn.tell(trial, value, state)
         self._keep()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles `stop` for `Tuner.restore`, which we do not use."""
-        return {}
-
     def _trials(self) -> list[FrozenTrial]:
         return self._drawn.get_trials(deepcopy=False)
 
     def _keep(self) -> None:
-        self._drawn.set_user_attr("seconds", round(self._spent + time.monotonic() - self._began, 1))
+        self._drawn.set_user_attr("seconds", round(time.monotonic() - self._began, 1))
         self._mirror.push(self.path)
 
 

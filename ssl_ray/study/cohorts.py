@@ -38,19 +38,14 @@ def read_cohorts(study: Study) -> Cohorts:
     if study.phantom:
         write_cohort(study.phantom)
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
-    check_warmup(study, len(training))
+    if training:  # the steps follow from the volumes, so that the configuration alone cannot check this
+        samples = study.pretrain.epochs * len(training) * study.pretrain.patches_per_volume
+        study.pretrain.optimizer.check_warmup(samples // study.pretrain.batch_size, "pretrain.")
     splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
     check_lists(training, validation, splits)
     if warning := not_nested(splits):
         say(warning)
     return training, validation, splits
-
-
-def check_warmup(study: Study, volumes: int) -> None:
-    """Refuse a warm-up that is as long as the pretraining, whose steps follow from the number of its volumes."""
-    if study.pretrains:
-        samples = study.pretrain.epochs * volumes * study.pretrain.patches_per_volume
-        study.pretrain.optimizer.check_warmup(samples // study.pretrain.batch_size, "pretrain.")
 
 
 def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bool = False) -> PreparedCohorts:

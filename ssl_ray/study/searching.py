@@ -28,7 +28,7 @@ from ssl_ray.search.cells import JOURNAL, Cell
 from ssl_ray.search.grid import trial_jobs, tune_cells
 from ssl_ray.search.proposals import Proposals
 from ssl_ray.storage.folders import Folders
-from ssl_ray.study.cohorts import PreparedCohorts, check_warmup, prepare_cohorts, read_cohorts
+from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
 from ssl_ray.study.parts import recipe_of, run_params
 from ssl_ray.text import reason
 from ssl_ray.tracking.run import ending
@@ -62,28 +62,24 @@ class Rounds:
             cell = self.proposals.cell(trial)
             try:
                 job = self._job(resolved(self._study, dict(cell.overrides)), make)
-            except (ValidationError, FloatingPointError) as error:  # it would fail again
-                say(f"search: {cell.name} cannot be trained: {reason(error)}")
-                self.proposals.end(trial, TrialState.FAIL, note=reason(error))
-            except (UserError, RuntimeError) as error:
-                say(f"search: {cell.name} is not trained now: {reason(error)}")
-            else:
-                if job is None:
-                    self._waiting.insert(0, trial)
-                    return None
-                if self.proposals.begin(trial, cell, job.folder.key):
-                    known = self.tracker.runs(kind="trial", key=job.folder.key)
-                    done = [run for run in known if run.info.status == "FINISHED"]  # in another search, or not told yet
-                    if not done:
-                        return cell, job
-                    self.proposals.tell(cell, done[0].data.metrics)
+            except (ValidationError, FloatingPointError, UserError, RuntimeError) as error:
+                say(f"search: {cell.name} is not trained: {reason(error)}")
+                if isinstance(error, ValidationError | FloatingPointError):  # it would fail again
+                    self.proposals.end(trial, TrialState.FAIL, note=reason(error))
+                continue
+            if job is None:
+                self._waiting.insert(0, trial)
+                return None
+            if self.proposals.begin(trial, cell, job.folder.key):
+                known = self.tracker.runs(kind="trial", key=job.folder.key)
+                done = [run for run in known if run.info.status == "FINISHED"]  # in another search, or not told yet
+                if not done:
+                    return cell, job
+                self.proposals.tell(cell, done[0].data.metrics)
         return None
 
     def _job(self, own: Study, make: bool) -> TrialJob | None:
-        """What the only cell of an experiment is trained with; None if something is missing and not to be made.
-
-        Cells whose pretrainings have one key share it.
-        """
+        """What the only cell of an experiment is trained with; None if something is missing and not to be made."""
         if make and _preparations(own) not in self._volumes:
             self._volumes[_preparations(own)] = prepare_cohorts(own, self.folders, read_cohorts(own))
         if not (there := self._volumes.get(_preparations(own))):
@@ -91,16 +87,14 @@ class Rounds:
         start = self.given
         if own.pretrains:
             recipe, volumes = recipe_of(own), (there.training, there.validation)
-            check_warmup(own, len(there.training))
-            key = pretraining_key(recipe, *volumes)
+            key = pretraining_key(recipe, *volumes)  # others may share it
             if not make and not self.tracker.finished("pretraining", key):
                 return None
             params = run_params(own, "pretrain") | {"seed": str(recipe.seed), "run": "0"}
             name = f"pretrain-{key[:6]}"
             start = [pretrain(recipe, *volumes, self.folders, self.tracker, params, dump(own), name)]
         labelled = own.seed, there.splits, there.labelled
-        ((_, job),) = trial_jobs(own.finetune, own.network, *labelled, start, self.folders)[1].items()
-        return job
+        return next(iter(trial_jobs(own.finetune, own.network, *labelled, start, self.folders)[1].values()))
 
 
 def _preparations(study: Study) -> Any:
@@ -124,7 +118,6 @@ def run_search(
     settings = depends.pretraining(study.pretrain, study.network), depends.grid(config, study.network)
     key = digest(*settings, study.seed, content, drawn)
     proposals = Proposals(study, folders.study / JOURNAL, folders.output, key)
-    rounds = Rounds(proposals, folders, tracker, prepared, given)
     there, needed = ray.cluster_resources(), {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}
     places = max(1, int(min(there.get(name, 0.0) / share for name, share in needed.items() if share)))
     params = run_params(study, "finetune")
@@ -136,20 +129,17 @@ def run_search(
     signal.setitimer(signal.ITIMER_REAL, 0 if math.isinf(proposals.left) else max(proposals.left, 0.1))
     with ending(parent):
         try:
-            for cells in rounds(places):
+            for cells in Rounds(proposals, folders, tracker, prepared, given)(places):
                 with Bar("search", proposals.total * config.steps) as bar:
-                    counts = proposals.counts()
-                    done = (counts.total() - counts["unfinished"]) * config.steps
+                    done = (proposals.counts().total() - len(proposals.unfinished())) * config.steps
                     runs = TrialCallback(tracker, parent.id, names, bar, done, proposals.tell)
                     tune_cells(config, cells, places, folders, key, runs, proposals.stop)
         except KeyboardInterrupt:
             if proposals.left > 0:
                 raise
+            say("search: its budget is used up; with more, the same command goes on")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             parent.artifact(proposals.path)
     say(f"search: {', '.join(f'{count} cells {status}' for status, count in proposals.counts().items())}")
-    if proposals.left <= 0:
-        say("search: its budget is used up; with more, the same command goes on")
-        return ()
-    return tuple(proposals.cell(one).name for one in proposals.unfinished())
+    return tuple(proposals.cell(one).name for one in proposals.unfinished() if proposals.left > 0)

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 from studies import small_study
 
-from ssl_ray.config.overrides import changed, keys, read
+from ssl_ray.config.overrides import changed, keys, placed
 from ssl_ray.config.schema import Study
 
 
@@ -63,9 +63,9 @@ def test_another_kind_has_its_own_defaults(values: dict[str, Any], expected: dic
 
 def test_only_what_is_read_is_named() -> None:
     values = {"shape.side": 2.0, "shape.base": 7.0, "width": 3}
-    assert read(Page(), values) == {"shape.side": 2.0, "width": 3}
+    assert placed(Page(), values)[1] == {"shape.side": 2.0, "width": 3}
     other = {"shape.kind": "triangle"}
-    assert read(Page(), values | other) == {"shape.base": 7.0, "width": 3} | other
+    assert placed(Page(), values | other)[1] == {"shape.base": 7.0, "width": 3} | other
 
 
 def test_a_wrong_value_is_refused() -> None:

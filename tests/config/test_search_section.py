@@ -101,7 +101,7 @@ def test_a_wrong_distribution_is_named(tmp_path: Path, distribution: dict[str, A
     ("search", "finetune", "words"),
     [
         ({"space": {}}, {}, "search.space"),
-        ({"space": LR, "algorithm": "grid"}, {}, "must be a choice with algorithm grid"),
+        ({"space": LR, "algorithm": "grid"}, {}, "with algorithm grid, every key must have a choice"),
         ({"space": LR, "scheduler": "asha", "metric": "original_hd95"}, {}, "asha needs one that every validation"),
         ({"space": LR, "metric": "dice"}, {}, "search.metric"),
         ({"space": LR, "sampels": 3}, {}, "did you mean 'samples'?"),

@@ -127,6 +127,6 @@ def test_a_killed_driver_goes_on_with_the_cells_that_it_had_drawn(tmp_path: Path
 
 def test_nothing_begins_once_the_budget_is_used_up(tmp_path: Path) -> None:
     rounds = rounds_of(tmp_path, budget=1)
-    rounds.proposals._spent = 3601.0
+    rounds.proposals._began -= 3601
     assert train(rounds) == []
     assert rounds.proposals.counts() == {}
