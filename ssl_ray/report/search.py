@@ -24,16 +24,9 @@ from ssl_ray.search.cells import JOURNAL
 from ssl_ray.search.proposals import open_journal, status
 from ssl_ray.tracking.tracker import KEY, Tracker
 
-ENOUGH = 20
-"""Finished cells from which on importances are shown."""
-
 
 def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
-    """Write `report.md`, `report.html`, `figures/search.png` and `best.yaml`, and log them with the search's run.
-
-    Raises:
-        UserError: when MLflow has no search of this study.
-    """
+    """Write `report.md`, `report.html`, `figures/search.png` and `best.yaml`, and log them with the search's run."""
     parent, config = newest_parent(study, tracker, "search")
     run_id, ran = parent.info.run_id, parse(config, "experiment.yaml in MLflow")
     assert ran.search
@@ -50,8 +43,8 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     rows = [_row(trial, keys, trial == best) for trial in tried]
     table = Table(["number", "status", *keys, "last step", search.metric, "note"], rows, 2)
     values: dict[str, Any] = {"study": study, "search": search, "config": config, "best": best, "cells": table}
-    values |= {"statuses": list(map(status, tried)), "enough": ENOUGH, "importances": {}, "test": None}
-    if len(finished) >= ENOUGH:
+    values |= {"statuses": list(map(status, tried)), "importances": {}, "test": None}
+    if len(finished) >= 20:
         values["importances"] = optuna.importance.get_param_importances(drawn, params=keys)
     figures, more = [], []
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -69,7 +62,7 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     html.write_text(to_html(text, folder, f"{study.name}: a search"), encoding="utf-8")
     for path in (markdown, html, *more, *figures):
         tracker.attach(run_id, path, "report/figures" if path in figures else "report")
-    return Report(str(table), markdown, html, tuple(figures), tuple(more))
+    return Report(str(table), markdown, html, (*figures, *more))
 
 
 def _draw(drawn: optuna.Study, keys: list[str], metric: str, path: Path) -> None:

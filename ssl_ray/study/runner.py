@@ -88,7 +88,7 @@ def report(study: Study, folders: Folders) -> None:
         written = write_search_report(study, tracker, folders.study)
     else:
         written = write_report(study, tracker, folders.study)
-    for path in (written.markdown, written.html, folders.study / "figures", *written.more):
+    for path in (written.markdown, written.html, *written.files):
         folders.output.push(path)
     uri = without_password(tracker.uri)
     server = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"

@@ -90,7 +90,7 @@ def test_the_best_cell_is_shown_without_a_verdict_and_can_be_run(tmp_path: Path)
     assert f"| {best.lr:.4g} |" in re.sub(" +", " ", text)
     for words in ("clear", "p <", "interval"):
         assert words not in text
-    (yaml,) = written.more
+    _, yaml = written.files
     own = load(yaml)
     assert (own.name, own.search) == ("fake-best", None)
     assert own == resolved(study, dict(best.overrides)).model_copy(update={"name": "fake-best"})
@@ -132,7 +132,7 @@ def test_a_search_without_a_finished_cell_has_a_page(tmp_path: Path) -> None:
     record(tmp_path, study, 0)
     written = report_on(study, tmp_path)
     assert "No cell has finished." in written.markdown.read_text()
-    assert written.more == written.figures == ()
+    assert written.files == ()
 
 
 def test_a_larger_search_reads_the_smaller_one(tmp_path: Path) -> None:
