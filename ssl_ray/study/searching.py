@@ -141,5 +141,5 @@ def run_search(
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             parent.artifact(proposals.path)
-    say(f"search: {', '.join(f'{count} cells {status}' for status, count in proposals.counts().items())}")
+    say(f"search: {', '.join(f'{count} {status}' for status, count in proposals.counts().items())}")
     return tuple(proposals.cell(one).name for one in proposals.unfinished() if proposals.left > 0)

@@ -128,7 +128,7 @@ def test_a_search_that_is_killed_twice(
     assert {run.info.status for run in pretrainings} == {"FINISHED"}
     assert (home / JOURNAL).read_bytes().startswith(drawn)
     assert "Best on validation" in (home / "report.md").read_text()
-    assert f"{len(finished)} cells finished" in out
+    assert f"{len(finished)} finished" in out
 
     assert main(["run", str(path)]) == 0
     again = {run.info.run_id: run.info.end_time for run in tracker.runs(kind="trial")}
