@@ -378,11 +378,9 @@ def breakdown(bench: Bench) -> None:
 
 def profile(bench: Bench) -> None:
     """Time by kernel, of three steps."""
-    options: dict[str, Any]
+    parts: dict[str, Any] = {"compile": True}
     for kind, batch, options in (
-        ((("graph", 2, {}),))
-        if bench.quick
-        else (("compiled", 64, {"compile": True}), ("graph", 64, {}), ("compiled", 8, {"compile": True}))
+        ((("graph", 2, {}),)) if bench.quick else (("compiled", 64, parts), ("graph", 64, {}), ("compiled", 8, parts))
     ):
         call = warm(stepper(bench, learner(bench, batch, **options), batch), bench)
         bench.kernels(f"{kind}_{batch}", call)
