@@ -17,15 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.config.schema import Study
 from ssl_ray.data.store import Store
-from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.pretrain.tasks.restoration import corruption
-from ssl_ray.pretrain.tasks.restoration.corruption import draw
+from ssl_ray.pretrain.tasks.restoration.corruption import draw, draws_of
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import folders_of, recipe_of
+from ssl_ray.training.gpu import to_device
 from ssl_ray.training.optimizer import take_step
 from ssl_ray.training.precision import autocast
 
@@ -34,16 +36,21 @@ TINY: dict[str, int] = {"hidden_size": 48, "mlp_dim": 96, "num_heads": 3}
 SMALL_BOXES: dict[str, Any] = {"inpaint_size": [3, 12], "outpaint_size": [8, 22], "shuffle_size": 4}
 
 
-def study(bench: Bench, folder: Path, batch: int, **pretrain: Any) -> Study:
-    """The reference recipe with another batch; tiny where it must be quick."""
+PRIMUS: dict[str, Any] = {"kind": "primus"}
+TINY_PRIMUS: dict[str, Any] = PRIMUS | {"hidden_size": 48, "layers": 2, "num_heads": 4}
+
+
+def study(bench: Bench, folder: Path, batch: int, network: dict[str, Any] | None = None, **pretrain: Any) -> Study:
+    """The reference recipe with another batch, task or network; tiny where it must be quick."""
     side = 32 if bench.quick else 96
+    if bench.quick and isinstance(pretrain.setdefault("task", {}), dict):
+        pretrain["task"] = {"corruption": SMALL_BOXES} | pretrain["task"]
     preparation = {"spacing": 2, "hu_window": [-57, 164]}
     settings: dict[str, Any] = {
         "sources": [{"root": str(folder), "datalist": "none.json"}],
         "preparation": preparation,
         "patch_size": side,
         "batch_size": batch,
-        "corruption": SMALL_BOXES if bench.quick else {},
         "optimizer": {"name": "adam", "lr": 1e-4},
         "gpu": bench.device.type == "cuda",
     }
@@ -52,7 +59,7 @@ def study(bench: Bench, folder: Path, batch: int, **pretrain: Any) -> Study:
             "name": "gpu",
             "output": str(folder / "output"),
             "cache": str(folder / "cache"),
-            "network": TINY if bench.quick else VIT_B,
+            "network": network or (TINY if bench.quick else VIT_B),
             "pretrain": settings | pretrain,
             "finetune": {
                 "cohort": {"root": str(folder), "classes": 14, "splits": {1: "none.json"}},
@@ -63,10 +70,10 @@ def study(bench: Bench, folder: Path, batch: int, **pretrain: Any) -> Study:
     )
 
 
-def learner(bench: Bench, batch: int, **pretrain: Any) -> PretrainingLearner:
+def learner(bench: Bench, batch: int, network: dict[str, Any] | None = None, **pretrain: Any) -> PretrainingLearner:
     """A learner outside Ray, on one worker."""
     bench.clean()
-    made = study(bench, Path(tempfile.gettempdir()), batch, **pretrain)
+    made = study(bench, Path(tempfile.gettempdir()), batch, network, **pretrain)
     patch = made.pretrain.patch_size
     table = SampleTable(0, np.array([[side * 2 for side in patch]] * 4), patch, 2, batch, 1)
     feed = Feed(table, Store(folders_of(made).cache), ("a",) * 4, ("a",) * 4, "uint8", 221)
@@ -140,10 +147,12 @@ def rate(bench: Bench, batch: int, seconds: float) -> dict[str, float]:
 def correct(bench: Bench) -> None:
     """Corruption as on the CPU; the losses of 50 steps against plain float32 without TF32."""
     side, batch, steps = (32, 4, 6) if bench.quick else (96, 8, 50)
-    config = study(bench, Path(tempfile.gettempdir()), batch).pretrain.corruption
+    task: Any = study(bench, Path(tempfile.gettempdir()), batch).pretrain.task
+    config = task.corruption
     clean = scale(torch.from_numpy(patches(bench, batch, pin=False)), 221)
     drawn = draw(config, (side,) * 3, 3, np.arange(batch))
-    there = corruption.corrupt(clean.to(bench.device), drawn).cpu()
+    on_device = draws_of(config, drawn.table.to(bench.device))
+    there = corruption.corrupt(clean.to(bench.device), on_device).cpu()
     here = corruption.corrupt(clean, drawn)
     worst = float((there - here).abs().max())
     bench.put("correct", "corruption_largest_difference", value=worst)
@@ -204,7 +213,7 @@ def sync(bench: Bench) -> None:
     if bench.device.type != "cuda":
         bench.put("sync", value="needs a GPU")
         return
-    two: dict[str, Any] = {"contrastive": {"enabled": True}}
+    two: dict[str, Any] = {"task": {"contrastive": {"enabled": True}}}
     for name, options, graphs in (("one_view", {}, True), ("two_views", two, True), ("eager", {}, False)):
 
         def run(options: dict[str, Any] = options, graphs: bool = graphs) -> None:
@@ -258,41 +267,80 @@ def step(bench: Bench) -> None:
         bench.put("floors", "mfu", value={"found": best, "at_least": 0.3, "ok": best >= 0.3})
 
 
+def masked(bench: Bench) -> None:
+    """Both tasks with both networks, compiled, in turns: time, patches/s, MFU, and how much memory each takes."""
+    primus: dict[str, Any] = {"network": TINY_PRIMUS if bench.quick else PRIMUS}
+    kinds: dict[str, dict[str, Any]] = {
+        "restoration, unetr": {},
+        "masked, unetr": {"task": "masked"},
+        "masked, primus": {"task": "masked"} | primus,
+        "restoration, primus": primus,
+    }
+    for batch in (2,) if bench.quick else (16, 64):  # 64 patches of 1728 tokens take more than one device has
+        costs: dict[str, int] = {}
+        peaks: dict[str, dict[str, float | bool]] = {}
+
+        def build(name: str, batch: int = batch, costs: Any = costs, peaks: Any = peaks) -> Callable[[], Any]:
+            cuda = bench.device.type == "cuda"
+            before = torch.cuda.memory_allocated() if cuda else 0
+            made = learner(bench, batch, compile=not bench.quick, **kinds[name])
+            costs[name] = task_cost(made.config.task, made.job.recipe.network, made.config.patch_size).training
+            call = stepper(bench, made, batch)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            warm(call, bench)
+            peaks[name] = {"peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9} if cuda else {}
+            peaks[name] |= {"compiled": made.compiled, "graph": made._graph is not None}
+            return call
+
+        names = [name for name in kinds if batch < 64 or name != "restoration, primus"]
+        bench.compare(f"masked_{batch}", {name: (lambda name=name: build(name)) for name in names})  # type: ignore[misc]
+        for name, ms in bench.results.get(f"masked_{batch}", {}).get("ms", {}).items():
+            row = {
+                "ms": ms,
+                "patches_per_second": 1000 * batch / ms,
+                "mfu": costs[name] * batch / ms / 1e9 / PEAK_TFLOPS,
+            }
+            bench.put("masked", f"{batch}, {name}", value=row | peaks[name])
+        torch.compiler.reset()
+
+
 def breakdown(bench: Bench) -> None:
     """The pieces of a step, one by one, each waited for: their sum is more than a step."""
     for batch in (2,) if bench.quick else (8, 64):
 
         def run(batch: int = batch) -> None:
             made, array = learner(bench, batch), patches(bench, batch)
-            config, side, indices = made.config.corruption, made.config.patch_size, np.arange(batch)
+            task: Any = made.task
+            network, config, side, indices = task.network, task.corruption, made.config.patch_size, np.arange(batch)
             stored = torch.from_numpy(array).to(bench.device)
             clean = scale(stored, 221)
             drawn = draw(config, side, 0, indices)
-            there = drawn.to(bench.device)
-            view = corruption.corrupt(clean, drawn)
+            there = draws_of(config, to_device(drawn.table, bench.device))
+            view = corruption.corrupt(clean, there)
             painted = view.squeeze(1).clone()
-            tokens = torch.randn(batch, (side[0] // 16) ** 3, made.job.recipe.network.hidden_size, device=bench.device)
+            tokens = torch.randn(batch, (side[0] // 16) ** 3, network.hidden_size, device=bench.device)
 
             def forward(x: Tensor = view) -> Tensor:
                 with autocast(bench.device, made.dtype):
-                    restored: Tensor = made.network(x)[0]
+                    restored: Tensor = network(x)[0]
                 return (restored.float() - clean).abs().mean()
 
             def embed() -> None:
                 with autocast(bench.device, made.dtype):
-                    y = made.network.patch_embedding(view)
+                    y = network.patch_embedding(view)
                 y.float().mean().backward()
 
             def decode() -> None:
                 grid = [length // 16 for length in side]
                 x = tokens.transpose(1, 2).reshape(batch, -1, *grid).detach().requires_grad_()
                 with autocast(bench.device, made.dtype):
-                    y = made.network.conv3d_transpose_1(made.network.conv3d_transpose(x))
+                    y = network.conv3d_transpose_1(network.conv3d_transpose(x))
                 y.float().mean().backward()
 
             def block() -> None:
                 with autocast(bench.device, made.dtype):
-                    y = made.network.blocks[0](tokens.detach().requires_grad_())
+                    y = network.blocks[0](tokens.detach().requires_grad_())
                 y.float().mean().backward()
 
             def optimize() -> None:
@@ -306,7 +354,7 @@ def breakdown(bench: Bench) -> None:
                 "upload pinned": lambda: torch.from_numpy(array).to(bench.device, non_blocking=True),
                 "scale": lambda: scale(stored, 221),
                 "draw (host)": lambda: draw(config, side, 0, indices),
-                "upload draws": lambda: drawn.to(bench.device),
+                "upload draws": lambda: to_device(drawn.table, bench.device),
                 "paint, torch": lambda: corruption._paint_masks(clean.squeeze(1), there),
                 "shuffle": lambda: corruption._shuffle_(painted, there),
                 "forward": forward,
@@ -330,10 +378,9 @@ def breakdown(bench: Bench) -> None:
 
 def profile(bench: Bench) -> None:
     """Time by kernel, of three steps."""
+    parts: dict[str, Any] = {"compile": True}
     for kind, batch, options in (
-        ((("graph", 2, {}),))
-        if bench.quick
-        else (("compiled", 64, {"compile": True}), ("graph", 64, {}), ("compiled", 8, {"compile": True}))
+        ((("graph", 2, {}),)) if bench.quick else (("compiled", 64, parts), ("graph", 64, {}), ("compiled", 8, parts))
     ):
         call = warm(stepper(bench, learner(bench, batch, **options), batch), bench)
         bench.kernels(f"{kind}_{batch}", call)
@@ -369,7 +416,8 @@ def variants(bench: Bench) -> None:
             "eager": make(eager),
             "plain, eager": make(plain),
             "attention's own indexing": make(attention),
-            "two views": make(contrastive={"enabled": True}),
+            "two views": make(task={"contrastive": {"enabled": True}}),
+            "masked": make(task="masked"),
         }
         if bench.device.type == "cuda":
             kinds["convolutions"] = make(convolutions)
@@ -409,7 +457,7 @@ def ddp(bench: Bench) -> None:
             if view is not None:
                 devices = [bench.device.index or 0] if bench.device.type == "cuda" else None
                 made.model = nn.parallel.DistributedDataParallel(
-                    made.restoration, device_ids=devices, gradient_as_bucket_view=view
+                    made.task, device_ids=devices, gradient_as_bucket_view=view
                 )
             return stepper(bench, made, batch)
 

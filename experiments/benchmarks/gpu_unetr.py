@@ -105,9 +105,9 @@ def trials(bench: Bench) -> None:
             bench.put(kind, str(count), value={"steps_per_second": sum(rates), "slowest": min(rates)})
 
 
-def learner_of(bench: Bench, **finetune: Any) -> SegmentationLearner:
-    """A learner of the recipe's trials, or a tiny one."""
-    base = study(bench, Path(tempfile.gettempdir()), 8)
+def learner_of(bench: Bench, network: dict[str, Any] | None = None, **finetune: Any) -> SegmentationLearner:
+    """A learner of the recipe's trials, or of another network, or a tiny one."""
+    base = study(bench, Path(tempfile.gettempdir()), 8, network)
     config = base.finetune.model_copy(update={"patches_per_volume": 2 if bench.quick else 4} | finetune)
     return SegmentationLearner(config, base.network, bench.device, seed=0)
 
@@ -132,7 +132,7 @@ def eager(made: SegmentationLearner) -> None:
 
 def contiguous(made: SegmentationLearner) -> None:
     """The network as it is built."""
-    made.network.to(memory_format=torch.contiguous_format)
+    made.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def plain_attention(made: SegmentationLearner) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import VIT_PATCH, Optimizer, Section, Share, Stage, one_or_more
+from ssl_ray.config.common import Optimizer, Section, Share, Stage, one_or_more
 
 _Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
 
@@ -35,13 +35,14 @@ class LabelledCohort(Section):
 
 
 class Augmentation(Section):
-    """Random augmentation of a fine-tuning patch."""
+    """Random augmentation of a fine-tuning patch: the recipe's, and by `vary` what CNNs are trained with beside it."""
 
     flip_prob: Share = 0.1
     flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
-    rotate_prob: Share = 0.1
+    rotate_prob: Share = Field(0.1, description="by a multiple of 90 degrees")
     shift: NonNegativeFloat = 0.1
     shift_prob: Share = 0.5
+    vary: bool = Field(False, description="rotation, scaling, noise, blur and gamma, about as in nnU-Net")
 
 
 class SegmentationLoss(Section):
@@ -68,7 +69,7 @@ class Grid(Section):
 
 
 class Finetune(Stage):
-    """Segmentation with UNETR over the grid."""
+    """Segmentation over the grid."""
 
     cohort: LabelledCohort
     volumes_per_step: PositiveInt = 1
@@ -110,11 +111,6 @@ class Finetune(Stage):
 
     @model_validator(mode="after")
     def _fits(self) -> "Finetune":
-        if self.precision == "bfloat16" and not self.gpus_per_trial and self.patch_size[0] == VIT_PATCH:
-            raise ValueError(
-                f"precision: on a CPU bfloat16 needs patches more than {VIT_PATCH} voxels deep, as gradients are wrong "
-                f"otherwise (oneDNN); got patch_size {list(self.patch_size)}"
-            )
         self.optimizer.check_warmup(self.steps)
         if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
             raise ValueError(f"gpus_per_trial must be a share of one GPU or a whole number, got {self.gpus_per_trial}")

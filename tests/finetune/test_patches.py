@@ -6,10 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from monai.transforms.utils import correct_crop_centers
+from scipy import ndimage
 
 from ssl_ray.config.schema import Augmentation, Finetune
 from ssl_ray.data.store import Store, Volume, foreground_index
-from ssl_ray.finetune.patches import PatchSampler, augment, crop_origin
+from ssl_ray.finetune.patches import PatchSampler, augment, crop_origin, vary
 
 SHAPE = (40, 36, 20)
 QUIET = {"flip_prob": 0, "rotate_prob": 0, "shift_prob": 0}
@@ -117,3 +118,97 @@ def test_probabilities_of_the_recipe():
     assert abs((shifts != 0).mean() - 0.5) < 0.05
     assert abs(shifts).max() <= 0.1
     assert abs(shifts[shifts != 0].std() - 0.1 / np.sqrt(3)) < 0.005
+
+
+OFF = Augmentation.model_validate(QUIET)
+ALONE = {"affine": (1, 0, 0, 0), "noise": (0, 1, 0, 0), "blur": (0, 0, 1, 0), "gamma": (0, 0, 0, 1)}
+
+
+def ball(side=24, radius=6.0):
+    """A smooth ball (X, Y, Z) in 0..1, and its label: where it is above one half."""
+    axes = torch.meshgrid(*[torch.arange(side) - (side - 1) / 2] * 3, indexing="ij")
+    distance = torch.stack(axes).square().sum(0).sqrt()
+    image = torch.sigmoid(radius - distance)
+    return image, (image > 0.5).to(torch.uint8)
+
+
+def test_the_recipe_draws_nothing_for_what_is_off():
+    """The stream of random numbers, and with it the recipe's patches, stay what they were."""
+    random, again = np.random.default_rng(0), np.random.default_rng(0)
+    augment(*ball(), OFF, random)
+    again.random(5)  # three flips, a turn, a shift
+    assert random.random() == again.random()
+
+
+def test_varied_patches_are_a_function_of_the_stream():
+    """The same seed gives the same patch, others mostly another; numpy's and torch's own generators are left alone."""
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    made, again = ([vary(*ball(), seed) for seed in range(12)] for _ in range(2))
+    assert all(torch.equal(one[part], other[part]) for one, other in zip(made, again, strict=True) for part in (0, 1))
+    assert len({float(image.sum()) for image, _ in made}) > 6
+    for image, label in made:
+        assert type(image) is type(label) is torch.Tensor
+        assert (image.shape, image.dtype, label.dtype) == ((24, 24, 24), torch.float32, torch.uint8)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()
+
+
+def test_rotation_and_scaling_take_the_label_along():
+    """The label stays where the image is above one half; its classes stay classes."""
+    image, label = ball()
+    image = image.roll((4, -3, 2), (0, 1, 2))
+    label = 3 * label.roll((4, -3, 2), (0, 1, 2))
+    for seed in range(8):
+        moved, there = vary(image, label, seed, ALONE["affine"])
+        assert set(there.unique().tolist()) == {0, 3}
+        assert ((moved > 0.5) == (there == 3)).float().mean() > 0.99
+        assert ((there == label).float().mean()) < 0.999
+
+
+def test_things_become_between_0_7_and_1_4_times_as_large():
+    """A ball has between 0.7³ and 1.4³ times its voxels, and the range is used."""
+    image, label = ball()
+    factors = [float(vary(image, label, seed, ALONE["affine"])[1].sum() / label.sum()) for seed in range(60)]
+    assert 0.9 * 0.7**3 < min(factors) < 0.7
+    assert 1.4 < max(factors) < 1.1 * 1.4**3
+
+
+def test_noise_blur_and_gamma_change_the_image_alone():
+    """Noise of at most 0.1; a blur between two of scipy's; a power of the patch's range that keeps its ends."""
+    image, label = ball()
+    for seed in range(20):
+        made = {}
+        for kind in ("noise", "blur", "gamma"):
+            made[kind], same = vary(image, label, seed, ALONE[kind])
+            assert torch.equal(same, label)
+            assert not torch.equal(made[kind], image)
+        assert float((made["noise"] - image).std()) < 0.105
+        narrow, wide = (ndimage.gaussian_filter(image.numpy(), width, mode="constant") for width in (0.5, 1.0))
+        inside = (slice(4, -4),) * 3
+        assert (made["blur"].numpy() >= np.minimum(narrow, wide) - 0.02)[inside].all()
+        assert (made["blur"].numpy() <= np.maximum(narrow, wide) + 0.02)[inside].all()
+        low, high = image.min(), image.max()
+        share, changed = ((one - low) / (high - low) for one in (image, made["gamma"]))
+        middle = (share > 0.1) & (share < 0.9)
+        powers = changed[middle].log() / share[middle].log()
+        assert 0.7 < float(powers.min()) <= float(powers.max()) < 1.5
+        assert float(powers.max() - powers.min()) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["affine", "noise", "blur", "gamma"])
+def test_each_change_has_its_odds(kind):
+    """One in four patches."""
+    image, label = ball(12, 3.0)
+    odds = [odd / 4 for odd in ALONE[kind]]
+    changed = [not torch.equal(vary(image, label, seed, odds)[0], image) for seed in range(300)]
+    assert abs(np.mean(changed) - 0.25) < 0.08
+
+
+def test_a_sampler_augments_every_arm_alike(volumes, tmp_path):
+    """The patches of a step depend on its settings, not on what a trial starts from."""
+    varied, again = (sampler(volumes, tmp_path, augmentation={"vary": True}) for _ in range(2))
+    plain = sampler(volumes, tmp_path)
+    images, labels = varied.batch(3)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.uint8)
+    assert not all(torch.equal(varied.batch(step)[0], plain.batch(step)[0]) for step in range(4))
+    assert all(torch.equal(varied.batch(step)[0], again.batch(step)[0]) for step in range(4))

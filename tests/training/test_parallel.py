@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_learner import BATCH, LEVELS, SIDE, make, same
+from tiny_learner import BATCH, LEVELS, MASKED_PRIMUS, SIDE, make, same
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
@@ -25,8 +25,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped": {"optimizer": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 0.01}},
     # Three passes of one patch, of which the second rank has but two.
     "accumulated": {"batch_size": 5, "microbatch": 1},
-    "contrastive": {"contrastive": {"enabled": True}, "workers": WORLD},
+    "contrastive": {"task": {"contrastive": {"enabled": True}}, "workers": WORLD},
     "bfloat16": {"precision": "bfloat16"},
+    "masked": MASKED_PRIMUS,
 }
 
 
@@ -71,6 +72,8 @@ def work(rank: int, folder: Path) -> None:
         for name, settings in SETTINGS.items():
             made = make(folder, shard=shard, **settings)
             found[kind, name] = train(made, 0, 3, rank, WORLD), made.state()
+            if name == "masked":
+                found[kind, "masked validation"] = validating(made).validate(rank, WORLD, 3, picture=False)
         whole = make(folder, shard=shard)
         train(whole, 0, 3, rank, WORLD)
         if (state := whole.state()) and rank == 0:
@@ -97,7 +100,7 @@ def work(rank: int, folder: Path) -> None:
         before = copy.deepcopy(made.state())
         watch: Watch[str] = Watch("skip", 10)
         poisoned = lambda *call: call[-1] * (torch.nan if rank == 1 else 1)  # noqa: E731
-        handle = made.restoration.embedding.register_forward_hook(poisoned)
+        handle = made.network.patch_embedding.register_forward_hook(poisoned)
         loss, norm = made.step(batch(2, 2), np.arange(2), WORLD, 1e-3)
         handle.remove()
         after = copy.deepcopy(made.state())
@@ -187,7 +190,8 @@ def test_the_weights_that_did_best_are_exported_whole(found: Any) -> None:
         model, _ = found[0][kind, "best"]
         assert same(load_weights(found[0]["folder"] / kind / "best.safetensors"), model)
         assert found[0][kind, "validation"] == found[1][kind, "validation"]
-    assert found[0]["fsdp", "validation"] == pytest.approx(found[0]["ddp", "validation"], rel=1e-5)
+    for name in ("validation", "masked validation"):
+        assert found[0]["fsdp", name] == found[1]["fsdp", name] == pytest.approx(found[0]["ddp", name], rel=1e-5)
     np.testing.assert_allclose(found[0]["fsdp", "best"][1], found[0]["ddp", "best"][1], rtol=1e-5)
 
 

@@ -1,0 +1,29 @@
+"""Networks by their kind, whose module is imported when one is built, and not before."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from ssl_ray.config.schema import Network
+from ssl_ray.networks.protocol import Autoencoder, Encoder
+
+
+def build_encoder(network: Network, patch_size: Sequence[int], channels: int = 1) -> Encoder:
+    """From patches (B, channels, *patch_size) to tokens, alone."""
+    return _build("encoder", network, patch_size, channels)  # type: ignore[no-any-return]
+
+
+def build_autoencoder(network: Network, patch_size: Sequence[int], channels: int = 1) -> Autoencoder:
+    """The same encoder, and the network's decoder of its tokens to patches."""
+    return _build("autoencoder", network, patch_size, channels)  # type: ignore[no-any-return]
+
+
+def build_segmentation(network: Network, patch_size: Sequence[int], channels: int, classes: int) -> nn.Module:
+    """From patches to logits (B, classes, *patch_size)."""
+    return _build("segmentation", network, patch_size, channels, classes)  # type: ignore[no-any-return]
+
+
+def _build(what: str, network: Network, *arguments: Any) -> Any:
+    return getattr(import_module(f"ssl_ray.networks.{network.kind}.network"), f"build_{what}")(network, *arguments)
