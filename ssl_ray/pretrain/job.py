@@ -9,8 +9,21 @@ from pathlib import Path
 from ray.util.queue import Queue
 
 from ssl_ray.config.schema import Network, Pretrain
+from ssl_ray.data.store import Volume
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
+
+MOST_FITTED, MOST_TESTED = 24, 8
+"""Labelled volumes that the probe is fitted on, and tested on: enough for a number that moves, and soon read."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled volumes, as the pretraining prepares its own, that its probe is fitted on and tested on."""
+
+    fitted: tuple[Volume, ...]
+    tested: tuple[Volume, ...]
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class Job:
     mirror: Mirror
     key: str
     reports: Queue
+    labelled: Labelled | None = None
 
     @property
     def checkpoints(self) -> Path:

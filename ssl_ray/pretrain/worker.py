@@ -18,6 +18,7 @@ from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
+from ssl_ray.pretrain.probe import Probe
 from ssl_ray.pretrain.stream import Batch, batches, segments
 from ssl_ray.training.checkpoint import Saver, load_latest
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, peak_memory
@@ -44,6 +45,8 @@ def train_loop(job: Job) -> None:
 
     start = _restore(job, rank, learner, watch)
     reporter.start(start)
+    probe = Probe(job, learner.network, learner.model, learner.device, learner.dtype) if job.labelled else None
+    untrained = probe.measure(rank, world) if probe and not start else {}
 
     validations = {step: number for number, step in enumerate(table.boundaries(config.validate_every))}
     for batch in _open_stream(job, rank, world, start):
@@ -69,8 +72,11 @@ def train_loop(job: Job) -> None:
             continue
         record: dict[str, Any] = {"step": done, "epoch": table.epoch(done), "lr": lr, "grad_norm": float(norm)}
         overdue = time.monotonic() - saved >= 60 * config.checkpoint_minutes
-        sums, (save_due, ask_due) = totals.gather([overdue, preemption.due])
-        record |= sums
+        sums, (save_due, ask_due, probe_due) = totals.gather([overdue, preemption.due, probe is not None and probe.due])
+        record |= sums | {f"{name}_untrained": value for name, value in untrained.items()}
+        untrained = {}
+        if probe and validate and (probe_due or last):
+            record |= probe.measure(rank, world)
         if validate:
             record |= learner.validate(rank, world, done, validations[done] % config.picture_every == 0 or last)
         reporter.record(record)

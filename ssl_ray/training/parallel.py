@@ -4,14 +4,14 @@ What is saved is the same for both and for one worker: whole tensors by the name
 go on with another number of workers, sharded or not.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +34,22 @@ def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device
         fully_shard(part, mesh=mesh)
     register_fsdp_forward_method(model, "restore")
     return model
+
+
+def gathered(model: nn.Module, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A call that uses weights of the model, with them gathered where they are sharded: then all ranks must make it."""
+    if not isinstance(model, FSDPModule):
+        return call
+    sharded: Any = model
+
+    def whole(x: Tensor) -> Tensor:
+        result: Tensor = sharded.gathered(x)
+        sharded.reshard()  # FSDP leaves what is in no block whole, for a backward pass that does not come
+        return result
+
+    sharded.gathered = call  # FSDP takes methods by name
+    register_fsdp_forward_method(model, "gathered")
+    return whole
 
 
 def whole_weights(network: nn.Module) -> dict[str, Any]:
