@@ -22,6 +22,14 @@ class LabelledCohort(Section):
     sizes: _Sizes | None = Field(None, description="subjects to draw from the pool")
     splits: Annotated[dict[PositiveInt, str | tuple[str, ...]], one_or_more] | None = None
     datalist: str | None = None
+    folds: Annotated[int, Field(ge=3)] | None = Field(
+        None, description="of the pool's subjects: a run scores each of them, the next one validates, the others train"
+    )
+
+    @property
+    def fold_numbers(self) -> tuple[int | None, ...]:
+        """The folds of a run; None alone where the list says who is held out."""
+        return tuple(range(self.folds)) if self.folds else (None,)
 
     @model_validator(mode="after")
     def _either(self) -> "LabelledCohort":
@@ -31,6 +39,8 @@ class LabelledCohort(Section):
         by_ids = [size for size, split in (self.splits or {}).items() if not isinstance(split, str)]
         if by_ids and self.datalist is None:
             raise ValueError(f"splits.{by_ids[0]} lists ids: name the list that they come from in 'datalist'")
+        if self.folds and not self.pool:
+            raise ValueError(f"folds: are of the subjects of a 'pool', got {self.folds} folds of published splits")
         return self
 
 
@@ -57,14 +67,34 @@ class TrialOptimizer(Optimizer):
     weight_decay: float = Field(1e-5, ge=0)
 
 
+class EncoderTuning(Section):
+    """How the encoder is trained, whatever it starts from: all arms of a comparison alike."""
+
+    freeze: Literal["none", "all"] | PositiveInt = Field(
+        "none", description="all: never trained; a number: not in the first steps, so many"
+    )
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block, as a share of the next one's")
+
+
 class Grid(Section):
     """The cells that Ray Tune runs: every combination of these values, `runs` times."""
 
     sizes: _Sizes | None = Field(None, description="out of the cohort's splits or sizes; all of them if left out")
-    init: Annotated[tuple[Literal["random", "pretrained"], ...], one_or_more] = ("random", "pretrained")
+    init: Annotated[tuple[Literal["random", "pretrained", "permuted"], ...], one_or_more] = ("random", "pretrained")
     lr: Annotated[tuple[PositiveFloat, ...], one_or_more] | None = Field(
         None, description="learning rates; optimizer.lr alone if left out"
     )
+
+    @model_validator(mode="after")
+    def _controls(self) -> "Grid":
+        if "permuted" in self.init and len(self.init) < 3:
+            raise ValueError(f"init: permuted is the control beside random and pretrained, got {list(self.init)}")
+        return self
+
+    @property
+    def transfers(self) -> bool:
+        """Whether any cell starts from pretrained weights."""
+        return self.init != ("random",)
 
 
 class Finetune(Stage):
@@ -83,6 +113,7 @@ class Finetune(Stage):
     augmentation: Augmentation = Augmentation()
     loss: SegmentationLoss = SegmentationLoss()
     optimizer: TrialOptimizer = TrialOptimizer()
+    encoder: EncoderTuning = EncoderTuning()
     grid: Grid = Grid()
     runs: PositiveInt = Field(1, description="each with a seed, a draw of the labelled volumes and a pretraining")
     margin: PositiveFloat = Field(0.02, description="foreground Dice; a smaller difference does not matter")
@@ -116,6 +147,16 @@ class Finetune(Stage):
                 f"otherwise (oneDNN); got patch_size {list(self.patch_size)}"
             )
         self.optimizer.check_warmup(self.steps)
+        if isinstance(self.encoder.freeze, int) and self.encoder.freeze >= self.steps:
+            raise ValueError(
+                f"encoder.freeze: must be below the {self.steps} steps, or 'all' to leave the encoder as it is, got "
+                f"{self.encoder.freeze}"
+            )
+        if self.cohort.folds and len(self.rates) > 1:
+            raise ValueError(
+                f"grid.lr: with cohort.folds there is one, as each patient validates in one fold and is scored in "
+                f"another, so that a choice would be made on those who are scored; got {list(self.rates)}"
+            )
         if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
             raise ValueError(f"gpus_per_trial must be a share of one GPU or a whole number, got {self.gpus_per_trial}")
         unknown = sorted(set(self.sizes) - set(self._listed))

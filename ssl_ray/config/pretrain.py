@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import Optimizer, Section, Share, Stage, one_or_more, rule
+from ssl_ray.errors import UserError
 
 BoxSides = Annotated[
     tuple[PositiveInt, PositiveInt],
@@ -57,6 +58,10 @@ class Pretrain(Stage):
     patches_per_volume: PositiveInt = 2
     batch_size: PositiveInt = Field(8, description="patches a step, over all workers")
     epochs: PositiveInt = 300
+    steps: PositiveInt | None = Field(None, description="with a schedule of their own; then `epochs` is not read")
+    volumes: PositiveInt | Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="unlabelled training volumes, drawn by seed: a number of them, or a share (1.0: all)"
+    )
     pretrainings: PositiveInt = Field(1, description="1: all runs start from the same; finetune.runs: each has its own")
     corruption: Corruption = Corruption()
     contrastive: Contrastive = Contrastive()
@@ -67,6 +72,7 @@ class Pretrain(Stage):
     checkpoint_minutes: PositiveFloat = Field(5, description="since the last one; looked at when a step is logged")
     keep_checkpoints: int = Field(2, ge=2, description="of the newest; if the last is torn, the one before is used")
     log_every: PositiveInt = Field(10, description="steps")
+    probe: bool = Field(True, description="at validations, what the tokens say of the labels; it selects nothing")
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(1, description="[least, most]: as many as there are")
     shard: bool = Field(False, description="FSDP2 instead of DDP: workers share weights, gradients, optimizer state")
     microbatch: PositiveInt | None = Field(None, description="patches a worker computes at once; more are accumulated")
@@ -94,6 +100,18 @@ class Pretrain(Stage):
         if box > min(self.patch_size):
             raise ValueError(f"corruption: a box of {box} voxels does not fit into patch_size {list(self.patch_size)}")
         return self
+
+    def drawn(self, available: int) -> int:
+        """How many of the unlabelled training volumes are trained on; a UserError where that is more than there are."""
+        if isinstance(self.volumes, float):
+            return min(available, max(1, round(self.volumes * available)))
+        if self.volumes > available:
+            raise UserError(f"pretrain.volumes: {self.volumes} are to be drawn from {available}")
+        return self.volumes
+
+    def steps_over(self, volumes: int) -> int:
+        """Optimizer steps over so many training volumes; in epochs, a rest smaller than a batch is left out."""
+        return self.steps or max(1, self.epochs * volumes * self.patches_per_volume // self.batch_size)
 
     @property
     def worker_range(self) -> tuple[int, int]:

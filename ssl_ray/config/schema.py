@@ -73,4 +73,4 @@ class Study(Section):
     @property
     def pretrains(self) -> bool:
         """Whether the grid needs weights that this study has to make; if not, its unlabelled volumes are not read."""
-        return "pretrained" in self.finetune.grid.init and not self.finetune.weights
+        return self.finetune.grid.transfers and not self.finetune.weights

@@ -11,12 +11,15 @@ from ssl_ray.data.datalist import Case, Datalist, read_datalist, subject_of
 from ssl_ray.errors import UserError
 from ssl_ray.random import number
 
+_Cases = tuple[Case, ...]
+
 
 @dataclass(frozen=True)
 class Splits:
     """The labelled cohort: a training split for each size, and the validation and test cases that all splits share.
 
-    With `pool`, `training` has one entry, the whole pool under its number of subjects, which `draw` takes from.
+    With `pool`, `training` has one entry, the whole pool under its number of subjects, which `draw` takes from. With
+    `folds`, it is the whole cohort, and validation and test cases are those of a fold.
     """
 
     training: dict[int, tuple[Case, ...]]
@@ -24,6 +27,7 @@ class Splits:
     test: tuple[Case, ...]
     organs: tuple[str, ...]
     pool: bool = False
+    folds: int = 0
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -54,6 +58,22 @@ class Splits:
         drawn = set(order[:size])
         return tuple(case for case in cases if subject_of(case) in drawn)
 
+    def parts(self, size: int, seed: int, run: int, fold: int | None, usable: Container[str]) -> tuple[_Cases, ...]:
+        """Training, validation and test cases of one training: those of a run or, where it has some, of a fold of it.
+
+        A run deals the subjects of the pool into folds, in an order of its own. Fold `fold` is scored, the next one
+        selects the checkpoint, and the training cases are drawn from the others, so that no network is scored on a
+        subject that it has seen in any way. A subject that is not usable changes the fold of no other.
+        """
+        if fold is None:
+            return self.draw(size, seed, run, usable), self.validation, self.test
+        (pool,) = self.training.values()
+        order = sorted({subject_of(case) for case in pool}, key=lambda subject: number(seed, "fold", run, subject))
+        dealt = {subject: (place - fold) % self.folds for place, subject in enumerate(order)}
+        scored, selecting = (tuple(case for case in pool if dealt[subject_of(case)] == place) for place in (0, 1))
+        rest = tuple(case for case in pool if dealt[subject_of(case)] > 1)
+        return replace(self, training={size: rest}).draw(size, seed, run, usable), selecting, scored
+
 
 def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     """The splits of the sizes asked for.
@@ -64,7 +84,9 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     if cohort.pool:
         pool = read_datalist(cohort.root, cohort.pool, labelled=True)
         lists = {len({subject_of(case) for case in pool.training}): pool}
-        if max(sizes) > max(lists):
+        if cohort.folds:
+            lists = _in_folds(pool, cohort.folds, max(sizes))
+        elif max(sizes) > max(lists):
             raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {max(lists)}")
     else:
         lists = {size: _split(cohort, size) for size in sizes}
@@ -80,7 +102,7 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
                         f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it: "
                         f"{_written(one)} against {_written(other)}"
                     )
-        if not listed.validation:
+        if not listed.validation and not cohort.folds:
             raise UserError(f"{listed.path}: 'validation' must list at least one labelled volume")
         if beyond := sorted(value for value in listed.labels if value >= cohort.classes):
             raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
@@ -90,7 +112,22 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
                 raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {place}; name it alike")
     organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
     training = {size: listed.training for size, listed in lists.items()}
-    return Splits(training, first.validation, first.test, organs, pool=cohort.pool is not None)
+    return Splits(training, first.validation, first.test, organs, cohort.pool is not None, cohort.folds or 0)
+
+
+def _in_folds(pool: Datalist, folds: int, size: int) -> dict[int, Datalist]:
+    """The list with its validation part among the others, by its number of subjects."""
+    if pool.test:
+        raise UserError(f"{pool.path}: finetune.cohort.folds: its {len(pool.test)} test volumes can be scored instead")
+    cases = pool.training + pool.validation
+    subjects = len({subject_of(case) for case in cases})
+    held_out = -(-subjects // folds) + -(-(subjects - 1) // folds)  # of the two largest folds, which are neighbours
+    if subjects < folds or size > subjects - held_out:
+        raise UserError(
+            f"{pool.path}: finetune.cohort.folds: of {subjects} subjects in {folds} folds, {held_out} are scored and "
+            f"validated on at a time, so that {size} are too many to be drawn for training"
+        )
+    return {subjects: replace(pool, training=cases, validation=())}
 
 
 def _written(case: Case | None) -> str:

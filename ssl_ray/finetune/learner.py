@@ -1,5 +1,6 @@
 """What a trial trains: the UNETR, its optimizer, one step of them, and the prediction of a volume."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ssl_ray.config.schema import VIT_PATCH, Finetune, Network, SegmentationLoss
 from ssl_ray.evaluate.sliding_window import predict
 from ssl_ray.networks.faster import use_fast_attention
-from ssl_ray.networks.transfer import transfer
+from ssl_ray.networks.transfer import permute, transfer
 from ssl_ray.networks.unetr import build_unetr
 from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.training.compile import compile_or_not
@@ -27,26 +28,42 @@ class SegmentationLearner:
         device: torch.device,
         seed: int,
         weights: Path | None = None,
+        permuted: bool = False,
     ) -> None:
         """Build the network by `seed`, with the encoder out of the file `weights` where one is given.
 
-        The decoder does not depend on whether one is given. A UserError where the weights do not match the network.
+        `permuted`: shuffled within each of its tensors, as a control. The decoder does not depend on whether one is
+        given. A UserError where the weights do not match the network.
         """
         self.config, self.device = config, device
         torch.manual_seed(seed)
         self.network = build_unetr(network, config.patch_size, config.cohort.classes)
         if weights:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
+        if permuted:
+            permute(self.network.vit, seed)
         # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
         self.network.to(device, memory_format=torch.channels_last_3d)
         self.dtype = precision_of(config, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
-        self.optimizer = build_optimizer(config.optimizer, self.network.parameters())
+        encoder = self.network.vit
+        self._encoder = [weight for weight in encoder.parameters() if weight.requires_grad]
+        if config.encoder.freeze == "all":
+            encoder.requires_grad_(False)
+        scales = layer_scales(encoder, config.encoder.layer_decay)
+        self.optimizer = build_optimizer(config.optimizer, self.network.parameters(), scales)
+        self.thaw(0)
         # Only the objective is compiled. Prediction calls the network itself, because its windows have other shapes.
         self.objective = _Objective(self.network, config.loss, device, self.dtype)
         self.compiled = config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
+
+    def thaw(self, step: int) -> None:
+        """Train the encoder in step `step`, or not yet; Adam begins with it when it is first trained."""
+        if isinstance(freeze := self.config.encoder.freeze, int):
+            for weight in self._encoder:
+                weight.requires_grad_(step >= freeze)
 
     def step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step on images (B, 1, X, Y, Z) and labels of the same shape.
@@ -82,6 +99,21 @@ class SegmentationLearner:
         images = torch.zeros(patches, 1, *self.config.patch_size, device=self.device)
         self._backward(images, images.to(torch.uint8))
         self.network.zero_grad(set_to_none=True)
+
+
+def layer_scales(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Learning rate of each weight of an encoder, in multiples of the decoder's: smaller the nearer to the input.
+
+    Layer-wise decay as for BEiT (Bao et al., ICLR 2022) and in MAE's `lr_decay.py`: the last block has `decay`, each
+    one below it `decay` times as much again, the embedding that of a block below the first, the final norm 1.
+    """
+    blocks: int = len(encoder.blocks)
+    scales = {}
+    for name, weight in encoder.named_parameters():
+        found = re.match(r"blocks\.(\d+)\.", name)
+        below = blocks - int(found[1]) if found else 0 if name.startswith("norm.") else blocks + 1
+        scales[weight] = decay**below
+    return scales
 
 
 def precision_of(config: Finetune, device: torch.device) -> torch.dtype:

@@ -40,7 +40,8 @@ class Trial:
         """A UserError where pretrained weights do not match the network, or the other arm has another precision."""
         self.job = job
         self.config = job.config.model_copy(update={"precision": _settle(job, named(precision_of(job.config, device)))})
-        self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights)
+        start = job.seed, job.weights, job.permuted
+        self.learner = SegmentationLearner(self.config, job.network, device, *start)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
         self.flops = network_cost(build_unetr, job.network, self.config.patch_size, self.config.cohort.classes).training
         self.losses = FiniteSum()
@@ -71,6 +72,7 @@ class Trial:
             lr, asked = learning_rate(self.config.optimizer, step, config.steps), time.perf_counter()
             images, labels = next(batches)
             waited = time.perf_counter() - asked
+            self.learner.thaw(step)
             loss, norm = self.learner.step(images, labels, lr)
             self.losses.add(loss)
             self.waited += waited
@@ -125,6 +127,8 @@ class Trial:
         metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
         metrics |= as_system({"patches_per_second": rate, "data_wait_share": self.waited / seconds})
         metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
+        if config.encoder.freeze != "none":  # less is computed than was counted
+            return metrics
         return metrics | arithmetic_rate(rate * self.flops, 1, learner.device, learner.dtype)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:

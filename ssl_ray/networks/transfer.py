@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssl_ray.config.schema import VIT_PATCH
 from ssl_ray.errors import UserError
 from ssl_ray.networks.unetr import IDLE
+from ssl_ray.random import number
 from ssl_ray.text import shown
 
 _DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
@@ -100,6 +101,17 @@ def transfer(
         share=sum(wanted[key].numel() for key in values) / sum(value.numel() for value in wanted.values()),
         prefix=prefix,
     )
+
+
+@torch.no_grad()
+def permute(encoder: nn.Module, seed: int) -> None:
+    """Shuffle the numbers within each tensor of an encoder, in place, by seed and name.
+
+    The control for pretrained weights: what they learned is gone, how large they are and how they scatter stays.
+    """
+    for name, weight in encoder.named_parameters():
+        order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(number(seed, "permute", name)))
+        weight.copy_(weight.flatten()[order].view_as(weight))
 
 
 def _prefix(weights: Mapping[str, Tensor], source: str) -> str:

@@ -5,14 +5,15 @@ Nothing is shuffled in a buffer, so a run that resumes at step *s* sees exactly 
 does not depend on the number of workers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from ssl_ray.random import generator
+from ssl_ray.data.store import Volume
+from ssl_ray.random import generator, number
 
 _ORDER, _ORIGIN, _VALIDATION = 1, 2, 3  # random numbers of one seed for different purposes must not overlap
 
@@ -41,6 +42,7 @@ class SampleTable:
     patches_per_volume: int
     batch_size: int
     epochs: int
+    limit: int | None = None  # steps; None: those of the epochs
 
     @property
     def epoch_samples(self) -> int:
@@ -49,8 +51,8 @@ class SampleTable:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run; a remainder smaller than a batch is left out. At least 1."""
-        return max(1, self.epochs * self.epoch_samples // self.batch_size)
+        """Optimizer steps of the whole run; of epochs, a remainder smaller than a batch is left out. At least 1."""
+        return self.limit or max(1, self.epochs * self.epoch_samples // self.batch_size)
 
     def epoch(self, step: int) -> float:
         """Epochs that are complete after `step` steps."""
@@ -58,8 +60,8 @@ class SampleTable:
 
     def boundaries(self, every: int) -> list[int]:
         """Steps after which a multiple of `every` epochs is complete, and the last step of the run."""
-        last = range(every, self.epochs + 1, every)
-        steps = {min(self.steps, -(-epoch * self.epoch_samples // self.batch_size)) for epoch in last}
+        last = range(every, self.steps * self.batch_size // self.epoch_samples + 1, every)
+        steps = {-(-epoch * self.epoch_samples // self.batch_size) for epoch in last}
         return sorted(steps | {self.steps})
 
     def sample(self, index: int) -> Sample:
@@ -84,6 +86,12 @@ class SampleTable:
         room = np.maximum(self.shapes[volume] - self.patch_size, 0) + 1
         x, y, z = generator(seed, purpose, index).integers(0, room)
         return int(x), int(y), int(z)
+
+
+def draw_volumes(volumes: Sequence[Volume], count: int, seed: int) -> tuple[Volume, ...]:
+    """The first `count` volumes of an order by seed and content, as listed: a smaller draw is part of a larger one."""
+    order = [number(seed, "unlabelled", volume.content, volume.id) for volume in volumes]
+    return tuple(volumes[place] for place in sorted(sorted(range(len(volumes)), key=order.__getitem__)[:count]))
 
 
 @lru_cache(maxsize=4)

@@ -20,15 +20,15 @@ FAILURE = "ssl_ray.failure"
 NONFINITE = "ssl_ray.nonfinite"
 """Tag of a trial that failed because its loss or gradient was not finite: "true"."""
 
-Init = Literal["random", "pretrained"]
+Init = Literal["random", "pretrained", "permuted"]
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run of one combination of settings.
 
-    overrides: `size` and `init`, and other values of dotted keys of the section `finetune`, `optimizer.lr` at least;
-        sorted by key.
+    overrides: `size`, `init` and, where a run has folds, `fold`; and other values of dotted keys of the section
+        `finetune`, `optimizer.lr` at least; sorted by key.
     run: which seed, draw of the labelled volumes and pretraining; cells that differ in `init` alone share them.
     """
 
@@ -36,9 +36,10 @@ class Cell:
     run: int
 
     @classmethod
-    def of(cls, size: int, init: Init, lr: float, run: int = 0, **more: Any) -> "Cell":
+    def of(cls, size: int, init: Init, lr: float, run: int = 0, fold: int | None = None, **more: Any) -> "Cell":
         """The cell of these overrides; further keys by `**{"augmentation.shift": 0.2}`."""
         overrides: dict[str, Any] = {"size": size, "init": init, "optimizer.lr": lr, **more}
+        overrides |= {} if fold is None else {"fold": fold}
         return cls(tuple(sorted(overrides.items())), run)
 
     @property
@@ -53,6 +54,16 @@ class Cell:
         return init
 
     @property
+    def fold(self) -> int | None:
+        """Which fold of the run this is, where it has some."""
+        return dict(self.overrides).get("fold")
+
+    @property
+    def whole(self) -> "Cell":
+        """The run of which this is a fold, or this cell itself."""
+        return Cell(tuple(one for one in self.overrides if one[0] != "fold"), self.run)
+
+    @property
     def lr(self) -> float:
         """Peak learning rate."""
         return float(dict(self.overrides)["optimizer.lr"])
@@ -60,13 +71,14 @@ class Cell:
     @property
     def settings(self) -> Mapping[str, Any]:
         """The overrides that are keys of the section `finetune`."""
-        return {key: value for key, value in self.overrides if key not in ("size", "init")}
+        return {key: value for key, value in self.overrides if key not in ("size", "init", "fold")}
 
     @property
     def name(self) -> str:
         """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
         more = [f"{key}{value}-" for key, value in self.settings.items() if key != "optimizer.lr"]
-        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{''.join(more)}run{self.run}"
+        fold = "" if self.fold is None else f"-fold{self.fold}"
+        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{''.join(more)}run{self.run}{fold}"
 
     def apply(self, config: Finetune) -> Finetune:
         """The settings that this cell is trained with."""
@@ -75,5 +87,6 @@ class Cell:
 
 def cells(config: Finetune) -> list[Cell]:
     """Every cell of the grid, those with few volumes first."""
-    product = itertools.product(config.sizes, config.grid.init, config.rates, range(config.runs))
+    runs, folds = range(config.runs), config.cohort.fold_numbers
+    product = itertools.product(config.sizes, config.grid.init, config.rates, runs, folds)
     return [Cell.of(*values) for values in product]

@@ -34,7 +34,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
             datalists, volumes or weights.
     """
     folders = check_places(study)
-    needs_weights = "pretrained" in study.finetune.grid.init
+    needs_weights = study.finetune.grid.transfers
     if last == "pretrain" and not needs_weights:
         raise UserError("finetune.grid.init: this study trains only from random weights")
     cohorts = read_cohorts(study)
@@ -101,7 +101,8 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     for number in range(study.pretrain.pretrainings):
         recipe, name = recipe_of(study, number), f"pretrain-run{number}" if number else "pretrain"
         own = params | {"seed": str(recipe.seed), "run": str(number)}
-        done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, own, resolved, name)
+        volumes = prepared.training, prepared.validation
+        done = pretrain(recipe, *volumes, folders, tracker, own, resolved, name, prepared.probed)
         say(f"pretraining {'is done' if done.fresh else 'was done already'} in {done.precision}: {done.weights}")
         made.append(done)
     return made
@@ -115,11 +116,13 @@ def _run_grid(
     held_out = {"validation": splits.validation, "test": splits.test}
     content = {f"labelled {part} volumes": identity.told(usable(cases, labelled)) for part, cases in held_out.items()}
     content["organs"] = ", ".join(splits.organs)
-    for size, run in itertools.product(config.sizes, range(config.runs)):
-        drawn = usable(splits.draw(size, study.seed, run, labelled), labelled)
-        if not drawn or not usable(splits.validation, labelled):
+    content |= {"folds": f"{splits.folds} of {identity.told(usable(splits.cases, labelled))}"} if splits.folds else {}
+    for size, run, fold in itertools.product(config.sizes, range(config.runs), config.cohort.fold_numbers):
+        parts = [usable(part, labelled) for part in splits.parts(size, study.seed, run, fold, labelled)]
+        if not all(parts[: 2 if fold is None else 3]):
             raise UserError(f"finetune.cohort: no usable volume is left for training (size {size}) or validation")
-        content[f"labelled volumes, size {size}, run {run}"] = identity.told(drawn)
+        name = "" if fold is None else f", fold {fold}"
+        content[f"labelled volumes, size {size}, run {run}{name}"] = identity.told(parts[0])
         if pretrained:
             content[f"pretrained weights, run {run}"] = pretrained[run % len(pretrained)].key
     identity.record(study, folders, "finetune", content)
