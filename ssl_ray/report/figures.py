@@ -17,13 +17,16 @@ from ssl_ray.report.results import Results
 from ssl_ray.report.statistics import estimate
 from ssl_ray.report.trials import PretrainingRun
 
-_COLOUR = {"random": "#E69F00", "pretrained": "#0072B2"}
+_COLOUR = {"random": "#E69F00", "pretrained": "#0072B2", "permuted": "#009E73"}
 _LINE: dict[str, dict[str, Any]] = {
     "random": {"color": _COLOUR["random"], "linestyle": (0, (4, 2))},
     "pretrained": {"color": _COLOUR["pretrained"], "linestyle": "solid"},
+    "permuted": {"color": _COLOUR["permuted"], "linestyle": (0, (1, 1.5))},
 }
-_MARKER = {"random": "s", "pretrained": "o"}
-_HATCH = {"random": "///", "pretrained": ""}
+_MARKER = {"random": "s", "pretrained": "o", "permuted": "^"}
+_HATCH = {"random": "///", "pretrained": "", "permuted": "..."}
+_PLACES = {"random": (-0.012, -0.036), "pretrained": (0.012, 0.036), "permuted": (0.06, 0.084)}
+"""Beside a number of labelled volumes, in shares of the axis: the mean, and the dots of the runs."""
 
 
 def draw_figures(results: Results, folder: Path) -> tuple[Path, ...]:
@@ -63,16 +66,19 @@ def _label_efficiency(results: Results) -> Figure:
 def _draw_dice(axis: Any, results: Results, width: int) -> None:
     """Means, with intervals over runs and patients where there are several; a dot for each run beside the mean."""
     scores = {size: results.scores(size, FOREGROUND) for size in results.arms}
-    for shift, init in zip((-0.012, 0.012), results.inits, strict=False):
-        drawn = {size: found[init] for size, found in scores.items() if init in found and found[init].size}
-        x = [size + shift * width for size in drawn]
+    for init in results.inits:
+        shift, dots_shift = (place * width for place in _PLACES[init])
+        # The control may lack a run that the others have.
+        rows = {size: found[init] for size, found in scores.items() if init in found}
+        drawn = {size: kept for size, row in rows.items() if (kept := row[~np.isnan(row).all(1)]).size}
+        x = [size + shift for size in drawn]
         means = [estimate(values) for values in drawn.values()]
         errors = np.nan_to_num([one.high - one.mean for one in means])
         style = _LINE[init] | {"marker": _MARKER[init], "linewidth": 2, "elinewidth": 1.2, "capsize": 4}
         axis.errorbar(x, [one.mean for one in means], errors, label=init, **style)
-        for values, position in zip(drawn.values(), x, strict=True):
+        for size, values in drawn.items():
             if len(values) > 1:
-                beside = [position + 2 * shift * width] * len(values)
+                beside = [size + dots_shift] * len(values)
                 dots = {"s": 12, "color": _COLOUR[init], "edgecolor": "black", "linewidth": 0.5, "zorder": 3}
                 axis.scatter(beside, values.mean(1), **dots)
     axis.set_ylabel(f"foreground Dice, {results.part} {results.subjects}s")

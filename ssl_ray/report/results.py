@@ -11,10 +11,10 @@ import numpy as np
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
-from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, compare, matrix, shared
+from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, claimed, compare, matrix, shared
 from ssl_ray.report.measures import Measure
 from ssl_ray.report.statistics import Array
-from ssl_ray.report.trials import Part, PretrainingRun, Trial, read_pretraining, read_trial
+from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, cells
 from ssl_ray.text import without_password
 from ssl_ray.tracking.client import MlflowRun
@@ -30,7 +30,8 @@ class Results:
     trials: Sequence[Trial]
     """One for every cell of the study's grid, in the grid's order."""
     arms: Mapping[int, Mapping[str, Arm]]
-    """By number of labelled training volumes, ascending, and by the grid's initialisations, random first."""
+    """By number of labelled training volumes, ascending, and by the grid's initialisations, random first; the trial of
+    a run in folds is of all of them."""
     part: Part
     """The volumes that are reported: test where the cohort has such a split."""
     common: Mapping[int, Shared]
@@ -49,7 +50,7 @@ class Results:
 
     @property
     def inits(self) -> list[str]:
-        """The grid's initialisations, random first."""
+        """The grid's initialisations, random first, the control last."""
         return [*next(iter(self.arms.values()))]
 
     @property
@@ -91,7 +92,7 @@ class Results:
 
     def count(self, part: Part) -> int:
         """Number of validation or test volumes that were scored."""
-        return max(len(trial.cases.get(part, ())) for trial in self.trials)
+        return max(len(trial.cases.get(part, ())) for trial in in_runs(self.trials))
 
     def matrix(self, size: int, init: str, measure: Measure) -> Array:
         """Score (runs, patients) of an arm that has trials; nan where it has none."""
@@ -100,7 +101,7 @@ class Results:
     def scores(self, size: int, measure: Measure) -> dict[str, Array]:
         """`matrix` by initialisation, for those that have trials; nan where any of them has no score."""
         found = {init: self.matrix(size, init, measure) for init, arm in self.arms[size].items() if arm.trials}
-        missing = np.isnan(sum(found.values()))
+        missing = np.isnan(sum(found[init] for init in claimed(self.arms[size]) if init in found))
         return {init: np.where(missing, np.nan, values) for init, values in found.items()}
 
 
@@ -140,16 +141,16 @@ def read_results(study: Study, tracker: Tracker) -> Results:
 def conclude(study: Study, grid: MlflowRun, trials: Sequence[Trial], **more: Any) -> Results:
     """The results of trials that were read; `more` are the fields of `Results` that nothing is concluded from."""
     by_arm = defaultdict(list)
-    for trial in trials:
+    for trial in in_runs(trials):
         by_arm[trial.cell.size, trial.cell.init].append(trial)
-    inits = [init for init in ("random", "pretrained") if init in study.finetune.grid.init]
+    inits = [init for init in ("random", "pretrained", "permuted") if init in study.finetune.grid.init]
     arms: dict[int, dict[str, Arm]] = {
         size: {init: choose(by_arm[size, init]) for init in inits} for size in study.finetune.sizes
     }
-    for pair in arms.values():
-        if len(pair) == 2:
-            check_precision(*pair.values())
+    for first, *others in (tuple(by_init.values()) for by_init in arms.values()):
+        for other in others:
+            check_precision(first, other)
     part: Part = "test" if any(trial.cases.get("test") for trial in trials) else "validation"
-    common = {size: shared([arm for arm in pair.values() if arm.trials], part) for size, pair in arms.items()}
+    common = {size: shared([arm for arm in claimed(one).values() if arm.trials], part) for size, one in arms.items()}
     comparisons = compare(arms, common, part, study.finetune.margin)
     return Results(study, grid, trials, arms, part, common, comparisons, **more)

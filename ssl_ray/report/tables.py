@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND, ORIGINAL_HD95, ORIGINAL_SURFACE_DICE, PUBLISHED_DICE
-from ssl_ray.report.comparison import SELECTION
+from ssl_ray.report.comparison import CONTROL, SELECTION, claimed
 from ssl_ray.report.measures import FALSE_POSITIVES, FOREGROUND, HD95, MISSED, SURFACE_DICE, WITH_BACKGROUND, Measure
 from ssl_ray.report.page import literal
 from ssl_ray.report.results import Results
@@ -46,7 +46,8 @@ def running_table(results: Results) -> Table:
     for size, arms in results.arms.items():
         row = [str(size)]
         for arm in arms.values():
-            values = [[arm.trials[run].metrics.get(metric, np.nan)] for run in results.common[size].runs if arm.trials]
+            trials = [arm.trials[run] for run in results.common[size].runs if run in arm.trials]
+            values = [[trial.metrics.get(metric, np.nan)] for trial in trials]
             row.append(_mean(WITH_BACKGROUND, np.array(values).reshape(-1, 1)) if arm.trials else arm.hole)
         rows.append(row)
     return Table([f"{results.labelled}s", *results.inits], rows)
@@ -72,7 +73,7 @@ def honest_table(results: Results) -> Table:
 def organ_table(results: Results, size: int) -> Table:
     """Every organ on the original grid, and how many volumes have it."""
     inits = results.inits
-    columns = [*inits, "difference"] if len(inits) == 2 else inits
+    columns = [*inits, "difference"] if len(inits) > 1 else inits
     header = ["organ", "volumes", *(f"Dice {name}" for name in columns)]
     header += [f"{label} {init}" for label in ("missed (%)", "HD95 (mm)", "false positive (%)") for init in inits]
     arms = results.arms[size]
@@ -84,8 +85,9 @@ def organ_table(results: Results, size: int) -> Table:
             one = measure.organ(number)
             found = {init: results.matrix(size, init, one) for init in inits if arms[init].trials}
             row += [_mean(one, found[init]) if init in found else arms[init].hole for init in inits]
-            if measure is FOREGROUND and len(inits) == 2:
-                means = [float(np.nanmean(values)) for values in found.values() if not np.isnan(values).all()]
+            if measure is FOREGROUND and len(inits) > 1:
+                pair = [found[init] for init in claimed(arms) if init in found]
+                means = [float(np.nanmean(values)) for values in pair if not np.isnan(values).all()]
                 row.append(measure.signed(means[1] - means[0]) if len(means) == 2 else _NONE)
         rows.append(row)
     return Table(header, rows, 1)
@@ -98,11 +100,12 @@ def cell_table(results: Results) -> Table:
     chosen = {trial.cell for arm in results.chosen for trial in arm.trials.values()}
     rows = []
     for trial in results.trials:
-        cell, mark = trial.cell, "**" if trial.cell in chosen else ""
+        cell, mark = trial.cell, "**" if trial.cell.whole in chosen else ""
+        run = str(cell.run) if cell.fold is None else f"{cell.run}, fold {cell.fold}"
         status = trial.status if trial.status == "finished" else f"**{trial.status}**"
         step = f"{trial.metrics['selected/step']:,.0f}" if "selected/step" in trial.metrics else ""
         scores = [one.value(trial.metrics[name]) if name in trial.metrics else "" for name, one in names.items()]
-        rows.append([str(cell.size), cell.init, f"{mark}{cell.lr:g}{mark}", str(cell.run), status, step, *scores])
+        rows.append([str(cell.size), cell.init, f"{mark}{cell.lr:g}{mark}", run, status, step, *scores])
     header = [f"{results.labelled}s", "initialisation", "learning rate", "run", "status", "selected step"]
     header += ["Dice, validation, resampled grid (selects)"]
     header += [f"{label}, {results.part}" for label in ("Dice", "HD95 (mm)", "surface Dice")]
@@ -128,20 +131,27 @@ def _mean(measure: Measure, values: Array) -> str:
 
 
 def _header(results: Results) -> list[str]:
-    return ["runs", f"{results.part} {results.subjects}s", "random", "pretrained", "difference (95 % CI)"]
+    header = ["runs", f"{results.part} {results.subjects}s", "random", "pretrained", "difference (95 % CI)"]
+    return header + [CONTROL] * (CONTROL in results.inits)
 
 
 def _compared(results: Results, size: int, measure: Measure) -> list[str]:
-    """Numbers of runs and patients, random, pretrained, and their difference; a missing arm says why."""
+    """Numbers of runs and patients, random, pretrained, their difference, the control; a missing arm says why."""
     common = results.common[size]
     patients = len(common.patients) + (len(common.healthy) if measure.absent else 0)
     shown = [over_runs(results, size, init, measure) for init in ("random", "pretrained")]
-    return [str(len(common.runs)), str(patients), *shown, _difference(measure, results.scores(size, measure))]
+    scores = results.scores(size, measure)
+    row = [str(len(common.runs)), str(patients), *shown, _difference(measure, scores)]
+    if CONTROL in results.inits:
+        count = len(set(common.runs) & set(results.arms[size][CONTROL].trials))
+        only = f" ({count} of {len(common.runs)} runs)" if 0 < count < len(common.runs) else ""
+        row.append(over_runs(results, size, CONTROL, measure) + only)
+    return row
 
 
 def _difference(measure: Measure, scores: Mapping[str, Array]) -> str:
     """Pretrained minus random; with its interval where the matrix has no holes."""
-    if len(scores) < 2 or np.isnan(scores["random"]).all():
+    if not {"random", "pretrained"} <= scores.keys() or np.isnan(scores["random"]).all():
         return _NONE
     differences = scores["pretrained"] - scores["random"]
     found, mean = estimate(differences), measure.signed(float(np.nanmean(differences)))

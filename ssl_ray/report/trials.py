@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
@@ -46,6 +47,10 @@ class PretrainingRun:
     validation_loss: Mapping[int, float]
     identity_loss: Mapping[int, float]
     """Validation loss of leaving patches corrupted."""
+    probe: Mapping[int, float]
+    """R² of the probe, by step; empty without labels."""
+    untrained: float | None
+    """That of the untrained network."""
     picture: bytes | None
     """PNG of the last restoration."""
     suffix: str
@@ -76,6 +81,30 @@ def read_trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> Trial:
     )
 
 
+def in_runs(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials with the folds of a run as one, which scored every patient once; those without folds as they are."""
+    runs: dict[Cell, list[Trial]] = {}
+    for trial in trials:
+        runs.setdefault(trial.cell.whole, []).append(trial)
+    return [folds[0] if folds[0].cell == cell else _joined(cell, folds) for cell, folds in runs.items()]
+
+
+def _joined(cell: Cell, folds: Sequence[Trial]) -> Trial:
+    """One trial out of the folds of a run: means of what all of them measured, and all their cases."""
+    metrics = set.intersection(*(set(fold.metrics) for fold in folds))
+    steps = set.intersection(*(set(fold.curve) for fold in folds))
+    return Trial(
+        cell,
+        min((fold.status for fold in folds), key=("failed", "unfinished", "missing", "finished").index),
+        metrics={name: fmean(fold.metrics[name] for fold in folds) for name in metrics},
+        curve={step: fmean(fold.curve[step] for fold in folds) for step in sorted(steps)},
+        cases={part: [case for fold in folds for case in fold.cases.get(part, ())] for part in get_args(Part)},
+        organs=next((fold.organs for fold in folds if fold.organs), ()),
+        precision=folds[0].precision,
+        nonfinite=any(fold.nonfinite for fold in folds),
+    )
+
+
 def read_pretraining(tracker: Tracker, run_id: str, number: int) -> PretrainingRun:
     """The pretraining run that is the report's first, second, ..."""
     pictures = tracker.files(run_id, "pictures")
@@ -84,6 +113,8 @@ def read_pretraining(tracker: Tracker, run_id: str, number: int) -> PretrainingR
         loss=tracker.history(run_id, "loss"),
         validation_loss=tracker.history(run_id, "validation_loss"),
         identity_loss=tracker.history(run_id, "validation_identity_loss"),
+        probe=tracker.history(run_id, "probe_r2"),
+        untrained=next(iter(tracker.history(run_id, "probe_r2_untrained").values()), None),
         picture=tracker.read(run_id, pictures[-1]) if pictures else None,
         suffix=f"_{number}" if number > 1 else "",
     )
