@@ -122,10 +122,11 @@ def _in_folds(pool: Datalist, folds: int, size: int) -> dict[int, Datalist]:
     cases = pool.training + pool.validation
     subjects = len({subject_of(case) for case in cases})
     held_out = -(-subjects // folds) + -(-(subjects - 1) // folds)  # of the two largest folds, which are neighbours
-    if subjects < folds or size > subjects - held_out:
+    left = subjects - held_out if subjects >= folds else 0
+    if size > left:
         raise UserError(
-            f"{pool.path}: finetune.cohort.folds: of {subjects} subjects in {folds} folds, {held_out} are scored and "
-            f"validated on at a time, so that {size} are too many to be drawn for training"
+            f"{pool.path}: finetune.cohort.folds: of {subjects} subjects, {folds} folds leave {left} to train on while "
+            f"one is scored and one validates, fewer than the {size} to be drawn"
         )
     return {subjects: replace(pool, training=cases, validation=())}
 

@@ -126,7 +126,7 @@ def ridge_r2(fitted: Tensor, tested: Tensor, organs: int) -> float:
     values, vectors = torch.linalg.eigh(spread[:-organs, :-organs])
     values = values.clamp(min=0)
     along = vectors.T @ spread[:-organs, -organs:]  # (hidden, organs)
-    penalties = torch.from_numpy(_PENALTIES).to(values)[:, None] * (values.mean() + 1e-12)
+    penalties = torch.from_numpy(_PENALTIES).to(values)[:, None] * (values.mean() + 1e-9)
     shrunk = values + penalties  # (penalties, hidden)
     error = own - ((shrunk + penalties) / shrunk**2) @ along**2  # mean squares, (penalties, organs)
     left = (1 - (1 + (values / shrunk).sum(1)) / count).clamp(min=1e-6)  # share of the degrees of freedom

@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from studies import small_study
 from tiny_learner import make
 
+from ssl_ray.data.store import Volume
+from ssl_ray.errors import UserError
 from ssl_ray.pretrain import driver
 from ssl_ray.pretrain.driver import pretraining_key
 from ssl_ray.pretrain.job import Recipe
@@ -44,6 +47,26 @@ def test_weights_that_are_there_change_nothing(tmp_path: Path) -> None:
     assert found["step"] == 40
 
 
+@pytest.mark.parametrize(("asked", "count"), [(1.0, 8), (0.5, 4), (0.01, 1), (4, 4), (1, 1)])
+def test_a_pretraining_draws_a_share_or_a_number_of_the_volumes(asked: float, count: int) -> None:
+    """By its seed; which were drawn is in its key, and 1 is a number while 1.0 is all of them."""
+    empty: dict[str, Any] = dict.fromkeys(Volume.__dataclass_fields__)
+    volumes = [Volume(**{**empty, "key": f"k{n}", "id": f"v{n}", "content": f"c{n}"}) for n in range(8)]
+    study = small_study(pretrain={"volumes": asked, "pretrainings": 2}, finetune={"runs": 2})
+    recipe, other = recipe_of(study), recipe_of(study, 1)
+    drawn = driver._drawn(recipe, volumes)
+    assert len(drawn) == count
+    assert (driver._drawn(other, volumes) != drawn) == (1 < count < 8) or count == 1
+    less = [one for one in volumes if one is not drawn[0]]
+    assert pretraining_key(recipe, volumes, ()) != pretraining_key(recipe, less, ())
+
+
+def test_more_volumes_than_there_are_are_refused() -> None:
+    """Naming the key and both numbers."""
+    with pytest.raises(UserError, match=r"^pretrain\.volumes: 9 are to be drawn from 2$"):
+        small_study(pretrain={"volumes": 9}).pretrain.drawn(2)
+
+
 def test_pretrainings_of_a_study_differ_in_their_seed_alone() -> None:
     """The first has the study's own; each has a key, and what says how it is carried out is in none."""
 
@@ -56,5 +79,7 @@ def test_pretrainings_of_a_study_differ_in_their_seed_alone() -> None:
     assert len({recipe.seed for recipe in recipes}) == len({key(recipe) for recipe in recipes}) == 3
     elsewhere = {"precision": "auto", "gpu": True, "workers": 2, "microbatch": 1, "contrastive": {"temperature": 1}}
     assert key(recipe_of(small_study(pretrain=elsewhere))) == key(recipes[0])
+    steps = [small_study(pretrain={"steps": 40, "epochs": epochs}) for epochs in (1, 2)]
+    assert key(recipe_of(steps[0])) == key(recipe_of(steps[1])) != key(recipes[0]), "the epochs are not read"
     contrastive = [small_study(pretrain={"contrastive": {"enabled": True}, "workers": number}) for number in (1, 2)]
     assert key(recipe_of(contrastive[0])) != key(recipe_of(contrastive[1])), "negatives are the worker's own patches"

@@ -1,0 +1,219 @@
+"""The online probe: regression and rank against references, its patches and its time; nothing depends on it."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+from studies import small_study
+from tiny_learner import CPU, LEVELS, SIDE, make, same, steps, weights
+from torch import Tensor
+from volumes import organ_labels
+
+from ssl_ray.config import depends
+from ssl_ray.data.store import Store, Volume, foreground_index
+from ssl_ray.networks.unetr import build_encoder
+from ssl_ray.pretrain import probe as probing
+from ssl_ray.pretrain.job import Labelled
+from ssl_ray.pretrain.learner import PretrainingLearner
+from ssl_ray.pretrain.probe import Probe, effective_rank, organ_shares, ridge_r2
+
+SHAPE, CLASSES = (40, 36, 30), 4
+
+
+def products(tokens: Tensor, shares: Tensor) -> Tensor:
+    rows = torch.cat([torch.ones(len(tokens), 1), tokens, shares], 1).double()
+    return rows.T @ rows
+
+
+def drawn(count: int, hidden: int, organs: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Shares that depend on some directions of the tokens, which scatter in few directions and lie far from 0."""
+    mixing = torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, -3, hidden)
+    weights = torch.randn(hidden, organs, generator=torch.Generator().manual_seed(2))
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(count, hidden, generator=random) @ mixing.T + 3
+    shares = tokens @ weights + noise * torch.randn(count, organs, generator=random) * torch.logspace(0, 1, organs)
+    return tokens, shares
+
+
+@pytest.mark.parametrize(("count", "noise"), [(400, 1.0), (400, 0.01), (30, 1.0), (12, 5.0)])
+def test_the_regression_is_that_of_scikit_learn(count: int, noise: float) -> None:
+    """R² of `Ridge` with the penalty of least generalised cross-validation error, worked out by its hat matrix."""
+    tokens, shares = drawn(count, 20, 3, noise, 3)
+    others, truth = drawn(200, 20, 3, noise, 4)
+    centred = (tokens - tokens.mean(0)).double()
+    spread = float((centred**2).sum() / count / 20)
+    errors = []
+    for penalty in probing._PENALTIES:
+        alpha = count * penalty * spread
+        hat = centred @ torch.linalg.solve(centred.T @ centred + alpha * torch.eye(20).double(), centred.T)
+        left = 1 - (1 + float(hat.trace())) / count
+        fitted = Ridge(alpha=alpha).fit(tokens.double().numpy(), shares.double().numpy())
+        residual = fitted.predict(tokens.double().numpy()) - shares.double().numpy()
+        errors.append(((residual**2).mean(0) / shares.double().numpy().var(0)).sum() / left**2)
+    best = Ridge(alpha=count * probing._PENALTIES[np.argmin(errors)] * spread)
+    best.fit(tokens.double().numpy(), shares.double().numpy())
+    expected = r2_score(truth.double().numpy(), best.predict(others.double().numpy()))
+    assert ridge_r2(products(tokens, shares), products(others, truth), 3) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_organs_that_only_one_part_has_do_not_count() -> None:
+    """Neither does an organ that neither has; without any there is no number."""
+    tokens, shares = drawn(100, 8, 3, 0.1, 5)
+    others, truth = drawn(100, 8, 3, 0.1, 6)
+    expected = ridge_r2(products(tokens, shares[:, :1]), products(others, truth[:, :1]), 1)
+    truth[:, 1] = 0
+    shares[:, 2] = 0
+    assert ridge_r2(products(tokens, shares), products(others, truth), 3) == pytest.approx(expected)
+    assert np.isnan(ridge_r2(products(tokens, 0 * shares), products(others, truth), 3))
+
+
+def test_tokens_that_are_all_alike_explain_nothing() -> None:
+    """A collapsed encoder: the mean of the fitted tokens is all that can be said."""
+    _, shares = drawn(100, 8, 2, 0.1, 7)
+    assert -0.2 < ridge_r2(products(torch.ones(100, 8), shares), products(torch.ones(100, 8), shares + 0.1), 2) <= 0
+
+
+def test_the_rank_is_the_entropy_of_the_singular_values() -> None:
+    """Against the singular values themselves; at its least and at its most."""
+    tokens, _ = drawn(300, 20, 1, 1, 8)
+    share = torch.linalg.svdvals(tokens.double())
+    share = share / share.sum() + 1e-7
+    expected = float(torch.exp(-(share * share.log()).sum()))
+    assert effective_rank(tokens.double().T @ tokens.double()) == pytest.approx(expected, rel=1e-4)
+    assert effective_rank(torch.eye(20).double()) == pytest.approx(20, rel=1e-4)
+    assert effective_rank(torch.ones(20, 20).double()) == pytest.approx(1, abs=1e-3)
+
+
+def test_shares_are_in_the_order_of_the_tokens() -> None:
+    """The encoder's own embedding, made to average the voxels of a token, gives the shares of a label of 0 and 1."""
+    side = (32, 48, 16)
+    encoder = build_encoder(small_study().network, side)
+    label = np.random.default_rng(0).integers(0, 2, side, dtype=np.uint8) * np.arange(32)[:, None, None] // 16
+    for name, weight in encoder.patch_embedding.named_parameters():
+        weight.data.fill_(1 / 16**3 if name.endswith("patch_embeddings.weight") else 0)
+    embedded = encoder.embed(torch.from_numpy(label.astype(np.float32))[None, None])
+    shares = organ_shares(label.astype(np.uint8), encoder.token, 3)
+    assert shares.shape == (6, 2)
+    torch.testing.assert_close(torch.from_numpy(shares[:, 0]), embedded[0, :, 0].detach(), rtol=1e-4, atol=1e-6)
+    assert not shares[:, 1].any()
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Labelled:
+    """Five volumes whose intensities show their organs; the last has none, and is shorter than a patch."""
+    stored, store = [], Store(tmp_path)
+    for number in range(5):
+        shape = SHAPE if number < 4 else (10, 36, 30)
+        label = organ_labels(shape, CLASSES, number) if number < 4 else np.zeros(shape, np.uint8)
+        noise = np.random.default_rng(number).integers(0, 20, shape)
+        image = (label.astype(np.int64) * 60 + noise).astype(np.uint8)
+        folder = store.path(f"labelled{number}")
+        folder.mkdir(parents=True)
+        for name, array in {"image": image, "label": label, "foreground": foreground_index(label)}.items():
+            np.save(folder / f"{name}.npy", array)
+        empty: dict[str, Any] = dict.fromkeys(Volume.__dataclass_fields__)
+        stored.append(Volume(**{**empty, "key": f"labelled{number}", "id": f"l{number}", "shape": shape}))
+    return Labelled((*stored[:2], stored[4]), tuple(stored[2:4]), CLASSES)
+
+
+@pytest.fixture
+def learner(tmp_path: Path, labelled: Labelled) -> PretrainingLearner:
+    made = make(tmp_path)
+    made.job = replace(made.job, labelled=labelled)
+    return made
+
+
+def probe_of(learner: PretrainingLearner) -> Probe:
+    return Probe(learner.job, learner.network, learner.model, CPU, learner.dtype)
+
+
+def test_it_says_what_an_encoder_knows_and_leaves_no_trace(learner: PretrainingLearner) -> None:
+    """The same numbers twice; weights, moments, random numbers and mode of training stay."""
+    steps(learner, 0, 1)
+    probe, before, moments = probe_of(learner), weights(learner), learner.state()
+    random = torch.get_rng_state()
+    found = probe.measure(0, 1)
+    assert found == probe.measure(0, 1)
+    assert set(found) == {"probe_r2", "probe_rank"}
+    assert -np.inf < found["probe_r2"] <= 1
+    assert 1 <= found["probe_rank"] <= learner.network.hidden_size
+    assert same(before, weights(learner))
+    assert same(moments, learner.state())
+    assert torch.equal(random, torch.get_rng_state())
+    assert learner.model.training
+    assert all(weight.grad is None for weight in learner.network.parameters())
+
+
+def test_tokens_that_hold_the_organs_are_seen_to(learner: PretrainingLearner) -> None:
+    """An encoder whose tokens are some voxels' means, in images that show the organs, explains most of the shares."""
+    probe = probe_of(learner)
+    blind = probe.measure(0, 1)["probe_r2"]
+
+    def means(patches: Tensor) -> Tensor:
+        """(B, 1, 16, 16, 16) -> (B, 1, hidden): the share of voxels near each organ's intensity."""
+        near = [((patches - 60 * organ / LEVELS).abs() < 25 / LEVELS).float().mean((1, 2, 3, 4)) for organ in range(4)]
+        return torch.stack(near * (learner.network.hidden_size // 4), 1)[:, None]
+
+    probe._tokens = means
+    assert probe.measure(0, 1)["probe_r2"] > max(0.95, blind)
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_workers_add_up_to_one(learner: PretrainingLearner, world: int) -> None:
+    """Each takes its part of the patches; none is counted twice or lost, though some worker may have none left."""
+    probe = probe_of(learner)
+    for part in (range(12), range(12, 20)):
+        whole = probe._products(part, 0, 1)
+        parts = sum(probe._products(part, rank, world) for rank in range(world))
+        assert whole[0, 0] == len(part)
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_lie_around_labelled_voxels(learner: PretrainingLearner, labelled: Labelled) -> None:
+    """Inside their volumes, four of each, most of them with an organ, the same in every run."""
+    probe = probe_of(learner)
+    volumes = (*labelled.fitted, *labelled.tested)
+    assert [sample.volume for sample in probe._samples] == [number // 4 for number in range(20)]
+    for sample in probe._samples:
+        room = np.maximum(np.array(volumes[sample.volume].shape) - SIDE, 0)
+        assert (np.array(sample.origin) >= 0).all()
+        assert (np.array(sample.origin) <= room).all()
+    shown = probe._shares.sum((1, 2)) > 0
+    assert shown.sum() == 16
+    assert not shown[8:12].any(), "the volume without an organ"
+    assert probe._samples == probe_of(learner)._samples
+
+
+def test_it_waits_until_there_is_time(learner: PretrainingLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the next one, all of it takes at most 3 % of the time so far."""
+    now = [0.0]
+    monkeypatch.setattr(probing, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    probe = probe_of(learner)
+    assert probe.due
+    tokens = probe._tokens
+
+    def slow(patches: Tensor) -> Tensor:
+        now[0] += 0.5
+        return tokens(patches)
+
+    probe._tokens = slow
+    probe.measure(0, 1)
+    spent = now[0]
+    assert spent > 0
+    assert not probe.due
+    now[0] = 2 * spent / 0.03 * 1.01
+    assert probe.due
+    probe.measure(0, 1)
+    assert not probe.due
+
+
+def test_no_key_depends_on_it() -> None:
+    """It may be switched on or off before a pretraining goes on."""
+    on, off = (small_study(pretrain={"probe": value}) for value in (True, False))
+    assert depends.pretraining(on.pretrain, on.network) == depends.pretraining(off.pretrain, off.network)
