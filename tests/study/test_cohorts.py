@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,15 @@ def cases(tmp_path: Path) -> dict[str, list[Case]]:
     }
 
 
-def prepared(folder: Path, cases: dict[str, list[Case]], **settings: Any) -> PreparedCohorts:
+def prepared(
+    folder: Path, cases: dict[str, list[Case]], splits: Splits | None = None, probe: bool = True, **settings: Any
+) -> PreparedCohorts:
     preparation = PREPARATION.model_dump()
-    sections = {"pretrain": {"preparation": preparation | {"spacing": 3}}, "finetune": {"preparation": preparation}}
+    coarse = {"preparation": preparation | {"spacing": 3}, "probe": probe}
+    sections = {"pretrain": coarse, "finetune": {"preparation": preparation}}
     study = small_study(folder, folder, **sections, **settings)
     unlabelled, held_out, training, validation, test = (tuple(cases[part]) for part in PARTS)
-    cohorts: Cohorts = unlabelled, held_out, Splits({2: training}, validation, test, ("liver",))
+    cohorts: Cohorts = unlabelled, held_out, splits or Splits({2: training}, validation, test, ("liver",))
     return prepare_cohorts(study, Folders.of("study", str(folder / "output"), str(folder / "store")), cohorts)
 
 
@@ -107,6 +111,45 @@ def test_one_scan_is_not_trained_on_and_held_out(
     message = rf"^{cases[part][0].image}: this {refused} volume has the same content as {path}, which is trained or"
     with pytest.raises(UserError, match=message):
         prepared(tmp_path, cases)
+
+
+@pytest.mark.parametrize(
+    ("other", "subject", "refused"),
+    [("validation", "", True), ("validation", "somebody", False), ("unlabelled", "", True)],
+)
+def test_in_folds_a_scan_is_of_one_patient(
+    tmp_path: Path, cases: dict[str, list[Case]], other: str, subject: str, refused: bool
+) -> None:
+    """Every labelled scan is scored in one fold: under another patient's name it would be trained on there."""
+    first, copy = replace(cases["training"][0], subject=subject), cases[other][1]
+    copy.image.write_bytes(first.image.read_bytes())
+    cases["training"][0], cases[other][1] = first, replace(copy, subject=subject)
+    pool = tuple(case for part in PARTS[2:] for case in cases[part])
+    splits = Splits({len(pool): pool}, (), (), ("liver",), pool=True, folds=3)
+    if not refused:
+        assert len(prepared(tmp_path, cases, splits).labelled) == 6
+        return
+    with pytest.raises(UserError, match=r"this labelled volume has the same content as .*, which is trained or"):
+        prepared(tmp_path, cases, splits)
+
+
+def test_the_probe_gets_labelled_volumes_as_the_pretraining_prepares_them(
+    tmp_path: Path, cases: dict[str, list[Case]]
+) -> None:
+    """Fitted on training volumes, tested on validation volumes; in folds on patients of its own; none if not wanted."""
+    found = prepared(tmp_path, cases)
+    assert found.probed
+    assert [one.id for one in found.probed.fitted] == [case.id for case in cases["training"]]
+    assert [one.image_source for one in found.probed.tested] == [str(case.image) for case in cases["validation"]]
+    assert {one.spacing for one in (*found.probed.fitted, *found.probed.tested)} == {(3.0, 3.0, 3.0)}
+    assert {one.spacing for one in found.labelled.values()} == {PREPARATION.spacing}
+    assert prepared(tmp_path, cases, probe=False).probed is None
+    pool = tuple(replace(case, subject=part) for part in PARTS[2:] for case in cases[part])
+    pool += (replace(make_case(tmp_path / "more", "more", 60), subject="early"),)
+    probed = prepared(tmp_path, cases, Splits({4: pool}, (), (), ("liver",), pool=True, folds=3)).probed
+    assert probed
+    assert {one.subject for one in probed.tested} == {"early"}
+    assert {one.subject for one in probed.fitted} == {"training", "validation", "test"}
 
 
 def test_other_scans_of_one_shape_are_other_scans(tmp_path: Path, cases: dict[str, list[Case]]) -> None:
