@@ -38,7 +38,6 @@ def train_loop(job: Job) -> None:
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
     flops = learner.views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
-    totals = _Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = _Reporter(job, rank), _Preemption()
     saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
     saved = time.monotonic()
@@ -47,6 +46,7 @@ def train_loop(job: Job) -> None:
     reporter.start(start)
     probe = Probe(job, learner.network, learner.model, learner.device, learner.dtype) if job.labelled else None
     untrained = probe.measure(rank, world) if probe and not start else {}
+    totals = _Totals(world, flops, learner.device, learner.dtype)
 
     validations = {step: number for number, step in enumerate(table.boundaries(config.validate_every))}
     for batch in _open_stream(job, rank, world, start):
