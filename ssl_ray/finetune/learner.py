@@ -107,7 +107,7 @@ def layer_scales(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     Layer-wise decay as for BEiT (Bao et al., ICLR 2022) and in MAE's `lr_decay.py`: the last block has `decay`, each
     one below it `decay` times as much again, the embedding that of a block below the first, the final norm 1.
     """
-    blocks: int = len(encoder.blocks)
+    blocks = sum(re.fullmatch(r"blocks\.\d+", name) is not None for name, _ in encoder.named_modules())
     scales = {}
     for name, weight in encoder.named_parameters():
         found = re.match(r"blocks\.(\d+)\.", name)

@@ -45,7 +45,8 @@ class Probe:
         side, store, settings = job.training.table.patch_size, job.training.store, job.recipe.settings
         volumes = (*job.labelled.fitted, *job.labelled.tested)
         self._feed = replace(job.training, keys=tuple(one.key for one in volumes), ids=tuple(one.id for one in volumes))
-        self._samples, shares = [], []
+        self._samples: list[Sample] = []
+        shares = []
         for number in range(_PATCHES * len(volumes)):
             volume = volumes[number // _PATCHES]
             sample = Sample(number // _PATCHES, _origin(store, volume, side, number))
