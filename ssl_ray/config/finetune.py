@@ -4,9 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import VIT_PATCH, Optimizer, Section, Share, Stage, one_or_more
+from ssl_ray.config.common import Optimizer, Section, Share, Stage, one_or_more, rule
 
 _Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
+_Inits = Annotated[
+    tuple[Literal["random", "pretrained", "permuted"], ...],
+    one_or_more,
+    rule(lambda inits: "permuted" not in inits or len(inits) == 3, "permuted is a control beside the other two"),
+]
+_Range = Annotated[
+    tuple[PositiveFloat, PositiveFloat],
+    rule(lambda ends: ends[0] <= ends[1], "the least must not exceed the most"),
+]
 
 
 class LabelledCohort(Section):
@@ -22,14 +31,7 @@ class LabelledCohort(Section):
     sizes: _Sizes | None = Field(None, description="subjects to draw from the pool")
     splits: Annotated[dict[PositiveInt, str | tuple[str, ...]], one_or_more] | None = None
     datalist: str | None = None
-    folds: Annotated[int, Field(ge=3)] | None = Field(
-        None, description="of the pool's subjects: a run scores each of them, the next one validates, the others train"
-    )
-
-    @property
-    def fold_numbers(self) -> tuple[int | None, ...]:
-        """The folds of a run; None alone where the list says who is held out."""
-        return tuple(range(self.folds)) if self.folds else (None,)
+    folds: int | None = Field(None, ge=3, description="of the pool's subjects, all of whom are scored in every run")
 
     @model_validator(mode="after")
     def _either(self) -> "LabelledCohort":
@@ -40,18 +42,32 @@ class LabelledCohort(Section):
         if by_ids and self.datalist is None:
             raise ValueError(f"splits.{by_ids[0]} lists ids: name the list that they come from in 'datalist'")
         if self.folds and not self.pool:
-            raise ValueError(f"folds: are of the subjects of a 'pool', got {self.folds} folds of published splits")
+            raise ValueError(f"folds: are of the subjects of a 'pool', which is not given, got {self.folds}")
         return self
 
 
 class Augmentation(Section):
-    """Random augmentation of a fine-tuning patch."""
+    """Random augmentation of a fine-tuning patch: the recipe's, and with what CNNs are trained with, off by default."""
 
     flip_prob: Share = 0.1
     flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
-    rotate_prob: Share = 0.1
+    rotate_prob: Share = Field(0.1, description="by a multiple of 90 degrees")
     shift: NonNegativeFloat = 0.1
     shift_prob: Share = 0.5
+    affine_prob: Share = Field(0, description="rotation and scaling; 0.2, with the others below, is about nnU-Net's")
+    rotation: float = Field(30, ge=0, le=180, description="degrees at most, about each axis")
+    scaling: _Range = Field((0.7, 1.4), description="times as large, along each axis")
+    noise_prob: Share = Field(0, description="0.1")
+    noise: NonNegativeFloat = Field(0.1, description="standard deviation at most, of an intensity in 0..1")
+    blur_prob: Share = Field(0, description="0.2")
+    blur: _Range = Field((0.5, 1.0), description="standard deviation in voxels, along each axis")
+    gamma_prob: Share = Field(0, description="0.3")
+    gamma: _Range = (0.7, 1.5)
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is more than in the recipe."""
+        return any((self.affine_prob, self.noise_prob, self.blur_prob, self.gamma_prob))
 
 
 class SegmentationLoss(Section):
@@ -70,9 +86,7 @@ class TrialOptimizer(Optimizer):
 class EncoderTuning(Section):
     """How the encoder is trained, whatever it starts from: all arms of a comparison alike."""
 
-    freeze: Literal["none", "all"] | PositiveInt = Field(
-        "none", description="all: never trained; a number: not in the first steps, so many"
-    )
+    freeze: Literal["none", "all"] | PositiveInt = Field("none", description="a number: in so many first steps alone")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block, as a share of the next one's")
 
 
@@ -80,25 +94,14 @@ class Grid(Section):
     """The cells that Ray Tune runs: every combination of these values, `runs` times."""
 
     sizes: _Sizes | None = Field(None, description="out of the cohort's splits or sizes; all of them if left out")
-    init: Annotated[tuple[Literal["random", "pretrained", "permuted"], ...], one_or_more] = ("random", "pretrained")
+    init: _Inits = Field(("random", "pretrained"), description="permuted: pretrained, shuffled within each tensor")
     lr: Annotated[tuple[PositiveFloat, ...], one_or_more] | None = Field(
         None, description="learning rates; optimizer.lr alone if left out"
     )
 
-    @model_validator(mode="after")
-    def _controls(self) -> "Grid":
-        if "permuted" in self.init and len(self.init) < 3:
-            raise ValueError(f"init: permuted is the control beside random and pretrained, got {list(self.init)}")
-        return self
-
-    @property
-    def transfers(self) -> bool:
-        """Whether any cell starts from pretrained weights."""
-        return self.init != ("random",)
-
 
 class Finetune(Stage):
-    """Segmentation with UNETR over the grid."""
+    """Segmentation over the grid."""
 
     cohort: LabelledCohort
     volumes_per_step: PositiveInt = 1
@@ -141,22 +144,10 @@ class Finetune(Stage):
 
     @model_validator(mode="after")
     def _fits(self) -> "Finetune":
-        if self.precision == "bfloat16" and not self.gpus_per_trial and self.patch_size[0] == VIT_PATCH:
-            raise ValueError(
-                f"precision: on a CPU bfloat16 needs patches more than {VIT_PATCH} voxels deep, as gradients are wrong "
-                f"otherwise (oneDNN); got patch_size {list(self.patch_size)}"
-            )
         self.optimizer.check_warmup(self.steps)
-        if isinstance(self.encoder.freeze, int) and self.encoder.freeze >= self.steps:
-            raise ValueError(
-                f"encoder.freeze: must be below the {self.steps} steps, or 'all' to leave the encoder as it is, got "
-                f"{self.encoder.freeze}"
-            )
         if self.cohort.folds and len(self.rates) > 1:
-            raise ValueError(
-                f"grid.lr: with cohort.folds there is one, as each patient validates in one fold and is scored in "
-                f"another, so that a choice would be made on those who are scored; got {list(self.rates)}"
-            )
+            rule = "one with cohort.folds, as who validates in one fold, and so would choose, is scored in another"
+            raise ValueError(f"grid.lr: {rule}, got {list(self.rates)}")
         if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
             raise ValueError(f"gpus_per_trial must be a share of one GPU or a whole number, got {self.gpus_per_trial}")
         unknown = sorted(set(self.sizes) - set(self._listed))

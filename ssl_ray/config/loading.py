@@ -121,11 +121,10 @@ _NO_KEY = re.compile(r"str|constrained-(int|float)|literal\[.*\]|tuple\[.*\]|\[k
 
 def _explain(name: str, mistake: Any) -> str:
     """One line about one error of pydantic's."""
-    keys = [str(part) for part in mistake["loc"] if not _NO_KEY.fullmatch(str(part))]
+    keys, valid = _follow(mistake["loc"])
     place = f"{name}: {'.'.join(keys)}" if keys else name
     rule = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "extra_forbidden":
-        valid = _keys_of_section(mistake["loc"][:-1])
         near = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.5)
         rule = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
     elif mistake["type"] == "missing":
@@ -135,12 +134,23 @@ def _explain(name: str, mistake: Any) -> str:
     return shown(f"{place}: {rule}", 1000)
 
 
-def _keys_of_section(location: Iterable[int | str]) -> list[str]:
-    """Valid keys of the section that a pydantic error's location leads to."""
-    section: type[BaseModel] = Study
-    for part in location:
-        if field := section.model_fields.get(str(part)):
-            # `Source` of `tuple[Source, ...]`, `PhantomCohort` of `PhantomCohort | None`
-            types = (field.annotation, *get_args(field.annotation))
-            section = next(kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return list(section.model_fields)
+def _follow(location: Iterable[int | str]) -> tuple[list[str], list[str]]:
+    """The keys in a pydantic error's location, which names types and kinds too, and the valid keys of its section."""
+    sections: list[type[BaseModel]] = [Study]
+    keys = []
+    for part in map(str, location):
+        if chosen := [one for one in sections if part in _kinds(one)]:
+            sections = chosen
+        elif not _NO_KEY.fullmatch(part):
+            keys.append(part)
+            if field := sections[0].model_fields.get(part):
+                # `Source` of `tuple[Source, ...]`, `PhantomCohort` of `PhantomCohort | None`, all kinds of a network
+                types = (field.annotation, *get_args(field.annotation))
+                inner = [one for one in types if isinstance(one, type) and issubclass(one, BaseModel)]
+                sections = inner or sections
+    return keys, list(sections[0].model_fields)
+
+
+def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
+    """What `kind` says where this section is meant, if it is one of several kinds."""
+    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()

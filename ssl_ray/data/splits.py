@@ -61,17 +61,16 @@ class Splits:
     def parts(self, size: int, seed: int, run: int, fold: int | None, usable: Container[str]) -> tuple[_Cases, ...]:
         """Training, validation and test cases of one training: those of a run or, where it has some, of a fold of it.
 
-        A run deals the subjects of the pool into folds, in an order of its own. Fold `fold` is scored, the next one
-        selects the checkpoint, and the training cases are drawn from the others, so that no network is scored on a
-        subject that it has seen in any way. A subject that is not usable changes the fold of no other.
+        A run deals all subjects into folds in an order of its own, also those that are not usable. Fold `fold` is
+        scored, the next one selects the checkpoint, and training cases are drawn from the others: no network is scored
+        on a subject that it has seen in any way.
         """
         if fold is None:
             return self.draw(size, seed, run, usable), self.validation, self.test
         (pool,) = self.training.values()
         order = sorted({subject_of(case) for case in pool}, key=lambda subject: number(seed, "fold", run, subject))
-        dealt = {subject: (place - fold) % self.folds for place, subject in enumerate(order)}
-        scored, selecting = (tuple(case for case in pool if dealt[subject_of(case)] == place) for place in (0, 1))
-        rest = tuple(case for case in pool if dealt[subject_of(case)] > 1)
+        dealt = {subject: min((place - fold) % self.folds, 2) for place, subject in enumerate(order)}
+        scored, selecting, rest = (tuple(case for case in pool if dealt[subject_of(case)] == n) for n in range(3))
         return replace(self, training={size: rest}).draw(size, seed, run, usable), selecting, scored
 
 
@@ -82,12 +81,18 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     test volumes and the names of organs must be the same in all. A pool must have as many subjects as the largest size.
     """
     if cohort.pool:
-        pool = read_datalist(cohort.root, cohort.pool, labelled=True)
-        lists = {len({subject_of(case) for case in pool.training}): pool}
-        if cohort.folds:
-            lists = _in_folds(pool, cohort.folds, max(sizes))
-        elif max(sizes) > max(lists):
-            raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {max(lists)}")
+        pool, folds, apart = read_datalist(cohort.root, cohort.pool, labelled=True), cohort.folds, ""
+        if folds and pool.test:
+            raise UserError(f"{pool.path}: lists a test part, which is scored without finetune.cohort.folds ({folds})")
+        if folds:  # every case is scored, those for validation too
+            pool = replace(pool, training=pool.training + pool.validation, validation=())
+        subjects = left = len({subject_of(case) for case in pool.training})
+        if folds:  # the two largest folds are neighbours
+            left = subjects - sum(-(-(subjects - n) // folds) for n in (0, 1)) if subjects >= folds else 0
+            apart = f", of whom {folds} folds leave {left} while one is scored and one validates"
+        if max(sizes) > left:
+            raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {subjects}{apart}")
+        lists = {subjects: pool}
     else:
         lists = {size: _split(cohort, size) for size in sizes}
     first = next(iter(lists.values()))
@@ -113,22 +118,6 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
     training = {size: listed.training for size, listed in lists.items()}
     return Splits(training, first.validation, first.test, organs, cohort.pool is not None, cohort.folds or 0)
-
-
-def _in_folds(pool: Datalist, folds: int, size: int) -> dict[int, Datalist]:
-    """The list with its validation part among the others, by its number of subjects."""
-    if pool.test:
-        raise UserError(f"{pool.path}: finetune.cohort.folds: its {len(pool.test)} test volumes can be scored instead")
-    cases = pool.training + pool.validation
-    subjects = len({subject_of(case) for case in cases})
-    held_out = -(-subjects // folds) + -(-(subjects - 1) // folds)  # of the two largest folds, which are neighbours
-    left = subjects - held_out if subjects >= folds else 0
-    if size > left:
-        raise UserError(
-            f"{pool.path}: finetune.cohort.folds: of {subjects} subjects, {folds} folds leave {left} to train on while "
-            f"one is scored and one validates, fewer than the {size} to be drawn"
-        )
-    return {subjects: replace(pool, training=cases, validation=())}
 
 
 def _written(case: Case | None) -> str:

@@ -1,17 +1,17 @@
-"""What a trial trains: the UNETR, its optimizer, one step of them, and the prediction of a volume."""
+"""What a trial trains: the network, its optimizer, one step of them, and the prediction of a volume."""
 
-import re
 from pathlib import Path
 
 import torch
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-from ssl_ray.config.schema import VIT_PATCH, Finetune, Network, SegmentationLoss
+from ssl_ray.config.schema import Finetune, Network, SegmentationLoss
 from ssl_ray.evaluate.sliding_window import predict
 from ssl_ray.networks.faster import use_fast_attention
+from ssl_ray.networks.protocol import Segmenter
+from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.networks.transfer import permute, transfer
-from ssl_ray.networks.unetr import build_unetr
 from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.optimizer import build_optimizer, take_step
@@ -19,7 +19,7 @@ from ssl_ray.training.precision import autocast, resolve
 
 
 class SegmentationLearner:
-    """A UNETR with its optimizer: takes steps and predicts volumes."""
+    """A network with its optimizer: takes steps and predicts volumes."""
 
     def __init__(
         self,
@@ -37,22 +37,19 @@ class SegmentationLearner:
         """
         self.config, self.device = config, device
         torch.manual_seed(seed)
-        self.network = build_unetr(network, config.patch_size, config.cohort.classes)
+        self.network = build_segmentation(network, config.patch_size, 1, config.cohort.classes)
         if weights:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
         if permuted:
-            permute(self.network.vit, seed)
+            permute(self.network, seed)
         # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
         self.network.to(device, memory_format=torch.channels_last_3d)
-        self.dtype = precision_of(config, device)
+        self.dtype = precision_of(config, network, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
-        encoder = self.network.vit
-        self._encoder = [weight for weight in encoder.parameters() if weight.requires_grad]
-        if config.encoder.freeze == "all":
-            encoder.requires_grad_(False)
-        scales = layer_scales(encoder, config.encoder.layer_decay)
+        scales = layer_scales(self.network, config.encoder.layer_decay)
+        self._encoder = [weight for weight in scales if weight.requires_grad]
         self.optimizer = build_optimizer(config.optimizer, self.network.parameters(), scales)
         self.thaw(0)
         # Only the objective is compiled. Prediction calls the network itself, because its windows have other shapes.
@@ -61,9 +58,9 @@ class SegmentationLearner:
 
     def thaw(self, step: int) -> None:
         """Train the encoder in step `step`, or not yet; Adam begins with it when it is first trained."""
-        if isinstance(freeze := self.config.encoder.freeze, int):
-            for weight in self._encoder:
-                weight.requires_grad_(step >= freeze)
+        freeze = self.config.encoder.freeze
+        for weight in self._encoder:
+            weight.requires_grad_(step >= freeze if isinstance(freeze, int) else freeze == "none")
 
     def step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step on images (B, 1, X, Y, Z) and labels of the same shape.
@@ -101,24 +98,24 @@ class SegmentationLearner:
         self.network.zero_grad(set_to_none=True)
 
 
-def layer_scales(encoder: nn.Module, decay: float) -> dict[nn.Parameter, float]:
-    """Learning rate of each weight of an encoder, in multiples of the decoder's: smaller the nearer to the input.
+def layer_scales(network: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Learning rate of each weight of the encoder, in multiples of the decoder's: `decay` ** layers above it.
 
-    Layer-wise decay as for BEiT (Bao et al., ICLR 2022) and in MAE's `lr_decay.py`: the last block has `decay`, each
-    one below it `decay` times as much again, the embedding that of a block below the first, the final norm 1.
+    As for BEiT (Bao et al., ICLR 2022) and in MAE's `lr_decay.py`: none above the final norm, one above the last block,
+    and the embedding counts as a layer below the first. Empty for a network without an encoder.
     """
-    blocks = sum(re.fullmatch(r"blocks\.\d+", name) is not None for name, _ in encoder.named_modules())
-    scales = {}
-    for name, weight in encoder.named_parameters():
-        found = re.match(r"blocks\.(\d+)\.", name)
-        below = blocks - int(found[1]) if found else 0 if name.startswith("norm.") else blocks + 1
-        scales[weight] = decay**below
+    if not isinstance(network, Segmenter):
+        return {}
+    encoder = network.encoder
+    scales = dict.fromkeys(encoder.parameters(), decay ** (len(encoder.blocks) + 1))
+    for below, block in enumerate([encoder.norm, *reversed(encoder.blocks)]):
+        scales |= dict.fromkeys(block.parameters(), decay**below)
     return scales
 
 
-def precision_of(config: Finetune, device: torch.device) -> torch.dtype:
+def precision_of(config: Finetune, network: Network, device: torch.device) -> torch.dtype:
     """What a step computes in on a device."""
-    if config.precision == "auto" and config.patch_size[0] == VIT_PATCH:
+    if config.precision == "auto" and config.patch_size[0] <= network.thin:
         # Some convolutions are then two voxels deep. Their bfloat16 weight gradients, as oneDNN 3.12 (torch 2.13)
         # computes them on a CPU, come out of memory that it never wrote: other numbers every time, inf and nan among
         # them. On a GPU neither, so that a CPU may go on with the trial.
@@ -137,5 +134,9 @@ class _Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):
             logits = self.network(images)
-        loss: Tensor = self.criterion(logits.float(), labels)
-        return loss
+        if logits.ndim == images.ndim:
+            loss: Tensor = self.criterion(logits.float(), labels)
+            return loss
+        # Deep supervision: (B, levels, classes, X, Y, Z), each level half as heavy as the one above it.
+        losses = [self.criterion(level.float(), labels) / 2**depth for depth, level in enumerate(logits.unbind(1))]
+        return torch.stack(losses).sum() / (2 - 0.5 ** (len(losses) - 1))

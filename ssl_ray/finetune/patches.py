@@ -1,15 +1,17 @@
-"""Training patches of a trial: each a function of (seed, index), as in pretraining, and augmented as in the recipe."""
+"""Training patches of a trial: each a function of (seed, index), as in pretraining, and augmented."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from monai import transforms as mt
 from torch import Tensor
 
 from ssl_ray.config.schema import Augmentation, Finetune
-from ssl_ray.data.patch import open_array, read_patch
+from ssl_ray.data.patch import crop_origin, open_array, read_patch
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.random import generator
 
@@ -72,19 +74,36 @@ class PatchSampler:
         return voxel
 
 
-def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
-    """Origin (3 voxels) of the patch around a centre voxel, moved inside the volume as MONAI does."""
-    return tuple(
-        max(0, min(middle - side // 2, length - side)) for middle, length, side in zip(centre, shape, size, strict=True)
-    )
-
-
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; shapes (X, Y, Z) stay."""
+    """As in the recipe, flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`.
+
+    Shapes (X, Y, Z) stay.
+    """
     axes = [axis for axis in config.flip_axes if random.random() < config.flip_prob]
     turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
     shift = random.uniform(-config.shift, config.shift) if random.random() < config.shift_prob else 0.0
     if image.shape[0] != image.shape[1]:
         turns = turns // 2 * 2  # a quarter turn would exchange unequal sides
     image, label = (torch.rot90(torch.flip(volume, axes), turns) for volume in (image, label))
-    return image + shift, label
+    image = image + shift
+    return vary(image, label, config, int(random.integers(2**32))) if config.varies else (image, label)
+
+
+def vary(image: Tensor, label: Tensor, config: Augmentation, seed: int) -> tuple[Tensor, Tensor]:
+    """Rotate and scale image and label (X, Y, Z), add noise, blur, and change the contrast, in nnU-Net's order.
+
+    These are MONAI's transforms. What comes in from outside the patch is the patch, reflected at its faces.
+    """
+    angle, (least, most) = math.radians(config.rotation), config.scaling
+    grids = ((1 / most - 1, 1 / least - 1),) * 3  # MONAI scales the grid that is sampled, by 1 + this
+    both, modes = ("image", "label"), ("bilinear", "nearest")
+    steps = mt.Compose(
+        [
+            mt.RandAffined(both, None, config.affine_prob, (angle,) * 3, scale_range=grids, mode=modes),
+            mt.RandGaussianNoised("image", config.noise_prob, std=config.noise),
+            mt.RandGaussianSmoothd("image", config.blur, config.blur, config.blur, prob=config.blur_prob),
+            mt.RandAdjustContrastd("image", config.gamma_prob, config.gamma),
+        ]
+    ).set_random_state(seed)
+    varied = steps({"image": image.unsqueeze(0), "label": label.float().unsqueeze(0)})
+    return varied["image"].as_tensor()[0], varied["label"].as_tensor()[0].to(label.dtype)

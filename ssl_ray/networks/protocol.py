@@ -1,12 +1,16 @@
-"""What a pretraining task may ask of a network: an encoder of tokens, and an autoencoder around one.
+"""What is asked of a network: an encoder of tokens, an autoencoder around one, a network that segments with one.
 
-A network's module has two builders for it: `build_encoder(settings, patch_size, channels) -> Encoder`, and
-`build_autoencoder(settings, patch_size, channels) -> Autoencoder`. Both hold the encoder under the same names. A file
-of pretrained weights has these names as they are (an autoencoder's) or behind `encoder.` (of a task that builds a
-network of its own around the encoder); `transfer` takes either.
+A network's module has three builders: `build_encoder(settings, patch_size, channels) -> Encoder`,
+`build_autoencoder(settings, patch_size, channels) -> Autoencoder`, which holds the encoder under the same names, and
+`build_segmentation(settings, patch_size, channels, classes) -> Segmenter`. One that is never pretrained has the last
+alone, and returns any module from (B, C, X, Y, Z) to logits (B, classes, X, Y, Z), background included.
+
+A file of pretrained weights has the encoder's names as they are (an autoencoder's) or behind `encoder.` (of a task that
+builds a network of its own around the encoder); `transfer` takes either.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -16,12 +20,24 @@ class Encoder(nn.Module):
 
     token: sides of a token in voxels. The tokens of a patch are in C order of their grid, z fastest.
     hidden_size: width of a token.
-    blocks: the transformer blocks; with FSDP each is sharded by itself.
+    blocks, norm: the transformer blocks, with FSDP each sharded by itself, and the final norm.
+    positions: name of the parameter with absolute positions, (1, N, hidden_size); no other name ends with it.
+    beside: what the names of an autoencoder's other parameters begin with.
+    idle: names of parameters that no loss reaches, which other releases have or lack.
     """
 
     token: tuple[int, int, int]
     hidden_size: int
     blocks: nn.ModuleList
+    norm: nn.LayerNorm
+    positions: str
+    beside: tuple[str, ...]
+    idle: re.Pattern[str] = re.compile(r"(?!)")
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """What it was built with, by the names in the settings and the metadata of weights; shapes do not show all."""
+        raise NotImplementedError
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -63,3 +79,13 @@ class Autoencoder(Encoder):
     def decode(self, tokens: Tensor, patch_size: Sequence[int]) -> Tensor:
         """What `encode` returned, (B, N, hidden_size) -> (B, C, X, Y, Z)."""
         raise NotImplementedError
+
+
+class Segmenter(nn.Module):
+    """A segmentation network around an encoder: (B, C, X, Y, Z) -> logits (B, classes, X, Y, Z).
+
+    feat_size: numbers of tokens along the sides of the patches that it is built for (MONAI's name).
+    """
+
+    encoder: Encoder
+    feat_size: tuple[int, int, int]

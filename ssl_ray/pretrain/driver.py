@@ -22,11 +22,12 @@ from ssl_ray.cluster.connect import check_resources, first_error
 from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.networks.weight_files import load_metadata
+from ssl_ray.networks.weight_files import load_metadata, weights_digest
 from ssl_ray.pretrain.entry import work
 from ssl_ray.pretrain.job import Job, Labelled, Recipe
-from ssl_ray.pretrain.samples import SampleTable, draw_volumes
+from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.random import number
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
 from ssl_ray.tracking.tracker import Run, Tracker
@@ -55,8 +56,9 @@ class Pretrained:
 
 def pretraining_key(recipe: Recipe, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
     """Digest of everything that the pretrained weights depend on; `training` is what their volumes are drawn from."""
-    volumes = [[volume.key for volume in part] for part in (_drawn(recipe, training), validation)]
-    return digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes)
+    volumes = [[volume.key for volume in part] for part in (draw_volumes(recipe, training), validation)]
+    started = [weights_digest(recipe.weights)] if recipe.weights else []
+    return digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes, *started)
 
 
 def pretrain(
@@ -72,14 +74,13 @@ def pretrain(
 ) -> Pretrained:
     """Pretrain, or find that it is done already; a run that was cut off goes on from its last checkpoint.
 
-    `training` are the volumes that it draws its own from. `name` is that of its run in MLflow, which gets `params`.
-    The weights do not depend on `labelled`, which its probe is for.
+    `name` is that of its run in MLflow, which gets `params`. `labelled` is for its probe, and no weight depends on it.
 
     Raises:
         RuntimeError: when workers failed more often than `max_failures` allows.
         FloatingPointError: when more steps in a row were not finite than `on_nonfinite` and `max_skipped` allow.
     """
-    key, training = pretraining_key(recipe, training, validation), _drawn(recipe, training)
+    key, training = pretraining_key(recipe, training, validation), draw_volumes(recipe, training)
     folder = folders.study / f"pretrain-{key}"
     weights = folder / "best.safetensors"
     if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
@@ -97,6 +98,10 @@ def pretrain(
     run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
     try:
+        if recipe.weights:
+            from ssl_ray.pretrain.start import check_start  # MONAI takes seconds to load: only where it is needed
+
+            run.text(json.dumps(check_start(recipe, recipe.weights), indent=1), "weight_transfer.json")
         _rewind(job)
         _train(job, folders, run)
         precision = settled(recipe.settings.precision, folder, folders.output)
@@ -113,8 +118,11 @@ def pretrain(
     return Pretrained(weights, key, run.id, precision, fresh=True)
 
 
-def _drawn(recipe: Recipe, training: Sequence[Volume]) -> tuple[Volume, ...]:
-    return draw_volumes(training, recipe.settings.drawn(len(training)), recipe.seed)
+def draw_volumes(recipe: Recipe, training: Sequence[Volume]) -> list[Volume]:
+    """The recipe's share, as listed: the first in an order by seed and content, so that shares of one seed nest."""
+    order = sorted(training, key=lambda volume: number(recipe.seed, "unlabelled", volume.content))
+    drawn = {volume.key for volume in order[: recipe.settings.drawn(len(training))]}
+    return [volume for volume in training if volume.key in drawn]
 
 
 def _rewind(job: Job) -> None:

@@ -13,13 +13,10 @@ from ssl_ray.data.store import Volume
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
 
-MOST_FITTED, MOST_TESTED = 24, 8
-"""Labelled volumes that the probe is fitted on, and tested on: enough for a number that moves, and soon read."""
-
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled volumes, as the pretraining prepares its own, that its probe is fitted on and tested on."""
+    """Labelled volumes that the probe is fitted on and tested on, prepared as the pretraining's own."""
 
     fitted: tuple[Volume, ...]
     tested: tuple[Volume, ...]
@@ -28,11 +25,12 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the pretrained weights depend on, except the volumes."""
+    """What the pretrained weights depend on, except the volumes; `weights` are those that they start from."""
 
     settings: Pretrain
     network: Network
     seed: int
+    weights: Path | None = None
 
 
 @dataclass(frozen=True)

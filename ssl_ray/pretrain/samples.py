@@ -5,15 +5,14 @@ Nothing is shuffled in a buffer, so a run that resumes at step *s* sees exactly 
 does not depend on the number of workers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from ssl_ray.data.store import Volume
-from ssl_ray.random import generator, number
+from ssl_ray.random import generator
 
 _ORDER, _ORIGIN, _VALIDATION = 1, 2, 3  # random numbers of one seed for different purposes must not overlap
 
@@ -86,12 +85,6 @@ class SampleTable:
         room = np.maximum(self.shapes[volume] - self.patch_size, 0) + 1
         x, y, z = generator(seed, purpose, index).integers(0, room)
         return int(x), int(y), int(z)
-
-
-def draw_volumes(volumes: Sequence[Volume], count: int, seed: int) -> tuple[Volume, ...]:
-    """The first `count` volumes of an order by seed and content, as listed: a smaller draw is part of a larger one."""
-    order = [number(seed, "unlabelled", volume.content, volume.id) for volume in volumes]
-    return tuple(volumes[place] for place in sorted(sorted(range(len(volumes)), key=order.__getitem__)[:count]))
 
 
 @lru_cache(maxsize=4)

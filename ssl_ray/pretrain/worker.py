@@ -14,12 +14,11 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from torch import Tensor, distributed
 
-from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.probe import Probe
 from ssl_ray.pretrain.stream import Batch, batches, segments
+from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.training.checkpoint import Saver, load_latest
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
@@ -37,15 +36,15 @@ def train_loop(job: Job) -> None:
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
-    flops = learner.views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
+    flops = task_cost(config.task, job.recipe.network, config.patch_size).training
     reporter, preemption = _Reporter(job, rank), _Preemption()
     saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
     saved = time.monotonic()
 
     start = _restore(job, rank, learner, watch)
     reporter.start(start)
-    probe = Probe(job, learner.network, learner.model, learner.device, learner.dtype) if job.labelled else None
-    untrained = probe.measure(rank, world) if probe and not start else {}
+    probe = Probe(learner, job.labelled, rank, world) if job.labelled else None
+    found = {f"{name}_untrained": value for name, value in (probe.measure().items() if probe and not start else ())}
     totals = _Totals(world, flops, learner.device, learner.dtype)
 
     validations = {step: number for number, step in enumerate(table.boundaries(config.validate_every))}
@@ -73,10 +72,10 @@ def train_loop(job: Job) -> None:
         record: dict[str, Any] = {"step": done, "epoch": table.epoch(done), "lr": lr, "grad_norm": float(norm)}
         overdue = time.monotonic() - saved >= 60 * config.checkpoint_minutes
         sums, (save_due, ask_due, probe_due) = totals.gather([overdue, preemption.due, probe is not None and probe.due])
-        record |= sums | {f"{name}_untrained": value for name, value in untrained.items()}
-        untrained = {}
         if probe and validate and (probe_due or last):
-            record |= probe.measure(rank, world)
+            found |= probe.measure()
+        record |= sums | found
+        found = {}
         if validate:
             record |= learner.validate(rank, world, done, validations[done] % config.picture_every == 0 or last)
         reporter.record(record)
@@ -113,7 +112,7 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
 def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:
     """Keep a step that was not finite, on the ranks whose loss it was and on rank 0; the line about it, else "".
 
-    A rank's patches (B, X, Y, Z), before corruption, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
+    A rank's patches (B, X, Y, Z), as stored, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
     rank 0's file has the weights before the step too (on a GPU possibly those after the next).
     """
     model, job = whole_weights(learner.network), learner.job

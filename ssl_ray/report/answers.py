@@ -2,7 +2,7 @@
 
 import math
 
-from ssl_ray.report.comparison import Comparison, claimed
+from ssl_ray.report.comparison import Comparison
 from ssl_ray.report.measures import FOREGROUND
 from ssl_ray.report.multiplier import Multiplier
 from ssl_ray.report.results import Results
@@ -49,8 +49,7 @@ def answer(results: Results, size: int) -> str:
         reached = f"{init} initialisation reaches foreground Dice {dice}" if arm.trials else _hole(results, size, init)
         return f"{start}, {reached}; the grid has nothing to compare it with."
     if found is None:
-        holes = [init for init, arm in claimed(arms).items() if not arm.trials]
-        if not (why := " and ".join(_hole(results, size, init) for init in holes)):
+        if not (why := " and ".join(_hole(results, size, init) for init, arm in arms.items() if not arm.trials)):
             scored = f"no {results.subjects} with an organ was scored in every run"
             why = scored if results.common[size].runs else "no run was finished by both"
         text = f"{start} there is **no answer**: {why}."
@@ -111,16 +110,12 @@ def _notes(results: Results, size: int) -> list[str]:
     """What would settle the question, what pretraining is worth in labels, and what was left out."""
     found, common = results.comparisons.get(size), results.common[size]
     notes = []
-    if found and (control := found.control):
-        bounds = f" (95 % CI {FOREGROUND.signed(control.low)} to {FOREGROUND.signed(control.high)})"
-        shown = FOREGROUND.signed(control.mean) + ("" if math.isnan(control.low) else bounds)
-        notes.append(f"The control, pretrained weights permuted within each tensor, changes it by {shown}.")
     if found and found.verdict is Verdict.UNKNOWN:
         notes.append(_settled(needed(found.differences, results.study.finetune.margin), results))
     # With the most labels, "at least 1 times" would only say that random was not measured with more.
     if found and (worth := found.worth) and (worth.edges[1] > 1 or min(worth.point, worth.low) < 1):
         notes.append(f"Here pretraining is worth {_times(worth)}.")
-    lost = [trial.cell.name for arm in claimed(results.arms[size]).values() for trial in arm.nonfinite]
+    lost = [trial.cell.name for arm in results.arms[size].values() for trial in arm.nonfinite]
     if lost:
         notes.append(
             f"**{' and '.join(lost)} failed with a loss that was not finite**; leaving that out favours "

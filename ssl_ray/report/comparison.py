@@ -17,10 +17,6 @@ SELECTION = f"selected/validation/{DICE_FOREGROUND}"
 """The metric by which a trial selects its checkpoint (`ssl_ray.finetune.trial`), and the report a learning rate."""
 
 
-CONTROL = "permuted"
-"""The initialisation that is shown beside the claim: pretrained weights, shuffled within each tensor."""
-
-
 @dataclass(frozen=True)
 class Arm:
     """The finished trials, a run each, of one size and initialisation at the learning rate best on validation."""
@@ -61,11 +57,6 @@ def choose(trials: Sequence[Trial]) -> Arm:
     return Arm(by_lr[lr], [trial for trial in trials if trial.nonfinite and trial.cell.lr == lr])
 
 
-def claimed(arms: Mapping[str, Arm]) -> dict[str, Arm]:
-    """The arms that the claim is about, without the control: what becomes of that one changes no other number."""
-    return {init: arm for init, arm in arms.items() if init != CONTROL}
-
-
 @dataclass(frozen=True)
 class Shared:
     """What several arms have in common: runs that each finished, and patients whose volumes were scored in all."""
@@ -99,11 +90,11 @@ def _by_patient(cases: Sequence[CaseScores]) -> dict[str, list[CaseScores]]:
 
 
 def matrix(arm: Arm, over: Shared, part: Part, measure: Measure) -> Array:
-    """Mean over a patient's volumes: (runs, patients), nan where none of them has a score, or the run no trial."""
+    """Mean over a patient's volumes: (runs, patients), nan where none of them has a score."""
     patients = [*over.patients, *over.healthy] if measure.absent else over.patients
     values = np.full((len(over.runs), len(patients)), np.nan)
     for row, run in zip(values, over.runs, strict=True):
-        by_patient = _by_patient(arm.trials[run].cases[part] if run in arm.trials else ())
+        by_patient = _by_patient(arm.trials[run].cases[part])
         for column, patient in enumerate(patients):
             scores = [score for case in by_patient[patient] if (score := measure.of(case)) is not None]
             if scores:
@@ -137,23 +128,18 @@ class Comparison:
     """What pretraining is worth in labels; None where more labels did not help, or nothing finished at all sizes."""
     unhelped: bool
     """Whether that is None because more labels did not help random initialisation."""
-    control: Estimate | None = None
-    """Permuted minus random, over the same runs and patients; None unless it has all of them."""
 
 
 def compare(
     arms: Mapping[int, Mapping[str, Arm]], common: Mapping[int, Shared], part: Part, margin: float
 ) -> dict[int, Comparison]:
     """The comparison at every size at which both arms, random first, share a run and a patient."""
-    matrices: dict[int, Array] = {}
-    controls: dict[int, Estimate | None] = {}
-    for size, every in arms.items():
-        over, pair = common[size], claimed(every)
+    matrices = {}
+    for size, pair in arms.items():
+        over = common[size]
         if len(pair) == 2 and all(arm.trials for arm in pair.values()) and over.runs and over.patients:
             random, pretrained = (matrix(arm, over, part, FOREGROUND) for arm in pair.values())
             matrices[size] = pretrained - random
-            beside = matrix(every.get(CONTROL, Arm({})), over, part, FOREGROUND)
-            controls[size] = None if np.isnan(beside).any() else estimate(beside - random)
     found = {size: estimate(differences) for size, differences in matrices.items()}
     # A size without an interval, or without any result, was asked about all the same.
     asked = np.array([found[size].p if size in found else np.nan for size in arms])
@@ -163,7 +149,7 @@ def compare(
         one = found[size]
         p = np.nan if np.isnan(one.p) else float(adjusted[size])
         verdict = judge(one, differences.shape, p, margin)
-        comparisons[size] = Comparison(differences, one, p, verdict, *_worth(arms, size, part), controls[size])
+        comparisons[size] = Comparison(differences, one, p, verdict, *_worth(arms, size, part))
     return comparisons
 
 

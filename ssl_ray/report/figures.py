@@ -17,20 +17,17 @@ from ssl_ray.report.results import Results
 from ssl_ray.report.statistics import estimate
 from ssl_ray.report.trials import PretrainingRun
 
-_COLOUR = {"random": "#E69F00", "pretrained": "#0072B2", "permuted": "#009E73"}
+_COLOUR = {"random": "#E69F00", "pretrained": "#0072B2"}
 _LINE: dict[str, dict[str, Any]] = {
     "random": {"color": _COLOUR["random"], "linestyle": (0, (4, 2))},
     "pretrained": {"color": _COLOUR["pretrained"], "linestyle": "solid"},
-    "permuted": {"color": _COLOUR["permuted"], "linestyle": (0, (1, 1.5))},
 }
-_MARKER = {"random": "s", "pretrained": "o", "permuted": "^"}
-_HATCH = {"random": "///", "pretrained": "", "permuted": "..."}
-_PLACES = {"random": (-0.012, -0.036), "pretrained": (0.012, 0.036), "permuted": (0.06, 0.084)}
-"""Beside a number of labelled volumes, in shares of the axis: the mean, and the dots of the runs."""
+_MARKER = {"random": "s", "pretrained": "o"}
+_HATCH = {"random": "///", "pretrained": ""}
 
 
 def draw_figures(results: Results, folder: Path) -> tuple[Path, ...]:
-    """Write every figure for which there is something to show, and the last restoration, as PNG -> paths."""
+    """Write every figure for which there is something to show, and the last picture of a patch, as PNG -> paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure | bytes | None] = {}
     if results.chosen:
@@ -66,19 +63,16 @@ def _label_efficiency(results: Results) -> Figure:
 def _draw_dice(axis: Any, results: Results, width: int) -> None:
     """Means, with intervals over runs and patients where there are several; a dot for each run beside the mean."""
     scores = {size: results.scores(size, FOREGROUND) for size in results.arms}
-    for init in results.inits:
-        shift, dots_shift = (place * width for place in _PLACES[init])
-        # The control may lack a run that the others have.
-        rows = {size: found[init] for size, found in scores.items() if init in found}
-        drawn = {size: kept for size, row in rows.items() if (kept := row[~np.isnan(row).all(1)]).size}
-        x = [size + shift for size in drawn]
+    for shift, init in zip((-0.012, 0.012), results.inits, strict=False):
+        drawn = {size: found[init] for size, found in scores.items() if init in found and found[init].size}
+        x = [size + shift * width for size in drawn]
         means = [estimate(values) for values in drawn.values()]
         errors = np.nan_to_num([one.high - one.mean for one in means])
         style = _LINE[init] | {"marker": _MARKER[init], "linewidth": 2, "elinewidth": 1.2, "capsize": 4}
         axis.errorbar(x, [one.mean for one in means], errors, label=init, **style)
-        for size, values in drawn.items():
+        for values, position in zip(drawn.values(), x, strict=True):
             if len(values) > 1:
-                beside = [size + dots_shift] * len(values)
+                beside = [position + 2 * shift * width] * len(values)
                 dots = {"s": 12, "color": _COLOUR[init], "edgecolor": "black", "linewidth": 0.5, "zorder": 3}
                 axis.scatter(beside, values.mean(1), **dots)
     axis.set_ylabel(f"foreground Dice, {results.part} {results.subjects}s")
@@ -162,16 +156,16 @@ def _finetuning(results: Results) -> Figure:
 
 
 def _pretraining(pretraining: PretrainingRun) -> Figure:
-    """Training and validation loss over steps, and the loss of leaving the corrupted patches as they are."""
+    """Training and validation loss over steps, and the loss of a prediction that nothing was learned for."""
     figure, (axis,) = _panels(3.6)
     axis.plot(*zip(*pretraining.loss.items(), strict=True), color="#9a9a9a", linewidth=1, label="training")
     marker = "o" if len(pretraining.validation_loss) < 40 else ""
     style: dict[str, Any] = {"color": _COLOUR["pretrained"], "linewidth": 2, "marker": marker, "markersize": 4}
     axis.plot(*zip(*pretraining.validation_loss.items(), strict=True), label="validation", **style)
-    if pretraining.identity_loss:
-        step, level = max(pretraining.identity_loss.items())
-        axis.plot([0, step], [level] * 2, "--", color="#D55E00", linewidth=1.6, label="validation, nothing restored")
-    axis.set(xlabel="step", ylabel="L1 (HU window = 0 to 1)")
+    if pretraining.baseline_loss:
+        step, level = max(pretraining.baseline_loss.items())
+        axis.plot([0, step], [level] * 2, "--", color="#D55E00", linewidth=1.6, label="validation, nothing learned")
+    axis.set(xlabel="step", ylabel="loss")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)

@@ -11,7 +11,7 @@ import numpy as np
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
-from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, claimed, compare, matrix, shared
+from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, compare, matrix, shared
 from ssl_ray.report.measures import Measure
 from ssl_ray.report.statistics import Array
 from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, read_pretraining, read_trial
@@ -32,6 +32,8 @@ class Results:
     arms: Mapping[int, Mapping[str, Arm]]
     """By number of labelled training volumes, ascending, and by the grid's initialisations, random first; the trial of
     a run in folds is of all of them."""
+    controls: Mapping[int, Arm]
+    """The permuted arm, by size, where the grid has it. Nothing is concluded from it."""
     part: Part
     """The volumes that are reported: test where the cohort has such a split."""
     common: Mapping[int, Shared]
@@ -50,7 +52,7 @@ class Results:
 
     @property
     def inits(self) -> list[str]:
-        """The grid's initialisations, random first, the control last."""
+        """The grid's initialisations, random first."""
         return [*next(iter(self.arms.values()))]
 
     @property
@@ -101,7 +103,7 @@ class Results:
     def scores(self, size: int, measure: Measure) -> dict[str, Array]:
         """`matrix` by initialisation, for those that have trials; nan where any of them has no score."""
         found = {init: self.matrix(size, init, measure) for init, arm in self.arms[size].items() if arm.trials}
-        missing = np.isnan(sum(found[init] for init in claimed(self.arms[size]) if init in found))
+        missing = np.isnan(sum(found.values()))
         return {init: np.where(missing, np.nan, values) for init, values in found.items()}
 
 
@@ -143,14 +145,15 @@ def conclude(study: Study, grid: MlflowRun, trials: Sequence[Trial], **more: Any
     by_arm = defaultdict(list)
     for trial in in_runs(trials):
         by_arm[trial.cell.size, trial.cell.init].append(trial)
-    inits = [init for init in ("random", "pretrained", "permuted") if init in study.finetune.grid.init]
+    inits = [init for init in ("random", "pretrained") if init in study.finetune.grid.init]
     arms: dict[int, dict[str, Arm]] = {
         size: {init: choose(by_arm[size, init]) for init in inits} for size in study.finetune.sizes
     }
-    for first, *others in (tuple(by_init.values()) for by_init in arms.values()):
-        for other in others:
-            check_precision(first, other)
+    for pair in arms.values():
+        if len(pair) == 2:
+            check_precision(*pair.values())
     part: Part = "test" if any(trial.cases.get("test") for trial in trials) else "validation"
-    common = {size: shared([arm for arm in claimed(one).values() if arm.trials], part) for size, one in arms.items()}
+    common = {size: shared([arm for arm in pair.values() if arm.trials], part) for size, pair in arms.items()}
     comparisons = compare(arms, common, part, study.finetune.margin)
-    return Results(study, grid, trials, arms, part, common, comparisons, **more)
+    controls = {size: choose(found) for size in arms if (found := by_arm[size, "permuted"])}
+    return Results(study, grid, trials, arms, controls, part, common, comparisons, **more)

@@ -1,12 +1,12 @@
 """The tables: numbers as text, and a word where a number is missing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND, ORIGINAL_HD95, ORIGINAL_SURFACE_DICE, PUBLISHED_DICE
-from ssl_ray.report.comparison import CONTROL, SELECTION, claimed
+from ssl_ray.report.comparison import SELECTION, matrix
 from ssl_ray.report.measures import FALSE_POSITIVES, FOREGROUND, HD95, MISSED, SURFACE_DICE, WITH_BACKGROUND, Measure
 from ssl_ray.report.page import literal
 from ssl_ray.report.results import Results
@@ -46,8 +46,7 @@ def running_table(results: Results) -> Table:
     for size, arms in results.arms.items():
         row = [str(size)]
         for arm in arms.values():
-            trials = [arm.trials[run] for run in results.common[size].runs if run in arm.trials]
-            values = [[trial.metrics.get(metric, np.nan)] for trial in trials]
+            values = [[arm.trials[run].metrics.get(metric, np.nan)] for run in results.common[size].runs if arm.trials]
             row.append(_mean(WITH_BACKGROUND, np.array(values).reshape(-1, 1)) if arm.trials else arm.hole)
         rows.append(row)
     return Table([f"{results.labelled}s", *results.inits], rows)
@@ -73,7 +72,7 @@ def honest_table(results: Results) -> Table:
 def organ_table(results: Results, size: int) -> Table:
     """Every organ on the original grid, and how many volumes have it."""
     inits = results.inits
-    columns = [*inits, "difference"] if len(inits) > 1 else inits
+    columns = [*inits, "difference"] if len(inits) == 2 else inits
     header = ["organ", "volumes", *(f"Dice {name}" for name in columns)]
     header += [f"{label} {init}" for label in ("missed (%)", "HD95 (mm)", "false positive (%)") for init in inits]
     arms = results.arms[size]
@@ -85,9 +84,8 @@ def organ_table(results: Results, size: int) -> Table:
             one = measure.organ(number)
             found = {init: results.matrix(size, init, one) for init in inits if arms[init].trials}
             row += [_mean(one, found[init]) if init in found else arms[init].hole for init in inits]
-            if measure is FOREGROUND and len(inits) > 1:
-                pair = [found[init] for init in claimed(arms) if init in found]
-                means = [float(np.nanmean(values)) for values in pair if not np.isnan(values).all()]
+            if measure is FOREGROUND and len(inits) == 2:
+                means = [float(np.nanmean(values)) for values in found.values() if not np.isnan(values).all()]
                 row.append(measure.signed(means[1] - means[0]) if len(means) == 2 else _NONE)
         rows.append(row)
     return Table(header, rows, 1)
@@ -100,7 +98,7 @@ def cell_table(results: Results) -> Table:
     chosen = {trial.cell for arm in results.chosen for trial in arm.trials.values()}
     rows = []
     for trial in results.trials:
-        cell, mark = trial.cell, "**" if trial.cell.whole in chosen else ""
+        cell, mark = trial.cell, "**" if replace(trial.cell, fold=None) in chosen else ""
         run = str(cell.run) if cell.fold is None else f"{cell.run}, fold {cell.fold}"
         status = trial.status if trial.status == "finished" else f"**{trial.status}**"
         step = f"{trial.metrics['selected/step']:,.0f}" if "selected/step" in trial.metrics else ""
@@ -132,7 +130,7 @@ def _mean(measure: Measure, values: Array) -> str:
 
 def _header(results: Results) -> list[str]:
     header = ["runs", f"{results.part} {results.subjects}s", "random", "pretrained", "difference (95 % CI)"]
-    return header + [CONTROL] * (CONTROL in results.inits)
+    return [*header, "permuted"] if results.controls else header
 
 
 def _compared(results: Results, size: int, measure: Measure) -> list[str]:
@@ -140,18 +138,17 @@ def _compared(results: Results, size: int, measure: Measure) -> list[str]:
     common = results.common[size]
     patients = len(common.patients) + (len(common.healthy) if measure.absent else 0)
     shown = [over_runs(results, size, init, measure) for init in ("random", "pretrained")]
-    scores = results.scores(size, measure)
-    row = [str(len(common.runs)), str(patients), *shown, _difference(measure, scores)]
-    if CONTROL in results.inits:
-        count = len(set(common.runs) & set(results.arms[size][CONTROL].trials))
-        only = f" ({count} of {len(common.runs)} runs)" if 0 < count < len(common.runs) else ""
-        row.append(over_runs(results, size, CONTROL, measure) + only)
+    row = [str(len(common.runs)), str(patients), *shown, _difference(measure, results.scores(size, measure))]
+    if control := results.controls.get(size):
+        lost = [str(run) for run in common.runs if run not in control.trials]
+        values = f"no run {', '.join(lost)}" if lost else _mean(measure, matrix(control, common, results.part, measure))
+        row.append(values)
     return row
 
 
 def _difference(measure: Measure, scores: Mapping[str, Array]) -> str:
     """Pretrained minus random; with its interval where the matrix has no holes."""
-    if not {"random", "pretrained"} <= scores.keys() or np.isnan(scores["random"]).all():
+    if len(scores) < 2 or np.isnan(scores["random"]).all():
         return _NONE
     differences = scores["pretrained"] - scores["random"]
     found, mean = estimate(differences), measure.signed(float(np.nanmean(differences)))

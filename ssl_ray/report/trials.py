@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
 from ssl_ray.search.cells import FAILURE, NONFINITE, Cell
 from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
 
+K = TypeVar("K")
 Part = Literal["validation", "test"]
 Status = Literal["finished", "failed", "unfinished", "missing"]
 
@@ -40,19 +41,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class PretrainingRun:
-    """One pretraining run. Its losses are L1 by step, where the HU window is 0 to 1."""
+    """One pretraining run. Losses are those of its task, by step."""
 
     run: MlflowRun
     loss: Mapping[int, float]
     validation_loss: Mapping[int, float]
-    identity_loss: Mapping[int, float]
-    """Validation loss of leaving patches corrupted."""
-    probe: Mapping[int, float]
-    """R² of the probe, by step; empty without labels."""
-    untrained: float | None
-    """That of the untrained network."""
+    baseline: Literal["identity", "mean"]
+    """What can be predicted without learning: the patch as the network saw it, or a mean."""
+    baseline_loss: Mapping[int, float]
+    """Validation loss of that prediction."""
     picture: bytes | None
-    """PNG of the last restoration."""
+    """PNG of the last one of a validation patch."""
     suffix: str
     """End of the names of this run's figures: empty for the first run, then `_2`, `_3`, ..."""
 
@@ -82,39 +81,38 @@ def read_trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> Trial:
 
 
 def in_runs(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials with the folds of a run as one, which scored every patient once; those without folds as they are."""
+    """The trials with the folds of a run as one: all their cases, and means of what each of them measured."""
     runs: dict[Cell, list[Trial]] = {}
     for trial in trials:
-        runs.setdefault(trial.cell.whole, []).append(trial)
-    return [folds[0] if folds[0].cell == cell else _joined(cell, folds) for cell, folds in runs.items()]
+        runs.setdefault(replace(trial.cell, fold=None), []).append(trial)
+    return [
+        replace(
+            folds[0],
+            cell=cell,
+            status=min((fold.status for fold in folds), key=("failed", "unfinished", "missing", "finished").index),
+            metrics=_means([fold.metrics for fold in folds]),
+            curve=_means([fold.curve for fold in folds]),
+            cases={part: [case for fold in folds for case in fold.cases.get(part, ())] for part in get_args(Part)},
+            nonfinite=any(fold.nonfinite for fold in folds),
+        )
+        for cell, folds in runs.items()
+    ]
 
 
-def _joined(cell: Cell, folds: Sequence[Trial]) -> Trial:
-    """One trial out of the folds of a run: means of what all of them measured, and all their cases."""
-    metrics = set.intersection(*(set(fold.metrics) for fold in folds))
-    steps = set.intersection(*(set(fold.curve) for fold in folds))
-    return Trial(
-        cell,
-        min((fold.status for fold in folds), key=("failed", "unfinished", "missing", "finished").index),
-        metrics={name: fmean(fold.metrics[name] for fold in folds) for name in metrics},
-        curve={step: fmean(fold.curve[step] for fold in folds) for step in sorted(steps)},
-        cases={part: [case for fold in folds for case in fold.cases.get(part, ())] for part in get_args(Part)},
-        organs=next((fold.organs for fold in folds if fold.organs), ()),
-        precision=folds[0].precision,
-        nonfinite=any(fold.nonfinite for fold in folds),
-    )
+def _means(values: Sequence[Mapping[K, float]]) -> dict[K, float]:
+    return {key: fmean(one[key] for one in values) for key in values[0] if all(key in one for one in values)}
 
 
 def read_pretraining(tracker: Tracker, run_id: str, number: int) -> PretrainingRun:
     """The pretraining run that is the report's first, second, ..."""
     pictures = tracker.files(run_id, "pictures")
+    identity, mean = (tracker.history(run_id, f"validation_{name}_loss") for name in ("identity", "mean"))
     return PretrainingRun(
         run=tracker.client.get_run(run_id),
         loss=tracker.history(run_id, "loss"),
         validation_loss=tracker.history(run_id, "validation_loss"),
-        identity_loss=tracker.history(run_id, "validation_identity_loss"),
-        probe=tracker.history(run_id, "probe_r2"),
-        untrained=next(iter(tracker.history(run_id, "probe_r2_untrained").values()), None),
+        baseline="mean" if mean else "identity",
+        baseline_loss=mean or identity,
         picture=tracker.read(run_id, pictures[-1]) if pictures else None,
         suffix=f"_{number}" if number > 1 else "",
     )

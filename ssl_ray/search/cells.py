@@ -27,20 +27,21 @@ Init = Literal["random", "pretrained", "permuted"]
 class Cell:
     """One run of one combination of settings.
 
-    overrides: `size`, `init` and, where a run has folds, `fold`; and other values of dotted keys of the section
-        `finetune`, `optimizer.lr` at least; sorted by key.
+    overrides: `size` and `init`, and other values of dotted keys of the section `finetune`, `optimizer.lr` at least;
+        sorted by key.
     run: which seed, draw of the labelled volumes and pretraining; cells that differ in `init` alone share them.
+    fold: which one of the run, where it has some.
     """
 
     overrides: tuple[tuple[str, Any], ...]
     run: int
+    fold: int | None = None
 
     @classmethod
     def of(cls, size: int, init: Init, lr: float, run: int = 0, fold: int | None = None, **more: Any) -> "Cell":
         """The cell of these overrides; further keys by `**{"augmentation.shift": 0.2}`."""
         overrides: dict[str, Any] = {"size": size, "init": init, "optimizer.lr": lr, **more}
-        overrides |= {} if fold is None else {"fold": fold}
-        return cls(tuple(sorted(overrides.items())), run)
+        return cls(tuple(sorted(overrides.items())), run, fold)
 
     @property
     def size(self) -> int:
@@ -54,16 +55,6 @@ class Cell:
         return init
 
     @property
-    def fold(self) -> int | None:
-        """Which fold of the run this is, where it has some."""
-        return dict(self.overrides).get("fold")
-
-    @property
-    def whole(self) -> "Cell":
-        """The run of which this is a fold, or this cell itself."""
-        return Cell(tuple(one for one in self.overrides if one[0] != "fold"), self.run)
-
-    @property
     def lr(self) -> float:
         """Peak learning rate."""
         return float(dict(self.overrides)["optimizer.lr"])
@@ -71,7 +62,7 @@ class Cell:
     @property
     def settings(self) -> Mapping[str, Any]:
         """The overrides that are keys of the section `finetune`."""
-        return {key: value for key, value in self.overrides if key not in ("size", "init", "fold")}
+        return {key: value for key, value in self.overrides if key not in ("size", "init")}
 
     @property
     def name(self) -> str:
@@ -87,6 +78,6 @@ class Cell:
 
 def cells(config: Finetune) -> list[Cell]:
     """Every cell of the grid, those with few volumes first."""
-    runs, folds = range(config.runs), config.cohort.fold_numbers
-    product = itertools.product(config.sizes, config.grid.init, config.rates, runs, folds)
+    folds = range(config.cohort.folds) if config.cohort.folds else [None]
+    product = itertools.product(config.sizes, config.grid.init, config.rates, range(config.runs), folds)
     return [Cell.of(*values) for values in product]

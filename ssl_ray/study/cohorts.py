@@ -9,13 +9,13 @@ from pathlib import Path
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.data.consistency import check_lists, not_nested
-from ssl_ray.data.datalist import Case, read_unlabelled, subject_of
+from ssl_ray.data.datalist import Case, read_unlabelled
 from ssl_ray.data.prepare import BadVolume, prepare_cohort, usable
 from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import write_cohort
-from ssl_ray.pretrain.job import MOST_FITTED, MOST_TESTED, Labelled
+from ssl_ray.pretrain.job import Labelled
 from ssl_ray.search.cells import BAD_VOLUMES
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
@@ -26,9 +26,9 @@ Cohorts = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
 
 @dataclass(frozen=True)
 class PreparedCohorts:
-    """The stored volumes of a study; `labelled` by image path. Bad volumes that it skips are in `splits` alone.
+    """The stored volumes of a study; `labelled` by image path, `probed` for the pretraining's probe, if it has one.
 
-    `probed` are some of the labelled ones as the pretraining prepares its own, for its probe; None: there are none.
+    Bad volumes that it skips are in `splits` alone.
     """
 
     training: tuple[Volume, ...]
@@ -44,8 +44,9 @@ def read_cohorts(study: Study) -> Cohorts:
         write_cohort(study.phantom)
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
     if training:  # the steps follow from the volumes, so that the configuration alone cannot check this
-        steps = study.pretrain.steps_over(study.pretrain.drawn(len(training)))
-        study.pretrain.optimizer.check_warmup(steps, "pretrain.")
+        config = study.pretrain
+        samples = config.epochs * config.drawn(len(training)) * config.patches_per_volume
+        config.optimizer.check_warmup(config.steps or samples // config.batch_size, "pretrain.")
     splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
     check_lists(training, validation, splits)
     if warning := not_nested(splits):
@@ -83,24 +84,14 @@ def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bo
 
 
 def _probed(study: Study, store: Store, splits: Splits, labelled: Mapping[str, Volume]) -> Labelled | None:
-    """Labelled training volumes to fit the probe on, and validation volumes to test it; no patient is in both.
-
-    In folds all volumes are training volumes: those of the first quarter of the patients test it.
-    """
-    fitted = tuple(dict.fromkeys(case for cases in splits.training.values() for case in cases))
-    tested = splits.validation
-    if splits.folds:
-        patients = sorted({subject_of(case) for case in fitted})
-        last = patients[len(patients) // 4]
-        tested = tuple(case for case in fitted if subject_of(case) < last)
-        fitted = tuple(case for case in fitted if subject_of(case) >= last)
-    parts = fitted[:MOST_FITTED], tested[:MOST_TESTED]
-    volumes = dict(labelled)
+    """Volumes that the first training with the most labels is trained and validated on: 24 fit the probe, 8 test it."""
+    fold, size = 0 if splits.folds else None, max(study.finetune.sizes)
+    fitted, tested, _ = splits.parts(size, study.seed, 0, fold, labelled)
+    parts, volumes, classes = (fitted[:24], tested[:8]), labelled, study.finetune.cohort.classes
     if study.pretrain.preparation != study.finetune.preparation:  # what is bad now is left out
-        classes = study.finetune.cohort.classes
         volumes = prepare_cohort([*parts[0], *parts[1]], study.pretrain.preparation, store, classes)[0]
-    found = [usable(part, volumes) for part in parts]
-    return Labelled(found[0], found[1], study.finetune.cohort.classes) if all(found) else None
+    first, second = (usable(part, volumes) for part in parts)
+    return Labelled(first, second, classes) if first and second else None
 
 
 def _tell_bad(bad: Sequence[tuple[str, BadVolume]], record: Path, skip: bool) -> None:
@@ -128,17 +119,14 @@ def _check_content(cohorts: PreparedCohorts) -> None:
     splits, labelled = cohorts.splits, cohorts.labelled
     training = [volume for cases in splits.training.values() for volume in usable(cases, labelled)]
     seen = {volume.content: volume.image_source for volume in cohorts.training}
-    held_out: list[tuple[str, Sequence[Volume], Sequence[Volume]]] = [
+    parts: list[tuple[str, Sequence[Volume], Sequence[Volume]]] = [
         ("unlabelled validation", cohorts.validation, ()),
         ("labelled validation", usable(splits.validation, labelled), training),
         ("labelled test", usable(splits.test, labelled), ()),
     ]
-    if splits.folds:  # each patient is scored in one fold and trained on in others
-        patients: dict[str, list[Volume]] = {}
-        for volume in training:
-            patients.setdefault(volume.subject or volume.id, []).append(volume)
-        held_out[1:] = [("labelled", one, ()) for one in patients.values()]
-    for part, volumes, others in held_out:
+    if splits.folds:  # each is scored in one fold and trained on in others
+        parts[1:] = [("labelled", [one], ()) for one in training]
+    for part, volumes, others in parts:
         seen |= {volume.content: volume.image_source for volume in others}
         for volume in volumes:
             if volume.content in seen:

@@ -1,7 +1,5 @@
 """A study from its volumes to its answer; each step finds out what is done already and does the rest."""
 
-import hashlib
-import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +10,10 @@ from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
+from ssl_ray.networks.weight_files import weights_digest
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
+from ssl_ray.search.cells import cells
 from ssl_ray.search.grid import check_transfer, finetune
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
@@ -34,7 +34,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
             datalists, volumes or weights.
     """
     folders = check_places(study)
-    needs_weights = study.finetune.grid.transfers
+    needs_weights = "pretrained" in study.finetune.grid.init
     if last == "pretrain" and not needs_weights:
         raise UserError("finetune.grid.init: this study trains only from random weights")
     cohorts = read_cohorts(study)
@@ -42,6 +42,10 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         prefix = check_transfer(study.finetune, study.network, Path(given))["prefix"]
         if prefix:
             say(f"{given}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
+    elif needs_weights and (given := study.pretrain.weights):
+        from ssl_ray.pretrain.start import check_start  # MONAI takes seconds to load: only where it is needed
+
+        say(f"pretraining goes on from {given}; {check_start(recipe_of(study), Path(given))['decoder']}")
     connect(study.cluster)
     prepared = prepare_cohorts(study, folders, cohorts, verify)
     if last == "prepare":
@@ -91,11 +95,12 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     """The weights that `init: pretrained` starts from: this study's own, or those in `finetune.weights`."""
     if given := study.finetune.weights:
         say(f"pretrained weights are given: {given}")
-        return [Pretrained(Path(given).absolute(), hashlib.sha256(Path(given).read_bytes()).hexdigest()[:16])]
+        return [Pretrained(Path(given).absolute(), weights_digest(Path(given)))]
     if not prepared.training or not prepared.validation:
         raise UserError("pretrain.sources: no usable volume is left for training or validation")
     parts = {"training": prepared.training, "validation": prepared.validation}
     content = {f"unlabelled {part} volumes": identity.told(volumes) for part, volumes in parts.items()}
+    content["weights to go on from"] = weights_digest(Path(given)) if (given := study.pretrain.weights) else "none"
     identity.record(study, folders, "pretrain", content)
     params, resolved, made = run_params(study, "pretrain"), dump(study), []
     for number in range(study.pretrain.pretrainings):
@@ -117,14 +122,15 @@ def _run_grid(
     content = {f"labelled {part} volumes": identity.told(usable(cases, labelled)) for part, cases in held_out.items()}
     content["organs"] = ", ".join(splits.organs)
     content |= {"folds": f"{splits.folds} of {identity.told(usable(splits.cases, labelled))}"} if splits.folds else {}
-    for size, run, fold in itertools.product(config.sizes, range(config.runs), config.cohort.fold_numbers):
-        parts = [usable(part, labelled) for part in splits.parts(size, study.seed, run, fold, labelled)]
-        if not all(parts[: 2 if fold is None else 3]):
-            raise UserError(f"finetune.cohort: no usable volume is left for training (size {size}) or validation")
-        name = "" if fold is None else f", fold {fold}"
-        content[f"labelled volumes, size {size}, run {run}{name}"] = identity.told(parts[0])
+    for cell in cells(config):
+        parts = splits.parts(cell.size, study.seed, cell.run, cell.fold, labelled)
+        drawn, validation, test = (usable(part, labelled) for part in parts)
+        if not drawn or not validation or (splits.folds and not test):
+            raise UserError(f"finetune.cohort: no usable volume is left for training (size {cell.size}) or validation")
+        place = f"run {cell.run}" + ("" if cell.fold is None else f", fold {cell.fold}")
+        content[f"labelled volumes, size {cell.size}, {place}"] = identity.told(drawn)
         if pretrained:
-            content[f"pretrained weights, run {run}"] = pretrained[run % len(pretrained)].key
+            content[f"pretrained weights, run {cell.run}"] = pretrained[cell.run % len(pretrained)].key
     identity.record(study, folders, "finetune", content)
     return finetune(
         config,

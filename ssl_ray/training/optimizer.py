@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,18 +13,17 @@ from ssl_ray.config.schema import Optimizer
 
 
 def build_optimizer(
-    config: Optimizer, parameters: Iterable[nn.Parameter], scales: Mapping[nn.Parameter, float] | None = None
+    config: Optimizer, parameters: Iterable[nn.Parameter], scales: Mapping[nn.Parameter, float] = MappingProxyType({})
 ) -> torch.optim.Optimizer:
     """Adam or AdamW over the trainable parameters; `scales` has those whose learning rate is a multiple of the rate."""
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[float, dict[str, Any]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
-            groups.setdefault((scales or {}).get(parameter, 1.0), []).append(parameter)
-    scaled: list[dict[str, Any]] = [
-        {"params": group} | ({} if scale == 1 else {"lr_scale": scale}) for scale, group in groups.items()
-    ]
-    return kind(scaled, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+            scale = scales.get(parameter, 1.0)
+            group = groups.setdefault(scale, {"params": []} | ({} if scale == 1 else {"lr_scale": scale}))
+            group["params"].append(parameter)
+    return kind(groups.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: Optimizer, step: int, steps: int) -> float:

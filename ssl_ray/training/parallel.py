@@ -4,14 +4,14 @@ What is saved is the same for both and for one worker: whole tensors by the name
 go on with another number of workers, sharded or not.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,9 +20,9 @@ def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device
     """The model as every worker trains it: gradients are the mean over workers, where there are several.
 
     With `shard` (FSDP2 instead of DDP) the weights of each of the `blocks` are gathered when it is computed: forward
-    and backward passes, and the model's method `restore`, need all ranks. They are gathered in float32, and autocast
-    rounds them as everywhere else. FSDP's own mixed precision would also round what autocast does not (norms, position
-    embeddings), and results would not be those of DDP.
+    and backward passes, and the model's methods `validate` and `tokens`, need all ranks. They are gathered in float32,
+    and autocast rounds them as everywhere else. FSDP's own mixed precision would also round what autocast does not
+    (norms, position embeddings), and results would not be those of DDP.
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return model
@@ -32,24 +32,9 @@ def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh)
-    register_fsdp_forward_method(model, "restore")
+    for method in ("validate", "tokens"):
+        register_fsdp_forward_method(model, method)
     return model
-
-
-def gathered(model: nn.Module, call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A call that uses weights of the model, with them gathered where they are sharded: then all ranks must make it."""
-    if not isinstance(model, FSDPModule):
-        return call
-    sharded: Any = model
-
-    def whole(x: Tensor) -> Tensor:
-        result: Tensor = sharded.gathered(x)
-        sharded.reshard()  # FSDP leaves what is in no block whole, for a backward pass that does not come
-        return result
-
-    sharded.gathered = call  # FSDP takes methods by name
-    register_fsdp_forward_method(model, "gathered")
-    return whole
 
 
 def whole_weights(network: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,7 @@ All hold the same ViT under the same names, so that `transfer.py` copies weights
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,24 +13,31 @@ from monai.networks.blocks.transformerblock import TransformerBlock
 from monai.networks.nets import UNETR, ViT, ViTAutoEnc
 from torch import Tensor, nn
 
-from ssl_ray.config.schema import VIT_LAYERS, VIT_PATCH, Network
-from ssl_ray.networks.protocol import Autoencoder, Encoder, TokenDecoder
-
-IDLE = re.compile(r"patch_embedding\.cls_token|blocks\.\d+\.(norm_cross_attn|cross_attn)\..+")
-"""Names of the ViT's idle parameters, those that no loss reaches: in MONAI 0.8 an unused class token, in 1.4 and 1.5
-the cross-attention, in 1.6 only its norm."""
+from ssl_ray.networks.protocol import Autoencoder, Encoder, Segmenter, TokenDecoder
+from ssl_ray.networks.unetr.settings import VIT_LAYERS, VIT_PATCH, Unetr
 
 
 class _Tokens(Encoder):
-    """How MONAI's ViTs, which differ in what follows the tokens, are taken step by step."""
+    """How MONAI's ViTs, which differ in what follows the tokens, are taken step by step.
+
+    idle: in MONAI 0.8 an unused class token, in 1.4 and 1.5 the cross-attention, in 1.6 only its norm.
+    """
 
     token = VIT_PATCH, VIT_PATCH, VIT_PATCH
+    positions = "patch_embedding.position_embeddings"
+    beside = "conv3d_transpose.", "conv3d_transpose_1."
+    idle = re.compile(r"patch_embedding\.cls_token|blocks\.\d+\.(norm_cross_attn|cross_attn)\..+")
     patch_embedding: nn.Module
-    norm: nn.LayerNorm
 
     @property
     def hidden_size(self) -> int:  # type: ignore[override]
         return self.norm.normalized_shape[0]
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        first = self.blocks[0]
+        sides = {"mlp_dim": first.mlp.linear1.out_features, "num_heads": first.attn.num_heads}
+        return {"kind": "unetr", "hidden_size": self.hidden_size, **sides}
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -66,6 +73,20 @@ class VitAutoencoder(ViTAutoEnc, _Tokens, Autoencoder):
         return decoded
 
 
+class Segmentation(UNETR, Segmenter):
+    """MONAI's UNETR; its ViT can be taken step by step."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.vit.__class__ = VitEncoder  # nothing is computed, drawn or named otherwise
+
+    @property
+    def encoder(self) -> VitEncoder:  # type: ignore[override]
+        """The ViT under MONAI's name for it."""
+        vit: VitEncoder = self.vit
+        return vit
+
+
 class _Blocks(TokenDecoder):
     """With learned positions, as the ViT has them."""
 
@@ -84,14 +105,14 @@ class _Blocks(TokenDecoder):
         return decoded
 
 
-def build_encoder(network: Network, patch_size: Sequence[int], channels: int = 1) -> VitEncoder:
+def build_encoder(network: Unetr, patch_size: Sequence[int], channels: int) -> VitEncoder:
     """The ViT alone, its idle parameters frozen as in `build_autoencoder`."""
     encoder = VitEncoder(**_vit(network, patch_size, channels), patch_size=(VIT_PATCH,) * 3, num_layers=VIT_LAYERS)
     _freeze_idle(encoder)
     return encoder
 
 
-def build_autoencoder(network: Network, patch_size: Sequence[int], channels: int = 1) -> VitAutoencoder:
+def build_autoencoder(network: Unetr, patch_size: Sequence[int], channels: int) -> VitAutoencoder:
     """The network that restores corrupted patches: a ViT and two transposed convolutions.
 
     It takes (batch, channels, *patch_size) and returns the restored patches of the same shape, and the tokens
@@ -110,14 +131,15 @@ def build_autoencoder(network: Network, patch_size: Sequence[int], channels: int
     return autoencoder
 
 
-def build_unetr(network: Network, patch_size: Sequence[int], classes: int) -> UNETR:
+def build_segmentation(network: Unetr, patch_size: Sequence[int], channels: int, classes: int) -> Segmentation:
     """The segmentation network (Hatamizadeh et al., UNETR, WACV 2022).
 
-    It takes (batch, 1, *patch_size) and returns logits (batch, classes, *patch_size), background included. The settings
-    are those of the tutorial vit_unetr_ssl of Project MONAI; idle parameters are frozen as in `build_autoencoder`.
+    It takes (batch, channels, *patch_size) and returns logits (batch, classes, *patch_size), background included. The
+    settings are those of the tutorial vit_unetr_ssl of Project MONAI; idle parameters are frozen as in
+    `build_autoencoder`.
     """
-    unetr = UNETR(
-        **_vit(network, patch_size),
+    unetr = Segmentation(
+        **_vit(network, patch_size, channels),
         out_channels=classes,
         feature_size=network.feature_size,
         norm_name="instance",
@@ -129,7 +151,7 @@ def build_unetr(network: Network, patch_size: Sequence[int], classes: int) -> UN
     return unetr
 
 
-def _vit(network: Network, patch_size: Sequence[int], channels: int = 1) -> dict[str, Any]:
+def _vit(network: Unetr, patch_size: Sequence[int], channels: int) -> dict[str, Any]:
     """What all networks say of the ViT."""
     widths = network.model_dump(include={"hidden_size", "mlp_dim", "num_heads"})
     return {"in_channels": channels, "img_size": tuple(patch_size), "proj_type": "conv", **widths}
@@ -137,5 +159,5 @@ def _vit(network: Network, patch_size: Sequence[int], channels: int = 1) -> dict
 
 def _freeze_idle(vit: nn.Module) -> None:
     for name, parameter in vit.named_parameters():
-        if IDLE.fullmatch(name):
+        if _Tokens.idle.fullmatch(name):
             parameter.requires_grad_(False)
