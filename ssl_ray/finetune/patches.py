@@ -1,7 +1,7 @@
 """Training patches of a trial: each a function of (seed, index), as in pretraining, and augmented."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,10 +75,7 @@ class PatchSampler:
 
 
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """As in the recipe, flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`.
-
-    Shapes (X, Y, Z) stay.
-    """
+    """Flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`."""
     axes = [axis for axis in config.flip_axes if random.random() < config.flip_prob]
     turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
     shift = random.uniform(-config.shift, config.shift) if random.random() < config.shift_prob else 0.0
@@ -86,23 +83,26 @@ def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.rando
         turns = turns // 2 * 2  # a quarter turn would exchange unequal sides
     image, label = (torch.rot90(torch.flip(volume, axes), turns) for volume in (image, label))
     image = image + shift
-    return vary(image, label, config, int(random.integers(2**32))) if config.varies else (image, label)
+    return vary(image, label, int(random.integers(2**32))) if config.vary else (image, label)
 
 
-def vary(image: Tensor, label: Tensor, config: Augmentation, seed: int) -> tuple[Tensor, Tensor]:
-    """Rotate and scale image and label (X, Y, Z), add noise, blur, and change the contrast, in nnU-Net's order.
+def vary(
+    image: Tensor, label: Tensor, seed: int, odds: Sequence[float] = (0.2, 0.1, 0.2, 0.3)
+) -> tuple[Tensor, Tensor]:
+    """Rotate and scale image and label (X, Y, Z); then noise, blur, and another contrast, each by its `odds`; by MONAI.
 
-    These are MONAI's transforms. What comes in from outside the patch is the patch, reflected at its faces.
+    Odds, ranges and order are nnU-Net's (Isensee et al. 2021). What comes in from outside the patch is the patch,
+    reflected at its faces.
     """
-    angle, (least, most) = math.radians(config.rotation), config.scaling
-    grids = ((1 / most - 1, 1 / least - 1),) * 3  # MONAI scales the grid that is sampled, by 1 + this
-    both, modes = ("image", "label"), ("bilinear", "nearest")
+    both, modes, angles = ("image", "label"), ("bilinear", "nearest"), (math.radians(30),) * 3
+    scales = ((1 / 1.4 - 1, 1 / 0.7 - 1),) * 3  # MONAI scales the grid that is sampled, by 1 + this
+    affine, noise, blur, gamma = odds
     steps = mt.Compose(
         [
-            mt.RandAffined(both, None, config.affine_prob, (angle,) * 3, scale_range=grids, mode=modes),
-            mt.RandGaussianNoised("image", config.noise_prob, std=config.noise),
-            mt.RandGaussianSmoothd("image", config.blur, config.blur, config.blur, prob=config.blur_prob),
-            mt.RandAdjustContrastd("image", config.gamma_prob, config.gamma),
+            mt.RandAffined(both, None, affine, angles, scale_range=scales, mode=modes),
+            mt.RandGaussianNoised("image", noise, std=0.1),
+            mt.RandGaussianSmoothd("image", *[(0.5, 1.0)] * 3, prob=blur),
+            mt.RandAdjustContrastd("image", gamma, (0.7, 1.5)),
         ]
     ).set_random_state(seed)
     varied = steps({"image": image.unsqueeze(0), "label": label.float().unsqueeze(0)})

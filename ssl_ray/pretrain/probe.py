@@ -94,7 +94,7 @@ class Probe:
         return total
 
 
-def organ_shares(label: npt.NDArray[np.uint8], token: tuple[int, int, int], classes: int) -> Tensor:
+def organ_shares(label: npt.NDArray[np.uint8], token: int, classes: int) -> Tensor:
     """Labels (X, Y, Z) -> (tokens, classes - 1): the share of a token's voxels that each organ has."""
     organs = torch.from_numpy(label) == torch.arange(1, classes)[:, None, None, None]  # (organs, X, Y, Z)
     return functional.avg_pool3d(organs.float(), token).flatten(1).T

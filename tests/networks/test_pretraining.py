@@ -23,7 +23,7 @@ from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import recipe_of
 
 PRIMUS = Primus(token=4, hidden_size=48, layers=2, num_heads=4)
-MASKED = {"kind": "masked", "decoder": {"layers": 1, "hidden_size": 32, "mlp_dim": 48, "num_heads": 4}}
+MASKED = {"kind": "masked", "decoder_layers": 1, "decoder_size": 32}
 TASKS = pytest.mark.parametrize("task", [{}, {"task": MASKED}], ids=["restoration", "masked"])
 
 

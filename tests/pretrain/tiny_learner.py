@@ -19,7 +19,7 @@ BATCH, SIDE, LEVELS = 4, 16, 221
 CPU = torch.device("cpu")
 MASKED: dict[str, Any] = {
     "patch_size": 32,
-    "task": {"kind": "masked", "decoder": {"layers": 1, "hidden_size": 24, "mlp_dim": 48, "num_heads": 3}},
+    "task": {"kind": "masked", "decoder_layers": 1, "decoder_size": 32},
 }
 """The other task, which needs patches of several tokens."""
 
