@@ -25,7 +25,7 @@ _PRETRAIN_HOW = _HOW | {
 }
 _FINETUNE_HOW = _HOW | {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "sliding_window_batch"}
 
-_PRETRAIN_APART = {"sources", "volumes", "pretrainings", "weights"}
+_PRETRAIN_APART = {"sources", "pretrainings", "weights"}
 _FINETUNE_APART = {"cohort", "grid", "runs", "margin", "primary", "weights"}
 """Fields whose part in a result is counted apart: volumes and weights by their content, a run by its seed and draw, a
 cell by its overrides. The margin and the primary size are the report's."""

@@ -13,7 +13,6 @@ from ssl_ray.cluster.connect import check_resources
 from ssl_ray.config import depends
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.console import Bar, say
-from ssl_ray.data.datalist import Case
 from ssl_ray.data.prepare import usable
 from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store, Volume
@@ -108,14 +107,15 @@ def trial_jobs(
     store, jobs = Store(folders.cache, folders.scratch), {}
     whole = [splits.cases] * splits.folds or [splits.validation, splits.test]
     # More runs, with pretrainings of their own, belong to the same grid.
-    grid_key = digest(depends.grid(config, network), _told(whole, volumes), pretrained[0].key if pretrained else None)
+    told = _told([usable(part, volumes) for part in whole])
+    grid_key = digest(depends.grid(config, network), told, pretrained[0].key if pretrained else None)
     for cell in cells(config):
-        learned, *held_out = splits.parts(cell.size, seed, cell.run, cell.fold, volumes)
-        training, validation, test = (usable(part, volumes) for part in (learned, *held_out))
+        of_cell = splits.parts(cell.size, seed, cell.run, cell.fold, volumes)
+        training, validation, test = (usable(part, volumes) for part in of_cell)
         start = pretrained[cell.run % len(pretrained)] if cell.init != "random" else None
         own, trial_seed = cell.apply(config), run_seed(seed, "finetune", cell.run)
         made = start and start.key + ("" if cell.init == "pretrained" else f" {cell.init}")
-        parts = [cell.size, trial_seed, [volume.key for volume in training], _told(held_out, volumes), made]
+        parts = [cell.size, trial_seed, [volume.key for volume in training], _told([validation, test]), made]
         cell_key = digest(depends.finetuning(own, network), *parts)
         path = folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}"
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
@@ -127,9 +127,9 @@ def trial_jobs(
     return grid_key, {cell: replace(job, arms=tuple(compared[cell.size, cell.run])) for cell, job in jobs.items()}
 
 
-def _told(parts: Sequence[Sequence[Case]], volumes: Mapping[str, Volume]) -> list[list[tuple[str, str]]]:
-    """Volumes that are held out. Whose they are counts, too: the scores of a trial are kept with their patients."""
-    return [[(volume.key, volume.subject) for volume in usable(part, volumes)] for part in parts]
+def _told(held_out: Sequence[Sequence[Volume]]) -> list[list[tuple[str, str]]]:
+    """Whose scan it is counts, too: the scores of a trial are kept with their patients."""
+    return [[(volume.key, volume.subject) for volume in part] for part in held_out]
 
 
 def _open(

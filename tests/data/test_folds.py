@@ -109,13 +109,16 @@ def test_the_whole_list_is_dealt_into_folds(listed: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"pool": "tested.json"}, r"tested.json: finetune.cohort.folds: its 1 test volumes can be scored instead"),
+        (
+            {"pool": "tested.json"},
+            r"tested.json: lists a test part, which is scored without finetune.cohort.folds",
+        ),
         (
             {"sizes": (2, 5)},
-            r"all.json: .* 8 subjects, 4 folds leave 4 to train on .*, fewer than the 5 to be drawn",
+            r"all.json: 5 subjects are to be drawn from a pool of 8, of whom 4 folds leave 4 while one is scored and",
         ),
-        ({"folds": 3}, r"of 8 subjects, 3 folds leave 2 to train on while one is scored and one validates, fewer than"),
-        ({"folds": 9, "sizes": (1,)}, r"of 8 subjects, 9 folds leave 0 to train on"),
+        ({"folds": 3}, r"4 subjects are to be drawn from a pool of 8, of whom 3 folds leave 2 while"),
+        ({"folds": 9, "sizes": (1,)}, r"1 subjects are to be drawn from a pool of 8, of whom 9 folds leave 0 while"),
     ],
 )
 def test_folds_that_leave_too_little_are_refused(listed: Path, changes: dict[str, Any], rule: str) -> None:

@@ -1,5 +1,6 @@
 """What the driver of a pretraining decides before it starts any worker."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from studies import small_study
 from tiny_learner import make
 
 from ssl_ray.data.store import Volume
-from ssl_ray.errors import UserError
 from ssl_ray.pretrain import driver
 from ssl_ray.pretrain.driver import pretraining_key
 from ssl_ray.pretrain.job import Recipe
@@ -47,24 +47,23 @@ def test_weights_that_are_there_change_nothing(tmp_path: Path) -> None:
     assert found["step"] == 40
 
 
-@pytest.mark.parametrize(("asked", "count"), [(1.0, 8), (0.5, 4), (0.01, 1), (4, 4), (1, 1)])
-def test_a_pretraining_draws_a_share_or_a_number_of_the_volumes(asked: float, count: int) -> None:
-    """By its seed; which were drawn is in its key, and 1 is a number while 1.0 is all of them."""
+def test_a_share_of_the_volumes_is_drawn_by_seed_and_content() -> None:
+    """Nested, in the order of the list, whatever that is; which were drawn is in the key."""
     empty: dict[str, Any] = dict.fromkeys(Volume.__dataclass_fields__)
-    volumes = [Volume(**{**empty, "key": f"k{n}", "id": f"v{n}", "content": f"c{n}"}) for n in range(8)]
-    study = small_study(pretrain={"volumes": asked, "pretrainings": 2}, finetune={"runs": 2})
-    recipe, other = recipe_of(study), recipe_of(study, 1)
-    drawn = driver._drawn(recipe, volumes)
-    assert len(drawn) == count
-    assert (driver._drawn(other, volumes) != drawn) == (1 < count < 8) or count == 1
-    less = [one for one in volumes if one is not drawn[0]]
-    assert pretraining_key(recipe, volumes, ()) != pretraining_key(recipe, less, ())
+    volumes = [Volume(**{**empty, "key": f"k{n}", "id": f"v{n}", "content": f"c{n}"}) for n in range(20)]
 
+    def recipe(share: float, run: int = 0) -> Recipe:
+        return recipe_of(small_study(pretrain={"volumes": share, "pretrainings": 2}, finetune={"runs": 2}), run)
 
-def test_more_volumes_than_there_are_are_refused() -> None:
-    """Naming the key and both numbers."""
-    with pytest.raises(UserError, match=r"^pretrain\.volumes: 9 are to be drawn from 2$"):
-        small_study(pretrain={"volumes": 9}).pretrain.drawn(2)
+    draws = [driver.draw_volumes(recipe(share), volumes) for share in (0.001, 0.1, 0.5, 1)]
+    assert [len(drawn) for drawn in draws] == [1, 2, 10, 20]
+    for drawn, larger in itertools.pairwise(draws):
+        assert drawn == [volume for volume in volumes if volume in drawn]
+        assert all(volume in larger for volume in drawn)
+    turned = driver.draw_volumes(recipe(0.5), volumes[::-1])
+    assert turned[::-1] == draws[2] != driver.draw_volumes(recipe(0.5, 1), volumes)
+    less = [one for one in volumes if one is not draws[2][0]]
+    assert pretraining_key(recipe(0.5), volumes, ()) != pretraining_key(recipe(0.5), less, ())
 
 
 def test_pretrainings_of_a_study_differ_in_their_seed_alone() -> None:

@@ -1,6 +1,5 @@
 """The online probe: regression and rank against references, its patches and its time; nothing depends on it."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +10,13 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from studies import small_study
-from tiny_learner import CPU, LEVELS, SIDE, make, same, steps, weights
+from tiny_learner import LEVELS, SIDE, make, same, steps, weights
 from torch import Tensor
 from volumes import organ_labels
 
 from ssl_ray.config import depends
 from ssl_ray.data.store import Store, Volume, foreground_index
-from ssl_ray.networks.unetr import build_encoder
+from ssl_ray.networks.registry import build_encoder
 from ssl_ray.pretrain import probe as probing
 from ssl_ray.pretrain.job import Labelled
 from ssl_ray.pretrain.learner import PretrainingLearner
@@ -94,13 +93,13 @@ def test_shares_are_in_the_order_of_the_tokens() -> None:
     """The encoder's own embedding, made to average the voxels of a token, gives the shares of a label of 0 and 1."""
     side = (32, 48, 16)
     encoder = build_encoder(small_study().network, side)
-    label = np.random.default_rng(0).integers(0, 2, side, dtype=np.uint8) * np.arange(32)[:, None, None] // 16
+    label = np.random.default_rng(0).integers(0, 2, side) * np.arange(32)[:, None, None] // 16
     for name, weight in encoder.patch_embedding.named_parameters():
         weight.data.fill_(1 / 16**3 if name.endswith("patch_embeddings.weight") else 0)
     embedded = encoder.embed(torch.from_numpy(label.astype(np.float32))[None, None])
     shares = organ_shares(label.astype(np.uint8), encoder.token, 3)
     assert shares.shape == (6, 2)
-    torch.testing.assert_close(torch.from_numpy(shares[:, 0]), embedded[0, :, 0].detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shares[:, 0], embedded[0, :, 0].detach(), rtol=1e-4, atol=1e-6)
     assert not shares[:, 1].any()
 
 
@@ -123,23 +122,17 @@ def labelled(tmp_path: Path) -> Labelled:
 
 
 @pytest.fixture
-def learner(tmp_path: Path, labelled: Labelled) -> PretrainingLearner:
-    made = make(tmp_path)
-    made.job = replace(made.job, labelled=labelled)
-    return made
+def learner(tmp_path: Path) -> PretrainingLearner:
+    return make(tmp_path)
 
 
-def probe_of(learner: PretrainingLearner) -> Probe:
-    return Probe(learner.job, learner.network, learner.model, CPU, learner.dtype)
-
-
-def test_it_says_what_an_encoder_knows_and_leaves_no_trace(learner: PretrainingLearner) -> None:
+def test_it_says_what_an_encoder_knows_and_leaves_no_trace(learner: PretrainingLearner, labelled: Labelled) -> None:
     """The same numbers twice; weights, moments, random numbers and mode of training stay."""
     steps(learner, 0, 1)
-    probe, before, moments = probe_of(learner), weights(learner), learner.state()
+    probe, before, moments = Probe(learner, labelled, 0, 1), weights(learner), learner.state()
     random = torch.get_rng_state()
-    found = probe.measure(0, 1)
-    assert found == probe.measure(0, 1)
+    found = probe.measure()
+    assert found == probe.measure()
     assert set(found) == {"probe_r2", "probe_rank"}
     assert -np.inf < found["probe_r2"] <= 1
     assert 1 <= found["probe_rank"] <= learner.network.hidden_size
@@ -150,34 +143,37 @@ def test_it_says_what_an_encoder_knows_and_leaves_no_trace(learner: PretrainingL
     assert all(weight.grad is None for weight in learner.network.parameters())
 
 
-def test_tokens_that_hold_the_organs_are_seen_to(learner: PretrainingLearner) -> None:
+def test_tokens_that_hold_the_organs_are_seen_to(
+    learner: PretrainingLearner, labelled: Labelled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An encoder whose tokens are some voxels' means, in images that show the organs, explains most of the shares."""
-    probe = probe_of(learner)
-    blind = probe.measure(0, 1)["probe_r2"]
+    probe = Probe(learner, labelled, 0, 1)
+    blind = probe.measure()["probe_r2"]
 
     def means(patches: Tensor) -> Tensor:
         """(B, 1, 16, 16, 16) -> (B, 1, hidden): the share of voxels near each organ's intensity."""
         near = [((patches - 60 * organ / LEVELS).abs() < 25 / LEVELS).float().mean((1, 2, 3, 4)) for organ in range(4)]
         return torch.stack(near * (learner.network.hidden_size // 4), 1)[:, None]
 
-    probe._tokens = means
-    assert probe.measure(0, 1)["probe_r2"] > max(0.95, blind)
+    monkeypatch.setattr(learner.task, "tokens", means)
+    assert probe.measure()["probe_r2"] > max(0.95, blind)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_workers_add_up_to_one(learner: PretrainingLearner, world: int) -> None:
+def test_workers_add_up_to_one(learner: PretrainingLearner, labelled: Labelled, world: int) -> None:
     """Each takes its part of the patches; none is counted twice or lost, though some worker may have none left."""
-    probe = probe_of(learner)
-    for part in (range(12), range(12, 20)):
-        whole = probe._products(part, 0, 1)
-        parts = sum(probe._products(part, rank, world) for rank in range(world))
-        assert whole[0, 0] == len(part)
+    alone, *ranks = (Probe(learner, labelled, *place) for place in [(0, 1), *((rank, world) for rank in range(world))])
+    for part in (slice(12), slice(12, 20), slice(18, 20)):
+        samples, shares = alone._samples[part], alone._shares[part]
+        whole, *found = (one._products(samples, shares) for one in (alone, *ranks))
+        parts = torch.stack(found).sum(0)
+        assert whole[0, 0] == len(samples)
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_patches_lie_around_labelled_voxels(learner: PretrainingLearner, labelled: Labelled) -> None:
     """Inside their volumes, four of each, most of them with an organ, the same in every run."""
-    probe = probe_of(learner)
+    probe = Probe(learner, labelled, 0, 1)
     volumes = (*labelled.fitted, *labelled.tested)
     assert [sample.volume for sample in probe._samples] == [number // 4 for number in range(20)]
     for sample in probe._samples:
@@ -187,29 +183,31 @@ def test_patches_lie_around_labelled_voxels(learner: PretrainingLearner, labelle
     shown = probe._shares.sum((1, 2)) > 0
     assert shown.sum() == 16
     assert not shown[8:12].any(), "the volume without an organ"
-    assert probe._samples == probe_of(learner)._samples
+    assert probe._samples == Probe(learner, labelled, 0, 1)._samples
 
 
-def test_it_waits_until_there_is_time(learner: PretrainingLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_waits_until_there_is_time(
+    learner: PretrainingLearner, labelled: Labelled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the next one, all of it takes at most 3 % of the time so far."""
     now = [0.0]
     monkeypatch.setattr(probing, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    probe = probe_of(learner)
+    probe = Probe(learner, labelled, 0, 1)
     assert probe.due
-    tokens = probe._tokens
+    tokens = learner.task.tokens
 
     def slow(patches: Tensor) -> Tensor:
         now[0] += 0.5
         return tokens(patches)
 
-    probe._tokens = slow
-    probe.measure(0, 1)
+    monkeypatch.setattr(learner.task, "tokens", slow)
+    probe.measure()
     spent = now[0]
     assert spent > 0
     assert not probe.due
     now[0] = 2 * spent / 0.03 * 1.01
     assert probe.due
-    probe.measure(0, 1)
+    probe.measure()
     assert not probe.due
 
 

@@ -1,14 +1,11 @@
 """The table is a pure function of (seed, index)."""
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_ray.data.store import Volume
-from ssl_ray.pretrain.samples import SampleTable, draw_volumes
+from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Segment, segments
 
 SHAPES = np.array([[40, 50, 60], [20, 90, 33], [16, 16, 16], [70, 40, 48], [33, 34, 35]])
@@ -84,21 +81,6 @@ def test_a_run_of_so_many_steps_is_the_beginning_of_one_of_epochs(limit, every):
     assert drawn.steps == limit
     assert drawn.boundaries(every) == sorted({step for step in whole.boundaries(every) if step <= limit} | {limit})
     assert [drawn.sample(index) for index in range(8)] == [whole.sample(index) for index in range(8)]
-
-
-def test_a_share_of_the_volumes_is_drawn_by_seed_and_content():
-    """Nested, in the order of the list, whatever that is; another seed draws others."""
-    empty = dict.fromkeys(Volume.__dataclass_fields__)
-    volumes = [Volume(**{**empty, "key": f"k{n}", "id": f"v{n}", "content": f"c{n}"}) for n in range(20)]
-    draws = [draw_volumes(volumes, count, 5) for count in range(21)]
-    for count, (drawn, larger) in enumerate(itertools.pairwise(draws)):
-        names = [volume.id for volume in drawn]
-        assert len(names) == count
-        assert {volume.id for volume in larger} > set(names)
-        assert [volume for volume in volumes if volume.id in names] == list(drawn)
-    assert draws[20] == tuple(volumes)
-    assert set(map(id, draw_volumes(volumes[::-1], 7, 5))) == set(map(id, draws[7]))
-    assert draw_volumes(volumes, 7, 6) != draws[7]
 
 
 @given(
