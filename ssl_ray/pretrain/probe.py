@@ -39,7 +39,7 @@ class Probe:
 
     def __init__(self, learner: PretrainingLearner, labelled: Labelled, rank: int, world: int) -> None:
         """Read the labels of all patches."""
-        self._began, self._spent, self._last = time.monotonic(), 0.0, 0.0
+        self._began, self._last = time.monotonic(), 0.0
         self._learner, self._rank, self._world = learner, rank, world
         feed, volumes = learner.job.training, (*labelled.fitted, *labelled.tested)
         self._feed = replace(feed, keys=tuple(one.key for one in volumes))
@@ -54,6 +54,7 @@ class Probe:
                 shares.append(organ_shares(patch, learner.task.encoder.token, labelled.classes))
         self._shares = torch.stack(shares).to(learner.device)  # (patches, tokens, organs)
         self._fitted = _PATCHES * len(labelled.fitted)
+        self._spent = time.monotonic() - self._began
 
     @property
     def due(self) -> bool:
