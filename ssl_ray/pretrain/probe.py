@@ -78,7 +78,7 @@ class Probe:
             model.reshard()  # as after a validation
         model.train()
         organs = self._shares.shape[2]
-        r2, rank = ridge_r2(*products, organs), effective_rank(products.sum(0)[1:-organs, 1:-organs])
+        r2, rank = ridge_r2(products[0], products[1], organs), effective_rank(products.sum(0)[1:-organs, 1:-organs])
         self._last = time.monotonic() - began
         self._spent += self._last
         return {"probe_rank": rank} | ({} if math.isnan(r2) else {"probe_r2": r2})

@@ -1,5 +1,6 @@
 """Runs in folds, and the permuted control: what the report makes of them."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,8 @@ def test_every_fold_has_its_row_and_its_choice_marked(tmp_path: Path) -> None:
     assert {row[2] for row in rows} == {"**0.0001**"}
 
 
-def controlled(folder: Path) -> Study:
-    return make_study(folder, sizes=[6, 12], lr=[1e-4], runs=3, init=["random", "pretrained", "permuted"])
+def controlled(folder: Path, sizes: tuple[int, ...] = (6, 12), runs: int = 3) -> Study:
+    return make_study(folder, sizes=sizes, lr=[1e-4], runs=runs, init=["random", "pretrained", "permuted"])
 
 
 def control_outcomes(study: Study, control: float = 0.01) -> dict[Cell, Outcome]:
@@ -124,13 +125,13 @@ def test_the_control_changes_nothing_of_the_claim(tmp_path: Path, fate: str) -> 
 def test_the_control_stands_beside_the_claim(tmp_path: Path) -> None:
     """A column of its own in the tables of the claim, a row for each cell, and what it is."""
     place_database(tmp_path / "mlflow.db")
-    study = controlled(tmp_path)
+    study = controlled(tmp_path, (6,), runs=1)
     outcomes = control_outcomes(study)
     results = concluded(study, outcomes)
     assert honest_table(results).header[-3:] == ["pretrained", "difference (95 % CI)", "permuted"]
-    assert [row[1] for row in cell_table(results).rows].count("permuted") == 2 * 3
+    assert [row[1] for row in cell_table(results).rows].count("permuted") == 1
     record(study, outcomes, tmp_path)
     report = write_report(study, tracker_of(study, create=False), tmp_path / "report")
     page = " ".join(report.markdown.read_text().split())
     assert "Permuted is a control: the pretrained weights, shuffled within each tensor" in page
-    assert "| 0.560 ± 0.054 |" in page
+    assert re.search(r"\| +0\.506 \|", page)

@@ -195,7 +195,7 @@ def test_a_run_in_folds_is_a_cell_for_each() -> None:
 
 def test_another_number_of_folds_is_another_grid() -> None:
     """Cells of the same names would be others."""
-    other = jobs({**FOLDED, "cohort": {**FOLDED["cohort"], "folds": 3}}, replace(WHOLE, folds=3))
+    other = jobs({**FOLDED, "cohort": {**FOLDED["cohort"], "folds": 5}}, replace(WHOLE, folds=5))
     assert other[0] != jobs(FOLDED, WHOLE)[0]
 
 
