@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_one_scan_is_not_trained_on_and_held_out(
 def test_in_folds_a_scan_is_there_once(tmp_path: Path, cases: dict[str, list[Case]], other: str) -> None:
     """Every labelled scan is scored in one fold: under another name it would be trained on there."""
     cases[other][1].image.write_bytes(cases["training"][0].image.read_bytes())
-    pool = tuple(case for part in PARTS[2:] for case in cases[part])
+    pool = tuple(replace(case, subject=f"{part} {case.id}") for part in PARTS[2:] for case in cases[part])
     splits = Splits({len(pool): pool}, (), (), ("liver",), pool=True, folds=3)
     with pytest.raises(UserError, match=r"this labelled volume has the same content as .*, which is trained or"):
         prepared(tmp_path, cases, splits)
@@ -133,10 +134,10 @@ def test_the_probe_gets_labelled_volumes_as_the_pretraining_prepares_them(
     assert {one.spacing for one in (*found.probed.fitted, *found.probed.tested)} == {(3.0, 3.0, 3.0)}
     assert {one.spacing for one in found.labelled.values()} == {PREPARATION.spacing}
     assert prepared(tmp_path, cases, probe=False).probed is None
-    pool = tuple(case for part in PARTS[2:] for case in cases[part])
+    pool = tuple(replace(case, subject=f"{part} {case.id}") for part in PARTS[2:] for case in cases[part])
     probed = prepared(tmp_path, cases, Splits({6: pool}, (), (), ("liver",), pool=True, folds=3)).probed
     assert probed
-    assert len({one.id for one in (*probed.fitted, *probed.tested)}) == 4
+    assert len({one.subject for one in (*probed.fitted, *probed.tested)}) == 4
 
 
 def test_other_scans_of_one_shape_are_other_scans(tmp_path: Path, cases: dict[str, list[Case]]) -> None:
