@@ -63,14 +63,14 @@ class Probe:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """`probe_r2`, where an organ is in both parts, and `probe_rank`; all ranks must ask.
+        """`probe_r2`, where any organ varies, and `probe_rank`; all ranks must ask.
 
-        R² is the mean over organs, on volumes that the regression has not seen: 1 for a perfect one, 0 for one that is
-        no better than the mean share.
+        R² is on volumes that the regression has not seen: 1 if it is perfect, 0 if it is no better than the mean share.
         """
         began, model = time.monotonic(), self._learner.model
         model.eval()
-        parts = slice(self._fitted), slice(self._fitted, None)
+        halves = self._fitted // 2  # of patches, and so of patients
+        parts = slice(halves), slice(halves, self._fitted), slice(self._fitted, None)
         products = torch.stack([self._products(self._samples[part], self._shares[part]) for part in parts])
         if self._world > 1:
             distributed.all_reduce(products)
@@ -78,7 +78,7 @@ class Probe:
             model.reshard()  # as after a validation
         model.train()
         organs = self._shares.shape[2]
-        r2, rank = ridge_r2(products[0], products[1], organs), effective_rank(products.sum(0)[1:-organs, 1:-organs])
+        r2, rank = ridge_r2(products, organs), effective_rank(products.sum(0)[1:-organs, 1:-organs])
         self._last = time.monotonic() - began
         self._spent += self._last
         return {"probe_rank": rank} | ({} if math.isnan(r2) else {"probe_r2": r2})
@@ -101,33 +101,37 @@ def organ_shares(label: npt.NDArray[np.uint8], token: int, classes: int) -> Tens
     return functional.avg_pool3d(organs.float(), token).flatten(1).T
 
 
-def ridge_r2(fitted: Tensor, tested: Tensor, organs: int) -> float:
-    """R² of a ridge regression, fitted on some tokens and tested on others; mean over the organs that both have.
+def ridge_r2(parts: Tensor, organs: int) -> float:
+    """R² on the last part of a ridge regression fitted on the two before, with the penalty that is best between these.
 
-    Each part is the sum over its tokens of v vᵀ, v = (1, token, shares of the organs), float64. The penalty is that
-    with the least generalised cross-validation error (Golub, Heath and Wahba, 1979) on the fitted tokens, over all
-    organs; nan where no organ varies in both parts.
+    Each part is the sum over its tokens of v vᵀ, v = (1, token, shares of the organs): (3, width, width) float64. An
+    organ counts in units of its spread in the first two. Nan where none varies there, or none in the last.
     """
-    count, mean = fitted[0, 0], fitted[0, 1:] / fitted[0, 0]
-    spread = fitted[1:, 1:] / count - torch.outer(mean, mean)
-    own = spread.diagonal()[-organs:]
-    truth = tested.diagonal()[-organs:] - tested[0, -organs:] ** 2 / tested[0, 0]  # squares about the mean
-    known = (own > 1e-12) & (truth > 1e-12)
-    if not known.any():
-        return math.nan
+    first, second, tested = parts
+    spread, truth = (_centred(part).diagonal()[-organs:] for part in (first + second, tested))
+    units = torch.where(spread > 1e-9, 1 / spread, 0.0)
+    between = ridge_errors(first, second, organs) + ridge_errors(second, first, organs)
+    wrong = ridge_errors(first + second, tested, organs)[(between * units).sum(1).argmin()]
+    whole = float((truth * units).sum())
+    return 1 - float((wrong * units).sum()) / whole if whole > 1e-9 else math.nan
+
+
+def ridge_errors(fitted: Tensor, tested: Tensor, organs: int) -> Tensor:
+    """Sums of squares (penalties, organs) that ridge regressions fitted on one part leave on another."""
+    mean, spread = fitted[0, 1:] / fitted[0, 0], _centred(fitted) / fitted[0, 0]
     values, vectors = torch.linalg.eigh(spread[:-organs, :-organs])
-    values = values.clamp(min=0)
-    along = vectors.T @ spread[:-organs, -organs:]  # (hidden, organs)
     penalties = torch.from_numpy(_PENALTIES).to(values)[:, None] * (values.mean() + 1e-9)
-    shrunk = values + penalties  # (penalties, hidden)
-    error = own - ((shrunk + penalties) / shrunk**2) @ along**2  # mean squares, (penalties, organs)
-    left = (1 - (1 + (values / shrunk).sum(1)) / count).clamp(min=1e-6)  # share of the degrees of freedom
-    best = (error / own)[:, known].sum(1).div(left**2).argmin()
-    weights = vectors @ (along / shrunk[best][:, None])
+    along = vectors.T @ spread[:-organs, -organs:]  # (hidden, organs)
+    weights = vectors @ (along / (values.clamp(min=0) + penalties)[..., None])  # (penalties, hidden, organs)
     offset = mean[-organs:] - mean[:-organs] @ weights
-    residual = torch.cat([-offset[None], -weights, torch.eye(organs).to(weights)])
-    wrong = (residual * (tested @ residual)).sum(0)
-    return float((1 - wrong / truth)[known].mean())
+    own = torch.eye(organs).to(weights).expand(len(weights), -1, -1)
+    residual = torch.cat([-offset[:, None], -weights, own], dim=1)
+    return (residual * (tested @ residual)).sum(1)
+
+
+def _centred(products: Tensor) -> Tensor:
+    """The same sums about the mean, without the first row and column."""
+    return products[1:, 1:] - torch.outer(products[0, 1:], products[0, 1:]) / products[0, 0]
 
 
 def effective_rank(products: Tensor) -> float:

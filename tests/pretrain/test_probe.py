@@ -25,9 +25,10 @@ from ssl_ray.pretrain.probe import Probe, effective_rank, organ_shares, ridge_r2
 SHAPE, CLASSES = (40, 36, 30), 4
 
 
-def products(tokens: Tensor, shares: Tensor) -> Tensor:
-    rows = torch.cat([torch.ones(len(tokens), 1), tokens, shares], 1).double()
-    return rows.T @ rows
+def r2(*parts: tuple[Tensor, Tensor]) -> float:
+    """Of three parts, each tokens and shares."""
+    rows = [torch.cat([torch.ones(len(tokens), 1), tokens, shares], 1).double() for tokens, shares in parts]
+    return ridge_r2(torch.stack([part.T @ part for part in rows]), parts[0][1].shape[1])
 
 
 def drawn(count: int, hidden: int, organs: int, noise: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -42,40 +43,48 @@ def drawn(count: int, hidden: int, organs: int, noise: float, seed: int) -> tupl
 
 @pytest.mark.parametrize(("count", "noise"), [(400, 1.0), (400, 0.01), (30, 1.0), (12, 5.0)])
 def test_the_regression_is_that_of_scikit_learn(count: int, noise: float) -> None:
-    """R² of `Ridge` with the penalty of least generalised cross-validation error, worked out by its hat matrix."""
-    tokens, shares = drawn(count, 20, 3, noise, 3)
-    others, truth = drawn(200, 20, 3, noise, 4)
-    centred = (tokens - tokens.mean(0)).double()
-    spread = float((centred**2).sum() / count / 20)
-    errors = []
-    for penalty in probing._PENALTIES:
-        alpha = count * penalty * spread
-        hat = centred @ torch.linalg.solve(centred.T @ centred + alpha * torch.eye(20).double(), centred.T)
-        left = 1 - (1 + float(hat.trace())) / count
-        fitted = Ridge(alpha=alpha).fit(tokens.double().numpy(), shares.double().numpy())
-        residual = fitted.predict(tokens.double().numpy()) - shares.double().numpy()
-        errors.append(((residual**2).mean(0) / shares.double().numpy().var(0)).sum() / left**2)
-    best = Ridge(alpha=count * probing._PENALTIES[np.argmin(errors)] * spread)
-    best.fit(tokens.double().numpy(), shares.double().numpy())
-    expected = r2_score(truth.double().numpy(), best.predict(others.double().numpy()))
-    assert ridge_r2(products(tokens, shares), products(others, truth), 3) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    """R² of `Ridge` with the penalty that leaves the least error between the fitted parts, in units of their spread."""
+    parts = [drawn(size, 20, 3, noise, seed) for seed, size in enumerate((count, count + 3, 200))]
+    first, second, tested = [(tokens.double().numpy(), shares.double().numpy()) for tokens, shares in parts]
+    whole = tuple(np.concatenate(pair) for pair in zip(first, second, strict=True))
+    units = 1 / whole[1].std(0)
+
+    def fitted(part: tuple[np.ndarray, ...], penalty: float) -> Ridge:
+        return Ridge(alpha=len(part[0]) * penalty * part[0].var(0).mean()).fit(part[0], part[1] * units)
+
+    def error(penalty: float) -> float:
+        pairs = (first, second), (second, first)
+        return sum(((fitted(a, penalty).predict(b[0]) - b[1] * units) ** 2).sum() for a, b in pairs)
+
+    best = min(probing._PENALTIES, key=error)
+    predicted = fitted(whole, best).predict(tested[0])
+    expected = r2_score(tested[1] * units, predicted, multioutput="variance_weighted")
+    assert r2(*parts) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_organs_that_only_one_part_has_do_not_count() -> None:
-    """Neither does an organ that neither has; without any there is no number."""
-    tokens, shares = drawn(100, 8, 3, 0.1, 5)
-    others, truth = drawn(100, 8, 3, 0.1, 6)
-    expected = ridge_r2(products(tokens, shares[:, :1]), products(others, truth[:, :1]), 1)
-    truth[:, 1] = 0
-    shares[:, 2] = 0
-    assert ridge_r2(products(tokens, shares), products(others, truth), 3) == pytest.approx(expected)
-    assert np.isnan(ridge_r2(products(tokens, 0 * shares), products(others, truth), 3))
+def test_an_organ_that_is_in_no_fitted_volume_does_not_count() -> None:
+    """Without any organ, fitted or tested, there is no number."""
+    parts = [drawn(100, 8, 2, 0.1, seed) for seed in range(3)]
+    expected = r2(*((tokens, shares[:, :1]) for tokens, shares in parts))
+    for _, shares in parts[:2]:
+        shares[:, 1] = 0
+    assert r2(*parts) == pytest.approx(expected)
+    nothing = [(tokens, 0 * shares) for tokens, shares in parts]
+    assert np.isnan(r2(*nothing))
+    assert np.isnan(r2(*parts[:2], nothing[2]))
 
 
 def test_tokens_that_are_all_alike_explain_nothing() -> None:
     """A collapsed encoder: the mean of the fitted tokens is all that can be said."""
-    _, shares = drawn(100, 8, 2, 0.1, 7)
-    assert -0.2 < ridge_r2(products(torch.ones(100, 8), shares), products(torch.ones(100, 8), shares + 0.1), 2) <= 0
+    parts = [(torch.ones(100, 8), drawn(100, 8, 2, 0.1, seed)[1]) for seed in range(3)]
+    assert -0.2 < r2(*parts) <= 0
+
+
+def test_tokens_by_chance_are_not_held_against_the_encoder() -> None:
+    """As many dimensions as tokens, and nothing in them: a large penalty is chosen, and R² stays near 0."""
+    randoms = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    parts = [(torch.randn(60, 50, generator=one), torch.randn(60, 2, generator=one)) for one in randoms]
+    assert -0.2 < r2(*parts) < 0.1
 
 
 def test_the_rank_is_the_entropy_of_the_singular_values() -> None:
