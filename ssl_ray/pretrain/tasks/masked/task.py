@@ -65,7 +65,7 @@ class MaskedTask(Task):
 
     def __init__(self, settings: Masked, network: MaskedAutoencoder) -> None:
         kept = settings.kept(math.prod(network.encoder.grid))
-        super().__init__(network, _Objective(network, settings, kept), network.decoder)
+        super().__init__(network, _Objective(network, settings, kept), [*network.decoder])
 
     def draw(self, seed: int, indices: NDArray[np.int64], view: int) -> Tensor:
         """The places of all N tokens in random order, those to be seen at the front: (B, N)."""
