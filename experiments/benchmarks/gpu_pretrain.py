@@ -4,6 +4,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.config.schema import Study
+from ssl_ray.data.store import Store
 from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
@@ -74,7 +76,7 @@ def learner(bench: Bench, batch: int, network: dict[str, Any] | None = None, **p
     made = study(bench, Path(tempfile.gettempdir()), batch, network, **pretrain)
     patch = made.pretrain.patch_size
     table = SampleTable(0, np.array([[side * 2 for side in patch]] * 4), patch, 2, batch, 1)
-    feed = Feed(table, folders_of(made).cache, ("a",) * 4, ("a",) * 4, "uint8", 221)
+    feed = Feed(table, Store(folders_of(made).cache), ("a",) * 4, ("a",) * 4, "uint8", 221)
     folder = folders_of(made).study
     job = Job(recipe_of(made), feed, feed, folder, Mirror(folder), "key", None)  # type: ignore[arg-type]
     return PretrainingLearner(job, bench.device)
@@ -363,9 +365,10 @@ def breakdown(bench: Bench) -> None:
                 pieces["paint, kernel"] = lambda: fused(
                     clean.squeeze(1), there.key, there.outpaint, there.start, there.stop
                 )
-            bench.compare(
-                f"breakdown_{batch}", {name: (lambda piece=piece: piece) for name, piece in pieces.items()}, 1
-            )  # type: ignore[misc]
+            builds: dict[str, Callable[[], Callable[[], Any]]] = {
+                name: partial(lambda it: it, p) for name, p in pieces.items()
+            }
+            bench.compare(f"breakdown_{batch}", builds, 1)
 
         bench.attempt("breakdown", str(batch), call=run)
 
