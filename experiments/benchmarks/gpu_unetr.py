@@ -132,7 +132,7 @@ def eager(made: SegmentationLearner) -> None:
 
 def contiguous(made: SegmentationLearner) -> None:
     """The network as it is built."""
-    made.network.to(memory_format=torch.contiguous_format)
+    made.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def plain_attention(made: SegmentationLearner) -> None:

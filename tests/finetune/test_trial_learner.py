@@ -135,7 +135,11 @@ def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_step_as_one_cuda_graph_is_the_step(compile: bool) -> None:
-    """With a prediction in between, and a batch that is not finite: the losses of steps launched one by one."""
+    """With a prediction in between, and a batch that is not finite: the losses of steps launched one by one.
+
+    Two runs of the same steps differ by 5e-4 after six of them on an H200, with a graph or without: cuDNN's gradients
+    of convolutions are sums in no fixed order.
+    """
     device, found = torch.device("cuda:0"), []
     for graphs in (True, False):
         made = make(device, compile=compile)
@@ -146,4 +150,5 @@ def test_a_step_as_one_cuda_graph_is_the_step(compile: bool) -> None:
         assert not made.step(images, torch.zeros(images.shape, dtype=torch.uint8), 1e-2)[1].isfinite()
         found.append(losses + steps(made, 3, 6))
         assert (made._graph is not None) == graphs
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert found[0] == pytest.approx(found[1], rel=3e-3)
