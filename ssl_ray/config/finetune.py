@@ -7,11 +7,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from ssl_ray.config.common import Optimizer, Section, Share, Stage, one_or_more, rule
 
 _Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
-_Inits = Annotated[
-    tuple[Literal["random", "pretrained", "permuted"], ...],
-    one_or_more,
-    rule(lambda inits: "permuted" not in inits or len(inits) == 3, "permuted is a control beside the other two"),
-]
+_control = rule(lambda inits: "permuted" not in inits or len(inits) == 3, "permuted is a control beside the other two")
+_Inits = Annotated[tuple[Literal["random", "pretrained", "permuted"], ...], one_or_more, _control]
 
 
 class LabelledCohort(Section):

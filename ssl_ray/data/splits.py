@@ -81,16 +81,16 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     test volumes and the names of organs must be the same in all. A pool must have as many subjects as the largest size.
     """
     if cohort.pool:
-        pool, folds, apart = read_datalist(cohort.root, cohort.pool, labelled=True), cohort.folds, ""
+        pool, folds = read_datalist(cohort.root, cohort.pool, labelled=True), cohort.folds
         if folds and pool.test:
             raise UserError(f"{pool.path}: lists a test part, which is scored without finetune.cohort.folds ({folds})")
         if folds:  # every case is scored, those for validation too
             pool = replace(pool, training=pool.training + pool.validation, validation=())
-        subjects = left = len({subject_of(case) for case in pool.training})
-        if folds:  # the two largest folds are neighbours
-            left = subjects - sum(-(-(subjects - n) // folds) for n in (0, 1)) if subjects >= folds else 0
-            apart = f", of whom {folds} folds leave {left} while one is scored and one validates"
-        if max(sizes) > left:
+        subjects = len({subject_of(case) for case in pool.training})
+        # Two folds are not trained on; the two largest ones are neighbours.
+        left = subjects - sum(-(-(subjects - n) // folds) for n in (0, 1)) if folds else subjects
+        if max(sizes) > left or (folds or 0) > subjects:
+            apart = f" in {folds} folds, which leave {left} while one is scored and one validates" if folds else ""
             raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {subjects}{apart}")
         lists = {subjects: pool}
     else:

@@ -127,7 +127,6 @@ class PretrainingLearner:
 
         Names are those of the task after `validation_`; `picture` is the path of one, if asked for.
         """
-        self.model.eval()
         feed = self.job.validation
         sums, losses = torch.zeros((), dtype=torch.float64, device=self.device), dict[str, Tensor]()
         shown = ""
@@ -141,9 +140,6 @@ class PretrainingLearner:
                 shown = self._picture(step, rows)
         if world > 1:
             distributed.all_reduce(sums)
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # FSDP leaves what is in no block whole, for a backward pass that does not come
-        self.model.train()
         means = (sums[:-1] / sums[-1]).tolist()
         report = {f"validation_{name}": mean for name, mean in zip(losses, means, strict=True)}
         if report["validation_loss"] < self.best:
@@ -156,13 +152,18 @@ class PretrainingLearner:
     ) -> Iterator[tuple[npt.NDArray[np.int64], int, Tensor]]:
         """This rank's share of some samples, in parts: which they are, how many of them count, patches (B, 1, X, Y, Z).
 
-        A rank without patches left takes sample 0, which does not count, as with `shard` the others wait for it.
+        Meanwhile the model is in evaluation mode. A rank without patches left takes sample 0, which does not count, as
+        with `shard` the others wait for it.
         """
         mine, (_, size) = np.arange(rank, len(samples), world), self._shares(world)
+        self.model.eval()
         for start in range(0, -(-len(samples) // world), size):
             counted = len(mine[start : start + size])
             indices = mine[start : start + size] if counted else np.zeros(1, np.int64)
             yield indices, counted, scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # FSDP leaves what is in no block whole, for a backward pass that does not come
+        self.model.train()
 
     def _export(self, step: int) -> None:
         """Write the weights, as the best on validation so far, for fine-tuning; all ranks must call it."""

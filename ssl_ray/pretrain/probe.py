@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, distributed
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from ssl_ray.data.patch import crop_origin, open_array, read_patch
@@ -22,12 +21,10 @@ from ssl_ray.pretrain.samples import Sample
 from ssl_ray.random import generator
 from ssl_ray.training.precision import autocast
 
-_PATCHES = 4
-"""Of a labelled volume, each around a labelled voxel."""
+_PATCHES = 4  # of a labelled volume, each around a labelled voxel
 _MOST_TIME = 0.03
 """Share of a training's time that the probe may take; a validation at which it would take more goes without."""
-_PENALTIES = 10.0 ** np.arange(-6, 2.5, 0.5)
-"""Candidates of the ridge, in multiples of the tokens' mean variance."""
+_PENALTIES = 10.0 ** np.arange(-6, 2.5, 0.5)  # candidates, in multiples of the tokens' mean variance
 _PLACES = 4  # random numbers of one seed for different purposes must not overlap; 1 to 3 are those of the samples
 
 
@@ -67,16 +64,12 @@ class Probe:
 
         R² is on volumes that the regression has not seen: 1 if it is perfect, 0 if it is no better than the mean share.
         """
-        began, model = time.monotonic(), self._learner.model
-        model.eval()
+        began = time.monotonic()
         halves = self._fitted // 2  # of patches, and so of patients
         parts = slice(halves), slice(halves, self._fitted), slice(self._fitted, None)
         products = torch.stack([self._products(self._samples[part], self._shares[part]) for part in parts])
         if self._world > 1:
             distributed.all_reduce(products)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # as after a validation
-        model.train()
         organs = self._shares.shape[2]
         r2, rank = ridge_r2(products, organs), effective_rank(products.sum(0)[1:-organs, 1:-organs])
         self._last = time.monotonic() - began

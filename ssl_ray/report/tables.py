@@ -141,8 +141,7 @@ def _compared(results: Results, size: int, measure: Measure) -> list[str]:
     row = [str(len(common.runs)), str(patients), *shown, _difference(measure, results.scores(size, measure))]
     if control := results.controls.get(size):
         lost = [str(run) for run in common.runs if run not in control.trials]
-        values = f"no run {', '.join(lost)}" if lost else _mean(measure, matrix(control, common, results.part, measure))
-        row.append(values)
+        row += [f"no run {', '.join(lost)}" if lost else _mean(measure, matrix(control, common, results.part, measure))]
     return row
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,14 +12,14 @@ from ssl_ray.config.schema import Optimizer
 
 
 def build_optimizer(
-    config: Optimizer, parameters: Iterable[nn.Parameter], scales: Mapping[nn.Parameter, float] = MappingProxyType({})
+    config: Optimizer, parameters: Iterable[nn.Parameter], scales: Mapping[nn.Parameter, float] | None = None
 ) -> torch.optim.Optimizer:
     """Adam or AdamW over the trainable parameters; `scales` has those whose learning rate is a multiple of the rate."""
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     groups: dict[float, dict[str, Any]] = {}
     for parameter in parameters:
         if parameter.requires_grad:
-            scale = scales.get(parameter, 1.0)
+            scale = (scales or {}).get(parameter, 1.0)
             group = groups.setdefault(scale, {"params": []} | ({} if scale == 1 else {"lr_scale": scale}))
             group["params"].append(parameter)
     return kind(groups.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)

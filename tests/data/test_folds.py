@@ -115,10 +115,10 @@ def test_the_whole_list_is_dealt_into_folds(listed: Path) -> None:
         ),
         (
             {"sizes": (2, 5)},
-            r"all.json: 5 subjects are to be drawn from a pool of 8, of whom 4 folds leave 4 while one is scored and",
+            r"all.json: 5 subjects are to be drawn from a pool of 8 in 4 folds, which leave 4 while one is scored and",
         ),
-        ({"folds": 3}, r"4 subjects are to be drawn from a pool of 8, of whom 3 folds leave 2 while"),
-        ({"folds": 9, "sizes": (1,)}, r"1 subjects are to be drawn from a pool of 8, of whom 9 folds leave 0 while"),
+        ({"folds": 3}, r"4 subjects are to be drawn from a pool of 8 in 3 folds, which leave 2 while"),
+        ({"folds": 9, "sizes": (1,)}, r"1 subjects are to be drawn from a pool of 8 in 9 folds, which leave 6 while"),
     ],
 )
 def test_folds_that_leave_too_little_are_refused(listed: Path, changes: dict[str, Any], rule: str) -> None:
