@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import Optimizer, Preparation, Section, Seed, of_kinds
-from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
+from ssl_ray.config.finetune import Augmentation, EncoderTuning, Finetune, LabelledCohort, SegmentationLoss
 from ssl_ray.config.pretrain import Pretrain, Source
 from ssl_ray.config.search import Search, check_space
 from ssl_ray.networks.dynunet.settings import DynUnet
@@ -91,6 +91,8 @@ class Study(Section):
                 f"finetune.grid.init: a {network.kind} is not pretrained here, so that [random] is all that it can "
                 f"start from, got {list(tuned.grid.init)}{' and finetune.weights' if tuned.weights else ''}"
             )
+        elif tuned.encoder != EncoderTuning():
+            raise ValueError(f"finetune.encoder: a {network.kind} has no encoder to tune, got {tuned.encoder}")
         if tuned.precision == "bfloat16" and not tuned.gpus_per_trial and tuned.patch_size[0] <= network.thin:
             raise ValueError(
                 f"finetune.precision: on a CPU bfloat16 needs patches more than {network.thin} voxels deep, as "
@@ -102,9 +104,11 @@ class Study(Section):
     def _can_be_searched(self) -> "Study":
         if self.search:
             tuned = self.finetune
-            if tuned.runs > 1 or tuned.grid.lr:
-                rule = "finetune: a search has one run, and draws rates by search.space.finetune.optimizer.lr; got runs"
-                raise ValueError(f"{rule} {tuned.runs} and grid.lr {tuned.grid.lr}")
+            if tuned.runs > 1 or tuned.grid.lr or tuned.cohort.folds:
+                raise ValueError(
+                    "finetune: a search has one run, no folds, and draws rates by search.space.finetune.optimizer.lr; "
+                    f"got runs {tuned.runs}, cohort.folds {tuned.cohort.folds}, grid.lr {tuned.grid.lr}"
+                )
             check_space(self, self.search.space, {"size": tuned.sizes, "init": tuned.grid.init})
         return self
 

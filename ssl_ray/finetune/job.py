@@ -80,6 +80,7 @@ class TrialJob:
     seed: of the initial weights and of the order of the patches.
     weights: pretrained weights to start from; None for random ones.
     made_by: id of the MLflow run that made them, where it is known.
+    permuted: whether to shuffle them within each tensor, as a control.
     arms: folders of the cells that this one may be compared with; its own may be among them.
     """
 
@@ -90,4 +91,5 @@ class TrialJob:
     weights: Path | None
     folder: TrialFolder
     made_by: str | None = None
+    permuted: bool = False
     arms: tuple[Path, ...] = ()

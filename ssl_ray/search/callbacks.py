@@ -50,6 +50,7 @@ class TrialCallback(tune.Callback):
         params = {name: value for name, value in params.items() if "grid" not in name}
         params |= {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run, "seed": job.seed}
         params |= cell.settings
+        params |= {} if cell.fold is None else {"fold": cell.fold}
         # Fewer volumes than a split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
         tags = {FAILURE: "", NONFINITE: "", STOPPED: ""}  # of an earlier attempt

@@ -26,7 +26,7 @@ STOPPED = "ssl_ray.stopped"
 JOURNAL = "search.journal"
 """In the study's folder, and an artifact of a search's run: Optuna's record of the cells that were drawn."""
 
-Init = Literal["random", "pretrained"]
+Init = Literal["random", "pretrained", "permuted"]
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,18 @@ class Cell:
     overrides: `size` and `init`, and other values of dotted keys of the experiment, `finetune.optimizer.lr` at least;
         sorted by key, values hashable.
     run: which seed, draw of the labelled volumes and pretraining; cells that differ in `init` alone share them.
+    fold: which one of the run, where it has some.
     """
 
     overrides: tuple[tuple[str, Any], ...]
     run: int
+    fold: int | None = None
 
     @classmethod
-    def of(cls, size: int, init: Init, lr: float, run: int = 0, **more: Any) -> "Cell":
+    def of(cls, size: int, init: Init, lr: float, run: int = 0, fold: int | None = None, **more: Any) -> "Cell":
         """The cell of these overrides; further keys by `**{"finetune.augmentation.shift": 0.2}`."""
         overrides: dict[str, Any] = {"size": size, "init": init, "finetune.optimizer.lr": lr, **more}
-        return cls(tuple(sorted(overrides.items())), run)
+        return cls(tuple(sorted(overrides.items())), run, fold)
 
     @property
     def size(self) -> int:
@@ -73,7 +75,8 @@ class Cell:
         """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
         others = (item for item in self.settings.items() if item[0] != "finetune.optimizer.lr")
         more = "".join(f"{key.rpartition('.')[2]}{value}-" for key, value in others)
-        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{more}run{self.run}"
+        fold = "" if self.fold is None else f"-fold{self.fold}"
+        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{more}run{self.run}{fold}"
 
     def apply(self, config: Finetune) -> Finetune:
         """The section `finetune` that this cell is trained with."""
@@ -82,5 +85,6 @@ class Cell:
 
 def cells(config: Finetune) -> list[Cell]:
     """Every cell of the grid, those with few volumes first."""
-    product = itertools.product(config.sizes, config.grid.init, config.rates, range(config.runs))
+    folds = range(config.cohort.folds) if config.cohort.folds else [None]
+    product = itertools.product(config.sizes, config.grid.init, config.rates, range(config.runs), folds)
     return [Cell.of(*values) for values in product]

@@ -91,8 +91,8 @@ class Rounds:
             if not make and not self.tracker.finished("pretraining", key):
                 return None
             params = run_params(own, "pretrain") | {"seed": str(recipe.seed), "run": "0"}
-            name = f"pretrain-{key[:6]}"
-            start = [pretrain(recipe, *volumes, self.folders, self.tracker, params, dump(own), name)]
+            made = params, dump(own), f"pretrain-{key[:6]}", there.probed
+            start = [pretrain(recipe, *volumes, self.folders, self.tracker, *made)]
         labelled = own.seed, there.splits, there.labelled
         return next(iter(trial_jobs(own.finetune, own.network, *labelled, start, self.folders)[1].values()))
 

@@ -107,13 +107,14 @@ def test_a_wrong_distribution_is_named(tmp_path: Path, distribution: dict[str, A
         ({"space": LR, "sampels": 3}, {}, "did you mean 'samples'?"),
         ({"space": LR}, {"runs": 2}, "a search has one run"),
         ({"space": LR}, {"grid": {"init": ["random"], "lr": [1e-3]}}, "grid.lr (0.001,)"),
+        ({"space": LR}, {"cohort": {"splits": None, "pool": "pool.json", "sizes": [2], "folds": 3}}, "cohort.folds 3"),
         (
             {"space": LR},
             {"grid": {"init": ["random", "pretrained"]}},
             "search.space.init: must be a choice out of the grid's",
         ),
     ],
-    ids=["empty", "grid", "asha", "metric", "key", "runs", "rates", "inits"],
+    ids=["empty", "grid", "asha", "metric", "key", "runs", "rates", "folds", "inits"],
 )
 def test_what_does_not_go_together_is_refused(
     tmp_path: Path, search: dict[str, Any], finetune: dict[str, Any], words: str
