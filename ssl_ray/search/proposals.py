@@ -19,9 +19,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from pydantic import BaseModel
 
 from ssl_ray.config.overrides import placed
-from ssl_ray.config.schema import Study
+from ssl_ray.config.schema import Finetune, Search
 from ssl_ray.random import number
 from ssl_ray.search.cells import Cell
 from ssl_ray.storage.files import write_file
@@ -49,14 +50,16 @@ def open_journal(path: Path, name: str, mode: str) -> optuna.Study:
 class Proposals:
     """The cells of one search, Optuna's trials: at most `total`, of which those that are `open` are being trained."""
 
-    def __init__(self, study: Study, path: Path, mirror: Mirror, name: str) -> None:
-        """The cells that the journal `path` has under this name; another space has another one."""
-        assert study.search
-        self.study, self.search, self.path, self._mirror = study, study.search, path, mirror
+    def __init__(
+        self, search: Search, tuned: Finetune, experiment: BaseModel, path: Path, mirror: Mirror, name: str
+    ) -> None:
+        """The cells that the journal `path` has under this name, a digest of what the search depends on."""
+        self.search, self.path, self._tuned, self._experiment = search, path, tuned, experiment
+        self._mirror, self._name = mirror, name
         mirror.pull(path)
         self._drawn = open_journal(path, name, self.search.mode)
         # Li et al., MLSys 2020: one in three goes on from a rung to the next, at three times the steps.
-        halving = SuccessiveHalvingPruner(min_resource=study.finetune.validate_every, reduction_factor=3)
+        halving = SuccessiveHalvingPruner(min_resource=tuned.validate_every, reduction_factor=3)
         self._drawn.pruner = halving if self.search.scheduler == "asha" else NopPruner()
         self._began = time.monotonic() - float(self._drawn.user_attrs.get("seconds", 0.0))
         self.open: dict[Cell, Trial] = {}
@@ -80,19 +83,18 @@ class Proposals:
         return [Trial(self._drawn, one._trial_id) for one in self._trials() if one.state == TrialState.RUNNING]
 
     def draw(self) -> Trial | None:
-        """A further cell, or None where there are enough; it depends on seed, number and what is known by then."""
+        """A further cell, by the search, its number and what is known by then; None where there are enough."""
         if (drawn := self.counts().total()) >= self.total:
             return None
-        seed = number(self.study.seed, "search", drawn) % 2**32
+        seed = number(self._name, drawn) % 2**32
         tpe = TPESampler(n_startup_trials=min(10, 1 + self.total // 3), seed=seed)
         self._drawn.sampler = tpe if self.search.algorithm == "optuna" else RandomSampler(seed)
         return self._drawn.ask()
 
     def cell(self, trial: Trial) -> Cell:
         """The values of a trial, numbers to four digits; those that it has not drawn yet are drawn."""
-        tuned = self.study.finetune
-        drawn: dict[str, Any] = {"size": tuned.sizes[0], "init": tuned.grid.init[0]}
-        drawn["finetune.optimizer.lr"] = tuned.optimizer.lr
+        drawn: dict[str, Any] = {"size": self._tuned.sizes[0], "init": self._tuned.grid.init[0]}
+        drawn["finetune.optimizer.lr"] = self._tuned.optimizer.lr
         for key, kind, values in ((key, *item) for key, one in self.search.space.items() for item in one.items()):
             if kind == "choice":
                 labels = _labels(values)
@@ -104,7 +106,7 @@ class Proposals:
                 drawn[key] = min(max(float(f"{exact:.4g}"), values[0]), values[1])
         if drawn["init"] == "random":
             drawn = {key: value for key, value in drawn.items() if not key.startswith("pretrain.")}
-        chosen = {"size": drawn["size"], "init": drawn["init"], **placed(self.study, drawn)[1]}
+        chosen = {"size": drawn["size"], "init": drawn["init"], **placed(self._experiment, drawn)[1]}
         return Cell(tuple(sorted(chosen.items())), 0)
 
     def begin(self, trial: Trial, cell: Cell, key: str) -> bool:

@@ -40,6 +40,7 @@ from ssl_ray.training.checkpoint import digest
 class Rounds:
     """The cells of a search, each with the job of its trial."""
 
+    study: Study
     proposals: Proposals
     folders: Folders
     tracker: Tracker
@@ -48,8 +49,8 @@ class Rounds:
     """Weights that pretrained cells start from, instead of each from those of its own pretraining settings."""
 
     def __post_init__(self) -> None:
-        self._study, self._waiting = self.proposals.study, self.proposals.unfinished()
-        self._volumes = {_preparations(self._study): self.prepared}
+        self._waiting = self.proposals.unfinished()
+        self._volumes = {_preparations(self.study): self.prepared}
 
     def __call__(self, places: int) -> Iterator[Iterator[tuple[Cell, TrialJob]]]:
         """Rounds of cells: the weights and volumes of the first ones, for so many places, are made before it begins."""
@@ -61,7 +62,7 @@ class Rounds:
         while trial := self._waiting.pop(0) if self._waiting else self.proposals.draw():
             cell = self.proposals.cell(trial)
             try:
-                job = self._job(resolved(self._study, dict(cell.overrides)), make)
+                job = self._job(resolved(self.study, dict(cell.overrides)), make)
             except (ValidationError, FloatingPointError, UserError, RuntimeError) as error:
                 say(f"search: {cell.name} is not trained: {reason(error)}")
                 if isinstance(error, ValidationError | FloatingPointError):  # it would fail again
@@ -91,8 +92,8 @@ class Rounds:
             if not make and not self.tracker.finished("pretraining", key):
                 return None
             params = run_params(own, "pretrain") | {"seed": str(recipe.seed), "run": "0"}
-            made = params, dump(own), f"pretrain-{key[:6]}", there.probed
-            start = [pretrain(recipe, *volumes, self.folders, self.tracker, *made)]
+            name = f"pretrain-{key[:6]}"
+            start = [pretrain(recipe, *volumes, self.folders, self.tracker, params, dump(own), name, there.probed)]
         labelled = own.seed, there.splits, there.labelled
         return next(iter(trial_jobs(own.finetune, own.network, *labelled, start, self.folders)[1].values()))
 
@@ -117,7 +118,7 @@ def run_search(
     config, drawn = study.finetune, study.search.model_dump(include={"space", "metric", "mode"})
     settings = depends.pretraining(study.pretrain, study.network), depends.grid(config, study.network)
     key = digest(*settings, study.seed, content, drawn)
-    proposals = Proposals(study, folders.study / JOURNAL, folders.output, key)
+    proposals = Proposals(study.search, config, study, folders.study / JOURNAL, folders.output, key)
     there, needed = ray.cluster_resources(), {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}
     places = max(1, int(min(there.get(name, 0.0) / share for name, share in needed.items() if share)))
     params = run_params(study, "finetune")
@@ -129,7 +130,7 @@ def run_search(
     signal.setitimer(signal.ITIMER_REAL, 0 if math.isinf(proposals.left) else max(proposals.left, 0.1))
     with ending(parent):
         try:
-            for cells in Rounds(proposals, folders, tracker, prepared, given)(places):
+            for cells in Rounds(study, proposals, folders, tracker, prepared, given)(places):
                 with Bar("search", proposals.total * config.steps) as bar:
                     done = (proposals.counts().total() - len(proposals.unfinished())) * config.steps
                     runs = TrialCallback(tracker, parent.id, names, bar, done, proposals.tell)

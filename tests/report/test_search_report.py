@@ -44,7 +44,8 @@ def score(cell: Cell) -> float:
 def record(folder: Path, study: Study, count: int, stopped: int = 0, tested: bool = True) -> list[Cell]:
     """A search of so many finished and stopped cells, one that repeats another, and one that is going on."""
     tracker = tracker_of(study)
-    proposals = Proposals(study, folder / JOURNAL, Mirror(folder), "the search")
+    assert study.search
+    proposals = Proposals(study.search, study.finetune, study, folder / JOURNAL, Mirror(folder), "the search")
     parent = tracker.open("search", "the search", "search", {})
     parent.text(dump(study), "experiment.yaml")
     cells = []

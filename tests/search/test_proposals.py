@@ -11,6 +11,7 @@ import pytest
 from optuna.trial import Trial, TrialState
 from studies import small_study
 
+from ssl_ray.config.schema import Study
 from ssl_ray.config.search import resolved
 from ssl_ray.search.cells import JOURNAL, Cell
 from ssl_ray.search.proposals import Proposals
@@ -24,12 +25,17 @@ SPACE: dict[str, Any] = {
 }
 
 
-def proposals(folder: Path, seed: int = 0, init: str = "pretrained", **search: Any) -> Proposals:
+def study(init: str = "pretrained", **search: Any) -> Study:
     """Trials of 900 steps, whose first rung is at 100."""
     finetune = {"grid": {"init": [init]}, "steps": 900, "validate_every": 100}
     search = {"space": SPACE, "samples": 8} | search
-    study = small_study(pretrain={"patch_size": 32}, finetune=finetune, search=search, seed=seed)
-    return Proposals(study, folder / JOURNAL, Mirror(folder), "name")
+    return small_study(pretrain={"patch_size": 32}, finetune=finetune, search=search)
+
+
+def proposals(folder: Path, name: str = "name", **options: Any) -> Proposals:
+    own = study(**options)
+    assert own.search
+    return Proposals(own.search, own.finetune, own, folder / JOURNAL, Mirror(folder), name)
 
 
 def drawn(one: Proposals) -> list[tuple[Trial, Cell]]:
@@ -88,7 +94,7 @@ def test_a_search_that_is_killed_everywhere_goes_on_as_if_nothing_had_happened(t
     killed = carried_out(lambda: proposals(tmp_path / "killed", **options), killed=True)
     assert killed == whole
     assert len({cell for cell, _ in whole}) == 14
-    assert proposals(tmp_path / "whole", seed=1, **options).draw() is None, "enough were drawn"
+    assert proposals(tmp_path / "whole", **options).draw() is None, "enough were drawn"
     counts = proposals(tmp_path / "killed", **options).counts()
     stopped = sum(decisions[-1][1] for _, decisions in whole)
     assert counts == {"finished": 14 - stopped, "stopped": stopped}
@@ -134,7 +140,7 @@ def test_cells_are_within_the_space_and_have_what_they_read(tmp_path: Path) -> N
         assert float(f"{cell.lr:.4g}") == cell.lr
         assert settings["pretrain.patches_per_volume"] in (1, 2, 3)
         assert ("pretrain.task.ratio" in settings) == (settings["pretrain.task.kind"] == "masked")
-        own = resolved(one.study, dict(cell.overrides))
+        own = resolved(study(), dict(cell.overrides))
         assert (own.pretrain.task.kind, own.finetune.optimizer.lr) == (settings["pretrain.task.kind"], cell.lr)
         assert (own.search, own.finetune.sizes, own.finetune.grid.init) == (None, (2,), ("pretrained",))
     again = proposals(tmp_path, algorithm="random", samples=30)
@@ -146,11 +152,12 @@ def test_random_weights_read_nothing_of_a_pretraining(tmp_path: Path) -> None:
     assert {tuple(cell.settings) for _, cell in drawn(one)} == {("finetune.optimizer.lr",)}
 
 
-def test_another_seed_draws_other_cells(tmp_path: Path) -> None:
-    found = []
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        (tmp_path / folder).mkdir()
-        found.append([cell for _, cell in drawn(proposals(tmp_path / folder, seed, algorithm="random"))])
+def test_another_search_draws_other_cells(tmp_path: Path) -> None:
+    """E.g. that of another seed; they lie side by side in one journal."""
+    (tmp_path / "again").mkdir()
+    places = (tmp_path, "one"), (tmp_path / "again", "one"), (tmp_path, "another")
+    found = [[cell for _, cell in drawn(proposals(*place, algorithm="random"))] for place in places]
+    assert len(found[0]) == 8
     assert found[0] == found[1] != found[2]
 
 
@@ -166,7 +173,7 @@ def test_a_grid_is_every_combination_once(tmp_path: Path) -> None:
         if trial := one.draw():
             cell = one.cell(trial)
             found.append((cell.settings["finetune.optimizer.betas"], cell.lr))
-            assert resolved(one.study, dict(cell.overrides)).finetune.optimizer.betas == found[-1][0]
+            assert resolved(study(), dict(cell.overrides)).finetune.optimizer.betas == found[-1][0]
     assert found == [(betas, lr) for betas in ((0.9, 0.95), (0.9, 0.999)) for lr in (1e-3, 1e-2)]
 
 

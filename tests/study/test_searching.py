@@ -45,14 +45,15 @@ def rounds_of(
     """`done`: scores of trials that have finished, by key."""
     finetune = {"grid": {"init": ["pretrained"]}, "steps": 900, "validate_every": 100}
     study = small_study(finetune=finetune, search={"space": SPACE, "samples": 9, "algorithm": "random"} | search)
-    proposals = Proposals(study, folder / JOURNAL, Mirror(folder), "name")
+    assert study.search
+    proposals = Proposals(study.search, study.finetune, study, folder / JOURNAL, Mirror(folder), "name")
 
     def runs(kind: str, key: str) -> Iterator[Any]:
         info = SimpleNamespace(status="FINISHED" if key in (done or {}) else "KILLED")
         metrics = {"selected/validation/dice_foreground": (done or {}).get(key, 0)}
         return iter([SimpleNamespace(info=info, data=SimpleNamespace(metrics=metrics))])
 
-    made: Any = Made(proposals, *(SimpleNamespace(runs=runs) for _ in range(3)))
+    made: Any = Made(study, proposals, *(SimpleNamespace(runs=runs) for _ in range(3)))
     made.fails, made.made = fails or {}, []
     return made
 
