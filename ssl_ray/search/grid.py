@@ -81,7 +81,7 @@ def finetune(
             grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
             grid_run.metrics({"transferred_share": report["share"]}, 0)
         if pending:
-            tune_cells(config, iter(pending.items()), len(pending), folders, key, runs)
+            tune_cells(config, iter(pending.items()), config.max_concurrent_trials or len(pending), folders, key, runs)
     say(f"fine-tuning: {runs.completed} cells trained now, {len(finished)} were done already")
     for name in runs.failed:
         say(f"fine-tuning: cell {name} FAILED; its log is under {folders.study / 'ray'}")
@@ -210,7 +210,7 @@ def tune_cells(
         tune_config=tune.TuneConfig(
             search_alg=_Cells(cells),
             num_samples=-1,
-            max_concurrent_trials=min(places, config.max_concurrent_trials or places),
+            max_concurrent_trials=places,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

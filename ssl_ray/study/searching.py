@@ -120,7 +120,8 @@ def run_search(
     key = digest(*settings, study.seed, content, drawn)
     proposals = Proposals(study.search, config, study, folders.study / JOURNAL, folders.output, key)
     there, needed = ray.cluster_resources(), {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}
-    places = max(1, int(min(there.get(name, 0.0) / share for name, share in needed.items() if share)))
+    room = [there.get(name, 0.0) / share for name, share in needed.items() if share]
+    places = max(1, int(min(*room, config.max_concurrent_trials or math.inf)))
     params = run_params(study, "finetune")
     names = dict.fromkeys([*params, *study.search.space], "-")  # of what a cell does not read
     parent = tracker.open("search", key, "search", params)
