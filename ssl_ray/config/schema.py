@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import Optimizer, Preparation, Section, Seed, of_kinds
-from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
+from ssl_ray.config.finetune import Augmentation, EncoderTuning, Finetune, LabelledCohort, SegmentationLoss
 from ssl_ray.config.pretrain import Pretrain, Source
 from ssl_ray.networks.dynunet.settings import DynUnet
 from ssl_ray.networks.primus.settings import Primus
@@ -89,6 +89,8 @@ class Study(Section):
                 f"finetune.grid.init: a {network.kind} is not pretrained here, so that [random] is all that it can "
                 f"start from, got {list(tuned.grid.init)}{' and finetune.weights' if tuned.weights else ''}"
             )
+        elif tuned.encoder != EncoderTuning():
+            raise ValueError(f"finetune.encoder: a {network.kind} has no encoder to tune, got {tuned.encoder}")
         if tuned.precision == "bfloat16" and not tuned.gpus_per_trial and tuned.patch_size[0] <= network.thin:
             raise ValueError(
                 f"finetune.precision: on a CPU bfloat16 needs patches more than {network.thin} voxels deep, as "
