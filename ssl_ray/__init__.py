@@ -31,13 +31,16 @@ Words, each for one thing:
     fold              a part of a pool's patients, scored by networks trained on others; a run scores all
     pair              a random and a pretrained cell that differ in nothing else
     control           the same with the pretrained weights permuted within each tensor
-    cell              overrides of the section `finetune` (size, initialisation, learning rate, ...) and a run
+    cell              overrides of any keys of the experiment (size, initialisation, learning rate, ...) and a run
+    search            cells that are drawn from a space, instead of the grid's; each finishes, is stopped, or fails
+    rung              number of steps at which a search compares cells, and stops the worse ones
+    round             cells of a search that are trained before weights are made for the next ones
     trial             the training of one cell under Ray Tune
     sliding window    how a whole volume is segmented, patch by patch
     canonical grid    the voxels of a prepared volume; original grid: those of its NIfTI file
     study             one experiment's YAML, carried out; its name stands for one configuration
     key               digest of everything that a result depends on
-    MLflow run        a pretraining, a grid, a trial
+    MLflow run        a pretraining, a grid or a search, a trial
     journal           what was logged for MLflow, on disk: all of it, and how much MLflow has
     place, mirror     a path or s3:// URI; a local folder that is kept there as well
     estimate          what a study will take, before it starts (`ssl-ray plan`)

@@ -5,16 +5,15 @@ import re
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping
 from io import StringIO
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ssl_ray.config.overrides import kinds, sections
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.text import shown, without_password
-
-S = TypeVar("S", bound=BaseModel)
 
 
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
@@ -58,18 +57,6 @@ def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[st
         else:
             flat[f"{prefix}{key}"] = without_password(str(value))
     return flat
-
-
-def changed(section: S, overrides: Mapping[str, Any]) -> S:
-    """The section with other values of some dotted keys, validated, e.g. `{"optimizer.lr": 2e-4}`."""
-    tree = section.model_dump()
-    for key, value in overrides.items():
-        *parents, last = key.split(".")
-        node = tree
-        for part in parents:
-            node = node[part]
-        node[last] = value
-    return type(section).model_validate(tree)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -136,21 +123,13 @@ def _explain(name: str, mistake: Any) -> str:
 
 def _follow(location: Iterable[int | str]) -> tuple[list[str], list[str]]:
     """The keys in a pydantic error's location, which names types and kinds too, and the valid keys of its section."""
-    sections: list[type[BaseModel]] = [Study]
+    known: list[type[BaseModel]] = [Study]
     keys = []
     for part in map(str, location):
-        if chosen := [one for one in sections if part in _kinds(one)]:
-            sections = chosen
+        if chosen := [one for one in known if part in kinds(one)]:
+            known = chosen
         elif not _NO_KEY.fullmatch(part):
             keys.append(part)
-            if field := sections[0].model_fields.get(part):
-                # `Source` of `tuple[Source, ...]`, `PhantomCohort` of `PhantomCohort | None`, all kinds of a network
-                types = (field.annotation, *get_args(field.annotation))
-                inner = [one for one in types if isinstance(one, type) and issubclass(one, BaseModel)]
-                sections = inner or sections
-    return keys, list(sections[0].model_fields)
-
-
-def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
-    """What `kind` says where this section is meant, if it is one of several kinds."""
-    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
+            if field := known[0].model_fields.get(part):
+                known = sections(field.annotation) or known
+    return keys, list(known[0].model_fields)

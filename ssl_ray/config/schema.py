@@ -12,12 +12,13 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from ssl_ray.config.common import Optimizer, Preparation, Section, Seed, of_kinds
 from ssl_ray.config.finetune import Augmentation, EncoderTuning, Finetune, LabelledCohort, SegmentationLoss
 from ssl_ray.config.pretrain import Pretrain, Source
+from ssl_ray.config.search import Search, check_space
 from ssl_ray.networks.dynunet.settings import DynUnet
 from ssl_ray.networks.primus.settings import Primus
 from ssl_ray.networks.unetr.settings import Unetr
 
 __all__ = ["LocalCluster", "Network", "Optimizer", "Preparation", "Study", "Tracking"]
-__all__ += ["Augmentation", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss", "Source"]
+__all__ += ["Augmentation", "Finetune", "LabelledCohort", "Pretrain", "Search", "SegmentationLoss", "Source"]
 
 
 Network = Annotated[Unetr | Primus | DynUnet, Field(discriminator="kind"), of_kinds("unetr")]
@@ -63,6 +64,7 @@ class Study(Section):
     network: Network = Unetr()
     pretrain: Pretrain
     finetune: Finetune
+    search: Search | None = Field(None, description="in place of the grid")
     tracking: Tracking = Tracking()
     cluster: LocalCluster = LocalCluster()
 
@@ -96,6 +98,18 @@ class Study(Section):
                 f"finetune.precision: on a CPU bfloat16 needs patches more than {network.thin} voxels deep, as "
                 f"gradients are wrong otherwise (oneDNN); got patch_size {list(tuned.patch_size)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> "Study":
+        if self.search:
+            tuned = self.finetune
+            if tuned.runs > 1 or tuned.grid.lr or tuned.cohort.folds:
+                raise ValueError(
+                    "finetune: a search has one run, no folds, and draws rates by search.space.finetune.optimizer.lr; "
+                    f"got runs {tuned.runs}, cohort.folds {tuned.cohort.folds}, grid.lr {tuned.grid.lr}"
+                )
+            check_space(self, self.search.space, {"size": tuned.sizes, "init": tuned.grid.init})
         return self
 
     @property

@@ -58,7 +58,8 @@ def estimate_grid(
 ) -> Figures:
     """The fine-tuning trials, with the seconds of an optimizer step and of predicting a sliding window."""
     config, sides = study.finetune, study.finetune.patch_size
-    trials, batch = len(cells(config)), config.volumes_per_step * config.patches_per_volume
+    trials = study.search.samples if study.search else len(cells(config))
+    batch = config.volumes_per_step * config.patches_per_volume
     places = [float(config.max_concurrent_trials or trials)]
     places += [cluster["cpus"] / config.cpus_per_trial] if cluster["cpus"] is not None else []
     places += [cluster["gpus"] / config.gpus_per_trial] if config.gpus_per_trial else []

@@ -72,13 +72,14 @@ class TrialFolder:
             self.mirror.drop(self.checkpoints)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # Tune writes it with every record
 class TrialJob:
     """One cell of the grid, with all that its result depends on and the folder that it writes to.
 
     config: with the cell's own values.
     seed: of the initial weights and of the order of the patches.
     weights: pretrained weights to start from; None for random ones.
+    made_by: id of the MLflow run that made them, where it is known.
     permuted: whether to shuffle them within each tensor, as a control.
     arms: folders of the cells that this one may be compared with; its own may be among them.
     """
@@ -89,5 +90,6 @@ class TrialJob:
     data: TrialData
     weights: Path | None
     folder: TrialFolder
+    made_by: str | None = None
     permuted: bool = False
     arms: tuple[Path, ...] = ()

@@ -30,7 +30,8 @@ from ssl_ray.pretrain.stream import Feed
 from ssl_ray.random import number
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
-from ssl_ray.tracking.tracker import Run, Tracker
+from ssl_ray.tracking.run import Run, ending
+from ssl_ray.tracking.tracker import Tracker
 from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
 from ssl_ray.training.meters import ObjectStore, as_system
 from ssl_ray.training.precision import settled
@@ -94,10 +95,11 @@ def pretrain(
     feeds = feed_of(recipe, folders, training), feed_of(recipe, folders, validation)
     job = Job(recipe, *feeds, folder, folders.output, key, reports, labelled)
     steps = job.training.table.steps
+    recipe.settings.optimizer.check_warmup(steps, "pretrain.")
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": steps}
     run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
-    try:
+    with ending(run):
         _rewind(job)
         _train(job, folders, run)
         precision = settled(recipe.settings.precision, folder, folders.output)
@@ -107,10 +109,6 @@ def pretrain(
         run.artifact(job.weights)
         best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
         run.metrics(best, steps)
-    except BaseException:
-        run.close("FAILED")
-        raise
-    run.close()
     return Pretrained(weights, key, run.id, precision, fresh=True)
 
 

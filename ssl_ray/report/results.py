@@ -107,19 +107,25 @@ class Results:
         return {init: np.where(missing, np.nan, values) for init, values in found.items()}
 
 
+def newest_parent(study: Study, tracker: Tracker, kind: str) -> tuple[MlflowRun, str]:
+    """The study's newest `grid` or `search`, rather one of this very experiment, and the YAML that it was run with."""
+    found = tracker.runs(kind=kind)
+    if not found:
+        raise UserError(
+            f"{without_password(tracker.uri)}: experiment {tracker.experiment!r} has no fine-tuning {kind} yet; run "
+            "the study first"
+        )
+    configs = {run.info.run_id: (tracker.read(run.info.run_id, "experiment.yaml") or b"").decode() for run in found}
+    # One that is taken up again keeps its start, so that the newest is the one that was touched last.
+    touched = {run.info.run_id: max(run.info.start_time, run.info.end_time or 0) for run in found}
+    given = dump(study)
+    newest = max(found, key=lambda run: (configs[run.info.run_id] == given, touched[run.info.run_id]))
+    return newest, configs[newest.info.run_id]
+
+
 def read_results(study: Study, tracker: Tracker) -> Results:
     """Read the study's newest grid, its trials and the pretrainings that these started from; errors: `write_report`."""
-    grids = tracker.runs(kind="grid")
-    if not grids:
-        raise UserError(
-            f"{without_password(tracker.uri)}: experiment {tracker.experiment!r} has no fine-tuning grid yet; run the "
-            "study first"
-        )
-    configs = {run.info.run_id: (tracker.read(run.info.run_id, "experiment.yaml") or b"").decode() for run in grids}
-    # A grid that is taken up again keeps its start, so that the newest is the one that was touched last.
-    touched = {run.info.run_id: max(run.info.start_time, run.info.end_time or 0) for run in grids}
-    given = dump(study)
-    grid = max(grids, key=lambda run: (configs[run.info.run_id] == given, touched[run.info.run_id]))
+    grid, config = newest_parent(study, tracker, "grid")
     # By key, not by parent: a cell that an earlier grid finished already is not trained again under this one.
     keys: dict[str, str] = json.loads(tracker.read(grid.info.run_id, CELLS) or b"{}")
     newest = {run.data.tags[KEY]: run for run in reversed(tracker.runs(kind="trial"))}
@@ -132,8 +138,8 @@ def read_results(study: Study, tracker: Tracker) -> Results:
         study,
         grid,
         trials,
-        config=configs[grid.info.run_id],
-        as_given=configs[grid.info.run_id] == given,
+        config=config,
+        as_given=config == dump(study),
         transfer=json.loads(tracker.read(grid.info.run_id, "weight_transfer.json") or b"null"),
         pretraining=[read_pretraining(tracker, run_id, number) for number, run_id in enumerate(lineage, start=1)],
         bad=bad,

@@ -23,7 +23,8 @@ class Report:
     table: str
     markdown: Path
     html: Path
-    figures: tuple[Path, ...]
+    files: tuple[Path, ...]
+    """Figures, and what else belongs to it."""
 
 
 def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:

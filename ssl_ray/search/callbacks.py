@@ -1,7 +1,7 @@
 """Turns what Ray Tune tells the driver of its trials into MLflow runs, one for each cell, and a progress bar."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 from ray import tune
 
 from ssl_ray.cluster.connect import first_error
+from ssl_ray.config.loading import flatten
 from ssl_ray.console import Bar, say
 from ssl_ray.finetune.job import TrialJob
-from ssl_ray.search.cells import FAILURE, NONFINITE, Cell
+from ssl_ray.search.cells import FAILURE, NONFINITE, STOPPED, Cell
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Run, Tracker
 
 
@@ -24,13 +25,11 @@ class TrialCallback(tune.Callback):
     """Id of the grid's run."""
     params: Mapping[str, str]
     """Of every run, but for those of the grid."""
-    jobs: Mapping[Cell, TrialJob]
-    """Of the cells that are trained now."""
-    made_by: Mapping[Path, str | None]
-    """The runs that made the weights that some of them start from."""
     bar: Bar
     done: int
     """Steps of the cells that were finished before."""
+    tell: Callable[[Cell, Mapping[str, float] | None], None] = lambda cell, metrics: None
+    """Is told of a cell that is not to be tried again: finished with metrics, stopped without any, None: not finite."""
     completed: int = 0
     """Number of cells that ended with a result."""
     failed: list[str] = field(default_factory=list)
@@ -46,17 +45,17 @@ class TrialCallback(tune.Callback):
         """Open the cell's run, unless Tune only tries the trial again."""
         if trial.trial_id in self._open:
             return
-        cell: Cell = trial.config["cell"]
-        job = self.jobs[cell]
-        params: dict[str, Any] = {name: value for name, value in self.params.items() if "grid" not in name}
+        cell, job = _of(trial)
+        params: dict[str, Any] = {**self.params, **flatten(job.config, "finetune."), **flatten(job.network, "network.")}
+        params = {name: value for name, value in params.items() if "grid" not in name}
         params |= {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run, "seed": job.seed}
-        params |= {f"finetune.{key}": value for key, value in cell.settings.items()}
+        params |= cell.settings
         params |= {} if cell.fold is None else {"fold": cell.fold}
         # Fewer volumes than a split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
-        tags = {FAILURE: "", NONFINITE: ""}  # of an earlier attempt
-        if job.weights and (made_by := self.made_by.get(job.weights)):
-            tags[PRETRAINING_RUN] = made_by
+        tags = {FAILURE: "", NONFINITE: "", STOPPED: ""}  # of an earlier attempt
+        if job.made_by:
+            tags[PRETRAINING_RUN] = job.made_by
         self._open[trial.trial_id] = self.tracker.open("trial", job.folder.key, cell.name, params, self.parent, tags)
 
     def on_trial_result(
@@ -65,9 +64,9 @@ class TrialCallback(tune.Callback):
         """Log what MLflow does not know yet: after a fault, a trial repeats its records since the last checkpoint."""
         if "failure" in result:
             return
-        run, cell, step, metrics = self._open[trial.trial_id], trial.config["cell"], result["step"], result["metrics"]
+        run, step, metrics = self._open[trial.trial_id], result["step"], result["metrics"]
         self._steps[trial.trial_id] = step
-        loss = f"loss {metrics['loss']:.3f} ({cell.name})" if "loss" in metrics else ""
+        loss = f"loss {metrics['loss']:.3f} ({_of(trial)[0].name})" if "loss" in metrics else ""
         self.bar.update(self.done + sum(self._steps.values()), loss)
         if "started_at" in metrics:  # the first record of every start
             run.started(step)
@@ -75,22 +74,27 @@ class TrialCallback(tune.Callback):
         elif step not in run.logged("selected/step" if "selected/step" in metrics else "lr"):
             run.metrics(metrics, step)
         if "selected/step" in metrics:
-            run.artifact(self.jobs[cell].folder.pull_evaluation())
+            run.artifact(_of(trial)[1].folder.pull_evaluation())
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that a trial is tried again, and why."""
         cause, _ = _cause(trial)
-        say(f"fine-tuning: {trial.config['cell'].name} is tried again from its last checkpoint: {cause}")
+        say(f"fine-tuning: {_of(trial)[0].name} is tried again from its last checkpoint: {cause}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """End the run; it has failed if the trial gave up by itself."""
-        cell = trial.config["cell"]
+        cell, job = _of(trial)
         if failure := trial.last_result.get("failure"):
             self._fail(trial, failure, failure, {NONFINITE: "true"} if trial.last_result.get("nonfinite") else {})
             return
-        self._open.pop(trial.trial_id).close()
-        self.completed += 1
-        self.jobs[cell].folder.clear()  # not before the result is logged: until then a driver may need it
+        run, metrics = self._open.pop(trial.trial_id), trial.last_result["metrics"]
+        self._steps[trial.trial_id] = job.config.steps
+        if stopped := "selected/step" not in metrics:
+            run.tags({STOPPED: f"at step {trial.last_result['step']}"})
+        run.close("KILLED" if stopped else "FINISHED")
+        self.completed += not stopped
+        self.tell(cell, {} if stopped else metrics)
+        job.folder.clear()  # not before the result is logged: until then a driver may need it
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """End the run as failed: Tune does not try this trial again."""
@@ -103,12 +107,19 @@ class TrialCallback(tune.Callback):
             self._open.popitem()[1].close("KILLED")
 
     def _fail(self, trial: Any, cause: str, error: str, tags: Mapping[str, str] | None = None) -> None:
-        run, name = self._open.pop(trial.trial_id), trial.config["cell"].name
+        run, (cell, _) = self._open.pop(trial.trial_id), _of(trial)
         run.tags({FAILURE: cause[:500], **(tags or {})})
         run.text(error, "failure.txt")
         run.close("FAILED")
-        self.failed.append(name)
-        say(f"fine-tuning: {name} failed: {cause}")
+        if tags:  # it would fail again
+            self.tell(cell, None)
+        self.failed.append(cell.name)
+        say(f"fine-tuning: {cell.name} failed: {cause}")
+
+
+def _of(trial: Any) -> tuple[Cell, TrialJob]:
+    """What Tune was given for a trial."""
+    return trial.config["cell"], trial.config["job"]
 
 
 def _cause(trial: Any) -> tuple[str, str]:

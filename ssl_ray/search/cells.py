@@ -1,11 +1,11 @@
-"""The cells of the fine-tuning grid, and under which names the grid's MLflow run keeps what the report reads."""
+"""Cells, the grid of them, and under which names the parent run in MLflow keeps what the report reads."""
 
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ssl_ray.config.loading import changed
+from ssl_ray.config.overrides import changed
 from ssl_ray.config.schema import Finetune
 
 CELLS = "cells.json"
@@ -20,6 +20,12 @@ FAILURE = "ssl_ray.failure"
 NONFINITE = "ssl_ray.nonfinite"
 """Tag of a trial that failed because its loss or gradient was not finite: "true"."""
 
+STOPPED = "ssl_ray.stopped"
+"""Tag of a trial that a search has stopped: at which step."""
+
+JOURNAL = "search.journal"
+"""In the study's folder, and an artifact of a search's run: Optuna's record of the cells that were drawn."""
+
 Init = Literal["random", "pretrained", "permuted"]
 
 
@@ -27,8 +33,8 @@ Init = Literal["random", "pretrained", "permuted"]
 class Cell:
     """One run of one combination of settings.
 
-    overrides: `size` and `init`, and other values of dotted keys of the section `finetune`, `optimizer.lr` at least;
-        sorted by key.
+    overrides: `size` and `init`, and other values of dotted keys of the experiment, `finetune.optimizer.lr` at least;
+        sorted by key, values hashable.
     run: which seed, draw of the labelled volumes and pretraining; cells that differ in `init` alone share them.
     fold: which one of the run, where it has some.
     """
@@ -39,8 +45,8 @@ class Cell:
 
     @classmethod
     def of(cls, size: int, init: Init, lr: float, run: int = 0, fold: int | None = None, **more: Any) -> "Cell":
-        """The cell of these overrides; further keys by `**{"augmentation.shift": 0.2}`."""
-        overrides: dict[str, Any] = {"size": size, "init": init, "optimizer.lr": lr, **more}
+        """The cell of these overrides; further keys by `**{"finetune.augmentation.shift": 0.2}`."""
+        overrides: dict[str, Any] = {"size": size, "init": init, "finetune.optimizer.lr": lr, **more}
         return cls(tuple(sorted(overrides.items())), run, fold)
 
     @property
@@ -57,23 +63,24 @@ class Cell:
     @property
     def lr(self) -> float:
         """Peak learning rate."""
-        return float(dict(self.overrides)["optimizer.lr"])
+        return float(self.settings["finetune.optimizer.lr"])
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The overrides that are keys of the section `finetune`."""
+        """The overrides that are keys of the experiment."""
         return {key: value for key, value in self.overrides if key not in ("size", "init")}
 
     @property
     def name(self) -> str:
         """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
-        more = [f"{key}{value}-" for key, value in self.settings.items() if key != "optimizer.lr"]
+        others = (item for item in self.settings.items() if item[0] != "finetune.optimizer.lr")
+        more = "".join(f"{key.rpartition('.')[2]}{value}-" for key, value in others)
         fold = "" if self.fold is None else f"-fold{self.fold}"
-        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{''.join(more)}run{self.run}{fold}"
+        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{more}run{self.run}{fold}"
 
     def apply(self, config: Finetune) -> Finetune:
-        """The settings that this cell is trained with."""
-        return changed(config, self.settings)
+        """The section `finetune` that this cell is trained with."""
+        return changed(config, {key.removeprefix("finetune."): value for key, value in self.settings.items()})
 
 
 def cells(config: Finetune) -> list[Cell]:

@@ -2,12 +2,13 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.search import Searcher
 
 from ssl_ray.cluster.connect import check_resources
 from ssl_ray.config import depends
@@ -25,7 +26,8 @@ from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.tracker import Run, Tracker
+from ssl_ray.tracking.run import Run, ending
+from ssl_ray.tracking.tracker import Tracker
 from ssl_ray.training.checkpoint import digest
 
 
@@ -70,24 +72,16 @@ def finetune(
     finished = [job for cell, job in jobs.items() if cell not in pending]
     for job in finished:  # a driver that was killed may not have come to this
         job.folder.clear()
-    with Bar("fine-tuning", len(jobs) * config.steps) as bar:
-        made_by, done = {made.weights: made.run_id for made in pretrained}, len(finished) * config.steps
+    with ending(grid_run), Bar("fine-tuning", len(jobs) * config.steps) as bar:
+        done = len(finished) * config.steps
         bar.update(done)
-        runs = TrialCallback(tracker, grid_run.id, params, pending, made_by, bar, done)
-        try:
-            reports = [check_transfer(config, network, made.weights) for made in pretrained]
-            for report in reports[:1]:  # the others differ in their numbers alone
-                grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
-                grid_run.metrics({"transferred_share": report["share"]}, 0)
-            if pending:
-                needed = config.cpus_per_trial, config.gpus_per_trial
-                check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
-                _tune(config, pending, folders, key, runs)
-        except BaseException as error:
-            runs.abandon()
-            grid_run.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-    grid_run.close()
+        runs = TrialCallback(tracker, grid_run.id, params, bar, done)
+        reports = [check_transfer(config, network, made.weights) for made in pretrained]
+        for report in reports[:1]:  # the others differ in their numbers alone
+            grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
+            grid_run.metrics({"transferred_share": report["share"]}, 0)
+        if pending:
+            tune_cells(config, iter(pending.items()), config.max_concurrent_trials or len(pending), folders, key, runs)
     say(f"fine-tuning: {runs.completed} cells trained now, {len(finished)} were done already")
     for name in runs.failed:
         say(f"fine-tuning: cell {name} FAILED; its log is under {folders.study / 'ray'}")
@@ -120,7 +114,8 @@ def trial_jobs(
         path = folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}"
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         data = TrialData(store, training, validation, test, splits.organs)
-        jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder, cell.init == "permuted")
+        made_by = start.run_id if start else None
+        jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder, made_by, cell.init == "permuted")
     compared: dict[tuple[int, int], list[Path]] = defaultdict(list)
     for cell, job in jobs.items():
         compared[cell.size, cell.run].append(job.folder.path)
@@ -155,7 +150,38 @@ def _open(
     return run
 
 
-def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key: str, runs: TrialCallback) -> None:
+class _Cells(Searcher):
+    """Gives Tune one cell after the other, each with its job. How they end, `TrialCallback` tells."""
+
+    def __init__(self, cells: Iterator[tuple[Cell, TrialJob]]) -> None:
+        super().__init__()
+        self._cells = cells
+
+    def suggest(self, trial_id: str) -> Any:
+        cell, job = next(self._cells, (None, None))
+        return {"cell": cell, "job": job} if cell else self.FINISHED
+
+    def on_trial_complete(self, *args: Any, **more: Any) -> None: ...
+
+    def save(self, checkpoint_path: str) -> None: ...
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it for `Tuner.restore`, which we do not use
+
+
+def tune_cells(
+    config: Finetune,
+    cells: Iterator[tuple[Cell, TrialJob]],
+    places: int,
+    folders: Folders,
+    key: str,
+    runs: TrialCallback,
+    stop: Callable[[str, dict[str, Any]], bool] | None = None,
+) -> None:
+    """Have Ray Tune train these cells, so many at once where there is room; `stop` ends a trial at a record of its."""
+    needed = config.cpus_per_trial, config.gpus_per_trial
+    check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
+
     def trainable(space: Mapping[str, Any]) -> None:
         import torch
 
@@ -163,7 +189,7 @@ def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key
 
         torch.set_num_threads(max(1, int(config.cpus_per_trial)))
         device = torch.device("cuda" if config.gpus_per_trial else "cpu")
-        job = jobs[space["cell"]]
+        job: TrialJob = space["job"]
         if job.weights and job.weights.is_relative_to(folders.output.folder):
             folders.output.pull(job.weights)  # another machine may have written them
         try:
@@ -174,24 +200,30 @@ def _tune(config: Finetune, jobs: Mapping[Cell, TrialJob], folders: Folders, key
         try:
             for step, metrics in trial.train():
                 tune.report({"step": step, "metrics": metrics, "precision": trial.config.precision})
-            tune.report({"step": config.steps, "metrics": trial.evaluate()})
+            tune.report({"step": job.config.steps, "metrics": trial.evaluate()})
         except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})
 
     resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(trainable, resources),
-        param_space={"cell": tune.grid_search(list(jobs))},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=config.max_concurrent_trials,
+            search_alg=_Cells(cells),
+            num_samples=-1,
+            max_concurrent_trials=places,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
             name=f"finetune-{key}",
             **folders.ray_storage,
+            stop=stop,
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             callbacks=[runs],
             verbose=0,
         ),
-    ).fit()
+    )
+    try:
+        tuner.fit()
+    finally:
+        runs.abandon()

@@ -52,10 +52,11 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         return ()
     tracker = tracker_of(study)
     try:
-        pretrained = _make_weights(study, folders, tracker, prepared) if needs_weights else []
+        by_cell = study.search is not None and last != "pretrain"
+        pretrained = _make_weights(study, folders, tracker, prepared, by_cell) if needs_weights else []
         if last == "pretrain":
             return ()
-        failed = _run_grid(study, folders, tracker, prepared, pretrained)
+        failed = _fine_tune(study, folders, tracker, prepared, pretrained)
     finally:
         tracker.settle()
         tracker.stop()
@@ -81,8 +82,13 @@ def check_places(study: Study) -> Folders:
 def report(study: Study, folders: Folders) -> None:
     """Write table, figures and page from MLflow alone, and show the table."""
     tracker = tracker_of(study, create=False)
-    written = write_report(study, tracker, folders.study)
-    for path in (written.markdown, written.html, folders.study / "figures"):
+    if study.search:
+        from ssl_ray.report.search import write_search_report
+
+        written = write_search_report(study, tracker, folders.study)
+    else:
+        written = write_report(study, tracker, folders.study)
+    for path in (written.markdown, written.html, *written.files):
         folders.output.push(path)
     uri = without_password(tracker.uri)
     server = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"
@@ -91,8 +97,10 @@ def report(study: Study, folders: Folders) -> None:
     say(f"MLflow:  {server}   (experiment {tracker.experiment!r})")
 
 
-def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts) -> list[Pretrained]:
-    """The weights that `init: pretrained` starts from: this study's own, or those in `finetune.weights`."""
+def _make_weights(
+    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, by_cell: bool
+) -> list[Pretrained]:
+    """The weights that `init: pretrained` starts from: those given, or the study's own, unless a search makes them."""
     if given := study.finetune.weights:
         say(f"pretrained weights are given: {given}")
         return [Pretrained(Path(given).absolute(), weights_digest(Path(given)))]
@@ -103,7 +111,7 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     content["weights to go on from"] = weights_digest(Path(given)) if (given := study.pretrain.weights) else "none"
     identity.record(study, folders, "pretrain", content)
     params, resolved, made = run_params(study, "pretrain"), dump(study), []
-    for number in range(study.pretrain.pretrainings):
+    for number in range(0 if by_cell else study.pretrain.pretrainings):
         recipe, name = recipe_of(study, number), f"pretrain-run{number}" if number else "pretrain"
         own = params | {"seed": str(recipe.seed), "run": str(number)}
         volumes = prepared.training, prepared.validation
@@ -113,10 +121,10 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     return made
 
 
-def _run_grid(
+def _fine_tune(
     study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, pretrained: Sequence[Pretrained]
 ) -> tuple[str, ...]:
-    """Every cell of the fine-tuning grid -> names of those that failed for good."""
+    """Every cell of the grid, or those of the search -> names of those that failed."""
     config, splits, labelled = study.finetune, prepared.splits, prepared.labelled
     held_out = {"validation": splits.validation, "test": splits.test}
     content = {f"labelled {part} volumes": identity.told(usable(cases, labelled)) for part, cases in held_out.items()}
@@ -132,6 +140,10 @@ def _run_grid(
         if pretrained:
             content[f"pretrained weights, run {cell.run}"] = pretrained[cell.run % len(pretrained)].key
     identity.record(study, folders, "finetune", content)
+    if study.search:
+        from ssl_ray.study.searching import run_search  # it loads Optuna
+
+        return run_search(study, folders, tracker, prepared, pretrained, content)
     return finetune(
         config,
         study.network,

@@ -13,8 +13,8 @@ import json
 import shutil
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Condition
 from typing import Any
@@ -199,3 +199,14 @@ class Run:
 def now() -> int:
     """MLflow's time stamp, milliseconds since 1970."""
     return int(time.time() * 1000)
+
+
+@contextmanager
+def ending(run: Run) -> Iterator[None]:
+    """End a run with what is done within, as killed after Ctrl-C, as failed after any other error."""
+    try:
+        yield
+    except BaseException as error:
+        run.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    run.close()

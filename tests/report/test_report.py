@@ -236,12 +236,12 @@ def test_the_page_needs_nothing_beside_it(written: Written) -> None:
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.references
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
-    names = [path.stem for path in report.figures]
+    names = [path.stem for path in report.files]
     assert names == ["label_efficiency", "organs", "finetuning", "pretraining", "restored"]
     assert len(page.references) == page.tags.count("figcaption") == len(names)
     links = re.findall(r"!\[.*?\]\((.*?)\)", report.markdown.read_text())
-    assert {report.markdown.parent / link for link in links} == set(report.figures)
-    assert all(path.is_file() for path in report.figures)
+    assert {report.markdown.parent / link for link in links} == set(report.files)
+    assert all(path.is_file() for path in report.files)
 
 
 def test_listings_are_folded_away_and_groups_of_rows_set_apart(written: Written) -> None:
@@ -285,7 +285,7 @@ def test_the_grid_run_keeps_the_report(written: Written) -> None:
     (grid,) = tracker.runs(kind="grid")
     assert tracker.files(grid.info.run_id, "report") == ["report/report.html", "report/report.md"]
     assert tracker.read(grid.info.run_id, "report/report.html") == report.html.read_bytes()
-    assert len(tracker.files(grid.info.run_id, "report/figures")) == len(report.figures)
+    assert len(tracker.files(grid.info.run_id, "report/figures")) == len(report.files)
     assert grid.info.status == "FINISHED"
 
 

@@ -1,6 +1,5 @@
 """What the MLflow run of a cell is told, without Ray."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 from studies import small_study
 
 from ssl_ray.search.callbacks import TrialCallback
-from ssl_ray.search.cells import NONFINITE, Cell
+from ssl_ray.search.cells import FAILURE, NONFINITE, STOPPED, Cell
 from ssl_ray.study.parts import run_params
 
 CELL = Cell.of(6, "pretrained", 2e-3, 1)
@@ -45,15 +44,28 @@ class Told:
     def update(self, *_: Any) -> None: ...
 
 
+def trial_of(told: Told, **result: Any) -> Any:
+    """What Tune has of the cell's trial, whose weights a run has made."""
+    config = CELL.apply(small_study(finetune={"optimizer": {"lr": 1e-4}, "steps": 30}).finetune)
+    data = SimpleNamespace(training=(1, 2), validation=(3,), test=())
+    folder = SimpleNamespace(key="key", clear=lambda: told.labels.update(cleared="yes"))
+    job = SimpleNamespace(
+        config=config, network=small_study().network, data=data, seed=7, made_by="made by", folder=folder
+    )
+    return SimpleNamespace(trial_id="1", config={"cell": CELL, "job": job}, last_result=result)
+
+
+def callback_of(told: Told, **changes: Any) -> TrialCallback:
+    arguments: Any = (told, "grid", run_params(small_study(), "finetune"), told, 0)
+    return TrialCallback(*arguments, **changes)
+
+
 @pytest.mark.parametrize("nonfinite", [True, False])
 def test_a_trial_is_described_and_says_why_it_failed(nonfinite: bool) -> None:
     """Size, start, rate, run, seed, precision and volumes; a loss that was not finite has a tag of its own."""
-    study, told = small_study(finetune={"optimizer": {"lr": 1e-4}}), Told()
-    data = SimpleNamespace(training=(1, 2), validation=(3,), test=())
-    job = SimpleNamespace(data=data, seed=7, weights=Path("w"), folder=SimpleNamespace(key="key"))
-    arguments: Any = (told, "grid", run_params(study, "finetune"), {CELL: job}, {Path("w"): "made by"}, told, 0)
-    callback = TrialCallback(*arguments)
-    trial = SimpleNamespace(trial_id="1", config={"cell": CELL}, last_result={"failure": "why", "nonfinite": nonfinite})
+    told = Told()
+    callback = callback_of(told)
+    trial = trial_of(told, failure="why", nonfinite=nonfinite)
     callback.on_trial_start(0, [], trial)
     callback.on_trial_result(0, [], trial, {"step": 0, "metrics": {"started_at": 0.0}, "precision": "bfloat16"})
     expected = {"size": 6, "init": "pretrained", "lr": 2e-3, "run": 1, "seed": 7, "precision": "bfloat16"}
@@ -65,3 +77,18 @@ def test_a_trial_is_described_and_says_why_it_failed(nonfinite: bool) -> None:
     assert told.labels["ssl_ray.failure"] == "why"
     assert told.labels["ssl_ray.nonfinite"] == ("true" if nonfinite else "")
     assert (told.status, callback.failed) == ("FAILED", [CELL.name])
+
+
+def test_a_stopped_trial_is_no_failed_one() -> None:
+    """It ends as killed, with the step, and is over."""
+    told, heard = Told(), list[Any]()
+    callback = callback_of(told, tell=lambda *what: heard.append(what))
+    result = {"step": 10, "metrics": {"validation/dice_foreground": 0.1, "lr": 1e-3}}
+    trial = trial_of(told, **result)
+    callback.on_trial_start(0, [], trial)
+    callback.on_trial_result(0, [], trial, result)
+    callback.on_trial_complete(0, [], trial)
+    assert heard == [(CELL, {})]
+    assert (told.status, told.labels[STOPPED], told.labels[FAILURE]) == ("KILLED", "at step 10", "")
+    assert (callback.completed, callback.failed) == (0, [])
+    assert told.labels["cleared"] == "yes"

@@ -10,6 +10,7 @@ import pytest
 from studies import small_study
 
 from ssl_ray.config import depends
+from ssl_ray.config.search import resolved
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Volume
@@ -59,14 +60,26 @@ def keys(changes: Mapping[str, Any] | None = None, weights: int = 1, **study: An
 
 def test_a_cell_is_a_value() -> None:
     """Equal overrides are one cell; the name tells all of them apart, and the settings are the cell's own."""
-    cell = Cell.of(6, "pretrained", 1e-4, 2, **{"augmentation.shift": 0.2})
-    assert {cell: 1}[Cell.of(6, "pretrained", 1e-4, 2, **{"augmentation.shift": 0.2})] == 1
+    more = {"finetune.augmentation.shift": 0.2, "pretrain.epochs": 7}
+    cell = Cell.of(6, "pretrained", 1e-4, 2, **more)
+    assert {cell: 1}[Cell.of(6, "pretrained", 1e-4, 2, **dict(reversed(more.items())))] == 1
     assert (cell.size, cell.init, cell.lr, cell.run) == (6, "pretrained", 1e-4, 2)
     assert Cell.of(6, "pretrained", 1e-4).name == "n06-pretrained-lr0.0001-run0"
-    assert cell.name == "n06-pretrained-lr0.0001-augmentation.shift0.2-run2"
-    assert cell.settings == Cell.of(6, "random", 1e-4, 2, **{"augmentation.shift": 0.2}).settings
+    assert cell.name == "n06-pretrained-lr0.0001-shift0.2-epochs7-run2"
+    assert cell.name != Cell.of(6, "pretrained", 1e-4, 2, **(more | {"pretrain.epochs": 8})).name
+    assert cell.settings == Cell.of(6, "random", 1e-4, 2, **more).settings
     applied = cell.apply(small_study().finetune)
     assert (applied.optimizer.lr, applied.augmentation.shift, applied.augmentation.flip_prob) == (1e-4, 0.2, 0.1)
+
+
+def test_a_cell_is_an_experiment() -> None:
+    """With any keys of it changed, and no other cell in its grid: the very one that a study of its own would train."""
+    study = small_study(finetune={**GRID, "primary": 4})
+    cell = Cell.of(2, "random", 2e-3, **{"network.feature_size": 8, "pretrain.epochs": 7})
+    own = resolved(study, dict(cell.overrides))
+    assert (own.network.feature_size, own.pretrain.epochs, own.finetune.optimizer.lr) == (8, 7, 2e-3)
+    assert cells(own.finetune) == [Cell.of(2, "random", 2e-3)]
+    assert own.seed == study.seed
 
 
 def test_the_grid_is_every_combination_in_every_run() -> None:

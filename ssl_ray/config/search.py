@@ -1,0 +1,109 @@
+"""The section `search` of an experiment: cells whose values are drawn from a space, instead of the grid's."""
+
+import difflib
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from ssl_ray.config.common import Section
+from ssl_ray.config.overrides import S, changed, keys, placed
+
+_SEARCHED = re.compile(
+    r"(finetune\.(?!weights)|pretrain\.|network\.)(?!(cohort|grid|runs|margin|primary|sources|pretrainings)\b)"
+)
+"""Keys that say how one cell is trained, not which cells and volumes there are."""
+
+
+def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """One distribution, its values hashable; ends that YAML reads as text, such as 1e-4, become numbers."""
+    kind, values = next(iter(given.items()), ("", ()))
+    if kind == "choice":
+        values = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        fits = bool(values) and not any(value in values[:place] for place, value in enumerate(values))
+    else:
+        try:
+            low, high = values = tuple(int(str(value)) if kind == "int" else float(value) for value in values)
+            fits = (0 if kind == "loguniform" else -math.inf) < low < high < math.inf
+        except (TypeError, ValueError):
+            fits = False
+    if len(given) != 1 or not fits:
+        raise ValueError(
+            "one of choice (values, none twice), uniform, loguniform (positive) and int (whole): [lowest, highest], "
+            f"got {given}"
+        )
+    return {kind: values}
+
+
+Distribution = Annotated[
+    dict[Literal["choice", "uniform", "loguniform", "int"], tuple[Any, ...]], AfterValidator(_fits)
+]
+"""E.g. `{loguniform: [1.0e-4, 1.0e-2]}`; both ends may be drawn. A choice of one value sets it."""
+
+_METRIC = "^((original_)?dice_foreground|dice_with_background|published_dice|original_surface_dice|original_hd95)$"
+"""Of `ssl_ray.evaluate.scores`. Those on the original grid are measured at the end of a trial alone."""
+
+
+class Search(Section):
+    """How cells are drawn, how many, and from what. The space is flat: what a cell's kinds do not read is ignored."""
+
+    algorithm: Literal["grid", "random", "optuna"] = Field("optuna", description="optuna: its TPE sampler")
+    scheduler: Literal["none", "asha"] = Field("none", description="asha: stops the worse cells early")
+    samples: PositiveInt = Field(20, description="cells; algorithm grid has every combination of its choices instead")
+    metric: str = Field("dice_foreground", pattern=_METRIC, description="on the validation volumes")
+    mode: Literal["max", "min"] = "max"
+    budget: PositiveFloat | None = Field(None, description="hours, over all restarts, pretrainings included")
+    space: dict[str, Distribution] = Field(min_length=1, description="by dotted key of the experiment; size, init")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Search":
+        if self.algorithm == "grid" and not all("choice" in one for one in self.space.values()):
+            raise ValueError("space: with algorithm grid, every key must have a choice")
+        if self.scheduler == "asha" and self.metric.startswith("original_"):
+            raise ValueError(f"metric: asha needs one that every validation measures, got {self.metric}")
+        return self
+
+
+def resolved(experiment: S, values: Mapping[str, Any]) -> S:
+    """The experiment, validated, of which the cell with these values, `size` and `init` among them, is the only one."""
+    grid = {"finetune.grid.sizes": [values["size"]], "finetune.grid.init": [values["init"]], "finetune.grid.lr": None}
+    return changed(experiment, {**grid, "finetune.primary": None, "search": None, **values})
+
+
+def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse a key that cannot be searched, and a value that is refused beside all else that may be drawn (50 draws).
+
+    `given` are the values of `size` and `init` in the grid; where the space does not draw them, there is one of each.
+    """
+    valid = [*given, *(key for key in keys(type(experiment)) if _SEARCHED.match(key))]
+    drawn = {key: values for key, one in space.items() for values in one.values()}
+    for key in drawn.keys() - valid:
+        near = [one for one in valid if one.startswith(f"{key}.")] or difflib.get_close_matches(key, valid, 1, 0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"search.space.{key}: not a key that can be searched{hint}")
+    for name, there in given.items():
+        chosen = space[name].get("choice", ()) if name in space else there[:1]
+        if not set(chosen) <= set(there) or len(chosen) < min(len(there), 1 + (name not in space)):
+            raise ValueError(f"search.space.{name}: must be a choice out of the grid's {list(there)}")
+    base, draw = {name: there[0] for name, there in given.items()}, random.Random(0)
+    beside = [base, *({**base, **{key: draw.choice(values) for key, values in drawn.items()}} for _ in range(50))]
+    for key, value in ((key, value) for key, values in drawn.items() for value in values):
+        cells = [{**others, key: value} for others in beside]
+        cells = [cell for cell in cells if key in given or key in placed(experiment, cell)[1]]
+        refusals = list(takewhile(bool, (_refusal(experiment, cell) for cell in cells)))
+        if len(refusals) == len(cells):
+            rule = f"is refused: {refusals[0]}" if cells else "is read by none of the kinds that are set or drawn"
+            raise ValueError(f"search.space.{key}: {value!r} {rule}")
+
+
+def _refusal(experiment: BaseModel, values: Mapping[str, Any]) -> str:
+    try:
+        resolved(experiment, values)
+    except ValidationError as error:
+        mistake = error.errors()[0]
+        return f"{'.'.join(map(str, mistake['loc']))} {mistake['msg']}".strip()
+    return ""

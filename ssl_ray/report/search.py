@@ -1,0 +1,91 @@
+"""The page of a search, from MLflow alone: what was tried, what mattered, and the best cell. It claims nothing."""
+
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import optuna
+from matplotlib import pyplot
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.visualization.matplotlib import plot_parallel_coordinate
+
+from ssl_ray.config.loading import dump, parse
+from ssl_ray.config.schema import Study
+from ssl_ray.config.search import resolved
+from ssl_ray.errors import UserError
+from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
+from ssl_ray.report.page import TEMPLATES, literal, to_html
+from ssl_ray.report.results import newest_parent
+from ssl_ray.report.tables import Table
+from ssl_ray.report.write import Report
+from ssl_ray.search.cells import JOURNAL
+from ssl_ray.search.proposals import open_journal, status
+from ssl_ray.tracking.tracker import KEY, Tracker
+
+
+def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
+    """Write `report.md`, `report.html`, `figures/search.png` and `best.yaml`, and log them with the search's run."""
+    parent, config = newest_parent(study, tracker, "search")
+    run_id, ran = parent.info.run_id, parse(config, "experiment.yaml in MLflow")
+    assert ran.search
+    if (journal := tracker.read(run_id, JOURNAL)) is None:
+        raise UserError(f"{JOURNAL} of the search {run_id} is not in MLflow yet: run the study first")
+    with TemporaryDirectory() as scratch:
+        (path := Path(scratch) / JOURNAL).write_bytes(journal)
+        kept = open_journal(path, parent.data.tags[KEY], ran.search.mode)
+        drawn, search = optuna.create_study(direction=kept.direction), ran.search
+        drawn.add_trials(trial for trial in kept.get_trials() if status(trial))
+    tried, finished = drawn.get_trials(), drawn.get_trials(states=[TrialState.COMPLETE])
+    best = drawn.best_trial if finished else None
+    keys = [key for key, one in search.space.items() if len(*one.values()) > 1]
+    rows = [_row(trial, keys, trial == best) for trial in tried]
+    table = Table(["number", "status", *keys, "last step", search.metric, "note"], rows, 2)
+    values: dict[str, Any] = {"study": study, "search": search, "config": config, "best": best, "cells": table}
+    values |= {"statuses": list(map(status, tried)), "importances": {}, "test": None}
+    if len(finished) >= 20:
+        values["importances"] = optuna.importance.get_param_importances(drawn, params=keys)
+    figures, more = [], []
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    if best:
+        figures, more = [folder / "figures" / "search.png"], [folder / "best.yaml"]
+        _draw(drawn, keys, search.metric, *figures)
+        own = resolved(ran, best.user_attrs["cell"]).model_copy(update={"name": f"{study.name}-best"})
+        values["yaml"] = dump(own)
+        more[0].write_text(values["yaml"], encoding="utf-8")
+        for run in tracker.runs(kind="trial", key=best.user_attrs["key"])[:1]:
+            values["test"] = run.data.metrics.get(f"selected/test/{ORIGINAL_DICE_FOREGROUND}")
+    text = TEMPLATES.get_template("search.md.j2").render(values)
+    markdown, html = folder / "report.md", folder / "report.html"
+    markdown.write_text(text, encoding="utf-8")
+    html.write_text(to_html(text, folder, f"{study.name}: a search"), encoding="utf-8")
+    for path in (markdown, html, *more, *figures):
+        tracker.attach(run_id, path, "report/figures" if path in figures else "report")
+    return Report(str(table), markdown, html, (*figures, *more))
+
+
+def _draw(drawn: optuna.Study, keys: list[str], metric: str, path: Path) -> None:
+    """Optuna's parallel coordinates of the cells that have a score; one axis says which of them were stopped."""
+    shown = optuna.create_study(direction=drawn.direction)
+    for trial in (one for one in drawn.get_trials() if one.value is not None):
+        params = trial.params | {"status": status(trial)}
+        kinds = trial.distributions | {"status": CategoricalDistribution(("finished", "stopped"))}
+        shown.add_trial(create_trial(value=trial.value, params=params, distributions=kinds))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is experimental, and an axis on which all have one value
+        axis = plot_parallel_coordinate(shown, params=[*keys, "status"], target_name=metric)
+    for lines in axis.collections:  # without the palest
+        lines.set_cmap("viridis_r")
+    axis.set_title("")
+    axis.figure.set_size_inches(11, 5)
+    axis.figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(axis.figure)
+
+
+def _row(trial: FrozenTrial, keys: list[str], best: bool) -> list[str]:
+    mark, own = "**" if best else "", trial.user_attrs.get("cell", {})
+    values = [f"{own[key]:.4g}" if isinstance(own.get(key), float) else str(own.get(key, "-")) for key in keys]
+    score = "" if trial.value is None else f"{mark}{trial.value:.3f}{mark}"
+    notes = literal(trial.user_attrs.get("note", ""))
+    return [str(trial.number), status(trial), *map(literal, values), str(trial.last_step or ""), score, notes]
