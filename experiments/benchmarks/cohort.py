@@ -93,7 +93,7 @@ def fill(
             dtype=str(prepared.image.dtype),
             levels=prepared.levels,
             channels=1,
-            hu_window=preparation.hu_window,
+            seen=(0.0, 1.0),
             original_shape=shape,
             label_voxels={str(value): int(number) for value, number in enumerate(counts) if number},
             largest_label=max(0, classes - 1),

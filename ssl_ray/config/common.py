@@ -1,4 +1,4 @@
-"""What the sections of an experiment share: types of fields, preparation, network, optimizer."""
+"""What the sections of an experiment share: types of fields, network, optimizer."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -39,21 +39,13 @@ Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeVa
 """Millimetres along the three axes; one number in the YAML means three equal ones."""
 PatchSize = Annotated[tuple[_Side, _Side, _Side], BeforeValidator(_three)]
 """Voxels along the three axes; one number in the YAML means three equal ones."""
-HuWindow = Annotated[tuple[float, float], rule(lambda ends: ends[0] < ends[1], "the lower HU must be below the upper")]
+by_kind = BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
+"""Of a section that has kinds: its name alone in the YAML stands for all defaults of that kind."""
 one_or_more = rule(lambda values: 0 < len(set(values)) == len(values), "at least one value, and none twice")
 
 
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A section of the YAML: unknown keys, NaN and infinity are refused, values do not change after loading."""
-
-
-class Preparation(Section):
-    """From NIfTI to the canonical array; every field is part of the key under which the store keeps a volume."""
-
-    orientation: Literal["RAS", "LPS", "LAS"] | None = "RAS"
-    spacing: Spacing = Field(description="mm")
-    hu_window: HuWindow = Field(description="HU that become 0 and 1; values outside are clipped")
-    crop_foreground: bool = True
 
 
 class Network(Section):
@@ -89,14 +81,3 @@ class Optimizer(Section):
         if self.warmup_steps >= max(1, steps):
             rule = f"must be below the {steps} steps of this training"
             raise UserError(f"{section}optimizer.warmup_steps: {rule}, got {self.warmup_steps}")
-
-
-class Stage(Section):
-    """What pretraining and fine-tuning have in common."""
-
-    preparation: Preparation
-    patch_size: PatchSize = (96, 96, 96)
-    precision: Precision = "auto"
-    compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
-    on_nonfinite: OnNonfinite = "skip"
-    max_skipped: PositiveInt = Field(10, description="steps in a row whose loss or gradient is not finite")

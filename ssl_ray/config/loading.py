@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ssl_ray.config.common import Section
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.text import shown, without_password
@@ -119,24 +120,34 @@ _NO_KEY = re.compile(r"str|constrained-int|tuple\[.*\]|\[key\]")
 
 def _explain(name: str, mistake: Any) -> str:
     """One line about one error of pydantic's."""
-    keys = [str(part) for part in mistake["loc"] if not _NO_KEY.fullmatch(str(part))]
+    unknown = [str(mistake["loc"][-1])] if mistake["type"] == "extra_forbidden" else []
+    keys, section = _located(mistake["loc"][:-1] if unknown else mistake["loc"])
+    keys += unknown
     place = f"{name}: {'.'.join(keys)}" if keys else name
     rule = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "extra_forbidden":
-        valid = _keys_of_section(mistake["loc"][:-1])
-        near = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.5)
+    if unknown:
+        valid = list(section.model_fields)
+        near = difflib.get_close_matches(unknown[0], valid, n=1, cutoff=0.5)
         rule = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
     elif mistake["type"] not in ("value_error", "missing"):
         rule = f"{rule[0].lower()}{rule[1:]}, got {shown(_Short().repr(mistake['input']), 80)}"
     return shown(f"{place}: {rule}", 1000)
 
 
-def _keys_of_section(location: Iterable[int | str]) -> list[str]:
-    """Valid keys of the section that a pydantic error's location leads to."""
-    section: type[BaseModel] = Study
-    for part in location:
-        if field := section.model_fields.get(str(part)):
+def _located(location: Iterable[int | str]) -> tuple[list[str], type[BaseModel]]:
+    """The keys in the YAML, and the section, that a pydantic error's location leads to."""
+    sections = [section for section in Section.__subclasses__() if "kind" in section.model_fields]
+    kinds = {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
+    keys: list[str] = []
+    found: type[BaseModel] = Study
+    for part in map(str, location):
+        if field := found.model_fields.get(part):
             # `Source` of `tuple[Source, ...]`, `PhantomCohort` of `PhantomCohort | None`
             types = (field.annotation, *get_args(field.annotation))
-            section = next(kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return list(section.model_fields)
+            found = next((kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel)), found)
+        elif part in kinds or _NO_KEY.fullmatch(part):
+            found = kinds.get(part, found)
+            continue
+        # The short form of a section has its key twice: as the user wrote it, and as that of the section.
+        keys += [part] if part.isdecimal() or keys[-1:] != [part] else []
+    return keys, found

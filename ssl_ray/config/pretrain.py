@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import Optimizer, Section, Share, Stage, one_or_more, rule
+from ssl_ray.config.common import Optimizer, Section, Share, one_or_more, rule
+from ssl_ray.config.preparation import Stage
 
 BoxSides = Annotated[
     tuple[PositiveInt, PositiveInt],

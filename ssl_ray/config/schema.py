@@ -8,13 +8,14 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import VIT_LAYERS, VIT_PATCH, Network, Optimizer, Preparation, Section, Seed
+from ssl_ray.config.common import VIT_LAYERS, VIT_PATCH, Network, Optimizer, Section, Seed
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
+from ssl_ray.config.preparation import Normalise, Preparation
 from ssl_ray.config.pretrain import Contrastive, Corruption, Pretrain, Source
 
 __all__ = ["VIT_LAYERS", "VIT_PATCH", "LocalCluster", "Network", "Optimizer", "Preparation", "Study", "Tracking"]
 __all__ += ["Augmentation", "Contrastive", "Corruption", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss"]
-__all__ += ["Source"]
+__all__ += ["Normalise", "Source"]
 
 
 class PhantomCohort(Section):
@@ -67,6 +68,16 @@ class Study(Section):
                 f"pretrain.pretrainings: must be 1 or as many as finetune.runs, as runs that share a pretraining with "
                 f"some of the others would depend on each other, and 1 with finetune.weights, which are of one; got "
                 f"{pretrainings} for {runs} runs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_number_of_channels(self) -> "Study":
+        ours, theirs = self.pretrain.preparation.channels, self.finetune.preparation.channels
+        if self.pretrains and ours != theirs:
+            raise ValueError(
+                f"pretrain.preparation.channels: must be that of finetune.preparation, whose network starts from the "
+                f"pretrained weights; got {ours} and {theirs}"
             )
         return self
 

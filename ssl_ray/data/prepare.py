@@ -18,6 +18,7 @@ from ssl_ray.config.schema import Preparation
 from ssl_ray.console import track
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import content_digest, on_image_grid, read_label, read_nifti
+from ssl_ray.data.normalisations.registry import storage
 from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
@@ -44,7 +45,8 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     time have not changed. A volume that cannot be used is a UserError, a store that cannot be read or written an
     OSError.
     """
-    files = {"image": case.image} | ({"label": case.label} if case.label else {})
+    further = {f"image.{number}": path for number, path in enumerate(case.others, 1)}
+    files = {"image": case.image, **further} | ({"label": case.label} if case.label else {})
     digests, content = {}, {}
     for name, file in files.items():
         try:
@@ -61,10 +63,11 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     if None in content.values():  # the sources are known, but the store has no volume of them
         return prepare_case(case, preparation, store, verify=True)
     image, label = read_nifti(case.image, content["image"]), None
+    others = [on_image_grid(image, read_nifti(path, content[name]), path, "channel") for name, path in further.items()]
     if case.label:
         label = on_image_grid(image, read_label(case.label, content["label"]), case.label)
     try:
-        canonical = prepare(image, label, preparation)
+        canonical = prepare(image, label, preparation, others)
     except ValueError as error:
         raise UserError(f"{case.image}: {error}") from error
     counts = np.bincount(canonical.label.ravel()) if canonical.label is not None else ()
@@ -72,17 +75,20 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
         key=key,
         **named,
         content=content_digest(image),
-        shape=canonical.image.shape,
+        shape=canonical.image.shape[-3:],
         spacing=preparation.spacing,
         affine=tuple(map(tuple, canonical.affine.tolist())),
         dtype=str(canonical.image.dtype),
         levels=canonical.levels,
-        channels=1,
-        hu_window=preparation.hu_window,
+        channels=1 + len(others),
+        seen=storage(preparation.normalise).seen,
         original_shape=image.voxels.shape,
         label_voxels={str(value): int(count) for value, count in enumerate(counts) if count},
         largest_label=int(label.voxels.max()) if label else 0,
         files={},
+        normalise=preparation.normalise.model_dump(mode="json"),
+        intensities=canonical.intensities,
+        body=canonical.body,
     )
     return store.put(volume, canonical), True
 

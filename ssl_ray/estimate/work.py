@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.normalise import levels
+from ssl_ray.data.normalisations.registry import storage
 from ssl_ray.estimate.volumes import Group
 from ssl_ray.evaluate.sliding_window import sliding_windows
 from ssl_ray.networks.flops import network_cost
@@ -28,8 +28,8 @@ def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
     table = SampleTable(study.seed, shapes, config.patch_size, patches, config.batch_size, config.epochs)
     checks = groups["unlabelled validation"].volumes * patches * len(table.boundaries(config.validate_every))
     cost = network_cost(build_autoencoder, study.network, config.patch_size)
-    itemsize = 1 if levels(config.preparation.hu_window) == 255 else 2
-    block_steps = segments(table, 0, world, config.block_megabytes * 2**20, itemsize)[0].block_steps
+    voxel_bytes = config.preparation.channels * np.dtype(storage(config.preparation.normalise).dtype).itemsize
+    block_steps = segments(table, 0, world, config.block_megabytes * 2**20, voxel_bytes)[0].block_steps
     share = len(table.rank_samples(0, 0, world))
     # A worker holds a block, the next is fetched and one waits; the next segment opens before the last has ended.
     in_flight = min(2 * 3 * world * block_steps * share, table.steps * config.batch_size)
@@ -46,7 +46,7 @@ def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
         "flops": table.steps * per_step + checks * cost.forward,
         "weights_bytes": cost.weights_bytes,  # with `shard`, divided among the workers like the next
         "optimizer_bytes": 2 * cost.trained_bytes,  # Adam's two moments
-        "object_store_bytes": in_flight * math.prod(config.patch_size) * itemsize,
+        "object_store_bytes": in_flight * math.prod(config.patch_size) * voxel_bytes,
         "exchanged_bytes_per_step": rings * (world - 1) * cost.trained_bytes // world,  # by each worker
     }
 

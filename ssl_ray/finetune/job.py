@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.store import Store, Volume
+from ssl_ray.networks.weight_files import with_metadata
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
 
@@ -51,11 +51,13 @@ class TrialFolder:
         """Folder of the training states, by step."""
         return self.path / "checkpoints"
 
-    def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any]) -> None:
+    def keep_result(
+        self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any], metadata: Mapping[str, str]
+    ) -> None:
         """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""
         contiguous = {name: value.contiguous() for name, value in weights.items()}
         for name, content in (
-            ("unetr.safetensors", save(contiguous)),
+            ("unetr.safetensors", with_metadata(contiguous, metadata)),
             ("evaluation.json", json.dumps(evaluation, indent=1).encode()),
         ):
             write_file(self.path / name, content)

@@ -49,7 +49,7 @@ class SegmentationLearner:
         self.compiled = config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
 
     def step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step on images (B, 1, X, Y, Z) and labels of the same shape.
+        """One optimizer step on images (B, C, X, Y, Z) and labels (B, 1, X, Y, Z).
 
         Returns:
             The loss and the gradient norm, both on the device. If either is not finite, the returned norm is not, and
@@ -59,7 +59,7 @@ class SegmentationLearner:
         return loss.detach(), take_step(self.optimizer, self.config.optimizer, lr)
 
     def predict(self, image: Tensor) -> Tensor:
-        """Segment a volume (X, Y, Z) in 0..1 by sliding windows: uint8 of the same shape, on the device."""
+        """Segment a volume (C, X, Y, Z) by sliding windows: (X, Y, Z) uint8, on the device."""
         return predict(
             self.network,
             image.to(self.device),
@@ -79,8 +79,9 @@ class SegmentationLearner:
     def _try(self) -> None:
         """A forward and backward pass in the shapes of a training step, which leaves no gradients behind."""
         patches = self.config.volumes_per_step * self.config.patches_per_volume
-        images = torch.zeros(patches, 1, *self.config.patch_size, device=self.device)
-        self._backward(images, images.to(torch.uint8))
+        channels = self.config.preparation.channels
+        images = torch.zeros(patches, channels, *self.config.patch_size, device=self.device)
+        self._backward(images, images[:, :1].to(torch.uint8))
         self.network.zero_grad(set_to_none=True)
 
 

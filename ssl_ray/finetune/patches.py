@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_ray.config.schema import Augmentation, Finetune
-from ssl_ray.data.patch import open_array, read_patch
+from ssl_ray.data.patch import as_seen, open_array, read_patch, stored_zero
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.random import generator
 
@@ -29,13 +29,13 @@ class PatchSampler:
     seed: int
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 1, X, Y, Z) float32 in 0..1 and labels (B, 1, X, Y, Z) uint8 of one step, augmented.
+        """Images (B, C, X, Y, Z) float32 and labels (B, 1, X, Y, Z) uint8 of one step, augmented.
 
         A step takes the next `volumes_per_step` volumes of an endless sequence of shuffled epochs, and
         `patches_per_volume` patches of each.
         """
         images, labels = zip(*(self._patch(index, volume) for index, volume in self.patches(step)), strict=True)
-        return torch.stack(images).unsqueeze(1), torch.stack(labels).unsqueeze(1)
+        return torch.stack(images), torch.stack(labels).unsqueeze(1)
 
     def patches(self, step: int) -> Iterator[tuple[int, Volume]]:
         """The index of each patch of a step, and the volume that it is cut from."""
@@ -50,7 +50,8 @@ class PatchSampler:
         random, size = generator(self.seed, _PATCH, index), self.config.patch_size
         image, label = (open_array(self.store, volume.key, name) for name in ("image", "label"))
         origin = crop_origin(self._centre(volume, image, label, random), volume.shape, size)
-        intensity = torch.from_numpy(read_patch(image, origin, size).astype(np.float32) / np.float32(volume.levels))
+        stored = read_patch(image, origin, size, fill=stored_zero(volume.levels, volume.seen))
+        intensity = torch.from_numpy(as_seen(stored.astype(np.float32), volume.levels, volume.seen).reshape(-1, *size))
         return augment(intensity, torch.from_numpy(read_patch(label, origin, size)), self.config.augmentation, random)
 
     def _centre(
@@ -67,7 +68,7 @@ class PatchSampler:
             return tuple(int(v) for v in np.unravel_index(chosen, volume.shape))
         for _ in range(_TRIES):  # rejection has the distribution of a draw from all such voxels, without a list of them
             voxel = tuple(int(v) for v in random.integers(0, volume.shape))
-            if image[voxel] > 0 and label[voxel] == 0:
+            if label[voxel] == 0 and np.any(image[..., *voxel] > np.array(volume.body)):
                 break
         return voxel
 
@@ -80,11 +81,11 @@ def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]
 
 
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; shapes (X, Y, Z) stay."""
-    axes = [axis for axis in config.flip_axes if random.random() < config.flip_prob]
+    """Flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; shapes (..., X, Y, Z) stay."""
+    axes = [axis - 3 for axis in config.flip_axes if random.random() < config.flip_prob]
     turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
     shift = random.uniform(-config.shift, config.shift) if random.random() < config.shift_prob else 0.0
-    if image.shape[0] != image.shape[1]:
+    if image.shape[-3] != image.shape[-2]:
         turns = turns // 2 * 2  # a quarter turn would exchange unequal sides
-    image, label = (torch.rot90(torch.flip(volume, axes), turns) for volume in (image, label))
+    image, label = (torch.rot90(torch.flip(volume, axes), turns, (-3, -2)) for volume in (image, label))
     return image + shift, label

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ssl_ray.data.nifti import read_label
-from ssl_ray.data.patch import open_array
+from ssl_ray.data.normalise import metadata
+from ssl_ray.data.patch import as_seen, open_array
 from ssl_ray.data.store import Volume
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
@@ -110,7 +111,7 @@ class Trial:
         for name, cases in scores.items():
             metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, data.organs).items()}
             tree[name] = [asdict(case) for case in cases]
-        self.job.folder.keep_result(self.best_weights, tree)
+        self.job.folder.keep_result(self.best_weights, tree, metadata(self.config.preparation))
         return metrics
 
     def _begin_record(self, step: int) -> None:
@@ -173,8 +174,8 @@ class Trial:
 
     def _read(self, volume: Volume) -> tuple[Volume, Tensor, Tensor]:
         image, label = (open_array(self.job.data.store, volume.key, name) for name in ("image", "label"))
-        intensity = torch.from_numpy(np.asarray(image, dtype=np.float32)).div_(volume.levels)
-        return volume, intensity, torch.from_numpy(np.array(label))
+        intensity = as_seen(torch.from_numpy(np.asarray(image, dtype=np.float32)), volume.levels, volume.seen)
+        return volume, intensity.reshape(-1, *volume.shape), torch.from_numpy(np.array(label))
 
     def _score(self, case: tuple[Volume, Tensor, Tensor]) -> CaseScores:
         """All scores of a case. The original labels are read only here, so that few of them are in memory at once."""

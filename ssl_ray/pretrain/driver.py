@@ -196,7 +196,8 @@ def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed
     draws = config.patches_per_volume, config.batch_size, config.epochs
     table, first = SampleTable(recipe.seed, shapes, config.patch_size, *draws), volumes[0]
     keys, ids = (tuple(getattr(volume, name) for volume in volumes) for name in ("key", "id"))
-    return Feed(table, Store(folders.cache, folders.scratch), keys, ids, first.dtype, first.levels)
+    stored = first.dtype, first.levels, first.channels, first.seen
+    return Feed(table, Store(folders.cache, folders.scratch), keys, ids, *stored)
 
 
 class _Collector:

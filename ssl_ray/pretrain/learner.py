@@ -15,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray.config.schema import Pretrain
+from ssl_ray.data.normalise import metadata
+from ssl_ray.data.patch import as_seen
 from ssl_ray.networks.faster import use_fast_attention, use_patch_products
 from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
@@ -69,7 +71,7 @@ class PretrainingLearner:
     def step(
         self, images: npt.NDArray[Any], indices: npt.NDArray[np.int64], world: int, lr: float
     ) -> tuple[Tensor, Tensor]:
-        """One optimizer step on this rank's (B, X, Y, Z) patches of the global batch.
+        """One optimizer step on this rank's patches of the global batch, as stored.
 
         Returns the mean loss of the rank's patches and the global gradient norm, both on the device. Where either is
         not finite on any rank, the norm is not on all of them, and no rank has changed its weights.
@@ -95,8 +97,8 @@ class PretrainingLearner:
             weight = counted * world / self.config.batch_size
             ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
             with ddp.no_sync() if ddp and start != starts[-1] else nullcontext():
-                clean = scale(part, self.job.training.levels)
-                corrupted = torch.cat([corrupt(clean, drawn.take(rows)) for drawn in draws])  # (views * B, 1, X, Y, Z)
+                clean = scale(part, self.job.training.levels, self.job.training.seen)
+                corrupted = torch.cat([corrupt(clean, drawn.take(rows)) for drawn in draws])  # (views * B, C, X, Y, Z)
                 with autocast(self.device, self.dtype):
                     own, total = self.model(corrupted, clean)
                 # A NaN loss can still give finite gradients. Multiply by NaN, so that every rank sees it in the
@@ -139,7 +141,7 @@ class PretrainingLearner:
             counted = len(mine[start : start + size])
             # A rank without patches left restores sample 0 with no weight, as with `shard` the others wait for it.
             indices = mine[start : start + size] if counted else np.zeros(1, np.int64)
-            clean = scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels)
+            clean = scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels, feed.seen)
             corrupted = corrupt(clean, draw(self.config.corruption, self.config.patch_size, 0, indices))
             # Other shapes than in training: compiling for them would cost more than it saves.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
@@ -166,7 +168,7 @@ class PretrainingLearner:
         weights = whole_weights(self.network)
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             facts = {"step": str(step), "validation_loss": f"{self.best:.6f}", "key": self.job.key}
-            described = describe(self.job.recipe.network, self.config.patch_size)
+            described = describe(self.job.recipe.network, self.config.patch_size) | metadata(self.config.preparation)
             export(self.job.weights, weights, described | facts)
             self.job.mirror.push(self.job.weights)
 
@@ -182,7 +184,7 @@ class PretrainingLearner:
 
     def _try(self) -> None:  # forward and backward pass in the shapes of a training step; no gradient is left
         _, size = self._shares(self.config.worker_range[0])
-        clean = torch.zeros(size, 1, *self.config.patch_size, device=self.device)
+        clean = torch.zeros(size, self.job.training.channels, *self.config.patch_size, device=self.device)
         with autocast(self.device, self.dtype):
             total = self.restoration(torch.cat([clean] * self.views), clean)[1]
         total.backward()
@@ -203,6 +205,6 @@ def _settled(job: Job, device: torch.device) -> Pretrain:
     return settings.model_copy(update={"precision": precision[0]})
 
 
-def scale(stored: Tensor, levels: int) -> Tensor:
-    """(B, X, Y, Z) as stored -> (B, 1, X, Y, Z) float32 in 0..1."""
-    return stored.unsqueeze(1).float().div_(levels)
+def scale(stored: Tensor, levels: int, seen: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Patches as stored, (B, X, Y, Z) or (B, C, X, Y, Z) -> (B, C, X, Y, Z) float32 as the network sees them."""
+    return as_seen((stored if stored.ndim == 5 else stored.unsqueeze(1)).float(), levels, seen)

@@ -100,14 +100,14 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
     # One copy for all, and a reference, as what is broadcast must stay small.
     feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
     config, table, itemsize = job.recipe.settings, job.training.table, np.dtype(job.training.dtype).itemsize
-    schedule = segments(table, start, world, config.block_megabytes * 2**20, itemsize)
+    schedule = segments(table, start, world, config.block_megabytes * 2**20, job.training.channels * itemsize)
     return batches(table, feed, schedule, rank, world * config.cpus_per_worker)
 
 
 def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:
     """Keep a step that was not finite, on the ranks whose loss it was and on rank 0; the line about it, else "".
 
-    A rank's patches (B, X, Y, Z), before corruption, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
+    A rank's patches as stored, before corruption, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
     rank 0's file has the weights before the step too (on a GPU possibly those after the next).
     """
     model, job = whole_weights(learner.network), learner.job

@@ -42,7 +42,7 @@ def read_cohorts(study: Study) -> Cohorts:
         samples = study.pretrain.epochs * len(training) * study.pretrain.patches_per_volume
         study.pretrain.optimizer.check_warmup(samples // study.pretrain.batch_size, "pretrain.")
     splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
-    check_lists(training, validation, splits)
+    check_lists(training, validation, splits, study.finetune.preparation.channels)
     if warning := not_nested(splits):
         say(warning)
     return training, validation, splits

@@ -414,7 +414,7 @@ def test_the_recipe_is_to_the_number() -> None:
     study = load(Path(__file__).parents[2] / "experiments" / "tcia_btcv.yaml")
     pretrain, finetune, network = study.pretrain, study.finetune, study.network
     assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
-    assert (pretrain.preparation.spacing, pretrain.preparation.hu_window) == ((2, 2, 2), (-57, 164))
+    assert (pretrain.preparation.spacing, pretrain.preparation.normalise.hu_window) == ((2, 2, 2), (-57, 164))
     assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
     assert (pretrain.epochs, pretrain.validate_every, pretrain.contrastive.enabled) == (300, 2, False)
     assert (pretrain.optimizer.name, pretrain.optimizer.lr, pretrain.optimizer.schedule) == ("adam", 1e-4, "constant")
@@ -425,7 +425,7 @@ def test_the_recipe_is_to_the_number() -> None:
     assert task.growing
     assert finetune.cohort.classes == 14
     assert finetune.preparation.orientation == "RAS"
-    assert (finetune.preparation.spacing, finetune.preparation.hu_window) == ((1.5, 1.5, 2), (-175, 250))
+    assert (finetune.preparation.spacing, finetune.preparation.normalise.hu_window) == ((1.5, 1.5, 2), (-175, 250))
     assert (finetune.patch_size, finetune.volumes_per_step, finetune.patches_per_volume) == ((96, 96, 96), 1, 4)
     augmentation = finetune.augmentation
     assert (augmentation.flip_prob, augmentation.flip_axes, augmentation.rotate_prob) == (0.1, (0, 1, 2), 0.1)

@@ -31,8 +31,8 @@ def volumes(tmp_path):
         for name, array in {"image": image, "label": label, "foreground": foreground_index(label)}.items():
             np.save(folder / f"{name}.npy", array)
         counts = {str(value): int(count) for value, count in enumerate(np.bincount(label.ravel()))}
-        empty = dict.fromkeys(Volume.__dataclass_fields__)
-        stored.append(Volume(**{**empty, "key": key, "shape": SHAPE, "levels": 255, "label_voxels": counts}))
+        empty, seen = dict.fromkeys(Volume.__dataclass_fields__), {"seen": (0, 1), "body": (0,)}
+        stored.append(Volume(**{**empty, "key": key, "shape": SHAPE, "levels": 255, "label_voxels": counts, **seen}))
     return tuple(stored)
 
 

@@ -23,6 +23,9 @@ from torch import Tensor
 from ssl_ray.config.schema import Corruption
 from ssl_ray.text import reason
 
+_CHANNEL = 0x51B54A32D192ED03
+"""From the key of one channel to that of the next: odd, of arbitrary bits."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -68,6 +71,12 @@ class Draws:
     def take(self, rows: slice) -> "Draws":
         """The draws of some of the samples."""
         return replace(self, table=self.table[rows])
+
+    def of_channels(self, channels: int) -> "Draws":
+        """B * C rows, the channels of a sample one after the other: the same boxes, and a key for each channel."""
+        table = self.table.repeat(1, channels).view(-1, self.table.shape[1])  # a copy, whose shape the host knows
+        table[:, 0] += torch.arange(channels, device=table.device).repeat(len(self.table)) * _CHANNEL
+        return replace(self, table=table)
 
     def to(self, device: torch.device) -> "Draws":
         """The draws on a device: copied from pinned memory, for which the host does not wait."""
@@ -121,19 +130,21 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     """Corrupted view of every patch, on the patches' device; the input stays as it is.
 
     In-painting replaces the voxels inside the boxes, out-painting those outside all of them, by uniform noise between
-    the patch's minimum and maximum. Where the sample has `shuffle`, the voxels inside each shuffle box are then
+    the channel's minimum and maximum. Where the sample has `shuffle`, the voxels inside each shuffle box are then
     permuted, one box after the other. On a GPU nothing waits for the device.
 
-    `patches` are (B, 1, X, Y, Z) float32, `draws` those of the same samples and patch size, on any device.
+    `patches` are (B, C, X, Y, Z) float32, `draws` those of the same samples and patch size, on any device. The boxes
+    are the same in all channels; as in MONAI, noise and permutations are drawn for each.
     """
-    volumes = patches.squeeze(1).contiguous()
-    draws = draws.to(patches.device)
+    batch, channels = patches.shape[:2]
+    volumes = patches.flatten(0, 1).contiguous()
+    draws = draws.to(patches.device).of_channels(channels)
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
         views = (_paint_boxes if volumes.is_cpu else _paint_masks)(volumes, draws)
     _shuffle_(views, draws)
-    return views.unsqueeze(1)
+    return views.unflatten(0, (batch, channels))
 
 
 def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:

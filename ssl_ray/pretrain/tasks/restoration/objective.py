@@ -22,12 +22,12 @@ class Restoration(nn.Module):
         self.objective = _Objective(network, contrastive)
 
     def forward(self, corrupted: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """(views * B, 1, X, Y, Z) and (B, 1, X, Y, Z) -> mean L1 of the first view, and what is minimised."""
+        """(views * B, C, X, Y, Z) and (B, C, X, Y, Z) -> mean L1 of the first view, and what is minimised."""
         losses = self.objective(self._tokens(corrupted), clean)
         return losses[0], losses[-1]
 
     def restore(self, corrupted: Tensor) -> Tensor:
-        """(B, 1, X, Y, Z) -> the same, float32."""
+        """(B, C, X, Y, Z) -> the same, float32."""
         restored: Tensor = self.objective.restore(self._tokens(corrupted), corrupted.shape[2:])
         return restored
 

@@ -11,7 +11,7 @@ def draw_restoration(
 ) -> None:
     """Save a picture of one patch: rows ground truth, corrupted, restored; columns axial, coronal, sagittal.
 
-    Patches are (X, Y, Z) in 0..1, axes in RAS order.
+    Patches are (X, Y, Z), axes in RAS order; 0 is black and 1 white, or what lies beyond that in the truth.
     """
     from matplotlib.figure import Figure  # rank 0 only, and only when a picture is due
 
@@ -19,13 +19,14 @@ def draw_restoration(
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(3, 3)
     x, y, z = (side // 2 for side in truth.shape)
+    black, white = min(0.0, float(truth.min())), max(1.0, float(truth.max()))
     for row, (name, patch) in enumerate({"ground truth": truth, "corrupted": corrupted, "restored": restored}.items()):
         planes = {"axial": patch[:, :, z], "coronal": patch[:, y, :], "sagittal": patch[x, :, :]}
         for column, (plane, pixels) in enumerate(planes.items()):
             axis = axes[row][column]
             # Seen as radiologists do: the patient's right on the left, anterior and superior up.
             pixels = pixels[::-1] if plane != "sagittal" else pixels
-            axis.imshow(pixels.T, cmap="gray", vmin=0, vmax=1, origin="lower")
+            axis.imshow(pixels.T, cmap="gray", vmin=black, vmax=white, origin="lower")
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:

@@ -1,0 +1,39 @@
+"""From NIfTI to the canonical array, and what pretraining and fine-tuning have in common."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt
+
+from ssl_ray.config.common import OnNonfinite, PatchSize, Precision, Section, Spacing, by_kind
+from ssl_ray.data.normalisations.window.settings import Window
+
+
+def _window(value: Any) -> Any:
+    return {"kind": "window", "hu_window": value} if isinstance(value, list | tuple) else value
+
+
+Normalise = Annotated[Window, by_kind, BeforeValidator(_window)]
+
+
+class Preparation(Section):
+    """From NIfTI to the canonical array; every field is part of the key under which the store keeps a volume."""
+
+    orientation: Literal["RAS", "LPS", "LAS"] | None = "RAS"
+    spacing: Spacing = Field(description="mm")
+    normalise: Normalise = Field(
+        validation_alias=AliasChoices("normalise", "hu_window"),
+        description="intensities; `hu_window: [low, high]` is short for the kind `window` with that range",
+    )
+    crop_foreground: bool = Field(True, description="to the body: what lies above the window's lower end or threshold")
+    channels: PositiveInt = Field(1, description="images of a volume in the datalists, each normalised by itself")
+
+
+class Stage(Section):
+    """What pretraining and fine-tuning have in common."""
+
+    preparation: Preparation
+    patch_size: PatchSize = (96, 96, 96)
+    precision: Precision = "auto"
+    compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
+    on_nonfinite: OnNonfinite = "skip"
+    max_skipped: PositiveInt = Field(10, description="steps in a row whose loss or gradient is not finite")
