@@ -12,6 +12,7 @@ from ssl_ray.errors import UserError
 
 _KINDS = {
     "window": "ssl_ray.data.normalisations.window.normalisation",
+    "percentile": "ssl_ray.data.normalisations.percentile.normalisation",
     "zscore": "ssl_ray.data.normalisations.zscore.normalisation",
 }
 
