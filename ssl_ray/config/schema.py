@@ -28,6 +28,7 @@ class PhantomCohort(Section):
     test: PositiveInt
     splits: tuple[PositiveInt, ...]
     seed: Seed = 0
+    modality: Literal["CT", "MRI"] = Field("CT", description="MRI: two channels, T1- and T2-weighted, of no unit")
 
 
 class Tracking(Section):
