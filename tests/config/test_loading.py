@@ -223,6 +223,59 @@ def test_a_contrastive_loss_without_negatives_is_refused(file: Path, patches: in
     assert load(file, ["pretrain.contrastive.enabled=true", f"pretrain.batch_size={2 * workers}"])
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("hu_window: [-57, 164]", {"kind": "window", "hu_window": [-57, 164]}),
+        ("normalise: {kind: window, hu_window: [-57, 164]}", {"kind": "window", "hu_window": [-57, 164]}),
+        ("normalise: zscore", {"kind": "zscore", "over": "body", "clip": 8}),
+        ("normalise: {kind: percentile, over: all}", {"kind": "percentile", "over": "all", "percentiles": [0.5, 99.5]}),
+    ],
+)
+def test_a_short_form_is_the_long_one(file: Path, written: str, meant: dict[str, Any]) -> None:
+    """The kind alone, or the window alone, stand for a section; what is kept of the study is the section."""
+    file.write_text(STUDY.replace("hu_window: [-57, 164]", written))
+    study = load(file)
+    assert study.pretrain.preparation.normalise.model_dump(mode="json") == meant
+    long = file.with_name("long.yaml")
+    long.write_text(dump(study))
+    assert load(long) == study
+    assert "hu_window" not in flatten(study.pretrain.preparation)
+
+
+@pytest.mark.parametrize(
+    ("written", "rule"),
+    [
+        ("normalise: {kind: zscore, clip: 0}", "preparation.normalise.clip: input should be greater than 0, got 0"),
+        ("normalise: {kind: zscore, clp: 5}", "preparation.normalise.clp: unknown key; did you mean 'clip'?"),
+        ("normalise: {kind: zscore, percentile: 5}", "normalise.percentile: unknown key; valid keys: kind, over, clip"),
+        ("normalise: {kind: window}", "pretrain.preparation.normalise.hu_window: Field required"),
+        ("normalise: {kind: percentile, percentiles: [9, 3]}", "percentiles: percentiles must ascend within 0 to 100"),
+        ("normalise: {kind: percentile, percentiles: [1]}", "preparation.normalise.percentiles.1: Field required"),
+        ("normalise: zsore", "preparation.normalise: input tag 'zsore' found using 'kind' does not match any"),
+        ("normalise: 5", "pretrain.preparation.normalise: "),
+        ("hu_window: 5", "pretrain.preparation.hu_window: "),
+        ("hu_window: [5, 4]", "pretrain.preparation.hu_window: the lower HU must be below the upper, got [5.0, 4.0]"),
+        ("crop_foreground: true", "pretrain.preparation.normalise: Field required"),
+        ("hu_window: [0, 1], normalise: zscore", "preparation.hu_window: unknown key"),
+        ("hu_window: [0, 1], channels: 0", "preparation.channels: input should be greater than 0, got 0"),
+        ("hu_window: [0, 1], channels: 2", "pretrain.preparation.channels: must be that of finetune.preparation"),
+    ],
+)
+def test_a_wrong_normalisation_is_named_as_it_was_written(file: Path, written: str, rule: str) -> None:
+    """Place and rule in one line: the kind, which is no key, is not in the place."""
+    file.write_text(STUDY.replace("hu_window: [-57, 164]", written))
+    message = refusal(file)
+    assert rule in message
+    assert len(message.splitlines()) == 1
+
+
+def test_weights_from_elsewhere_may_have_other_channels(file: Path) -> None:
+    """The study's own pretraining is not made, and its preparation not read."""
+    options = ["finetune.preparation.channels=2", "finetune.weights=two.safetensors"]
+    assert load(file, options).finetune.preparation.channels == 2
+
+
 def test_a_wrong_item_is_not_also_reported_as_an_empty_list(file: Path) -> None:
     """A list of one wrong item gives one line."""
     assert len(refusal(change(file, "finetune.grid.lr", ["fast"])).splitlines()) == 1

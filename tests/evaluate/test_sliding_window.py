@@ -56,6 +56,16 @@ def test_prediction_is_monais_sliding_window(
     assert torch.equal(labels, monais(model, image, patch, batch, overlap))
 
 
+def test_all_channels_reach_the_model() -> None:
+    """Two channels, partly smaller than the patch, get the labels of MONAI's sliding window."""
+    torch.manual_seed(5)
+    image, model = torch.rand(2, 12, 33, 20), nn.Conv3d(2, 5, 3, padding=1)
+    with torch.no_grad():
+        logits = sliding_window_inference(image[None], (16, 16, 16), 3, model, overlap=0.25)
+    labels = predict(model, image, (16, 16, 16), sliding_window_batch=3, overlap=0.25)
+    assert torch.equal(labels, logits[0].argmax(0).to(torch.uint8))
+
+
 class Ties(nn.Module):
     """Two pairs of classes that differ by rounding or not at all, in another way in every window."""
 

@@ -9,8 +9,8 @@ from ssl_ray.errors import UserError
 
 _LEAST_VALUES, _LEAST_BODY = 32, 0.01
 """Distinct values that a scan has and a label map has not; and the share of the voxels that a body has at least."""
-_BRIGHTEST = 0.999
-"""Share of the voxels above which values count as this one: a few far brighter ones would be a class of their own."""
+_BRIGHT = 1000
+"""One voxel of so many may be brighter than any other: a few far brighter ones would be a class of their own."""
 
 
 def measured(voxels: npt.NDArray[np.float32], over: Literal["body", "all"]) -> tuple[npt.NDArray[np.float32], float]:
@@ -45,7 +45,7 @@ def otsu(values: npt.NDArray[np.float32]) -> float:
     body over far more than what separates its dark tissue from the air, and without them that tissue would be air.
     """
     roots = np.sqrt(values.astype(np.float64) - float(values[0]))
-    roots = np.minimum(roots, roots[int(_BRIGHTEST * (len(roots) - 1))])
+    roots = np.minimum(roots, roots[-1 - len(roots) // _BRIGHT])
     below, sums = np.arange(1, len(roots)), roots.cumsum()
     above = len(roots) - below
     apart = sums[:-1] / below - (sums[-1] - sums[:-1]) / above  # means of the two classes
