@@ -1,6 +1,6 @@
 """What the sections of an experiment share: types of fields, network, optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -24,6 +24,17 @@ def rule(holds: Callable[[Any], bool], text: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def of_kinds(default: str) -> BeforeValidator:
+    """For a union of sections that `kind` tells apart: a plain string is short for `{kind: string}`."""
+
+    def spelled_out(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        return {"kind": default, **value} if isinstance(value, Mapping) else value
+
+    return BeforeValidator(spelled_out)
+
+
 def _three(value: Any) -> Any:
     return [value] * 3 if isinstance(value, int | float | str) else value
 
@@ -39,8 +50,6 @@ Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeVa
 """Millimetres along the three axes; one number in the YAML means three equal ones."""
 PatchSize = Annotated[tuple[_Side, _Side, _Side], BeforeValidator(_three)]
 """Voxels along the three axes; one number in the YAML means three equal ones."""
-by_kind = BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value)
-"""Of a section that has kinds: its name alone in the YAML stands for all defaults of that kind."""
 one_or_more = rule(lambda values: 0 < len(set(values)) == len(values), "at least one value, and none twice")
 
 

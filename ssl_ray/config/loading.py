@@ -10,7 +10,6 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ssl_ray.config.common import Section
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.text import shown, without_password
@@ -120,34 +119,37 @@ _NO_KEY = re.compile(r"str|constrained-int|tuple\[.*\]|\[key\]")
 
 def _explain(name: str, mistake: Any) -> str:
     """One line about one error of pydantic's."""
-    unknown = [str(mistake["loc"][-1])] if mistake["type"] == "extra_forbidden" else []
-    keys, section = _located(mistake["loc"][:-1] if unknown else mistake["loc"])
-    keys += unknown
+    keys, valid = _follow(mistake["loc"])
     place = f"{name}: {'.'.join(keys)}" if keys else name
     rule = mistake["msg"].removeprefix("Value error, ")
-    if unknown:
-        valid = list(section.model_fields)
-        near = difflib.get_close_matches(unknown[0], valid, n=1, cutoff=0.5)
+    if mistake["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.5)
         rule = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
     elif mistake["type"] not in ("value_error", "missing"):
         rule = f"{rule[0].lower()}{rule[1:]}, got {shown(_Short().repr(mistake['input']), 80)}"
     return shown(f"{place}: {rule}", 1000)
 
 
-def _located(location: Iterable[int | str]) -> tuple[list[str], type[BaseModel]]:
-    """The keys in the YAML, and the section, that a pydantic error's location leads to."""
-    sections = [section for section in Section.__subclasses__() if "kind" in section.model_fields]
-    kinds = {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
+def _follow(location: Iterable[int | str]) -> tuple[list[str], list[str]]:
+    """The keys in a pydantic error's location, which names types and kinds too, and the valid keys of its section."""
+    sections: list[type[BaseModel]] = [Study]
     keys: list[str] = []
-    found: type[BaseModel] = Study
     for part in map(str, location):
-        if field := found.model_fields.get(part):
-            # `Source` of `tuple[Source, ...]`, `PhantomCohort` of `PhantomCohort | None`
-            types = (field.annotation, *get_args(field.annotation))
-            found = next((kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel)), found)
-        elif part in kinds or _NO_KEY.fullmatch(part):
-            found = kinds.get(part, found)
-            continue
-        # The short form of a section has its key twice: as the user wrote it, and as that of the section.
-        keys += [part] if part.isdecimal() or keys[-1:] != [part] else []
-    return keys, found
+        if chosen := [one for one in sections if part in _kinds(one)]:
+            sections = chosen
+        elif not _NO_KEY.fullmatch(part):
+            # Where the user wrote the short form of a section, its key appears twice.
+            keys += [part] if part.isdecimal() or keys[-1:] != [part] else []
+            fields = sections[0].model_fields
+            short = (field for field in fields.values() if part in getattr(field.validation_alias, "choices", ()))
+            if field := fields.get(part) or next(short, None):
+                # `Source` of `tuple[Source, ...]`, `PhantomCohort` of `PhantomCohort | None`, all kinds of a network
+                types = (field.annotation, *get_args(field.annotation))
+                inner = [one for one in types if isinstance(one, type) and issubclass(one, BaseModel)]
+                sections = inner or sections
+    return keys, list(sections[0].model_fields)
+
+
+def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
+    """What `kind` says where this section is meant, if it is one of several kinds."""
+    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt
 
-from ssl_ray.config.common import OnNonfinite, PatchSize, Precision, Section, Spacing, by_kind
+from ssl_ray.config.common import OnNonfinite, PatchSize, Precision, Section, Spacing, of_kinds
 from ssl_ray.data.normalisations.percentile.settings import Percentile
 from ssl_ray.data.normalisations.window.settings import Window
 from ssl_ray.data.normalisations.zscore.settings import ZScore
@@ -14,7 +14,9 @@ def _window(value: Any) -> Any:
     return {"kind": "window", "hu_window": value} if isinstance(value, list | tuple) else value
 
 
-Normalise = Annotated[Window | Percentile | ZScore, Field(discriminator="kind"), by_kind, BeforeValidator(_window)]
+Normalise = Annotated[
+    Window | Percentile | ZScore, Field(discriminator="kind"), of_kinds("window"), BeforeValidator(_window)
+]
 
 
 class Preparation(Section):
