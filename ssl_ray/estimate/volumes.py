@@ -67,8 +67,8 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
     for path in Store(folders.cache, folders.scratch).folder.glob(f"??/*/{MANIFEST}"):
         with suppress(OSError, ValueError):  # a damaged volume counts as missing
             volume = VOLUME_JSON.validate_json(path.read_bytes())
-            made = volume.spacing, str(volume.normalise), volume.channels, bool(volume.label_source)
-            stored[volume.image_source, *made] = volume
+            how = volume.spacing, str(volume.normalise), volume.channels, bool(volume.label_source)
+            stored[volume.image_source, *how] = volume
     for name, cases in zip(_GROUPS, sections, strict=True):
         part = config if name.startswith("labelled") else study.pretrain
         groups[name] = _group(cases, part.preparation, stored, study.on_bad_volume == "skip")

@@ -108,5 +108,5 @@ def test_it_can_be_prepared(lists: Lists, tmp_path: Path, kind: str) -> None:
             assert len(volume.label_voxels) >= 12
             label = np.load(store.path(volume.key, "label.npy"))
             body = (image > np.array(volume.body)[:, None, None, None]).any(axis=0)
-            assert body[label > 0].mean() > 0.97
+            assert body[label > 0].mean() > 0.9, "all but the gas in the stomach"
     assert max(brightest) < 1.3 * min(brightest)
