@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt
+from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
 
 from ssl_ray.config.common import OnNonfinite, PatchSize, Precision, Section, Spacing, of_kinds
 from ssl_ray.data.normalisations.percentile.settings import Percentile
@@ -30,6 +30,13 @@ class Preparation(Section):
     )
     crop_foreground: bool = Field(True, description="to the body: what lies above the window's lower end or threshold")
     channels: PositiveInt = Field(1, description="images of a volume in the datalists, each normalised by itself")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_form(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and {"normalise", "hu_window"} <= tree.keys():
+            raise ValueError(f"hu_window is short for normalise: give one of them, got {tree['hu_window']} as well")
+        return tree
 
 
 class Stage(Section):
