@@ -66,5 +66,5 @@ def read_patch(
         target.append(slice(before, before + min(side, length)))
     if any(length < side for side, length in zip(size, (x, y, z), strict=True)):
         out.fill(fill)
-    out[..., *target] = array[..., *source]
+    out[..., *tuple(target)] = array[..., *tuple(source)]
     return out
