@@ -1,6 +1,7 @@
 """A small pretraining that tests disturb, and what is compared afterwards."""
 
 import contextlib
+import glob
 import json
 import os
 import signal
@@ -118,14 +119,19 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> A
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+        # What is waited for runs on the same cores: looking for processes all the time takes half of one from it.
+        time.sleep(0.2)
     return found
 
 
 def saved(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints under a folder."""
-    manifests = folder.glob("**/checkpoints/[!.]*/manifest.json")
-    return sorted(json.loads(path.read_text())["step"] for path in manifests)
+    """Steps of the whole checkpoints under a folder, in which a run writes and removes them meanwhile."""
+    steps = []
+    # Unlike `Path.glob`, this goes on where a folder is gone before it is looked into.
+    for path in glob.glob(f"{folder}/**/checkpoints/[!.]*/manifest.json", recursive=True):
+        with contextlib.suppress(OSError):
+            steps.append(json.loads(Path(path).read_text())["step"])
+    return sorted(steps)
 
 
 def workers(root: psutil.Process | None = None) -> list[psutil.Process]:

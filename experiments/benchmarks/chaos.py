@@ -26,6 +26,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,18 @@ class Site:
     def checkpoints(self) -> dict[Path, float]:
         """Manifests of all checkpoints, and when they were written."""
         found = {}
-        for path in self.output.glob("chaos/**/manifest.json"):
+        for path in self._written("chaos/**/manifest.json"):
             with contextlib.suppress(OSError):
                 found[path] = path.stat().st_mtime
         return found
 
+    def _written(self, pattern: str) -> list[Path]:
+        # Unlike `Path.glob`, this goes on where a folder is gone before it is looked into.
+        return list(map(Path, glob(f"{self.output}/{pattern}", recursive=True)))
+
     def stage(self) -> str:
         """Which half of the study is going on."""
-        return "grid" if any(self.output.glob("chaos/grid*/**/manifest.json")) or self._pretrained() else "pretraining"
+        return "grid" if self._pretrained() else "pretraining"
 
     def _pretrained(self) -> bool:
         return (self.output / "chaos" / "finetune.yaml").is_file()

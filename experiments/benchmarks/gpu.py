@@ -37,6 +37,7 @@ def main() -> int:
         "compile": gpu_pretrain.compiled,
         "ray": gpu_end_to_end.end_to_end,
         "unetr": gpu_unetr.unetr,
+        "trials": gpu_unetr.trials,
         "ddp": gpu_pretrain.ddp,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,7 +79,7 @@ def report(bench: Bench) -> int:
     for kind in ("step", "step_compiled", "end_to_end", "feed"):
         for batch, row in results.get(kind, {}).items():
             print(f"{kind}, {batch}: {show(row)}")
-    for name in ("device", "profile", "seconds", "unetr_peak_gb"):
+    for name in ("device", "profile", "seconds", "unetr_peak_gb", "unetr_mfu", "unetr_trials", "unetr_recipe_hours"):
         if name in results:
             print(f"{name}: {show(results[name])}")
     floors = results.get("floors", {})

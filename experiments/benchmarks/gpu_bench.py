@@ -80,6 +80,27 @@ class Bench:
         self.wait()
         return (time.perf_counter() - start) / count
 
+    def kernels(self, name: str, call: Callable[[], Any]) -> None:
+        """Time by kernel of a call, the mean of three: a table in `profile_<name>.txt`, its head printed."""
+        activity = torch.profiler.ProfilerActivity
+        cuda = self.device.type == "cuda"
+        with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * cuda) as trace:
+            for _ in range(3):
+                call()
+            self.wait()
+        averages = trace.key_averages()
+        order = "self_device_time_total" if cuda else "self_cpu_time_total"
+        rows = [row for row in averages if not cuda or row.device_type == torch.autograd.DeviceType.CUDA]
+        rows.sort(key=lambda row: -getattr(row, order))
+        total, count = sum(getattr(row, order) for row in rows), sum(row.count for row in rows) // 3
+        table = [f"{getattr(row, order) / 3000:9.3f} ms {row.count // 3:5d} x  {row.key[:110]}" for row in rows[:70]]
+        text = f"{name}: {total / 3000:.2f} ms of kernels, {count} a step\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"profile_{name}.txt").write_text(text + "\n".join(table) + "\n")
+        print(text + "\n".join(table[:30]), flush=True)
+        self.put("profile", f"kernels_{name}", value=count)
+        self.put("profile", f"kernel_ms_{name}", value=total / 3000)
+
     def compare(self, name: str, variants: Mapping[str, Callable[[], Callable[[], Any]]], turns: int = 3) -> None:
         """Seconds a call of each variant, in turns. A variant builds (and warms up) what is then called."""
         calls: dict[str, Callable[[], Any]] = {}

@@ -327,30 +327,13 @@ def breakdown(bench: Bench) -> None:
 
 def profile(bench: Bench) -> None:
     """Time by kernel, of three steps."""
-    activity = torch.profiler.ProfilerActivity
-    cuda = bench.device.type == "cuda"
     for kind, batch, options in (
         ((("graph", 2, {}),))
         if bench.quick
         else (("compiled", 64, {"compile": True}), ("graph", 64, {}), ("compiled", 8, {"compile": True}))
     ):
         call = warm(stepper(bench, learner(bench, batch, **options), batch), bench)
-        with torch.profiler.profile(activities=[activity.CPU] + [activity.CUDA] * cuda) as trace:
-            for _ in range(3):
-                call()
-            bench.wait()
-        averages = trace.key_averages()
-        order = "self_device_time_total" if cuda else "self_cpu_time_total"
-        kernels = [row for row in averages if not cuda or row.device_type == torch.autograd.DeviceType.CUDA]
-        kernels.sort(key=lambda row: -getattr(row, order))
-        total = sum(getattr(row, order) for row in kernels)
-        table = [f"{getattr(row, order) / 3000:9.3f} ms {row.count // 3:5d} x  {row.key[:110]}" for row in kernels[:70]]
-        text = f"{kind}, batch {batch}: {total / 3000:.2f} ms of kernels, {sum(r.count for r in kernels) // 3} a step\n"
-        bench.folder.mkdir(parents=True, exist_ok=True)
-        (bench.folder / f"profile_{kind}_{batch}.txt").write_text(text + "\n".join(table) + "\n")
-        print(text + "\n".join(table[:30]), flush=True)
-        bench.put("profile", f"kernels_{kind}_{batch}", value=sum(row.count for row in kernels) // 3)
-        bench.put("profile", f"kernel_ms_{kind}_{batch}", value=total / 3000)
+        bench.kernels(f"{kind}_{batch}", call)
 
 
 def variants(bench: Bench) -> None:

@@ -1,14 +1,19 @@
 """The fine-tuning step of the reference recipe (UNETR, 4 patches of 96³, 14 classes) and inference of a volume."""
 
+import argparse
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_bench import Bench
+from gpu_bench import PEAK_TFLOPS, Bench
 from gpu_pretrain import study
 from monai.networks.blocks.selfattention import SABlock
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.networks.faster import use_patch_products
@@ -19,25 +24,20 @@ Build = Callable[[], Callable[[], Any]]
 def unetr(bench: Bench) -> None:
     """Step and inference, each choice in turns against the step that a trial takes."""
     cuda = bench.device.type == "cuda"
-    base = study(bench, Path(tempfile.gettempdir()), 8)
-    recipe = base.finetune.model_copy(update={"patches_per_volume": 2 if bench.quick else 4})
-    images = torch.rand(recipe.patches_per_volume, 1, *recipe.patch_size, device=bench.device)
-    labels = torch.randint(recipe.cohort.classes, images.shape, device=bench.device, dtype=torch.uint8)
 
     def learner(**finetune: Any) -> SegmentationLearner:
-        changed = base.model_copy(update={"finetune": recipe.model_copy(update=finetune)})
-        return SegmentationLearner(changed.finetune, changed.network, bench.device, seed=0)
+        return learner_of(bench, **finetune)
 
     def step(change: Callable[[SegmentationLearner], Any] = lambda made: None, **finetune: Any) -> Build:
         def build() -> Callable[[], Any]:
             made = learner(**finetune)
             change(made)
-            return lambda: made.step(images, labels, 1e-4)
+            return stepper(made)
 
         return build
 
     def graphed(made: SegmentationLearner) -> None:
-        made.objective = torch.cuda.make_graphed_callables(made.objective, (images, labels))
+        made.objective = torch.cuda.make_graphed_callables(made.objective, batch_of(made))
 
     kinds = {
         "ours": step(),
@@ -50,6 +50,7 @@ def unetr(bench: Bench) -> None:
         kinds["compiled"] = step(compile=True)
     if cuda:
         kinds["CUDA graphs"] = step(graphed)
+        kinds["compiled, CUDA graphs"] = step(reduced)
     bench.compare("unetr_step", kinds, turns=2)
     if cuda:
         for name, change in (("channels_last", lambda made: None), ("contiguous", contiguous)):
@@ -74,6 +75,59 @@ def unetr(bench: Bench) -> None:
 
     inferences = {"4 windows": infer(4), "1 window": infer(1), "16 windows": infer(16)}
     bench.compare("unetr_inference", inferences | {"4, not ch.last": infer(4, contiguous)})
+    made = learner()
+    with FlopCounterMode(display=False) as counter:
+        made.step(*batch_of(made), 1e-4)
+    for name, ms in bench.results["unetr_step"]["ms"].items():
+        bench.put("unetr_mfu", name, value=counter.get_total_flops() / ms / 1e9 / PEAK_TFLOPS)
+    bench.attempt("unetr", "profile", call=lambda: bench.kernels("unetr", step()()))
+    steps, volumes = bench.results["unetr_step"]["ms"], bench.results["unetr_inference"]["ms"]
+    hours = 6 * (30_000 * min(steps.values()) + 300 * 6 * min(volumes.values())) / 3.6e6
+    bench.put("unetr_recipe_hours", "six trials one by one, fastest variants", value=hours)
+
+
+def trials(bench: Bench) -> None:
+    """Steps a second of one, two and three trials on one device, each a process of its own, at the same time."""
+    seconds = 1 if bench.quick else 8
+    for compiled in (False, True) if not bench.quick else (False,):
+        for count in (1, 2) if bench.quick else (1, 2, 3):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, __file__, "--seconds", str(seconds), "--folder", folder]
+                command += ["--quick"] * bench.quick + ["--compile"] * compiled
+                processes = [
+                    subprocess.Popen([*command, "--name", str(number)], stdout=subprocess.PIPE, text=True)
+                    for number in range(count)
+                ]
+                while len(list(Path(folder).glob("ready_*"))) < count and all(p.poll() is None for p in processes):
+                    time.sleep(0.05)
+                Path(folder, "go").touch()
+                rates = [float(process.communicate(timeout=120)[0].split()[-1]) for process in processes]
+            kind = "unetr_trials_compiled" if compiled else "unetr_trials"
+            bench.put(kind, str(count), value={"steps_per_second": sum(rates), "slowest": min(rates)})
+
+
+def learner_of(bench: Bench, **finetune: Any) -> SegmentationLearner:
+    """A learner of the recipe's trials, or a tiny one."""
+    base = study(bench, Path(tempfile.gettempdir()), 8)
+    config = base.finetune.model_copy(update={"patches_per_volume": 2 if bench.quick else 4} | finetune)
+    return SegmentationLearner(config, base.network, bench.device, seed=0)
+
+
+def batch_of(made: SegmentationLearner) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of one step, on the device."""
+    images = torch.rand(made.config.patches_per_volume, 1, *made.config.patch_size, device=made.device)
+    return images, torch.randint(made.config.cohort.classes, images.shape, device=made.device, dtype=torch.uint8)
+
+
+def stepper(made: SegmentationLearner) -> Callable[[], Any]:
+    """A call that makes one step."""
+    images, labels = batch_of(made)
+    return lambda: made.step(images, labels, 1e-4)
+
+
+def reduced(made: SegmentationLearner) -> None:
+    """Compiled, and launched as CUDA graphs that torch keeps itself."""
+    made.objective.compile(dynamic=False, mode="reduce-overhead")
 
 
 def contiguous(made: SegmentationLearner) -> None:
@@ -86,3 +140,33 @@ def plain_attention(made: SegmentationLearner) -> None:
     for block in made.network.modules():
         if isinstance(block, SABlock):
             block.__class__, block.use_flash_attention = SABlock, False
+
+
+def one_trial() -> None:
+    """One process of `trials`: warm up, wait for the others, and print steps a second."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--name")
+    options = parser.parse_args()
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    bench = Bench(device, options.quick, options.folder, 0)
+    call = stepper(learner_of(bench, compile=options.compile))
+    for _ in range(3):
+        call()
+    bench.wait()
+    (options.folder / f"ready_{options.name}").touch()
+    while not (options.folder / "go").exists():
+        time.sleep(0.01)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < options.seconds:
+        call()
+        count += 1
+        bench.wait()
+    print(count / (time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    one_trial()

@@ -26,6 +26,8 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
         UserError: with a line for each mistake: file, key, rule and value; for an unknown key, the nearest valid one.
     """
     tree = _read_yaml(text, f"{name}: not valid YAML")
+    if not isinstance(tree, dict):
+        raise UserError(f"{name}: an experiment is a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
     try:
@@ -91,13 +93,13 @@ def _read_yaml(text: str, place: str) -> Any:
         raise UserError(f"{place}: {shown(' '.join(str(error).split()))}") from error
 
 
-def _override(tree: Any, override: str) -> None:
+def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
     value = _read_yaml(text, f"--set {override}: the value is not valid YAML")
     *parents, last = key.strip().split(".")
-    node = tree
+    node: Any = tree
     try:
         for part in parents:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
@@ -125,7 +127,9 @@ def _explain(name: str, mistake: Any) -> str:
     if mistake["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.5)
         rule = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
-    elif mistake["type"] not in ("value_error", "missing"):
+    elif mistake["type"] == "missing":
+        rule = "this key is required"
+    elif mistake["type"] != "value_error":
         rule = f"{rule[0].lower()}{rule[1:]}, got {shown(_Short().repr(mistake['input']), 80)}"
     return shown(f"{place}: {rule}", 1000)
 

@@ -40,9 +40,10 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
         for key, case in known if held_out else ():
             if key in seen:
                 other_part, other = seen[key]
+                hint = "; if these are two people, give them different subjects" if key[0] == "patient" else ""
                 raise UserError(
                     f"{case.place}: {' '.join(key)} is in {part} ({case.image}) and also in {other_part} "
-                    f"({other.image}, {other.place}), but must be in one of them alone"
+                    f"({other.image}, {other.place}), but must be in one of them alone{hint}"
                 )
         seen |= {key: (part, case) for key, case in known}
 

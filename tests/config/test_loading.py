@@ -158,7 +158,7 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         change(file, key, value)
     lines = refusal(file).splitlines()
     assert len(lines) == 3
-    assert any(line.endswith("name: Field required") for line in lines)
+    assert any(line.endswith("name: this key is required") for line in lines)
     assert any("pretrain.epochs: input should be greater than 0, got 0" in line for line in lines)
 
 
@@ -171,7 +171,7 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("pretrain.preparation.hu_window", [5, 5], "hu_window: the lower HU must be below the upper"),
         ("pretrain.preparation.hu_window", [-math.inf, 5], "preparation.hu_window.0: input should be a finite number"),
         ("pretrain.preparation.hu_window", [0, math.nan], "preparation.hu_window.1: input should be a finite number"),
-        ("pretrain.preparation.hu_window", [0], "pretrain.preparation.hu_window.1: Field required"),
+        ("pretrain.preparation.hu_window", [0], "pretrain.preparation.hu_window.1: this key is required"),
         ("pretrain.preparation.spacing", [1, 0, 1], "pretrain.preparation.spacing.1: input should be greater than 0"),
         ("pretrain.preparation.spacing", math.inf, "pretrain.preparation.spacing.0: input should be a finite number"),
         ("pretrain.preparation.orientation", "RPI", "orientation: input should be 'RAS', 'LPS' or 'LAS', got 'RPI'"),
@@ -345,9 +345,9 @@ def test_exponents_without_a_point_are_numbers(file: Path, text: str) -> None:
         ("? {a: b}\n: c", "not valid YAML"),
         ("name: \0", "not valid YAML"),
         ("!!python/object:os.system {}", "not valid YAML"),
-        ("- name", "input should be a valid dictionary or instance of Study, got ['name']"),
-        ("name", "input should be a valid dictionary or instance of Study, got 'name'"),
-        ("", "input should be a valid dictionary or instance of Study, got None"),
+        ("- name", "an experiment is a mapping of sections, got list"),
+        ("name", "an experiment is a mapping of sections, got str"),
+        ("", "an experiment is a mapping of sections, got NoneType"),
         (STUDY + "name: other\n", "not valid YAML: the key 'name' appears twice in"),
         (
             STUDY.replace("hu_window: [-57, 164]", "hu_window: [-57, 164], spacing: 3"),
@@ -360,11 +360,12 @@ def test_exponents_without_a_point_are_numbers(file: Path, text: str) -> None:
     ],
 )
 def test_a_file_that_is_no_experiment_is_refused(file: Path, text: str, rule: str) -> None:
-    """Broken YAML, another top level and a key that appears twice are refused, naming the file."""
+    """Broken YAML, another top level and a key that appears twice are refused, naming the file, whatever is set."""
     file.write_text(text)
-    message = refusal(file)
-    assert rule in message
-    assert message.startswith(f"{file}: ")
+    for overrides in ((), ("seed=1",)):
+        message = refusal(file, *overrides)
+        assert rule in message
+        assert message.startswith(f"{file}: ")
 
 
 def test_yaml_anchors_and_merges_are_no_duplicates(file: Path) -> None:

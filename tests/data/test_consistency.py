@@ -99,6 +99,7 @@ def test_a_patient_or_scan_is_on_one_side(tmp_path: Path, changes: dict[str, Any
     message = refusal(tmp_path, **changes)
     assert rule in message
     assert "but must be in one of them alone" in message
+    assert message.endswith("give them different subjects") == rule.startswith("patient")
 
 
 def test_patients_of_two_sources_are_held_apart(tmp_path: Path) -> None:

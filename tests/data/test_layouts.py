@@ -189,7 +189,7 @@ def test_masks_that_do_not_make_a_label_map(tmp_path: Path) -> None:
     }
     left_out = {
         "s0000/segmentations/": "no mask of 1 organs, e.g. liver",
-        "ssl_ray_labels/s0001.nii.gz": "s0001/segmentations/liver.nii.gz: not a single-file NIfTI",
+        "ssl_ray_labels/s0001.nii.gz": "s0001/segmentations/liver.nii.gz: not a NIfTI file",
         "ssl_ray_labels/s0002.nii.gz": "s0002/segmentations/spleen.nii.gz is on another grid",
         "ssl_ray_labels/s0004.nii.gz": "s0004/segmentations/liver.nii.gz has several values",
     }

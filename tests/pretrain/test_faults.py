@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen
@@ -32,15 +33,17 @@ def worker_of(driver: "Popen[bytes]") -> psutil.Process:
     return found
 
 
-def kill_when(driver: "Popen[bytes]", seen: Callable[[], bool]) -> None:
+def kill_when(driver: "Popen[bytes]", seen: Callable[[], bool], pause: float = 0.1) -> None:
     """SIGKILL to a training worker at the moment when something can be seen from outside.
 
     The worker is stopped first, and killed only if that can still be seen: a checkpoint is written in milliseconds.
+    Looked for every `pause` seconds, as what is waited for runs on the same cores.
     """
     while True:
         worker = worker_of(driver)
         while not seen():
             assert worker.is_running(), "the worker ended by itself"
+            time.sleep(pause)
         worker.suspend()
         if seen():
             worker.kill()
@@ -91,7 +94,7 @@ def test_workers_and_a_data_task_killed(undisturbed: Outcome, cohort: Path, tmp_
         kill_a_reading_task(driver)
         kill_when(driver, lambda: bool(saved(tmp_path)))
         kill_when(driver, in_a_validation(tmp_path))
-        kill_when(driver, in_a_checkpoint(tmp_path))
+        kill_when(driver, in_a_checkpoint(tmp_path), pause=0.001)
         assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
     finally:
         kill(driver)

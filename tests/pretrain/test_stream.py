@@ -36,7 +36,7 @@ def streams(
     return [batches(feed.table, reference, schedule, rank, held) for rank in range(world)], schedule
 
 
-@pytest.mark.parametrize(("world", "held"), [(1, 0), (2, 0), (3, 0), (3, 2)])
+@pytest.mark.parametrize(("world", "held"), [(1, 0), (2, 0), (3, 2)])
 def test_every_rank_gets_its_samples_of_the_table(
     ray_cluster: None, feed: Feed, world: int, held: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

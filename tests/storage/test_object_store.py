@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from moto.server import ThreadedMotoServer
-from runs import SAVED, assert_same, kill, outcome, start, wait_for, write
+from runs import SAVED, assert_same, kill, outcome, saved, start, wait_for, write
 
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of
@@ -35,14 +35,14 @@ def test_a_pretraining_goes_on_from_the_object_store_alone(undisturbed, cohort, 
     study = load(path, [])
     first = start(path)
     manifests = folders_of(study).output.folder
-    wait_for(lambda: any(manifests.glob("**/checkpoints/*/manifest.json")), "a checkpoint")
+    wait_for(lambda: saved(manifests), "a checkpoint")
     wait_for(lambda: kept(study), "a checkpoint in the bucket")
     kill(first)
     journal = folders_of(study).study / "journal"
-    saved = shutil.move(journal, tmp_path / "journal")  # curves wait here for MLflow; see README
+    moved = shutil.move(journal, tmp_path / "journal")  # curves wait here for MLflow; see README
     shutil.rmtree(tmp_path / "scratch")
     folders_of(study).study.mkdir(parents=True)
-    shutil.move(saved, journal)
+    shutil.move(moved, journal)
     second = start(path)
     assert second.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
     assert_same(outcome(path), undisturbed)
