@@ -18,7 +18,10 @@ Words, each for one thing:
     sample table      all samples of a pretraining, known before it starts
     block             one row of a Ray dataset: a rank's batches over a few steps
     stream segment    some hundred blocks that one Ray dataset delivers
-    view              a patch as one corruption leaves it
+    task              what is learned without labels: restoration of corrupted patches, prediction of dropped tokens
+    token             a box of voxels that a ViT makes one vector of
+    encoder           the part of a network that makes tokens, and what a pretraining passes on
+    view              a patch as one draw of the task leaves it
     learner           network, optimizer and one step of them: of the pretraining, of a segmentation
     worker, rank      a process of the pretraining, and its number
     fault             a step whose loss or gradient is not finite

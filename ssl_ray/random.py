@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:
@@ -11,6 +12,14 @@ def generator(seed: int, stream: int, index: int) -> np.random.Generator:
     Counter-based (Salmon et al., SC 2011): any index costs the same, none depends on another.
     """
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
+
+
+def words_of(seed: int, indices: NDArray[np.int64], view: int, count: int) -> NDArray[np.uint64]:
+    """`count` random words for one view of each of the samples (B,): (B, count), rows by (seed, index, view) alone."""
+    words = np.empty((len(indices), count), np.uint64)
+    for row, index in zip(words, indices, strict=True):
+        row[:] = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(int(index), view))).random_raw(count)
+    return words
 
 
 def number(*address: object) -> int:

@@ -23,13 +23,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 
-from ssl_ray.config.schema import Network, Preparation
+from ssl_ray.config.schema import Preparation
+from ssl_ray.networks.unetr.settings import Unetr
 
 SECONDS = 30
 """Before a reader counts as hanging."""
 MEGABYTES = 2048
 """Of address space that a reader may take beyond what the process holds already."""
-NETWORK = Network(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
+NETWORK = Unetr(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
 
 Reader = Callable[[Path], dict[str, Any]]
 READERS: dict[str, Callable[[], Reader]] = {}
@@ -139,11 +140,11 @@ def metadata() -> Reader:
 
 @reader
 def transfer() -> Reader:
+    from ssl_ray.networks.registry import build_segmentation
     from ssl_ray.networks.transfer import transfer
-    from ssl_ray.networks.unetr import build_unetr
     from ssl_ray.networks.weight_files import load_metadata, load_weights
 
-    unetr = build_unetr(NETWORK, (32, 32, 32), 3)
+    unetr = build_segmentation(NETWORK, (32, 32, 32), 1, 3)
     return lambda path: {"share": transfer(load_weights(path), unetr, str(path), load_metadata(path)).share}
 
 

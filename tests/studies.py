@@ -21,7 +21,7 @@ _TREE: dict[str, Any] = {
         "sources": [{"root": "nowhere", "datalist": "unlabelled.json"}],
         "preparation": PREPARATION,
         "patch_size": 16,
-        "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
+        "task": {"corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3}},
         "precision": "float32",
     },
     "finetune": {
@@ -85,7 +85,7 @@ def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     merged = dict(tree)
     for key, value in changes.items():
         before = merged.get(key)
-        # The splits of a cohort are replaced: more of them would be more cells.
-        nested = isinstance(before, dict) and isinstance(value, Mapping) and key != "splits"
+        # The splits of a cohort are replaced: more of them would be more cells. So is a section that says its kind.
+        nested = isinstance(before, dict) and isinstance(value, Mapping) and key != "splits" and "kind" not in value
         merged[key] = _merged(before, value) if nested else value
     return merged

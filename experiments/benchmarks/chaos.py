@@ -178,7 +178,7 @@ def study(output: Path, cohort: Path, uri: str) -> dict[str, Any]:
             "log_every": 2,
             "checkpoint_every": 20,
             "block_megabytes": 0.3,
-            "corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3},
+            "task": {"corruption": {"inpaint_size": [2, 6], "outpaint_size": [4, 10], "shuffle_size": 3}},
             "precision": "float32",
             "max_failures": -1,
         },

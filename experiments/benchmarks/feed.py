@@ -31,13 +31,13 @@ from monai.data import CacheDataset, DataLoader, Dataset
 from timing import Bench, main, start_ray
 from torch.utils.data import RandomSampler
 
-from ssl_ray.config.schema import Corruption
 from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed, batches, segments
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw
+from ssl_ray.pretrain.tasks.restoration.settings import Corruption
 
 FLOORS = {"clean": 1.8, "one view": 2.0, "two views": 2.0}
 BATCH = 8

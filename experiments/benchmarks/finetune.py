@@ -23,18 +23,19 @@ from monai.metrics import DiceMetric
 from monai.networks.nets import UNETR
 from timing import Bench, Elsewhere, main
 
-from ssl_ray.config.schema import Network, Study
+from ssl_ray.config.schema import Study
 from ssl_ray.data.patch import open_array
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.finetune.job import TrialData, TrialJob
 from ssl_ray.finetune.trial import Trial
+from ssl_ray.networks.unetr.settings import Unetr
 from ssl_ray.training.prefetch import ahead
 
 FLOOR = 1.5
 CLASSES = 14
 
 
-def study(bench: Bench, network: Network, side: int) -> Study:
+def study(bench: Bench, network: Unetr, side: int) -> Study:
     """The reference recipe's fine-tuning."""
     preparation = {"orientation": "RAS", "spacing": [1.5, 1.5, 2.0], "hu_window": [-175, 250]}
     nowhere = {"root": str(bench.folder), "datalist": "none.json"}
@@ -48,7 +49,7 @@ def study(bench: Bench, network: Network, side: int) -> Study:
                 "sources": [nowhere],
                 "preparation": preparation,
                 "patch_size": side,
-                "corruption": boxes,
+                "task": {"corruption": boxes},
             },
             "finetune": {
                 "cohort": {"root": str(bench.folder), "classes": CLASSES, "splits": {1: "none.json"}},
@@ -62,7 +63,7 @@ def study(bench: Bench, network: Network, side: int) -> Study:
 class Plain:
     """The notebook's training, written from MONAI's public interface."""
 
-    def __init__(self, store: Store, volumes: Sequence[Volume], network: Network, side: int) -> None:
+    def __init__(self, store: Store, volumes: Sequence[Volume], network: Unetr, side: int) -> None:
         self.size, keys = (side,) * 3, ["image", "label"]
         cases = []
         for volume in volumes:
@@ -81,7 +82,7 @@ class Plain:
             in_channels=1,
             out_channels=CLASSES,
             img_size=self.size,
-            **network.model_dump(),
+            **network.model_dump(exclude={"kind"}),
             proj_type="conv",
             norm_name="instance",
             res_block=True,
@@ -122,8 +123,8 @@ class Plain:
 
 def run(bench: Bench) -> None:
     """Steps and validations of a tiny UNETR and of the recipe's."""
-    tiny = Network(hidden_size=96, mlp_dim=192, num_heads=3, feature_size=8)
-    networks = {"tiny": tiny} if bench.quick else {"tiny": tiny, "ViT-B": Network()}
+    tiny = Unetr(hidden_size=96, mlp_dim=192, num_heads=3, feature_size=8)
+    networks = {"tiny": tiny} if bench.quick else {"tiny": tiny, "ViT-B": Unetr()}
     side, shape = (32, (60, 60, 50)) if bench.quick else (96, (200, 170, 130))
     for name, network in networks.items():
         made = study(bench, network, side)

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.config.schema import Study
-from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.restoration import corruption
-from ssl_ray.pretrain.tasks.restoration.corruption import draw
+from ssl_ray.pretrain.tasks.restoration.corruption import draw, draws_of
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import folders_of, recipe_of
+from ssl_ray.training.gpu import to_device
 from ssl_ray.training.optimizer import take_step
 from ssl_ray.training.precision import autocast
 
@@ -41,7 +42,7 @@ def study(bench: Bench, folder: Path, batch: int, **pretrain: Any) -> Study:
         "preparation": preparation,
         "patch_size": side,
         "batch_size": batch,
-        "corruption": SMALL_BOXES if bench.quick else {},
+        "task": {"corruption": SMALL_BOXES if bench.quick else {}},
         "optimizer": {"name": "adam", "lr": 1e-4},
         "gpu": bench.device.type == "cuda",
     }
@@ -138,10 +139,11 @@ def rate(bench: Bench, batch: int, seconds: float) -> dict[str, float]:
 def correct(bench: Bench) -> None:
     """Corruption as on the CPU; the losses of 50 steps against plain float32 without TF32."""
     side, batch, steps = (32, 4, 6) if bench.quick else (96, 8, 50)
-    config = study(bench, Path(tempfile.gettempdir()), batch).pretrain.corruption
+    config = study(bench, Path(tempfile.gettempdir()), batch).pretrain.task.corruption
     clean = scale(torch.from_numpy(patches(bench, batch, pin=False)), 221)
     drawn = draw(config, (side,) * 3, 3, np.arange(batch))
-    there = corruption.corrupt(clean.to(bench.device), drawn).cpu()
+    on_device = draws_of(config, drawn.table.to(bench.device))
+    there = corruption.corrupt(clean.to(bench.device), on_device).cpu()
     here = corruption.corrupt(clean, drawn)
     worst = float((there - here).abs().max())
     bench.put("correct", "corruption_largest_difference", value=worst)
@@ -202,7 +204,7 @@ def sync(bench: Bench) -> None:
     if bench.device.type != "cuda":
         bench.put("sync", value="needs a GPU")
         return
-    two: dict[str, Any] = {"contrastive": {"enabled": True}}
+    two: dict[str, Any] = {"task": {"contrastive": {"enabled": True}}}
     for name, options, graphs in (("one_view", {}, True), ("two_views", two, True), ("eager", {}, False)):
 
         def run(options: dict[str, Any] = options, graphs: bool = graphs) -> None:
@@ -262,12 +264,12 @@ def breakdown(bench: Bench) -> None:
 
         def run(batch: int = batch) -> None:
             made, array = learner(bench, batch), patches(bench, batch)
-            config, side, indices = made.config.corruption, made.config.patch_size, np.arange(batch)
+            config, side, indices = made.config.task.corruption, made.config.patch_size, np.arange(batch)
             stored = torch.from_numpy(array).to(bench.device)
             clean = scale(stored, 221)
             drawn = draw(config, side, 0, indices)
-            there = drawn.to(bench.device)
-            view = corruption.corrupt(clean, drawn)
+            there = draws_of(config, to_device(drawn.table, bench.device))
+            view = corruption.corrupt(clean, there)
             painted = view.squeeze(1).clone()
             tokens = torch.randn(batch, (side[0] // 16) ** 3, made.job.recipe.network.hidden_size, device=bench.device)
 
@@ -304,8 +306,8 @@ def breakdown(bench: Bench) -> None:
                 "upload pinned": lambda: torch.from_numpy(array).to(bench.device, non_blocking=True),
                 "scale": lambda: scale(stored, 221),
                 "draw (host)": lambda: draw(config, side, 0, indices),
-                "upload draws": lambda: drawn.to(bench.device),
-                "paint, torch": lambda: corruption._paint(clean.squeeze(1), there),
+                "upload draws": lambda: to_device(drawn.table, bench.device),
+                "paint, torch": lambda: corruption._paint_masks(clean.squeeze(1), there),
                 "shuffle": lambda: corruption._shuffle_(painted, there),
                 "forward": forward,
                 "forward + backward": lambda: forward().backward(),
@@ -366,7 +368,8 @@ def variants(bench: Bench) -> None:
             "eager": make(eager),
             "plain, eager": make(plain),
             "attention's own indexing": make(attention),
-            "two views": make(contrastive={"enabled": True}),
+            "two views": make(task={"contrastive": {"enabled": True}}),
+            "masked": make(task="masked"),
         }
         if bench.device.type == "cuda":
             kinds["convolutions"] = make(convolutions)
@@ -406,7 +409,7 @@ def ddp(bench: Bench) -> None:
             if view is not None:
                 devices = [bench.device.index or 0] if bench.device.type == "cuda" else None
                 made.model = nn.parallel.DistributedDataParallel(
-                    made.restoration, device_ids=devices, gradient_as_bucket_view=view
+                    made.task, device_ids=devices, gradient_as_bucket_view=view
                 )
             return stepper(bench, made, batch)
 

@@ -163,7 +163,7 @@ def experiment(bench: Bench, case: Case, root: Path, name: str) -> dict[str, Any
             "validate_every": case.validate_every,
             "picture_every": 1000,
             "log_every": max(1, steps // 16),
-            "corruption": {"growing": True} | case.boxes,
+            "task": {"corruption": {"growing": True} | case.boxes},
             "optimizer": {"name": "adam", "lr": case.lr},
         },
         "finetune": {

@@ -259,7 +259,7 @@ def study(folder: Path, count: int, batch: int = 8, network: Any = None) -> Any:
                 "validate_every": 300,
                 "log_every": 5,
                 "block_megabytes": 1,
-                "corruption": {"inpaint_size": [3, 10], "outpaint_size": [8, 20], "shuffle_size": 4},
+                "task": {"corruption": {"inpaint_size": [3, 10], "outpaint_size": [8, 20], "shuffle_size": 4}},
             },
             "finetune": {
                 "cohort": {"root": str(folder), "classes": 14, "splits": {1: "none.json"}},

@@ -1,16 +1,11 @@
-"""What the sections of an experiment share: types of fields, network, optimizer."""
+"""What the sections of an experiment share: types of fields, kinds of a section, optimizer."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from ssl_ray.errors import UserError
-
-VIT_PATCH = 16
-"""Side of a ViT token in voxels: MONAI's UNETR fixes it, and ViTAutoEnc wants a square number."""
-VIT_LAYERS = 12
-"""Transformer blocks: MONAI's UNETR takes its skip connections from the outputs of blocks 3, 6 and 9 of 12."""
 
 
 def rule(holds: Callable[[Any], bool], text: str) -> AfterValidator:
@@ -39,7 +34,6 @@ def _three(value: Any) -> Any:
     return [value] * 3 if isinstance(value, int | float | str) else value
 
 
-_Side = Annotated[int, Field(gt=0, multiple_of=VIT_PATCH)]
 Share = Annotated[float, Field(ge=0, le=1)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -48,8 +42,8 @@ OnNonfinite = Literal["skip", "stop"]
 """What happens after a step whose loss or gradient is not finite; either way it does not change the weights."""
 Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeValidator(_three)]
 """Millimetres along the three axes; one number in the YAML means three equal ones."""
-PatchSize = Annotated[tuple[_Side, _Side, _Side], BeforeValidator(_three)]
-"""Voxels along the three axes; one number in the YAML means three equal ones."""
+PatchSize = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_three)]
+"""Voxels along the three axes; one number in the YAML means three equal ones. The network says what fits."""
 one_or_more = rule(lambda values: 0 < len(set(values)) == len(values), "at least one value, and none twice")
 
 
@@ -57,21 +51,44 @@ class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A section of the YAML: unknown keys, NaN and infinity are refused, values do not change after loading."""
 
 
-class Network(Section):
-    """Width of the ViT (768, 3072, 12: ViT-B) and of UNETR's convolutional decoder."""
+class NetworkSettings(Section):
+    """What the settings of every kind of network tell before it is built."""
 
-    hidden_size: PositiveInt = 768
-    mlp_dim: PositiveInt = 3072
-    num_heads: PositiveInt = 12
-    feature_size: PositiveInt = 16
+    pretrains: ClassVar[bool] = True
+    segmentation_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields that the network of the pretraining does not read."""
 
-    @model_validator(mode="after")
-    def _divisible(self) -> "Network":
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_heads, got {self.hidden_size} and {self.num_heads}"
-            )
-        return self
+    @property
+    def multiple(self) -> tuple[int, str]:
+        """Voxels that each side of a patch must be a multiple of, and why."""
+        raise NotImplementedError
+
+    @property
+    def thin(self) -> int:
+        """Segmenting patches whose first side has this many voxels or fewer, some convolution is 2 voxels deep."""
+        return 0
+
+    def check_patch(self, key: str, patch_size: tuple[int, int, int]) -> None:
+        """A ValueError with the arithmetic where the network does not take patches of this size (setting `key`)."""
+        unit, why = self.multiple
+        for side in patch_size:
+            if side % unit:
+                raise ValueError(
+                    f"{key}: a side must be a multiple of {unit}, {why}, got {list(patch_size)}: "
+                    f"{side} = {side // unit} x {unit} + {side % unit}"
+                )
+
+
+class TaskSettings(Section):
+    """What the settings of every pretraining task tell."""
+
+    @property
+    def compares_patches(self) -> bool:
+        """Whether the loss is between patches of one worker, so that results depend on the number of workers."""
+        return False
+
+    def check_patch(self, patch_size: tuple[int, int, int], tokens: int) -> None:
+        """A ValueError where the task cannot be trained on patches of this size, of which a network makes `tokens`."""
 
 
 class Optimizer(Section):

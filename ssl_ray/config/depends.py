@@ -25,7 +25,7 @@ _PRETRAIN_HOW = _HOW | {
 }
 _FINETUNE_HOW = _HOW | {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "sliding_window_batch"}
 
-_PRETRAIN_APART = {"sources", "pretrainings"}
+_PRETRAIN_APART = {"sources", "pretrainings", "weights"}
 _FINETUNE_APART = {"cohort", "grid", "runs", "margin", "primary", "weights"}
 """Fields whose part in a result is counted apart: volumes and weights by their content, a run by its seed and draw, a
 cell by its overrides. The margin and the primary size are the report's."""
@@ -39,12 +39,12 @@ def preparation(settings: Preparation, version: int, sources: Mapping[str, str])
 def pretraining(settings: Pretrain, network: Network) -> dict[str, Any]:
     """What the pretrained weights depend on, beside the volumes and the seed."""
     tree = settings.model_dump(mode="json", exclude=_PRETRAIN_HOW | _PRETRAIN_APART)
-    if settings.contrastive.enabled:
+    if settings.task.compares_patches:
         tree["workers"] = settings.worker_range[1]  # negatives are the worker's own patches
-    else:
-        tree["contrastive"] = {"enabled": False}
-    widths = network.model_dump(mode="json", exclude={"feature_size"})  # that of UNETR's decoder
-    return {"pretrain": {"version": VERSION["pretrain"], **tree}, "network": widths}
+    elif "contrastive" in tree["task"]:
+        tree["task"]["contrastive"] = {"enabled": False}
+    read = network.model_dump(mode="json", exclude=set(network.segmentation_only))
+    return {"pretrain": {"version": VERSION["pretrain"], **tree}, "network": read}
 
 
 def finetuning(settings: Finetune, network: Network) -> dict[str, Any]:

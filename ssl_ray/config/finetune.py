@@ -4,10 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import VIT_PATCH, Optimizer, Section, Share, one_or_more
+from ssl_ray.config.common import Optimizer, Section, Share, one_or_more, rule
 from ssl_ray.config.preparation import Stage
 
 _Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
+_Range = Annotated[
+    tuple[PositiveFloat, PositiveFloat],
+    rule(lambda ends: ends[0] <= ends[1], "the least must not exceed the most"),
+]
 
 
 class LabelledCohort(Section):
@@ -36,13 +40,27 @@ class LabelledCohort(Section):
 
 
 class Augmentation(Section):
-    """Random augmentation of a fine-tuning patch."""
+    """Random augmentation of a fine-tuning patch: the recipe's, and with what CNNs are trained with, off by default."""
 
     flip_prob: Share = 0.1
     flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
-    rotate_prob: Share = 0.1
+    rotate_prob: Share = Field(0.1, description="by a multiple of 90 degrees")
     shift: NonNegativeFloat = 0.1
     shift_prob: Share = 0.5
+    affine_prob: Share = Field(0, description="rotation and scaling; 0.2, with the others below, is about nnU-Net's")
+    rotation: float = Field(30, ge=0, le=180, description="degrees at most, about each axis")
+    scaling: _Range = Field((0.7, 1.4), description="times as large, along each axis")
+    noise_prob: Share = Field(0, description="0.1")
+    noise: NonNegativeFloat = Field(0.1, description="standard deviation at most, of an intensity in 0..1")
+    blur_prob: Share = Field(0, description="0.2")
+    blur: _Range = Field((0.5, 1.0), description="standard deviation in voxels, along each axis")
+    gamma_prob: Share = Field(0, description="0.3")
+    gamma: _Range = (0.7, 1.5)
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is more than in the recipe."""
+        return any((self.affine_prob, self.noise_prob, self.blur_prob, self.gamma_prob))
 
 
 class SegmentationLoss(Section):
@@ -69,7 +87,7 @@ class Grid(Section):
 
 
 class Finetune(Stage):
-    """Segmentation with UNETR over the grid."""
+    """Segmentation over the grid."""
 
     cohort: LabelledCohort
     volumes_per_step: PositiveInt = 1
@@ -111,11 +129,6 @@ class Finetune(Stage):
 
     @model_validator(mode="after")
     def _fits(self) -> "Finetune":
-        if self.precision == "bfloat16" and not self.gpus_per_trial and self.patch_size[0] == VIT_PATCH:
-            raise ValueError(
-                f"precision: on a CPU bfloat16 needs patches more than {VIT_PATCH} voxels deep, as gradients are wrong "
-                f"otherwise (oneDNN); got patch_size {list(self.patch_size)}"
-            )
         self.optimizer.check_warmup(self.steps)
         if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
             raise ValueError(f"gpus_per_trial must be a share of one GPU or a whole number, got {self.gpus_per_trial}")

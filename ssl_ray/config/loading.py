@@ -137,16 +137,13 @@ def _explain(name: str, mistake: Any) -> str:
 def _follow(location: Iterable[int | str]) -> tuple[list[str], list[str]]:
     """The keys in a pydantic error's location, which names types and kinds too, and the valid keys of its section."""
     sections: list[type[BaseModel]] = [Study]
-    keys: list[str] = []
+    keys = []
     for part in map(str, location):
         if chosen := [one for one in sections if part in _kinds(one)]:
             sections = chosen
         elif not _NO_KEY.fullmatch(part):
-            # Where the user wrote the short form of a section, its key appears twice.
-            keys += [part] if part.isdecimal() or keys[-1:] != [part] else []
-            fields = sections[0].model_fields
-            short = (field for field in fields.values() if part in getattr(field.validation_alias, "choices", ()))
-            if field := fields.get(part) or next(short, None):
+            keys.append(part)
+            if field := sections[0].model_fields.get(part):
                 # `Source` of `tuple[Source, ...]`, `PhantomCohort` of `PhantomCohort | None`, all kinds of a network
                 types = (field.annotation, *get_args(field.annotation))
                 inner = [one for one in types if isinstance(one, type) and issubclass(one, BaseModel)]

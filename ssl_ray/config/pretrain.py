@@ -4,14 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import Optimizer, Section, Share, one_or_more, rule
+from ssl_ray.config.common import Optimizer, Section, of_kinds, one_or_more
 from ssl_ray.config.preparation import Stage
+from ssl_ray.pretrain.tasks.masked.settings import Masked
+from ssl_ray.pretrain.tasks.restoration.settings import Restoration
 
-BoxSides = Annotated[
-    tuple[PositiveInt, PositiveInt],
-    rule(lambda sides: sides[0] <= sides[1], "the smallest side must not exceed the largest"),
-]
-"""Smallest and largest side of a box, in voxels."""
+AnyTask = Annotated[Restoration | Masked, Field(discriminator="kind"), of_kinds("restoration")]
+"""The settings of any pretraining task."""
 
 
 class Source(Section):
@@ -21,30 +20,6 @@ class Source(Section):
     datalist: str
 
 
-class Corruption(Section):
-    """What the network has to restore: boxes that are replaced by noise, and boxes whose voxels are shuffled.
-
-    Sides are in voxels; the defaults are the recipe's for patches of 96³.
-    """
-
-    outpaint_prob: Share = 0.5
-    growing: bool = Field(False, description="a box's side is the next one's lower bound, as MONAI draws them")
-    inpaint_boxes: PositiveInt = 6
-    inpaint_size: BoxSides = (5, 32)
-    outpaint_boxes: PositiveInt = 6
-    outpaint_size: BoxSides = (20, 64)
-    shuffle_prob: Share = 0.8
-    shuffle_boxes: PositiveInt = 10
-    shuffle_size: PositiveInt = 8
-
-
-class Contrastive(Section):
-    """A second view of every patch; the loss is then L1 + contrastive * L1."""
-
-    enabled: bool = False
-    temperature: PositiveFloat = 0.05
-
-
 class PretrainingOptimizer(Optimizer):
     """That of the recipe, also where the YAML gives it another learning rate alone."""
 
@@ -52,15 +27,15 @@ class PretrainingOptimizer(Optimizer):
 
 
 class Pretrain(Stage):
-    """Self-supervised pretraining of ViTAutoEnc."""
+    """Self-supervised pretraining of the network's encoder."""
 
     sources: Annotated[tuple[Source, ...], one_or_more]
     patches_per_volume: PositiveInt = 2
     batch_size: PositiveInt = Field(8, description="patches a step, over all workers")
     epochs: PositiveInt = 300
     pretrainings: PositiveInt = Field(1, description="1: all runs start from the same; finetune.runs: each has its own")
-    corruption: Corruption = Corruption()
-    contrastive: Contrastive = Contrastive()
+    task: AnyTask = Restoration()
+    weights: str | None = Field(None, description="a file to go on from: its encoder, and its decoder if of the task")
     optimizer: PretrainingOptimizer = PretrainingOptimizer()
     validate_every: PositiveInt = Field(2, description="epochs")
     picture_every: PositiveInt = Field(5, description="validations")
@@ -84,16 +59,12 @@ class Pretrain(Stage):
         if self.batch_size < most:
             raise ValueError(f"batch_size must give every worker a patch, got {self.batch_size} for {most} workers")
         alone = self.batch_size == most
-        if self.contrastive.enabled and (least < most or self.batch_size % most or alone or self.microbatch):
+        if self.task.compares_patches and (least < most or self.batch_size % most or alone or self.microbatch):
             raise ValueError(
-                "contrastive.enabled: negatives are the other patches of a worker, so it needs a fixed number of "
-                f"workers that divides batch_size, two patches a worker or more, and no microbatch; got workers "
+                "task: its contrastive loss is between the patches of a worker, so it needs a fixed number of workers "
+                f"that divides batch_size, two patches a worker or more, and no microbatch; got workers "
                 f"{self.workers}, batch_size {self.batch_size}, microbatch {self.microbatch}"
             )
-        sizes = self.corruption
-        box = max(sizes.inpaint_size[1], sizes.outpaint_size[1], sizes.shuffle_size)
-        if box > min(self.patch_size):
-            raise ValueError(f"corruption: a box of {box} voxels does not fit into patch_size {list(self.patch_size)}")
         return self
 
     @property

@@ -4,18 +4,25 @@ Everything in it is checked here, before anything expensive starts; the checks t
 follow in `ssl_ray.data`. This module only describes; `ssl_ray.config.loading` goes from YAML to a `Study` and back.
 """
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import VIT_LAYERS, VIT_PATCH, Network, Optimizer, Section, Seed
+from ssl_ray.config.common import Optimizer, Section, Seed, of_kinds
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
 from ssl_ray.config.preparation import Normalise, Preparation
-from ssl_ray.config.pretrain import Contrastive, Corruption, Pretrain, Source
+from ssl_ray.config.pretrain import Pretrain, Source
+from ssl_ray.networks.dynunet.settings import DynUnet
+from ssl_ray.networks.primus.settings import Primus
+from ssl_ray.networks.unetr.settings import Unetr
 
-__all__ = ["VIT_LAYERS", "VIT_PATCH", "LocalCluster", "Network", "Optimizer", "Preparation", "Study", "Tracking"]
-__all__ += ["Augmentation", "Contrastive", "Corruption", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss"]
-__all__ += ["Normalise", "Source"]
+__all__ = ["LocalCluster", "Network", "Normalise", "Optimizer", "Preparation", "Study", "Tracking"]
+__all__ += ["Augmentation", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss", "Source"]
+
+
+Network = Annotated[Unetr | Primus | DynUnet, Field(discriminator="kind"), of_kinds("unetr")]
+"""The settings of any network."""
 
 
 class PhantomCohort(Section):
@@ -55,7 +62,7 @@ class Study(Section):
     seed: Seed = 0
     on_bad_volume: Literal["fail", "skip"] = "fail"
     phantom: PhantomCohort | None = None
-    network: Network = Network()
+    network: Network = Unetr()
     pretrain: Pretrain
     finetune: Finetune
     tracking: Tracking = Tracking()
@@ -79,6 +86,25 @@ class Study(Section):
             raise ValueError(
                 f"pretrain.preparation.channels: must be that of finetune.preparation, whose network starts from the "
                 f"pretrained weights; got {ours} and {theirs}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_network(self) -> "Study":
+        network, tuned, patch_size = self.network, self.finetune, self.pretrain.patch_size
+        network.check_patch("finetune.patch_size", tuned.patch_size)
+        if network.pretrains:
+            network.check_patch("pretrain.patch_size", patch_size)
+            self.pretrain.task.check_patch(patch_size, math.prod(side // network.multiple[0] for side in patch_size))
+        elif tuned.weights or set(tuned.grid.init) != {"random"}:
+            raise ValueError(
+                f"finetune.grid.init: a {network.kind} is not pretrained here, so that [random] is all that it can "
+                f"start from, got {list(tuned.grid.init)}{' and finetune.weights' if tuned.weights else ''}"
+            )
+        if tuned.precision == "bfloat16" and not tuned.gpus_per_trial and tuned.patch_size[0] <= network.thin:
+            raise ValueError(
+                f"finetune.precision: on a CPU bfloat16 needs patches more than {network.thin} voxels deep, as "
+                f"gradients are wrong otherwise (oneDNN); got patch_size {list(tuned.patch_size)}"
             )
         return self
 

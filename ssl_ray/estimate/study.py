@@ -17,18 +17,20 @@ from ssl_ray.estimate.probe import probe_finetuning, probe_pretraining
 from ssl_ray.estimate.text import figure
 from ssl_ray.estimate.volumes import Group, survey
 from ssl_ray.estimate.work import Figures, estimate_grid, estimate_pretraining
+from ssl_ray.pretrain.job import Recipe
+from ssl_ray.pretrain.start import check_start
 from ssl_ray.search.grid import check_transfer
 from ssl_ray.storage.folders import Folders
 from ssl_ray.training.devices import DEVICES, Device
 
 _MFU = {0.95e12: 0.16, 7.6e12: 0.31, 15.2e12: 0.34}
 """FLOPs of a worker's step -> the share of an H100's bfloat16 peak that it reached, from docs/performance.md: 8, 64 and
-128 patches of 96³, ViT-B, `compile: true`, one worker. No other GPU, no UNETR and no float32 was measured."""
+128 patches of 96³, ViT-B, `compile: true`, one worker. No other GPU, network and no float32 was measured."""
 _BASIS = (
     "bytes: exact for prepared volumes, for others by headers before the crop; none for a cohort that is not made yet",
     "hours: by steps on random patches, alone on this machine; none with --no-probe or without the GPU that they need",
     "hours with --gpu: by the share of its peak that an H100 reached with ViT-B, compiled; none for what was not "
-    "measured: UNETR, float32, smaller steps",
+    "measured: fine-tuning, other networks, float32, smaller steps",
     "not in the hours: preparation, start-up, reading (MLflow shows data_wait), exchange, metrics, report",
 )
 
@@ -44,6 +46,8 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
     groups = survey(study, folders)
     if study.finetune.weights:
         check_transfer(study.finetune, study.network, Path(study.finetune.weights))
+    elif study.pretrains and study.pretrain.weights:
+        check_start(Recipe(study.pretrain, study.network, study.seed), Path(study.pretrain.weights))
     device = DEVICES[gpu] if gpu else None
     cluster, work = _cluster(study, device), {}
     here, gpus = with_probe and not device, torch.cuda.is_available()
@@ -52,7 +56,8 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
     hours = grid["total_seconds"]
     if study.pretrains:
         work = estimate_pretraining(study, groups)
-        step = _step_seconds(work, device, study.pretrain.precision) if device else None
+        measured = device if study.network.kind == "unetr" else None
+        step = _step_seconds(work, measured, study.pretrain.precision) if measured else None
         if here and (gpus or not study.pretrain.gpu):
             step = probe_pretraining(study)
         steps = study.pretrain.pretrainings * work["flops"] / work["flops_per_step"]

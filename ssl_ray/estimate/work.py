@@ -11,9 +11,10 @@ from ssl_ray.data.normalisations.registry import storage
 from ssl_ray.estimate.volumes import Group
 from ssl_ray.evaluate.sliding_window import sliding_windows
 from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.unetr import build_autoencoder, build_unetr
+from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import segments
+from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.search.cells import cells
 
 Figures = dict[str, Any]
@@ -23,11 +24,11 @@ Figures = dict[str, Any]
 def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
     """The pretraining, with the most workers that the experiment allows and without times."""
     config, patches = study.pretrain, study.pretrain.patches_per_volume
-    world, views = config.worker_range[1], 2 if config.contrastive.enabled else 1
+    world = config.worker_range[1]
     shapes = np.ones((groups["unlabelled training"].volumes, 3), np.int64)
     table = SampleTable(study.seed, shapes, config.patch_size, patches, config.batch_size, config.epochs)
     checks = groups["unlabelled validation"].volumes * patches * len(table.boundaries(config.validate_every))
-    cost = network_cost(build_autoencoder, study.network, config.patch_size)
+    cost = task_cost(config.task, study.network, config.patch_size)
     voxel_bytes = config.preparation.channels * np.dtype(storage(config.preparation.normalise).dtype).itemsize
     block_steps = segments(table, 0, world, config.block_megabytes * 2**20, voxel_bytes)[0].block_steps
     share = len(table.rank_samples(0, 0, world))
@@ -36,7 +37,7 @@ def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
     # By rings, DDP reduces gradients and spreads them; FSDP gathers weights for each pass forward and backward, and
     # reduces gradients.
     rings = 2 * math.ceil(share / (config.microbatch or share)) + 1 if config.shard else 2
-    per_step = config.batch_size * views * cost.training
+    per_step = config.batch_size * cost.training
     return {
         "workers": world,
         "epochs": config.epochs,
@@ -61,7 +62,7 @@ def estimate_grid(
     places += [cluster["cpus"] / config.cpus_per_trial] if cluster["cpus"] is not None else []
     places += [cluster["gpus"] / config.gpus_per_trial] if config.gpus_per_trial else []
     at_once = min(trials, max(1, int(min(places))))
-    cost = network_cost(build_unetr, study.network, sides, config.cohort.classes)
+    cost = network_cost(build_segmentation, study.network, sides, 1, config.cohort.classes)
     validations = math.ceil(config.steps / config.validate_every)
     held_out = groups["labelled validation"], groups["labelled test"]
     overlap = config.sliding_window_overlap

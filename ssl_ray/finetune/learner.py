@@ -1,4 +1,4 @@
-"""What a trial trains: the UNETR, its optimizer, one step of them, and the prediction of a volume."""
+"""What a trial trains: the network, its optimizer, one step of them, and the prediction of a volume."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ import torch
 from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
-from ssl_ray.config.schema import VIT_PATCH, Finetune, Network, SegmentationLoss
+from ssl_ray.config.schema import Finetune, Network, SegmentationLoss
 from ssl_ray.evaluate.sliding_window import predict
 from ssl_ray.networks.faster import use_fast_attention
+from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.networks.transfer import transfer
-from ssl_ray.networks.unetr import build_unetr
 from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.optimizer import build_optimizer, take_step
@@ -18,7 +18,7 @@ from ssl_ray.training.precision import autocast, resolve
 
 
 class SegmentationLearner:
-    """A UNETR with its optimizer: takes steps and predicts volumes."""
+    """A network with its optimizer: takes steps and predicts volumes."""
 
     def __init__(
         self,
@@ -34,12 +34,12 @@ class SegmentationLearner:
         """
         self.config, self.device = config, device
         torch.manual_seed(seed)
-        self.network = build_unetr(network, config.patch_size, config.cohort.classes)
+        self.network = build_segmentation(network, config.patch_size, 1, config.cohort.classes)
         if weights:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
         # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
         self.network.to(device, memory_format=torch.channels_last_3d)
-        self.dtype = precision_of(config, device)
+        self.dtype = precision_of(config, network, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
@@ -85,9 +85,9 @@ class SegmentationLearner:
         self.network.zero_grad(set_to_none=True)
 
 
-def precision_of(config: Finetune, device: torch.device) -> torch.dtype:
+def precision_of(config: Finetune, network: Network, device: torch.device) -> torch.dtype:
     """What a step computes in on a device."""
-    if config.precision == "auto" and config.patch_size[0] == VIT_PATCH:
+    if config.precision == "auto" and config.patch_size[0] <= network.thin:
         # Some convolutions are then two voxels deep. Their bfloat16 weight gradients, as oneDNN 3.12 (torch 2.13)
         # computes them on a CPU, come out of memory that it never wrote: other numbers every time, inf and nan among
         # them. On a GPU neither, so that a CPU may go on with the trial.
@@ -106,5 +106,9 @@ class _Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):
             logits = self.network(images)
-        loss: Tensor = self.criterion(logits.float(), labels)
-        return loss
+        if logits.ndim == images.ndim:
+            loss: Tensor = self.criterion(logits.float(), labels)
+            return loss
+        # Deep supervision: (B, levels, classes, X, Y, Z), each level half as heavy as the one above it.
+        losses = [self.criterion(level.float(), labels) / 2**depth for depth, level in enumerate(logits.unbind(1))]
+        return torch.stack(losses).sum() / (2 - 0.5 ** (len(losses) - 1))

@@ -1,11 +1,13 @@
-"""Training patches of a trial: each a function of (seed, index), as in pretraining, and augmented as in the recipe."""
+"""Training patches of a trial: each a function of (seed, index), as in pretraining, and augmented."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from monai import transforms as mt
 from torch import Tensor
 
 from ssl_ray.config.schema import Augmentation, Finetune
@@ -81,11 +83,35 @@ def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]
 
 
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; shapes (..., X, Y, Z) stay."""
+    """As in the recipe, flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`.
+
+    Shapes (..., X, Y, Z) stay.
+    """
     axes = [axis - 3 for axis in config.flip_axes if random.random() < config.flip_prob]
     turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
     shift = random.uniform(-config.shift, config.shift) if random.random() < config.shift_prob else 0.0
     if image.shape[-3] != image.shape[-2]:
         turns = turns // 2 * 2  # a quarter turn would exchange unequal sides
     image, label = (torch.rot90(torch.flip(volume, axes), turns, (-3, -2)) for volume in (image, label))
-    return image + shift, label
+    image = image + shift
+    return vary(image, label, config, int(random.integers(2**32))) if config.varies else (image, label)
+
+
+def vary(image: Tensor, label: Tensor, config: Augmentation, seed: int) -> tuple[Tensor, Tensor]:
+    """Rotate and scale image (C, X, Y, Z) and label, add noise, blur, and change the contrast, in nnU-Net's order.
+
+    These are MONAI's transforms. What comes in from outside the patch is the patch, reflected at its faces.
+    """
+    angle, (least, most) = math.radians(config.rotation), config.scaling
+    grids = ((1 / most - 1, 1 / least - 1),) * 3  # MONAI scales the grid that is sampled, by 1 + this
+    both, modes = ("image", "label"), ("bilinear", "nearest")
+    steps = mt.Compose(
+        [
+            mt.RandAffined(both, None, config.affine_prob, (angle,) * 3, scale_range=grids, mode=modes),
+            mt.RandGaussianNoised("image", config.noise_prob, std=config.noise),
+            mt.RandGaussianSmoothd("image", config.blur, config.blur, config.blur, prob=config.blur_prob),
+            mt.RandAdjustContrastd("image", config.gamma_prob, config.gamma),
+        ]
+    ).set_random_state(seed)
+    varied = steps({"image": image, "label": label.float()})
+    return varied["image"].as_tensor(), varied["label"].as_tensor().to(label.dtype)

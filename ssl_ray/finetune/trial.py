@@ -1,4 +1,4 @@
-"""One trial: a UNETR training, the choice of its best checkpoint, and its scores. Pure torch, without Ray."""
+"""One trial: a training, the choice of its best checkpoint, and its scores. Pure torch, without Ray."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ from ssl_ray.finetune.job import Record, TrialJob
 from ssl_ray.finetune.learner import SegmentationLearner, precision_of
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.unetr import build_unetr
+from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
@@ -31,7 +31,7 @@ from ssl_ray.training.prefetch import ahead
 
 
 class Trial:
-    """One UNETR training, from initial weights to the evaluation of its best checkpoint.
+    """One training, from initial weights to the evaluation of its best checkpoint.
 
     A trial that was cut off anywhere and is started again goes on from its own newest checkpoint, and ends bit for bit
     as if nothing had happened.
@@ -40,10 +40,12 @@ class Trial:
     def __init__(self, job: TrialJob, device: torch.device) -> None:
         """A UserError where pretrained weights do not match the network, or the other arm has another precision."""
         self.job = job
-        self.config = job.config.model_copy(update={"precision": _settle(job, named(precision_of(job.config, device)))})
+        here = named(precision_of(job.config, job.network, device))
+        self.config = job.config.model_copy(update={"precision": _settle(job, here)})
         self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
-        self.flops = network_cost(build_unetr, job.network, self.config.patch_size, self.config.cohort.classes).training
+        patch, classes = self.config.patch_size, self.config.cohort.classes
+        self.flops = network_cost(build_segmentation, job.network, patch, 1, classes).training
         self.losses = FiniteSum()
         self.best, self.best_step = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}

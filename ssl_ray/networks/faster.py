@@ -1,6 +1,6 @@
 """Faster ways to compute the same networks: parameters, their names and the results to rounding stay.
 
-Which of them is faster depends on the device, so the builders in `unetr.py` use none, and each learner chooses.
+Which of them is faster depends on the device, so the networks' builders use none, and each learner chooses.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The strict transfer of an autoencoder's encoder into a UNETR: it is complete, or refused with the reason."""
+"""The strict transfer of an encoder into another network: it is complete, or refused with the reason."""
 
 import math
 import re
@@ -6,29 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from monai.networks.nets import UNETR
 from torch import Tensor, nn
 
-from ssl_ray.config.schema import VIT_PATCH
 from ssl_ray.errors import UserError
-from ssl_ray.networks.unetr import IDLE
+from ssl_ray.networks.protocol import Encoder, Segmenter
 from ssl_ray.text import shown
-
-_DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
-"""Prefixes of the autoencoder's own parameters, which a UNETR has no use for."""
-
-_POSITIONS = "patch_embedding.position_embeddings"
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a transfer did to the ViT of a UNETR; keys as in `unetr.vit.state_dict()`.
+    """What a transfer did to an encoder; keys as in its state dict.
 
     loaded: number of parameters that were copied unchanged.
     interpolated: the position embeddings where they were resampled to another grid of tokens, or nothing.
     missing: idle parameters that the checkpoint does not have; they keep their values, which no loss reaches.
     unexpected: idle parameters that only the checkpoint has. The autoencoder's decoder is not counted.
-    share: share of the ViT's numbers that came from the checkpoint; only missing parameters keep it below 1.
+    share: share of the encoder's numbers that came from the checkpoint; only missing parameters keep it below 1.
     prefix: what the encoder's keys began with in the checkpoint, e.g. `vit.` in a UNETR's; mostly nothing.
     """
 
@@ -41,60 +34,71 @@ class Transfer:
 
 
 def transfer(
-    weights: Mapping[str, Tensor], unetr: UNETR, source: str, metadata: Mapping[str, str] | None = None
+    weights: Mapping[str, Tensor], network: nn.Module, source: str, metadata: Mapping[str, str] | None = None
 ) -> Transfer:
-    """Copy the encoder of a ViTAutoEnc into `unetr.vit`, in place: the whole of it, or nothing.
+    """Copy a pretrained encoder into `network.encoder`, in place: the whole of it, or nothing, see `take`.
+
+    A network without one, which is never pretrained, is a UserError.
+    """
+    if not isinstance(network, Segmenter):
+        raise UserError(f"{source}: a {type(network).__name__} has no encoder that weights could be taken into")
+    return take(weights, network.encoder, network.feat_size, source, metadata or {})
+
+
+def take(
+    weights: Mapping[str, Tensor], vit: Encoder, grid: tuple[int, int, int], source: str, metadata: Mapping[str, str]
+) -> Transfer:
+    """Copy a pretrained encoder into `vit`, of this grid of tokens, in place: the whole of it, or nothing.
 
     Every parameter that the tokens depend on must be there, in the shape that it has here. The one exception are
     position embeddings of another grid of tokens: they are interpolated trilinearly (as MAE and timm do in 2D).
-    State dicts of MONAI 0.8 to 1.6 have the same names and meaning, but for idle parameters, which may differ. The ViT
-    may be a part of a larger network, all its keys with one prefix, such as `model.`; the other parts are left out.
-    Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
+    An autoencoder's decoder, in the weights or in `vit`, is left alone.
+    State dicts of MONAI 0.8 to 1.6 have the same names and meaning, but for idle parameters, which may differ. The
+    encoder may be a part of a larger network, all its keys with one prefix, such as `model.`; the other parts are left
+    out. Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
 
     Raises:
         UserError: naming the source, for NaN or infinite weights, encoder keys that are missing, unexpected or of
-            another shape, several encoders, another number of heads, or a grid of tokens that cannot be told.
+            another shape, several encoders, another kind of network or number of heads, or a grid of tokens that cannot
+            be told.
     """
-    metadata = metadata or {}
-    wanted: dict[str, Tensor] = unetr.vit.state_dict()
-    prefix = _prefix(weights, source)
+    wanted = {key: value for key, value in vit.state_dict().items() if not key.startswith(vit.beside)}
+    prefix = _prefix(weights, vit.positions, source)
     inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    encoder = {key: value for key, value in inside.items() if not key.startswith(_DECODER)}
+    encoder = {key: value for key, value in inside.items() if not key.startswith(vit.beside)}
     diverged = [key for key, value in weights.items() if not torch.isfinite(value).all()]
     if diverged:
         raise UserError(f"{source}: {_first(diverged)}: NaN or infinite weights; the pretraining has diverged")
     # The metadata explain a mismatch best. The number of heads shows in no shape: only they can tell it.
-    block = unetr.vit.blocks[0]
-    widths = {"hidden_size": block.mlp.linear1.in_features, "mlp_dim": block.mlp.linear1.out_features}
-    for name, here in (widths | {"num_heads": block.attn.num_heads}).items():
+    for name, here in vit.settings.items():
         if metadata.get(name, str(here)) != str(here):
             raise UserError(f"{source}: trained with {name} {metadata[name]}, but this network has {here}")
 
     missing = [key for key in wanted if key not in encoder]
     unexpected = [key for key in encoder if key not in wanted]
     complaints = {
-        "missing": [key for key in missing if not IDLE.fullmatch(key)],
-        "unexpected": [key for key in unexpected if not IDLE.fullmatch(key)],
+        "missing": [key for key in missing if not vit.idle.fullmatch(key)],
+        "unexpected": [key for key in unexpected if not vit.idle.fullmatch(key)],
         "of another shape": [
             f"{key} is {tuple(encoder[key].shape)}, expected {tuple(value.shape)}"
             for key, value in wanted.items()
-            if key in encoder and not _fits(key, encoder[key], value)
+            if key in encoder and not _fits(key == vit.positions, encoder[key], value)
         ],
     }
     if any(complaints.values()):
         listed = "; ".join(f"{name}: {_first(keys)}" for name, keys in complaints.items() if keys)
         raise UserError(f"{source}: not the weights of this ViT: {listed}")
     values = {key: encoder[key] for key in wanted if key in encoder}
-    grid = _source_grid(values[_POSITIONS].shape[1], unetr.feat_size, metadata, source)
-    resampled = grid != unetr.feat_size
+    given = _source_grid(values[vit.positions].shape[1], grid, vit, metadata, source)
+    resampled = given != grid
     if resampled:  # (1, tokens, hidden), to another grid that covers the same patch
-        volume = values[_POSITIONS].float().transpose(1, 2).reshape(1, -1, *grid)
-        volume = nn.functional.interpolate(volume, tuple(unetr.feat_size), mode="trilinear")
-        values[_POSITIONS] = volume.flatten(2).transpose(1, 2)
-    unetr.vit.load_state_dict(values, strict=False)
+        volume = values[vit.positions].float().transpose(1, 2).reshape(1, -1, *given)
+        volume = nn.functional.interpolate(volume, tuple(grid), mode="trilinear")
+        values[vit.positions] = volume.flatten(2).transpose(1, 2)
+    vit.load_state_dict(values, strict=False)
     return Transfer(
         loaded=len(values) - resampled,
-        interpolated=(_POSITIONS,) if resampled else (),
+        interpolated=(vit.positions,) if resampled else (),
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         share=sum(wanted[key].numel() for key in values) / sum(value.numel() for value in wanted.values()),
@@ -102,17 +106,17 @@ def transfer(
     )
 
 
-def _prefix(weights: Mapping[str, Tensor], source: str) -> str:
-    """What the keys of the ViT begin with: its position embeddings, under a name of their own, show it."""
-    found = [key.removesuffix(_POSITIONS) for key in weights if f".{key}".endswith(f".{_POSITIONS}")]
+def _prefix(weights: Mapping[str, Tensor], positions: str, source: str) -> str:
+    """What the keys of the encoder begin with: its position embeddings, under a name of their own, show it."""
+    found = [key.removesuffix(positions) for key in weights if f".{key}".endswith(f".{positions}")]
     if len(found) > 1:
         names = _first([repr(one) for one in found])
         raise UserError(f"{source}: holds {len(found)} encoders, under {names}: save the one to start from")
     return found[0] if found else ""
 
 
-def _fits(key: str, value: Tensor, wanted: Tensor) -> bool:
-    if key == _POSITIONS:  # (1, tokens, hidden): the grid may differ
+def _fits(positions: bool, value: Tensor, wanted: Tensor) -> bool:
+    if positions:  # (1, tokens, hidden): the grid may differ
         return value.ndim == 3 and value.shape[::2] == wanted.shape[::2]
     return value.shape == wanted.shape
 
@@ -124,14 +128,16 @@ def _first(items: Sequence[str]) -> str:
 
 
 def _source_grid(
-    tokens: int, target: tuple[int, int, int], metadata: Mapping[str, str], source: str
+    tokens: int, target: tuple[int, int, int], encoder: Encoder, metadata: Mapping[str, str], source: str
 ) -> tuple[int, ...]:
     """The grid of tokens that position embeddings belong to."""
+    grids: set[tuple[int, ...]]
     if given := metadata.get("patch_size"):
-        grids = {tuple(int(side) // VIT_PATCH for side in re.findall(r"\d{1,6}", given))}
+        sides = [int(side) for side in re.findall(r"\d{1,6}", given)]
+        grids = {encoder.grid(sides)} if len(sides) == 3 else set()
     else:
         grids = {target, (round(tokens ** (1 / 3)),) * 3}
-    possible = [grid for grid in grids if len(grid) == 3 and math.prod(grid) == tokens]
+    possible = [grid for grid in grids if math.prod(grid) == tokens]
     if len(possible) != 1:
         raise UserError(
             f"{source}: the grid of its {tokens} tokens cannot be told, and this network has "

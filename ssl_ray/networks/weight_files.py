@@ -4,6 +4,7 @@ A file of weights may come from anywhere. Reading it runs no pickled code and ta
 long. The driver reads metadata before it needs any network: MONAI takes seconds to import and is not here.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -28,8 +29,8 @@ _METADATA = "ssl_ray"
 
 def describe(network: Network, patch_size: Sequence[int]) -> dict[str, str]:
     """Metadata for `export`: what `transfer` must know of an autoencoder and cannot see in its weights."""
-    widths = network.model_dump(include={"hidden_size", "mlp_dim", "num_heads"})
-    return {name: str(value) for name, value in widths.items()} | {"patch_size": str(list(patch_size))}
+    read = network.model_dump(exclude=set(network.segmentation_only))
+    return {name: str(value) for name, value in read.items()} | {"patch_size": str(list(patch_size))}
 
 
 def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -77,6 +78,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     return _plain(content, str(path))
+
+
+def weights_digest(path: Path) -> str:
+    """What a key holds of a file of weights that a user gives: its content."""
+    try:
+        with open_file(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
 
 
 def load_metadata(path: Path) -> dict[str, str]:

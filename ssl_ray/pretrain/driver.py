@@ -22,7 +22,7 @@ from ssl_ray.cluster.connect import check_resources, first_error
 from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.networks.weight_files import load_metadata
+from ssl_ray.networks.weight_files import load_metadata, weights_digest
 from ssl_ray.pretrain.entry import work
 from ssl_ray.pretrain.job import Job, Recipe
 from ssl_ray.pretrain.samples import SampleTable
@@ -56,7 +56,8 @@ class Pretrained:
 def pretraining_key(recipe: Recipe, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
     """Digest of everything that the pretrained weights depend on."""
     volumes = [[volume.key for volume in part] for part in (training, validation)]
-    return digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes)
+    started = [weights_digest(recipe.weights)] if recipe.weights else []
+    return digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes, *started)
 
 
 def pretrain(
@@ -95,6 +96,10 @@ def pretrain(
     run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
     try:
+        if recipe.weights:
+            from ssl_ray.pretrain.start import check_start  # MONAI takes seconds to load: only where it is needed
+
+            run.text(json.dumps(check_start(recipe, recipe.weights), indent=1), "weight_transfer.json")
         _rewind(job)
         _train(job, folders, run)
         precision = settled(recipe.settings.precision, folder, folders.output)

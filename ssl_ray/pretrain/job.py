@@ -15,11 +15,12 @@ from ssl_ray.storage.mirror import Mirror
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the pretrained weights depend on, except the volumes."""
+    """What the pretrained weights depend on, except the volumes; `weights` are those that they start from."""
 
     settings: Pretrain
     network: Network
     seed: int
+    weights: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""What a pretraining worker trains: the autoencoder, its optimizer, one step of them, and the fixed validation."""
+"""What a pretraining worker trains: a task's network, its optimizer, one step of them, and the fixed validation."""
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,42 +17,42 @@ from ssl_ray.config.schema import Pretrain
 from ssl_ray.data.normalise import metadata
 from ssl_ray.data.patch import as_seen
 from ssl_ray.networks.faster import use_fast_attention, use_patch_products
-from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.pretrain.samples import Sample
-from ssl_ray.pretrain.tasks.restoration.corruption import Draws, corrupt, draw
-from ssl_ray.pretrain.tasks.restoration.objective import Restoration
-from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
+from ssl_ray.pretrain.start import start_from
+from ssl_ray.pretrain.tasks.registry import build_task
 from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
-from ssl_ray.training.gpu import StepGraph, Upload
+from ssl_ray.training.gpu import StepGraph, Upload, to_device
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
 from ssl_ray.training.precision import autocast, named, resolve, settle
 
 
 class PretrainingLearner:
-    """A rank's autoencoder with its optimizer: takes steps and validates."""
+    """A rank's task with its optimizer: takes steps and validates."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, _settled(job, device), device
         torch.manual_seed(job.recipe.seed)
-        self.network = build_autoencoder(job.recipe.network, self.config.patch_size).to(device)
+        self.task = build_task(self.config.task, job.recipe.network, self.config.patch_size)
+        if job.recipe.weights:
+            start_from(job.recipe.weights, self.task, self.config.patch_size)
+        self.network = self.task.to(device).network
         self.dtype = resolve(self.config.precision, device)
         if device.type == "cuda":
             use_fast_attention(self.network)
         if self.dtype != torch.float32:
             use_patch_products(self.network)
-        self.restoration = Restoration(self.network, self.config.contrastive)
-        self.views = 2 if self.config.contrastive.enabled else 1
-        parts = [self.restoration.embedding, *self.restoration.blocks, self.restoration.objective]
-        self.compiled = self.config.compile and compile_or_not(parts, self._try, "pretrain.compile")
-        self.model = parallel(self.restoration, self.restoration.blocks, device, self.config.shard)
+        self.compiled = self.config.compile and compile_or_not(self.task.parts, self._try, "pretrain.compile")
+        self.model = parallel(self.task, self.task.blocks, device, self.config.shard)
         self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
         self.best = math.inf
         # Under DDP and FSDP the hooks that exchange gradients would have to be recorded too, and batches may differ.
-        self.graphs = device.type == "cuda" and type(self.model) is Restoration
+        alone = not isinstance(self.model, DistributedDataParallel | FSDPModule)
+        self.graphs = device.type == "cuda" and alone
         self._graph: StepGraph | None = None
         self._go = torch.ones((), dtype=torch.bool, device=device)
         self._upload = Upload(device)
@@ -76,16 +75,15 @@ class PretrainingLearner:
         Returns the mean loss of the rank's patches and the global gradient norm, both on the device. Where either is
         not finite on any rank, the norm is not on all of them, and no rank has changed its weights.
         """
-        seed, side = self.job.recipe.seed, self.config.patch_size
-        draws = [draw(self.config.corruption, side, seed, indices, view) for view in range(self.views)]
+        tables = [self.task.draw(self.job.recipe.seed, indices, view) for view in range(self.task.views)]
         stored = self._upload(images)
         if self.graphs and self._graph is None:
-            self._record(stored, draws, world)
+            self._record(stored, tables, world)
         if self._graph:
-            return self._graph(stored, [drawn.table for drawn in draws], lr)
-        return self._step(stored, draws, world, lr)
+            return self._graph(stored, tables, lr)
+        return self._step(stored, [to_device(table, self.device) for table in tables], world, lr)
 
-    def _step(self, stored: Tensor, draws: Sequence[Draws], world: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, stored: Tensor, tables: Sequence[Tensor], world: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
         largest, size = self._shares(world)
         starts = range(0, largest, size)
@@ -98,9 +96,9 @@ class PretrainingLearner:
             ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
             with ddp.no_sync() if ddp and start != starts[-1] else nullcontext():
                 clean = scale(part, self.job.training.levels, self.job.training.seen)
-                corrupted = torch.cat([corrupt(clean, drawn.take(rows)) for drawn in draws])  # (views * B, C, X, Y, Z)
+                seen = self.task.see(clean, [table[rows] for table in tables])
                 with autocast(self.device, self.dtype):
-                    own, total = self.model(corrupted, clean)
+                    own, total = self.model(seen, clean)
                 # A NaN loss can still give finite gradients. Multiply by NaN, so that every rank sees it in the
                 # gradient norm and skips the step.
                 (total * weight).backward(torch.where(torch.isfinite(total) & self._go, 1.0, torch.nan))
@@ -112,55 +110,57 @@ class PretrainingLearner:
         largest = -(-self.config.batch_size // world)
         return largest, min(self.config.microbatch or largest, largest)
 
-    def _record(self, stored: Tensor, draws: Sequence[Draws], world: int) -> None:
+    def _record(self, stored: Tensor, tables: Sequence[Tensor], world: int) -> None:
         """Record the step as one CUDA graph; where that fails, one warning says why, and steps stay as they were."""
 
-        def body(patches: Tensor, tables: Sequence[Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
-            return self._step(patches, [replace(draws[0], table=table) for table in tables], world, lr)
+        def body(stored: Tensor, tables: Sequence[Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
+            return self._step(stored, tables, world, lr)
 
         try:
-            self._graph = StepGraph(body, self.optimizer, self._go, stored, [drawn.table for drawn in draws])
+            self._graph = StepGraph(body, self.optimizer, self._go, stored, tables)
         except Exception as error:  # out of memory, or an operator that cannot be recorded
             self.graphs = False
             logging.getLogger(__name__).warning("going on without a CUDA graph of the step: %s", reason(error))
 
     @torch.no_grad()
     def validate(self, rank: int, world: int, step: int, picture: bool) -> dict[str, float | str]:
-        """L1 on the fixed validation patches, each corrupted in its fixed way; every rank takes its share of them.
+        """The task's losses on the fixed validation patches, each with its fixed draw; every rank takes its share.
 
-        `validation_identity_loss` is that of predicting the corrupted input itself.
+        Names are those of `Validation.losses` after `validation_`; `picture` is the path of one, if asked for.
         """
         self.model.eval()
         feed = self.job.validation
         samples: list[Sample] = list(feed.table.validation())
         mine = np.arange(rank, len(samples), world)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums = torch.zeros((), dtype=torch.float64, device=self.device)
+        names: list[str] = []
         shown = ""
         _, size = self._shares(world)
         for start in range(0, -(-len(samples) // world), size):
             counted = len(mine[start : start + size])
-            # A rank without patches left restores sample 0 with no weight, as with `shard` the others wait for it.
+            # A rank without patches left takes sample 0 with no weight, as with `shard` the others wait for it.
             indices = mine[start : start + size] if counted else np.zeros(1, np.int64)
             clean = scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels, feed.seen)
-            corrupted = corrupt(clean, draw(self.config.corruption, self.config.patch_size, 0, indices))
+            seen = self.task.see(clean, [to_device(self.task.draw(0, indices, 0), self.device)])
             # Other shapes than in training: compiling for them would cost more than it saves.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
-                restored = self.restoration.restore(corrupted)
-            sums[0] += (restored - clean).abs().mean(dtype=torch.float64) * counted
-            sums[1] += (corrupted - clean).abs().mean(dtype=torch.float64) * counted
-            sums[2] += counted
+                found = self.task.validate(seen, clean)
+            names = [*found.losses]
+            sums = sums + torch.stack([*found.losses.values(), torch.ones_like(found.losses["loss"])]) * counted
             if picture and rank == 0 and start == 0:
-                shown = self._picture(step, clean, corrupted, restored)
+                shown = self._picture(step, found.rows)
         if world > 1:
             distributed.all_reduce(sums)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # FSDP leaves what is in no block whole, for a backward pass that does not come
         self.model.train()
-        loss, identity = float(sums[0] / sums[2]), float(sums[1] / sums[2])
-        if loss < self.best:
+        *losses, count = sums.tolist()
+        report: dict[str, float | str] = {
+            f"validation_{name}": loss / count for name, loss in zip(names, losses, strict=True)
+        }
+        if (loss := float(report["validation_loss"])) < self.best:
             self.best = loss
             self._export(step)
-        report: dict[str, float | str] = {"validation_loss": loss, "validation_identity_loss": identity}
         return report | ({"picture": shown} if shown else {})
 
     def _export(self, step: int) -> None:
@@ -169,24 +169,27 @@ class PretrainingLearner:
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             facts = {"step": str(step), "validation_loss": f"{self.best:.6f}", "key": self.job.key}
             described = describe(self.job.recipe.network, self.config.patch_size) | metadata(self.config.preparation)
-            export(self.job.weights, weights, described | facts)
+            export(self.job.weights, weights, described | {"task": self.config.task.kind} | facts)
             self.job.mirror.push(self.job.weights)
 
-    def _picture(self, step: int, clean: Tensor, corrupted: Tensor, restored: Tensor) -> str:
-        # The patch of the first batch with the most structure says most about restoration.
-        chosen = int(clean.flatten(1).std(dim=1).argmax())
-        truth, broken, mended = (stack[chosen, 0].float().cpu().numpy() for stack in (clean, corrupted, restored))
-        path = self.job.folder / "pictures" / f"restored_{step:07d}.png"
-        error = float((restored[chosen] - clean[chosen]).abs().mean())
-        draw_restoration(path, truth, broken, mended, f"step {step}, L1 {error:.4f}")
+    def _picture(self, step: int, rows: Mapping[str, Tensor]) -> str:
+        truth, _, made, *_ = rows.values()
+        # The patch of the first batch with the most structure says most.
+        chosen = int(truth.flatten(1).std(dim=1).argmax())
+        path = self.job.folder / "pictures" / f"patch_{step:07d}.png"
+        error = float((made[chosen] - truth[chosen]).abs().mean())
+        shown = {name: patches[chosen, 0].float().cpu().numpy() for name, patches in rows.items()}
+        draw_picture(path, shown, f"step {step}, L1 {error:.4f}")
         self.job.mirror.push(path)
         return str(path)
 
     def _try(self) -> None:  # forward and backward pass in the shapes of a training step; no gradient is left
         _, size = self._shares(self.config.worker_range[0])
         clean = torch.zeros(size, self.job.training.channels, *self.config.patch_size, device=self.device)
+        drawn = (self.task.draw(0, np.arange(size), view) for view in range(self.task.views))
+        seen = self.task.see(clean, [to_device(table, self.device) for table in drawn])
         with autocast(self.device, self.dtype):
-            total = self.restoration(torch.cat([clean] * self.views), clean)[1]
+            total = self.task(seen, clean)[1]
         total.backward()
         self.network.zero_grad(set_to_none=True)
 

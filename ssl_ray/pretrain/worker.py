@@ -14,11 +14,10 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from torch import Tensor, distributed
 
-from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.unetr import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.stream import Batch, batches, segments
+from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.training.checkpoint import Saver, load_latest
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
@@ -36,7 +35,7 @@ def train_loop(job: Job) -> None:
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
-    flops = learner.views * network_cost(build_autoencoder, job.recipe.network, config.patch_size).training
+    flops = task_cost(config.task, job.recipe.network, config.patch_size).training
     totals = _Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = _Reporter(job, rank), _Preemption()
     saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
@@ -107,7 +106,7 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
 def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:
     """Keep a step that was not finite, on the ranks whose loss it was and on rank 0; the line about it, else "".
 
-    A rank's patches as stored, before corruption, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
+    A rank's patches, as stored, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
     rank 0's file has the weights before the step too (on a GPU possibly those after the next).
     """
     model, job = whole_weights(learner.network), learner.job

@@ -27,7 +27,7 @@ _HATCH = {"random": "///", "pretrained": ""}
 
 
 def draw_figures(results: Results, folder: Path) -> tuple[Path, ...]:
-    """Write every figure for which there is something to show, and the last restoration, as PNG -> paths."""
+    """Write every figure for which there is something to show, and the last picture of a patch, as PNG -> paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure | bytes | None] = {}
     if results.chosen:
@@ -156,16 +156,16 @@ def _finetuning(results: Results) -> Figure:
 
 
 def _pretraining(pretraining: PretrainingRun) -> Figure:
-    """Training and validation loss over steps, and the loss of leaving the corrupted patches as they are."""
+    """Training and validation loss over steps, and the loss of a prediction that nothing was learned for."""
     figure, (axis,) = _panels(3.6)
     axis.plot(*zip(*pretraining.loss.items(), strict=True), color="#9a9a9a", linewidth=1, label="training")
     marker = "o" if len(pretraining.validation_loss) < 40 else ""
     style: dict[str, Any] = {"color": _COLOUR["pretrained"], "linewidth": 2, "marker": marker, "markersize": 4}
     axis.plot(*zip(*pretraining.validation_loss.items(), strict=True), label="validation", **style)
-    if pretraining.identity_loss:
-        step, level = max(pretraining.identity_loss.items())
-        axis.plot([0, step], [level] * 2, "--", color="#D55E00", linewidth=1.6, label="validation, nothing restored")
-    axis.set(xlabel="step", ylabel="L1 (HU window = 0 to 1)")
+    if pretraining.baseline_loss:
+        step, level = max(pretraining.baseline_loss.items())
+        axis.plot([0, step], [level] * 2, "--", color="#D55E00", linewidth=1.6, label="validation, nothing learned")
+    axis.set(xlabel="step", ylabel="loss")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)

@@ -39,15 +39,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class PretrainingRun:
-    """One pretraining run. Its losses are L1 by step, where the HU window is 0 to 1."""
+    """One pretraining run. Losses are those of its task, by step."""
 
     run: MlflowRun
     loss: Mapping[int, float]
     validation_loss: Mapping[int, float]
-    identity_loss: Mapping[int, float]
-    """Validation loss of leaving patches corrupted."""
+    baseline: Literal["identity", "mean"]
+    """What can be predicted without learning: the patch as the network saw it, or a mean."""
+    baseline_loss: Mapping[int, float]
+    """Validation loss of that prediction."""
     picture: bytes | None
-    """PNG of the last restoration."""
+    """PNG of the last one of a validation patch."""
     suffix: str
     """End of the names of this run's figures: empty for the first run, then `_2`, `_3`, ..."""
 
@@ -79,11 +81,13 @@ def read_trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> Trial:
 def read_pretraining(tracker: Tracker, run_id: str, number: int) -> PretrainingRun:
     """The pretraining run that is the report's first, second, ..."""
     pictures = tracker.files(run_id, "pictures")
+    identity, mean = (tracker.history(run_id, f"validation_{name}_loss") for name in ("identity", "mean"))
     return PretrainingRun(
         run=tracker.client.get_run(run_id),
         loss=tracker.history(run_id, "loss"),
         validation_loss=tracker.history(run_id, "validation_loss"),
-        identity_loss=tracker.history(run_id, "validation_identity_loss"),
+        baseline="mean" if mean else "identity",
+        baseline_loss=mean or identity,
         picture=tracker.read(run_id, pictures[-1]) if pictures else None,
         suffix=f"_{number}" if number > 1 else "",
     )

@@ -30,16 +30,16 @@ from ssl_ray.training.checkpoint import digest
 
 
 def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[str, Any]:
-    """The report of a weight transfer into the UNETR of a fine-tuning, before any trial starts.
+    """The report of a weight transfer into the network of a fine-tuning, before any trial starts.
 
     Raises:
         UserError: when anything of the encoder does not match.
     """
+    from ssl_ray.networks.registry import build_segmentation
     from ssl_ray.networks.transfer import transfer  # MONAI takes seconds to load: only where it is needed
-    from ssl_ray.networks.unetr import build_unetr
 
-    unetr = build_unetr(network, config.patch_size, config.cohort.classes)
-    return asdict(transfer(load_weights(weights), unetr, str(weights), load_metadata(weights)))
+    built = build_segmentation(network, config.patch_size, 1, config.cohort.classes)
+    return asdict(transfer(load_weights(weights), built, str(weights), load_metadata(weights)))
 
 
 def finetune(

@@ -1,5 +1,7 @@
 """What the rooms below get of a study: its folders, its MLflow experiment, the parameters of its runs."""
 
+from pathlib import Path
+
 from ssl_ray.config.loading import flatten
 from ssl_ray.config.schema import Study
 from ssl_ray.pretrain.job import Recipe
@@ -22,7 +24,9 @@ def tracker_of(study: Study, create: bool = True) -> Tracker:
 
 def recipe_of(study: Study, number: int = 0) -> Recipe:
     """What the weights of a pretraining of the study depend on, beside the volumes."""
-    return Recipe(study.pretrain, study.network, run_seed(study.seed, "pretrain", number))
+    given = study.pretrain.weights
+    weights = Path(given).absolute() if given else None  # workers have another working directory
+    return Recipe(study.pretrain, study.network, run_seed(study.seed, "pretrain", number), weights)
 
 
 def run_params(study: Study, section: str) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """A study from its volumes to its answer; each step finds out what is done already and does the rest."""
 
-import hashlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
+from ssl_ray.networks.weight_files import weights_digest
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
 from ssl_ray.search.grid import check_transfer, finetune
@@ -42,6 +42,10 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         prefix = check_transfer(study.finetune, study.network, Path(given))["prefix"]
         if prefix:
             say(f"{given}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
+    elif needs_weights and (given := study.pretrain.weights):
+        from ssl_ray.pretrain.start import check_start  # MONAI takes seconds to load: only where it is needed
+
+        say(f"pretraining goes on from {given}; {check_start(recipe_of(study), Path(given))['decoder']}")
     connect(study.cluster)
     prepared = prepare_cohorts(study, folders, cohorts, verify)
     if last == "prepare":
@@ -91,11 +95,12 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     """The weights that `init: pretrained` starts from: this study's own, or those in `finetune.weights`."""
     if given := study.finetune.weights:
         say(f"pretrained weights are given: {given}")
-        return [Pretrained(Path(given).absolute(), hashlib.sha256(Path(given).read_bytes()).hexdigest()[:16])]
+        return [Pretrained(Path(given).absolute(), weights_digest(Path(given)))]
     if not prepared.training or not prepared.validation:
         raise UserError("pretrain.sources: no usable volume is left for training or validation")
     parts = {"training": prepared.training, "validation": prepared.validation}
     content = {f"unlabelled {part} volumes": identity.told(volumes) for part, volumes in parts.items()}
+    content["weights to go on from"] = weights_digest(Path(given)) if (given := study.pretrain.weights) else "none"
     identity.record(study, folders, "pretrain", content)
     params, resolved, made = run_params(study, "pretrain"), dump(study), []
     for number in range(study.pretrain.pretrainings):

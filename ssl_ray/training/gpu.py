@@ -64,6 +64,11 @@ class StepGraph:
         return self._loss.clone(), self._norm.clone()
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on the device; on a GPU it is copied from pinned memory, for which the host does not wait."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
 class Upload:
     """Copies arrays to the device, on a GPU in a CUDA stream of its own.
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from ssl_ray.config.loading import dump, flatten, parse
 from ssl_ray.config.schema import Finetune, Preparation, Pretrain, Study
 from ssl_ray.errors import UserError
+from ssl_ray.pretrain.tasks.masked.settings import Masked
+from ssl_ray.pretrain.tasks.restoration.settings import Restoration
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
@@ -81,8 +83,9 @@ def test_the_recipe_is_the_default(file: Path) -> None:
     pretrain, finetune, network = study.pretrain, study.finetune, study.network
     assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
     assert (pretrain.epochs, pretrain.optimizer.name, pretrain.optimizer.lr) == (300, "adam", 1e-4)
-    assert not pretrain.contrastive.enabled
-    assert pretrain.contrastive.temperature == 0.05
+    assert pretrain.task.kind == "restoration"
+    assert not pretrain.task.contrastive.enabled
+    assert pretrain.task.contrastive.temperature == 0.05
     assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
     assert (finetune.steps, finetune.volumes_per_step, finetune.patches_per_volume) == (30_000, 1, 4)
     assert (finetune.optimizer.name, finetune.optimizer.weight_decay) == ("adamw", 1e-5)
@@ -112,7 +115,7 @@ def test_resolved_study_survives_dump_with_everything_set(file: Path, tmp_path: 
             "phantom={root: p, unlabelled: 3, labelled: 2, validation: 1, test: 1, splits: [1, 2], seed: 5}",
             "pretrain.optimizer={name: adamw, lr: 1e-12, schedule: cosine, warmup_steps: 9, clip_norm: 0.5}",
             "pretrain.patch_size=[32, 48, 64]",
-            "pretrain.corruption={inpaint_size: [1, 5], outpaint_size: [8, 8], shuffle_size: 4}",
+            "pretrain.task.corruption={inpaint_size: [1, 5], outpaint_size: [8, 8], shuffle_size: 4}",
             "pretrain.preparation.orientation=null",
             "tracking={uri: 'sqlite:///x.db', experiment: 'öäü: #1'}",
         ],
@@ -134,8 +137,8 @@ def test_resolved_study_survives_dump_with_everything_set(file: Path, tmp_path: 
         ("finetune.optimizer.learning_rate", None),
         ("finetune.grid.size", "sizes"),
         ("finetune.loss.include_backgrund", "include_background"),
-        ("pretrain.contrastive.enable", "enabled"),
-        ("pretrain.corruption.inpaint_box", "inpaint_boxes"),
+        ("pretrain.task.contrastive.enable", "enabled"),
+        ("pretrain.task.corruption.inpaint_box", "inpaint_boxes"),
         ("pretrain.sources.0.rooot", "root"),
         ("pretrain.sources.1.datalst", "datalist"),
         ("network.hiden_size", "hidden_size"),
@@ -152,6 +155,37 @@ def test_an_unknown_key_is_named_with_the_nearest_valid_one(file: Path, key: str
     assert (f"did you mean '{near}'?" in line) if near else ("valid keys: name, lr," in line)
 
 
+def test_a_task_is_named_by_a_string_or_by_its_kind(file: Path) -> None:
+    """Restoration where nothing is said; what is left out of a task is its default."""
+    assert load(file).pretrain.task == Restoration()
+    assert load(file, ["pretrain.task=masked"]).pretrain.task == Masked()
+    assert load(file, ["pretrain.task={kind: masked, loss: l1}"]).pretrain.task == Masked(loss="l1")
+    assert load(file, ["pretrain.task.corruption.growing=true"]).pretrain.task.corruption.growing
+
+
+@pytest.mark.parametrize(
+    ("task", "rule"),
+    [
+        ("maskd", "pretrain.task: input tag 'maskd' found using 'kind' does not match any of the expected tags"),
+        ({"kind": "masked", "ration": 0.5}, "pretrain.task.ration: unknown key; did you mean 'ratio'?"),
+        ({"kind": "masked", "ratio": 1}, "pretrain.task.ratio: input should be less than 1, got 1"),
+        ({"kind": "masked", "corruption": {}}, "pretrain.task.corruption: unknown key"),
+        (
+            {"kind": "masked", "decoder": {"num_heads": 7}},
+            "decoder: hidden_size must be a multiple of num_heads, got",
+        ),
+        (
+            {"kind": "masked", "ratio": 0.999},
+            "ratio: 0.999 of the 216 tokens of a patch [96, 96, 96] leaves 0 to be",
+        ),
+        ({"kind": "masked", "ratio": 0.001}, "leaves 216 to be seen; at least one must be seen and one dropped"),
+    ],
+)
+def test_a_broken_rule_of_a_task_is_named_without_its_kind(file: Path, task: Any, rule: str) -> None:
+    """The place is the key in the YAML."""
+    assert rule in refusal(change(file, "pretrain.task", task))
+
+
 def test_all_mistakes_are_told_at_once(file: Path) -> None:
     """One message has a line for each mistake, so that mending takes one round."""
     for key, value in (("pretrain.epochs", 0), ("network.hiden_size", 3), ("name", None)):
@@ -165,8 +199,9 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("pretrain.patch_size", 40, "pretrain.patch_size.0: input should be a multiple of 16, got 40"),
-        ("finetune.patch_size", [32, 32, 50], "finetune.patch_size.2: input should be a multiple of 16, got 50"),
+        ("pretrain.patch_size", 72, "pretrain.patch_size: a side must be a multiple of 16, the side of a token"),
+        ("pretrain.patch_size", 0, "pretrain.patch_size.0: input should be greater than 0, got 0"),
+        ("finetune.patch_size", [32, 32, 50], "(unetr), got [32, 32, 50]: 50 = 3 x 16 + 2"),
         ("pretrain.preparation.hu_window", [164, -57], "hu_window: the lower HU must be below the upper, got [164.0, "),
         ("pretrain.preparation.hu_window", [5, 5], "hu_window: the lower HU must be below the upper"),
         ("pretrain.preparation.hu_window", [-math.inf, 5], "preparation.hu_window.0: input should be a finite number"),
@@ -177,8 +212,8 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("pretrain.preparation.orientation", "RPI", "orientation: input should be 'RAS', 'LPS' or 'LAS', got 'RPI'"),
         ("pretrain.workers", 9, "batch_size must give every worker a patch, got 8 for 9 workers"),
         ("pretrain.patch_size", [96, 96, 48], "a box of 64 voxels does not fit into patch_size [96, 96, 48]"),
-        ("pretrain.corruption.shuffle_size", 97, "corruption: a box of 97 voxels does not fit"),
-        ("pretrain.corruption.inpaint_size", [9, 8], "inpaint_size: the smallest side must not exceed the largest"),
+        ("pretrain.task.corruption.shuffle_size", 97, "corruption: a box of 97 voxels does not fit"),
+        ("pretrain.task.corruption.inpaint_size", [9, 8], "inpaint_size: the smallest side must not exceed the larg"),
         ("pretrain.sources", [], "pretrain.sources: at least one value, and none twice, got []"),
         ("pretrain.optimizer.lr", 0, "pretrain.optimizer.lr: input should be greater than 0, got 0"),
         ("pretrain.optimizer.weight_decay", math.inf, "weight_decay: input should be a finite number, got inf"),
@@ -219,8 +254,8 @@ def test_a_broken_rule_is_named_with_place_and_value(file: Path, key: str, value
 def test_a_contrastive_loss_without_negatives_is_refused(file: Path, patches: int, workers: int) -> None:
     """One patch a worker has nothing to be told from: the loss would be 0 at every step."""
     change(change(file, "pretrain.batch_size", patches), "pretrain.workers", workers)
-    assert "two patches a worker or more" in refusal(file, "pretrain.contrastive.enabled=true")
-    assert load(file, ["pretrain.contrastive.enabled=true", f"pretrain.batch_size={2 * workers}"])
+    assert "two patches a worker or more" in refusal(file, "pretrain.task.contrastive.enabled=true")
+    assert load(file, ["pretrain.task.contrastive.enabled=true", f"pretrain.batch_size={2 * workers}"])
 
 
 @pytest.mark.parametrize(
@@ -470,10 +505,10 @@ def test_the_recipe_is_to_the_number() -> None:
     assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
     assert (pretrain.preparation.spacing, pretrain.preparation.normalise.hu_window) == ((2, 2, 2), (-57, 164))
     assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
-    assert (pretrain.epochs, pretrain.validate_every, pretrain.contrastive.enabled) == (300, 2, False)
+    assert (pretrain.epochs, pretrain.validate_every, pretrain.task.contrastive.enabled) == (300, 2, False)
     assert (pretrain.optimizer.name, pretrain.optimizer.lr, pretrain.optimizer.schedule) == ("adam", 1e-4, "constant")
     assert (pretrain.optimizer.weight_decay, pretrain.optimizer.clip_norm) == (0, None)
-    task = pretrain.corruption
+    task = pretrain.task.corruption
     assert (task.inpaint_boxes, task.inpaint_size, task.outpaint_boxes, task.outpaint_size) == (6, (5, 32), 6, (20, 64))
     assert (task.shuffle_prob, task.shuffle_boxes, task.shuffle_size, task.outpaint_prob) == (0.8, 10, 8, 0.5)
     assert task.growing

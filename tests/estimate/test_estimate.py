@@ -17,7 +17,7 @@ from ssl_ray.estimate.text import render
 from ssl_ray.estimate.volumes import Group, survey
 from ssl_ray.estimate.work import count_windows, estimate_grid, estimate_pretraining
 from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.unetr import build_autoencoder, build_unetr
+from ssl_ray.networks.registry import build_autoencoder, build_segmentation
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of
 from ssl_ray.training.optimizer import build_optimizer
@@ -61,7 +61,7 @@ def test_steps_and_flops_are_those_of_plain_arithmetic(cohort: Path, tmp_path: P
     assert work["flops_per_step"] == 4 * patch.training
     grid = estimate_grid(study, volumes, ROOMY, *UNTIMED)
     assert (grid["trials"], grid["validations"]) == (4, 4)
-    patch = network_cost(build_unetr, study.network, study.finetune.patch_size, 14)
+    patch = network_cost(build_segmentation, study.network, study.finetune.patch_size, 1, 14)
     windows, test = (
         group.volumes * count_windows(group.shape, (16, 16, 16), 0.25)
         for group in (volumes["labelled validation"], volumes["labelled test"])
@@ -70,7 +70,8 @@ def test_steps_and_flops_are_those_of_plain_arithmetic(cohort: Path, tmp_path: P
     assert grid["windows_per_validation"] == windows
     assert grid["flops"] == 4 * (100 * 4 * patch.training + (5 * windows + test) * patch.forward)
     assert grid["total_seconds"] is None
-    views = estimate_pretraining(study_of(tmp_path / "planned.yaml", "pretrain.contrastive.enabled=true")[0], volumes)
+    two, _ = study_of(tmp_path / "planned.yaml", "pretrain.task.contrastive.enabled=true")
+    views = estimate_pretraining(two, volumes)
     assert views["flops_per_step"] == 2 * work["flops_per_step"]
 
 
@@ -80,7 +81,7 @@ def test_memory_is_that_of_the_networks_and_their_optimizers(cohort: Path, tmp_p
     work, grid = estimate_pretraining(study, volumes), estimate_grid(study, volumes, ROOMY, *UNTIMED)
     for weights, moments, network in (
         (work["weights_bytes"], work["optimizer_bytes"], build_autoencoder(study.network, (16, 16, 16))),
-        (grid["weights_bytes"], grid["optimizer_bytes"], build_unetr(study.network, (16, 16, 16), 14)),
+        (grid["weights_bytes"], grid["optimizer_bytes"], build_segmentation(study.network, (16, 16, 16), 1, 14)),
     ):
         optimizer = build_optimizer(study.pretrain.optimizer, network.parameters())
         for weight in network.parameters():

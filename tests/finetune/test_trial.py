@@ -32,7 +32,7 @@ from ssl_ray.evaluate.scores import CaseScores
 from ssl_ray.finetune.job import Record, TrialData, TrialFolder, TrialJob
 from ssl_ray.finetune.trial import Trial
 from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.unetr import build_autoencoder, build_unetr
+from ssl_ray.networks.registry import build_autoencoder, build_segmentation
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.storage.mirror import Mirror
 
@@ -529,7 +529,7 @@ def test_records_tell_what_a_trial_uses(study: Study, data: TrialData, tmp_path:
         if step:
             rate = metrics["system/patches_per_second"]
             flops = network_cost(
-                build_unetr, study.network, study.finetune.patch_size, study.finetune.cohort.classes
+                build_segmentation, study.network, study.finetune.patch_size, 1, study.finetune.cohort.classes
             ).training
             assert metrics["system/teraflops_per_second_per_worker"] == pytest.approx(rate * flops / 1e12)
             assert metrics["system/worker_memory_peak_megabytes"] > 50

@@ -8,22 +8,22 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_ray.config.schema import VIT_LAYERS, VIT_PATCH, Network
 from ssl_ray.networks.faster import use_fast_attention, use_patch_products
 from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.unetr import build_autoencoder, build_unetr
+from ssl_ray.networks.registry import build_autoencoder, build_segmentation
+from ssl_ray.networks.unetr.settings import VIT_LAYERS, VIT_PATCH, Unetr
 
-TINY = Network(hidden_size=48, mlp_dim=64, num_heads=3, feature_size=4)
-WIDE = Network(hidden_size=192, mlp_dim=384, num_heads=3)
+TINY = Unetr(hidden_size=48, mlp_dim=64, num_heads=3, feature_size=4)
+WIDE = Unetr(hidden_size=192, mlp_dim=384, num_heads=3)
 PATCH = (16, 32, 16)
 
 
 @pytest.mark.parametrize(
     ("network", "patch"),
-    [(TINY, PATCH), (WIDE, (32, 48, 64)), (Network(), (96, 96, 96))],
+    [(TINY, PATCH), (WIDE, (32, 48, 64)), (Unetr(), (96, 96, 96))],
     ids=["tiny", "wide", "ViT-B"],
 )
-def test_the_autoencoders_count_is_that_of_plain_arithmetic(network: Network, patch: tuple[int, int, int]) -> None:
+def test_the_autoencoders_count_is_that_of_plain_arithmetic(network: Unetr, patch: tuple[int, int, int]) -> None:
     """Matrix products and convolutions by their shapes; training lacks the gradient of the input alone."""
     hidden, tokens, kernel = network.hidden_size, prod(side // VIT_PATCH for side in patch), 4**3
     embedding = 2 * tokens * VIT_PATCH**3 * hidden
@@ -36,8 +36,8 @@ def test_the_autoencoders_count_is_that_of_plain_arithmetic(network: Network, pa
 
 def test_vit_b_takes_what_the_documentation_says() -> None:
     """40 GFLOP forward in the autoencoder and 146 in the UNETR of the recipe."""
-    assert round(network_cost(build_autoencoder, Network(), (96, 96, 96)).forward / 1e9, 1) == 40.1
-    assert round(network_cost(build_unetr, Network(), (96, 96, 96), 14).forward / 1e9) == 146
+    assert round(network_cost(build_autoencoder, Unetr(), (96, 96, 96)).forward / 1e9, 1) == 40.1
+    assert round(network_cost(build_segmentation, Unetr(), (96, 96, 96), 1, 14).forward / 1e9) == 146
 
 
 def nothing(network: nn.Module) -> None:
@@ -53,7 +53,7 @@ def test_a_step_computes_what_was_counted(faster: Callable[[nn.Module], None], d
     """A batch with content, in each of the faster ways, takes so many times the operations of a view without."""
     for network, counted in (
         (build_autoencoder(TINY, PATCH), network_cost(build_autoencoder, TINY, PATCH)),
-        (build_unetr(TINY, PATCH, 5), network_cost(build_unetr, TINY, PATCH, 5)),
+        (build_segmentation(TINY, PATCH, 1, 5), network_cost(build_segmentation, TINY, PATCH, 1, 5)),
     ):
         faster(network.to(device))
         with FlopCounterMode(display=False) as counter:
@@ -65,5 +65,5 @@ def test_a_step_computes_what_was_counted(faster: Callable[[nn.Module], None], d
 def test_counting_draws_no_random_number() -> None:
     """What a worker trains must not depend on whether its operations were counted."""
     before = torch.get_rng_state()
-    network_cost(build_unetr, TINY, PATCH, 7)
+    network_cost(build_segmentation, TINY, PATCH, 1, 7)
     assert torch.equal(before, torch.get_rng_state())

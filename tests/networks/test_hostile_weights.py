@@ -14,7 +14,7 @@ from hostile import Attack, Build, Probe, Rows, check, made, other
 from hostile_probe import NETWORK
 from safetensors.torch import save
 
-from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.networks.weight_files import describe
 
 ROWS = Rows("weights", ".pt")

@@ -9,14 +9,15 @@ from monai.networks.nets import UNETR, ViTAutoEnc
 from scipy import ndimage
 from torch import Tensor
 
-from ssl_ray.config.schema import Network
 from ssl_ray.networks.faster import use_fast_attention
+from ssl_ray.networks.registry import build_autoencoder, build_encoder, build_segmentation
 from ssl_ray.networks.transfer import transfer
-from ssl_ray.networks.unetr import build_autoencoder, build_unetr
+from ssl_ray.networks.unetr.settings import Unetr
 from ssl_ray.networks.weight_files import describe
 
-TINY = Network(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
+TINY = Unetr(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
 CUBE, LONG = (32, 32, 32), (48, 32, 32)
+MONAIS = {"VitAutoencoder": "ViTAutoEnc(", "Segmentation": "UNETR(", "VitEncoder": "ViT("}
 POSITIONS = "patch_embedding.position_embeddings"
 
 State = dict[str, Tensor]
@@ -28,12 +29,16 @@ def _one_thread() -> None:
     torch.manual_seed(0)
 
 
-def trained(patch_size: tuple[int, int, int] = CUBE, network: Network = TINY) -> ViTAutoEnc:
+def trained(patch_size: tuple[int, int, int] = CUBE, network: Unetr = TINY) -> ViTAutoEnc:
     """An autoencoder in which every parameter differs from what any initialisation gives."""
     autoencoder = build_autoencoder(network, patch_size).eval()
     for parameter in autoencoder.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return autoencoder
+
+
+def unetr_of(patch_size: tuple[int, int, int] = CUBE, classes: int = 3) -> Any:
+    return build_segmentation(TINY, patch_size, 1, classes)
 
 
 def tokens(vit: Any, x: Tensor) -> Tensor:
@@ -53,15 +58,49 @@ def test_autoencoder_restores_the_shape_of_its_input(patch_size: tuple[int, int,
 
 
 @pytest.mark.parametrize("patch_size", [CUBE, LONG])
+def test_the_steps_of_an_autoencoder_give_what_its_forward_gives(patch_size: tuple[int, int, int]) -> None:
+    """Embedding, encoding and decoding one after the other, to the bit; the tokens are those of the encoder alone."""
+    autoencoder, encoder, x = trained(patch_size), build_encoder(TINY, patch_size), torch.rand(2, 1, *patch_size)
+    state = autoencoder.state_dict()
+    encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
+    encoded = autoencoder.encode(autoencoder.embed(x))
+    assert torch.equal(autoencoder.decode(encoded, patch_size), autoencoder(x)[0])
+    assert torch.equal(encoder.encode(encoder.embed(x)), encoded)
+    assert encoded.shape == (2, np.prod(encoder.grid(patch_size)), encoder.hidden_size)
+
+
+def test_tokens_are_in_c_order_of_their_grid() -> None:
+    """The token of a place is what the voxels there become, z fastest."""
+    encoder, patch = build_encoder(TINY, LONG), torch.rand(1, 1, *LONG)
+    x, y, z = encoder.grid(LONG)
+    before = encoder.embed(patch)
+    for place in range(x * y * z):
+        corner = [index * side for index, side in zip(np.unravel_index(place, (x, y, z)), encoder.token, strict=True)]
+        other = patch.clone()
+        other[(0, 0, *(slice(first, first + 16) for first in corner))] += 1
+        changed = (encoder.embed(other) != before).any(dim=2)[0]
+        assert changed.nonzero().flatten().tolist() == [place]
+
+
+def test_a_decoder_of_tokens_tells_places_apart() -> None:
+    """Equal tokens come out different, as it knows where they are; all that is trainable gets a gradient."""
+    decoder = build_encoder(TINY, LONG).build_decoder(LONG, 24, 48, 3, layers=2)
+    decoded = decoder(torch.ones(2, int(np.prod(LONG)) // 16**3, 24))
+    assert not torch.allclose(decoded[:, 0], decoded[:, 1])
+    decoded.square().sum().backward()
+    assert {p.grad is None for p in decoder.parameters() if p.requires_grad} == {False}
+
+
+@pytest.mark.parametrize("patch_size", [CUBE, LONG])
 def test_unetr_gives_a_channel_a_class(patch_size: tuple[int, int, int]) -> None:
     """Logits have the patch's grid and one channel a class."""
-    assert build_unetr(TINY, patch_size, classes=5)(torch.rand(2, 1, *patch_size)).shape == (2, 5, *patch_size)
+    assert unetr_of(patch_size, 5)(torch.rand(2, 1, *patch_size)).shape == (2, 5, *patch_size)
 
 
 def test_networks_are_the_tutorials() -> None:
     """Parameters have the names and shapes of the tutorial's networks at full width."""
     with torch.device("meta"):
-        ours = build_autoencoder(Network(), (96,) * 3), build_unetr(Network(), (96,) * 3, 14)
+        ours = build_autoencoder(Unetr(), (96,) * 3), build_segmentation(Unetr(), (96,) * 3, 1, 14)
         theirs = (
             ViTAutoEnc(
                 in_channels=1,
@@ -86,11 +125,13 @@ def test_networks_are_the_tutorials() -> None:
             ),
         )
     for our, their in zip(ours, theirs, strict=True):
-        assert str(our) == str(their)
+        # Ours are MONAI's own with the steps of an encoder.
+        shown = re.sub(r"(VitAutoencoder|Segmentation|VitEncoder)\(", lambda name: MONAIS[name[1]], str(our))
+        assert shown == str(their)
         assert {k: v.shape for k, v in our.state_dict().items()} == {k: v.shape for k, v in their.state_dict().items()}
 
 
-@pytest.mark.parametrize("build", [build_autoencoder, lambda n, p: build_unetr(n, p, 3)])
+@pytest.mark.parametrize("build", [build_autoencoder, lambda n, p: build_segmentation(n, p, 1, 3)])
 def test_every_trainable_parameter_has_a_gradient(build: Callable[..., torch.nn.Module]) -> None:
     """A backward pass reaches all that is trainable, and only the idle norms are frozen: DDP finds nothing unused."""
     network = build(TINY, CUBE)
@@ -121,7 +162,7 @@ def test_fast_attention_equals_the_plain_path() -> None:
 @pytest.mark.parametrize("patch_size", [CUBE, LONG])
 def test_transferred_vit_gives_the_autoencoders_tokens(patch_size: tuple[int, int, int]) -> None:
     """After a transfer both encoders give the same tokens, block by block, and the decoder is as it was."""
-    autoencoder, unetr = trained(patch_size), build_unetr(TINY, patch_size, 3).eval()
+    autoencoder, unetr = trained(patch_size), unetr_of(patch_size).eval()
     before = {key: value.clone() for key, value in unetr.state_dict().items()}
     report = transfer(autoencoder.state_dict(), unetr, "weights")
 
@@ -140,7 +181,7 @@ def test_transferred_vit_gives_the_autoencoders_tokens(patch_size: tuple[int, in
 @pytest.mark.parametrize("prefix", ["model.", "module.", "vit.", "encoder.", "net.student.backbone."])
 def test_an_encoder_under_a_prefix_is_the_same_encoder(prefix: str) -> None:
     """What a trainer or a larger network puts before the names changes nothing; its other parts are left out."""
-    state, plain, found = trained().state_dict(), build_unetr(TINY, CUBE, 3), build_unetr(TINY, CUBE, 3)
+    state, plain, found = trained().state_dict(), unetr_of(), unetr_of()
     inside = {f"{prefix}{key}": value for key, value in state.items()}
     transfer(state, plain, "weights")
     report = transfer(inside | {"head.weight": torch.ones(2), f"{prefix}conv3d_transpose.x": torch.ones(1)}, found, "w")
@@ -150,7 +191,7 @@ def test_an_encoder_under_a_prefix_is_the_same_encoder(prefix: str) -> None:
 
 def test_a_unetr_is_a_source_of_its_encoder() -> None:
     """The decoder of a segmentation network stays behind."""
-    source, target = build_unetr(TINY, CUBE, 3), build_unetr(TINY, CUBE, 5)
+    source, target = unetr_of(), unetr_of(CUBE, 5)
     assert transfer(source.state_dict(), target, "unetr.safetensors").prefix == "vit."
     assert all(torch.equal(value, target.vit.state_dict()[key]) for key, value in source.vit.state_dict().items())
 
@@ -174,7 +215,7 @@ def as_written_by(version: str, state: State) -> State:
 )
 def test_weights_of_older_releases_transfer(version: str, missing: int, unexpected: int) -> None:
     """Checkpoints that differ in idle parameters alone give the same tokens, and the report names those."""
-    autoencoder, unetr = trained(), build_unetr(TINY, CUBE, 3).eval()
+    autoencoder, unetr = trained(), unetr_of().eval()
     report = transfer(as_written_by(version, autoencoder.state_dict()), unetr, "weights")
     x = torch.rand(1, 1, *CUBE)
     with torch.no_grad():
@@ -209,7 +250,7 @@ def rename(state: State, old: str, new: str) -> State:
 )
 def test_anything_but_a_whole_encoder_is_refused(spoil: Callable[[State], State], expected: str) -> None:
     """A transfer that would be partial says which file and why, and leaves the network as it was."""
-    unetr = build_unetr(TINY, CUBE, 3)
+    unetr = unetr_of()
     before = {key: value.clone() for key, value in unetr.state_dict().items()}
     with pytest.raises(ValueError, match=r"^run/weights\.pt: ") as error:
         transfer(spoil(trained().state_dict()), unetr, "run/weights.pt")
@@ -229,9 +270,9 @@ def test_another_width_is_refused_with_its_cause(width: dict[str, int], cause: s
     network = TINY.model_copy(update=width)
     other = build_autoencoder(network, CUBE).state_dict()
     with pytest.raises(ValueError, match=cause):
-        transfer(other, build_unetr(TINY, CUBE, 3), "weights", describe(network, CUBE))
+        transfer(other, unetr_of(), "weights", describe(network, CUBE))
     with pytest.raises(ValueError, match=re.escape(shapes)):
-        transfer(other, build_unetr(TINY, CUBE, 3), "weights")
+        transfer(other, unetr_of(), "weights")
 
 
 def test_another_number_of_heads_is_refused() -> None:
@@ -239,7 +280,7 @@ def test_another_number_of_heads_is_refused() -> None:
     six = TINY.model_copy(update={"num_heads": 6})
     state = build_autoencoder(six, CUBE).state_dict()
     with pytest.raises(ValueError, match="num_heads 6, but this network has 3"):
-        transfer(state, build_unetr(TINY, CUBE, 3), "weights", describe(six, CUBE))
+        transfer(state, unetr_of(), "weights", describe(six, CUBE))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +291,7 @@ def test_position_embeddings_follow_the_patch(
     source: tuple[int, int, int], target: tuple[int, int, int], told: bool
 ) -> None:
     """Another patch resamples the embeddings as scipy does, even where the number of tokens is the same."""
-    state, unetr = trained(source).state_dict(), build_unetr(TINY, target, 3)
+    state, unetr = trained(source).state_dict(), unetr_of(target)
     report = transfer(state, unetr, "weights", describe(TINY, source) if told else None)
     assert report.interpolated == (POSITIONS,)
     assert report.share == 1
@@ -266,12 +307,12 @@ def test_metadata_that_contradicts_the_weights_is_refused() -> None:
     """A patch size that gives another number of tokens is an error, whatever it looks like."""
     for text in ("[96, 96, 96]", "96", "[]", "none", "[0, 0, 0]"):
         with pytest.raises(ValueError, match=r"the grid of its 8 tokens cannot be told.* got "):
-            transfer(trained().state_dict(), build_unetr(TINY, CUBE, 3), "weights", {"patch_size": text})
+            transfer(trained().state_dict(), unetr_of(), "weights", {"patch_size": text})
 
 
 def test_ambiguous_grid_is_refused() -> None:
     """64 tokens may be a cube or the elongated grid of the network: without metadata, neither is assumed."""
-    state, unetr = trained((128, 64, 32)).state_dict(), build_unetr(TINY, (128, 64, 32), 3)
+    state, unetr = trained((128, 64, 32)).state_dict(), unetr_of((128, 64, 32))
     with pytest.raises(ValueError, match="the grid of its 64 tokens cannot be told"):
         transfer(state, unetr, "weights")
     assert transfer(state, unetr, "weights", describe(TINY, (128, 64, 32))).interpolated == ()

@@ -12,12 +12,12 @@ from monai.networks.nets import UNETR, ViTAutoEnc
 from safetensors.torch import save
 from torch import Tensor
 
-from ssl_ray.config.schema import Network
 from ssl_ray.errors import UserError
-from ssl_ray.networks.unetr import build_autoencoder
+from ssl_ray.networks.registry import build_autoencoder
+from ssl_ray.networks.unetr.settings import Unetr
 from ssl_ray.networks.weight_files import describe, export, load_metadata, load_weights
 
-TINY = Network(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
+TINY = Unetr(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
 CUBE, LONG = (32, 32, 32), (48, 32, 32)
 
 State = dict[str, Tensor]

@@ -54,7 +54,11 @@ def test_pretrainings_of_a_study_differ_in_their_seed_alone() -> None:
     recipes = [recipe_of(study, number) for number in range(3)]
     assert recipes[0].seed == study.seed
     assert len({recipe.seed for recipe in recipes}) == len({key(recipe) for recipe in recipes}) == 3
-    elsewhere = {"precision": "auto", "gpu": True, "workers": 2, "microbatch": 1, "contrastive": {"temperature": 1}}
+    elsewhere = {"precision": "auto", "gpu": True, "workers": 2, "microbatch": 1}
+    elsewhere |= {"task": {"contrastive": {"temperature": 1}}}
     assert key(recipe_of(small_study(pretrain=elsewhere))) == key(recipes[0])
-    contrastive = [small_study(pretrain={"contrastive": {"enabled": True}, "workers": number}) for number in (1, 2)]
+    task = {"contrastive": {"enabled": True}}
+    contrastive = [small_study(pretrain={"task": task, "workers": number}) for number in (1, 2)]
     assert key(recipe_of(contrastive[0])) != key(recipe_of(contrastive[1])), "negatives are the worker's own patches"
+    masked = [small_study(pretrain={"patch_size": 32, "task": {"kind": "masked", "ratio": r}}) for r in (0.5, 0.75)]
+    assert len({key(recipe_of(study)) for study in (*masked, small_study(pretrain={"patch_size": 32}))}) == 3

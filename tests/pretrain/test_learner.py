@@ -3,18 +3,23 @@
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_learner import BATCH, CPU, LEVELS, SIDE, make, same, steps, weights
+from tiny_learner import BATCH, CPU, LEVELS, MASKED, SIDE, images_of, make, same, steps, weights
+from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_ray.config.schema import Corruption
+from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.pretrain import learner as module
 from ssl_ray.pretrain.learner import scale
-from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw
+from ssl_ray.pretrain.stream import Feed
+from ssl_ray.pretrain.tasks.registry import task_cost
+from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw, draws_of
+from ssl_ray.pretrain.tasks.restoration.settings import Corruption
 from ssl_ray.training import compile as compiled
 from ssl_ray.training.precision import autocast
 
@@ -22,10 +27,10 @@ from ssl_ray.training.precision import autocast
 @pytest.mark.parametrize("two_views", [False, True])
 def test_the_loss_is_that_of_monais_own_forward(tmp_path: Path, two_views: bool) -> None:
     """Computed in parts, the first step's loss is the L1 of `ViTAutoEnc.forward`, to the bit."""
-    made = make(tmp_path, contrastive={"enabled": two_views})
+    made = make(tmp_path, task={"contrastive": {"enabled": two_views}})
     images = np.random.default_rng(0).integers(0, LEVELS + 1, (BATCH,) + (SIDE,) * 3, dtype=np.uint8)
     clean = scale(torch.from_numpy(images), LEVELS)
-    view = corrupt(clean, draw(made.config.corruption, (SIDE,) * 3, 0, np.arange(BATCH)))
+    view = corrupt(clean, draw(made.config.task.corruption, (SIDE,) * 3, 0, np.arange(BATCH)))
     with torch.no_grad(), autocast(CPU, made.dtype):
         expected = (made.network(view)[0] - clean).abs().mean()
     assert steps(made, 0, 1) == [float(expected)]
@@ -33,30 +38,112 @@ def test_the_loss_is_that_of_monais_own_forward(tmp_path: Path, two_views: bool)
 
 def test_the_contrastive_view_changes_the_training(tmp_path: Path) -> None:
     """The reported loss is the L1 of the first view, the same before the first step and another after it."""
-    one, two = steps(make(tmp_path), 0, 3), steps(make(tmp_path, contrastive={"enabled": True}), 0, 3)
+    one, two = steps(make(tmp_path), 0, 3), steps(make(tmp_path, task={"contrastive": {"enabled": True}}), 0, 3)
     assert two[0] == pytest.approx(one[0], rel=1e-6)
     assert two[1] != one[1]
     assert two[2] != one[2]
 
 
-def test_a_resumed_learner_goes_on_bit_by_bit(tmp_path: Path) -> None:
+TASKS = pytest.mark.parametrize("task", [{}, MASKED], ids=["restoration", "masked"])
+
+
+@TASKS
+def test_a_resumed_learner_goes_on_bit_by_bit(tmp_path: Path, task: dict[str, Any]) -> None:
     """State out, state in: the losses and the state after six more steps are those of the undisturbed learner."""
-    undisturbed = make(tmp_path)
+    undisturbed = make(tmp_path, **task)
     steps(undisturbed, 0, 3)
     state = copy.deepcopy(undisturbed.state())
     losses = steps(undisturbed, 3, 9)
-    resumed = make(tmp_path)
+    resumed = make(tmp_path, **task)
     resumed.load(state)
     assert steps(resumed, 3, 9) == losses
     assert same(resumed.state(), undisturbed.state())
 
 
-def test_accumulated_microbatches_equal_the_whole_batch(tmp_path: Path) -> None:
+@TASKS
+def test_accumulated_microbatches_equal_the_whole_batch(tmp_path: Path, task: dict[str, Any]) -> None:
     """Three patches and then one, or four at once: the same losses and, to rounding, the same weights."""
-    whole, parts = make(tmp_path), make(tmp_path, microbatch=3)
+    whole, parts = make(tmp_path, **task), make(tmp_path, microbatch=3, **task)
     np.testing.assert_allclose(steps(parts, 0, 4), steps(whole, 0, 4), rtol=1e-5)
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(parts)[name], value, rtol=1e-4, atol=1e-5)
+
+
+@TASKS
+def test_a_training_learns(tmp_path: Path, task: dict[str, Any]) -> None:
+    """On the same patches again and again the loss falls."""
+    made = make(tmp_path, **task)
+    losses = [float(made.step(images_of(made, 0), np.arange(BATCH), 1, 1e-2)[0]) for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@TASKS
+def test_ddp_finds_no_parameter_unused(tmp_path: Path, task: dict[str, Any]) -> None:
+    """A backward pass reaches all that is trainable, and nothing but idle norms is frozen."""
+    made = make(tmp_path, **task)
+    clean = scale(torch.from_numpy(images_of(made, 0)), LEVELS)
+    made.task(made.task.see(clean, [made.task.draw(0, np.arange(BATCH), 0)]), clean)[1].backward()
+    parameters = dict(made.network.named_parameters())
+    assert {name for name, value in parameters.items() if value.grad is None} == {
+        name for name, value in parameters.items() if not value.requires_grad
+    }
+    assert all("norm_cross_attn" in name for name, value in parameters.items() if not value.requires_grad)
+    assert {id(value) for value in made.task.parameters()} == {id(value) for value in parameters.values()}
+
+
+@TASKS
+def test_what_is_sharded_and_compiled_is_part_of_the_task(tmp_path: Path, task: dict[str, Any]) -> None:
+    """Each block once, and a forward pass calls every part."""
+    made = make(tmp_path, **task)
+    called: set[int] = set()
+    assert len({id(block) for block in made.task.blocks}) == len(made.task.blocks) >= 12
+    assert {id(block) for block in made.task.blocks} <= {id(part) for part in made.task.parts}
+    for part in made.task.parts:
+        part.register_forward_pre_hook(lambda module, _: called.add(id(module)))
+    steps(made, 0, 1)
+    assert called == {id(part) for part in made.task.parts}
+
+
+@TASKS
+def test_what_is_counted_is_what_a_step_computes(tmp_path: Path, task: dict[str, Any]) -> None:
+    """Floating-point operations of a patch, on the meta device, against a batch with content."""
+    made = make(tmp_path, **task)
+    cost = task_cost(made.config.task, made.job.recipe.network, made.config.patch_size)
+    clean = scale(torch.from_numpy(images_of(made, 0)), LEVELS)
+    seen = made.task.see(clean, [made.task.draw(0, np.arange(BATCH), 0)])
+    with FlopCounterMode(display=False) as counter:
+        made.task(seen, clean)[1].backward()
+    assert BATCH * cost.training == counter.get_total_flops()
+
+
+class Noise(Feed):
+    """Patches that no file is needed for, a function of their sample."""
+
+    def read(self, samples: Any) -> Any:
+        size = self.table.patch_size
+        draws = (np.random.default_rng([sample.volume, *sample.origin]) for sample in samples)
+        return np.stack([draw.integers(0, LEVELS + 1, size, dtype=np.uint8) for draw in draws])
+
+
+@pytest.mark.parametrize(("task", "baseline"), [({}, "identity"), (MASKED, "mean")], ids=["restoration", "masked"])
+def test_a_validation_is_fixed_and_has_a_baseline_and_a_picture(
+    tmp_path: Path, task: dict[str, Any], baseline: str
+) -> None:
+    """Its losses are means over all patches, whatever the batches; the best weights say their task."""
+    made, parts = make(tmp_path, **task), make(tmp_path, microbatch=3, **task)
+    samples = made.job.validation
+    for one in (made, parts):
+        feed = Noise(samples.table, samples.store, samples.keys, samples.ids, "uint8", LEVELS)
+        one.job = replace(one.job, validation=feed)
+    found = made.validate(0, 1, 7, picture=True)
+    picture = str(found.pop("picture"))
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    assert [*found] == ["validation_loss", f"validation_{baseline}_loss"]
+    assert found == made.validate(0, 1, 8, picture=False)
+    assert found == pytest.approx(parts.validate(0, 1, 7, picture=False), rel=1e-5)
+    assert made.best == found["validation_loss"]
+    facts = load_metadata(made.job.weights)
+    assert (facts["task"], facts["step"]) == (made.config.task.kind, "7")
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -124,19 +211,20 @@ def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
 
 
 def test_the_draws_of_some_samples_are_those_samples() -> None:
-    """Whether they are drawn alone or taken from those of a batch."""
+    """Whether they are drawn alone or are rows of those of a batch."""
     config = Corruption(inpaint_size=(2, 6), outpaint_size=(4, 10), shuffle_size=3)
     drawn = draw(config, (SIDE,) * 3, 3, np.arange(6))
     some = draw(config, (SIDE,) * 3, 3, np.arange(2, 5))
     for name in ("key", "outpaint", "start", "stop", "shuffle", "shuffle_start"):
-        assert same(getattr(drawn.take(slice(2, 5)), name), getattr(some, name))
+        assert same(getattr(draws_of(config, drawn.table[2:5]), name), getattr(some, name))
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"microbatch": 3},
-    {"contrastive": {"enabled": True}},
+    {"task": {"contrastive": {"enabled": True}}},
+    MASKED,
     {"optimizer": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 0.01}},
 ]
 

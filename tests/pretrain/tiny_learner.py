@@ -17,12 +17,17 @@ from ssl_ray.study.parts import recipe_of
 
 BATCH, SIDE, LEVELS = 4, 16, 221
 CPU = torch.device("cpu")
+MASKED: dict[str, Any] = {
+    "patch_size": 32,
+    "task": {"kind": "masked", "decoder": {"layers": 1, "hidden_size": 24, "mlp_dim": 48, "num_heads": 3}},
+}
+"""The other task, which needs patches of several tokens."""
 
 
 def make(tmp_path: Path, device: torch.device = CPU, **pretrain: Any) -> PretrainingLearner:
     """A tiny learner outside Ray."""
     study = small_study(tmp_path, pretrain={"batch_size": BATCH} | pretrain)
-    table = SampleTable(0, np.array([[32] * 3] * 4), (SIDE,) * 3, 2, BATCH, 1)
+    table = SampleTable(0, np.array([[32] * 3] * 4), study.pretrain.patch_size, 2, BATCH, 1)
     feed = Feed(table, Store(tmp_path), ("a",) * 4, ("a",) * 4, "uint8", LEVELS)
     return PretrainingLearner(Job(recipe_of(study), feed, feed, tmp_path, Mirror(tmp_path), "key", None), device)  # type: ignore[arg-type]
 
@@ -31,10 +36,16 @@ def steps(made: PretrainingLearner, first: int, last: int) -> list[float]:
     """Losses of the steps [first, last) on patches that depend on the step alone."""
     losses = []
     for step in range(first, last):
-        images = np.random.default_rng(step).integers(0, LEVELS + 1, (BATCH,) + (SIDE,) * 3, dtype=np.uint8)
+        images = images_of(made, step)
         indices = np.arange(step * BATCH, (step + 1) * BATCH)
         losses.append(float(made.step(images, indices, 1, 1e-3 / (1 + step))[0]))
     return losses
+
+
+def images_of(made: PretrainingLearner, seed: int) -> np.ndarray:
+    """Patches as stored, (B, X, Y, Z)."""
+    shape = BATCH, *made.config.patch_size
+    return np.random.default_rng(seed).integers(0, LEVELS + 1, shape, dtype=np.uint8)
 
 
 def weights(made: PretrainingLearner) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from studies import small_study
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
-from ssl_ray.pretrain.tasks.restoration.picture import draw_restoration
+from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.report.comparison import SELECTION
 from ssl_ray.report.results import Results, conclude
 from ssl_ray.report.trials import Status, Trial
@@ -71,8 +71,8 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
         run.metrics({"loss": 3 / step} | validated, step)
     for step in (40, 200):
         patch = np.random.default_rng(step).random((16, 16, 16))
-        path = folder / f"restored_{step:07d}.png"
-        draw_restoration(path, patch, patch, patch, f"step {step}")
+        path = folder / f"patch_{step:07d}.png"
+        draw_picture(path, {"ground truth": patch, "corrupted": patch, "restored": patch}, f"step {step}")
         run.artifact(path, "pictures")
     run.close()
     lineage = {PRETRAINING_RUN: run.id}

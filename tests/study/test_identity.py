@@ -92,7 +92,7 @@ def test_the_device_does_not_bind_precision_auto(cohort: Path, tmp_path: Path) -
 
 def test_workers_bind_where_the_loss_is_between_their_own_patches(cohort: Path, tmp_path: Path) -> None:
     """With the contrastive loss, another number of workers is another result, and is said to be."""
-    path = write(tmp_path, cohort, contrastive={"enabled": True})
+    path = write(tmp_path, cohort, task={"contrastive": {"enabled": True}})
     begin(path, "pretrain")
     check(path, "pretrain.workers=1")
     with pytest.raises(UserError, match=r"pretrain.workers: 1 -> 2"):
@@ -101,7 +101,7 @@ def test_workers_bind_where_the_loss_is_between_their_own_patches(cohort: Path, 
 
 def test_a_setting_that_nothing_reads_does_not_bind(begun: Path) -> None:
     """The temperature of a loss that is off."""
-    check(begun, "pretrain.contrastive.temperature=0.1")
+    check(begun, "pretrain.task.contrastive.temperature=0.1")
 
 
 def test_another_version_of_the_code_is_said(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_learner import BATCH, LEVELS, SIDE, make, same
+from tiny_learner import BATCH, LEVELS, MASKED, SIDE, make, same
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
@@ -25,8 +25,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipped": {"optimizer": {"name": "adamw", "weight_decay": 0.1, "clip_norm": 0.01}},
     # Three passes of one patch, of which the second rank has but two.
     "accumulated": {"batch_size": 5, "microbatch": 1},
-    "contrastive": {"contrastive": {"enabled": True}, "workers": WORLD},
+    "contrastive": {"task": {"contrastive": {"enabled": True}}, "workers": WORLD},
     "bfloat16": {"precision": "bfloat16"},
+    "masked": MASKED,
 }
 
 
@@ -37,16 +38,16 @@ class Blobs(Feed):
         return np.stack([batch(sample.volume, 1)[0] for sample in samples])
 
 
-def batch(seed: int, size: int) -> Any:
-    return np.random.default_rng(seed).integers(0, LEVELS + 1, (size,) + (SIDE,) * 3, dtype=np.uint8)
+def batch(seed: int, size: int, side: int = SIDE) -> Any:
+    return np.random.default_rng(seed).integers(0, LEVELS + 1, (size,) + (side,) * 3, dtype=np.uint8)
 
 
 def train(made: PretrainingLearner, first: int, last: int, rank: int = 0, world: int = 1) -> list[tuple[float, float]]:
     """Loss of the whole batch and gradient norm of the steps [first, last)."""
-    size, found = made.config.batch_size, []
+    (side, *_), size, found = made.config.patch_size, made.config.batch_size, []
     for step in range(first, last):
         mine = SampleTable(0, np.array([[32] * 3]), (SIDE,) * 3, 2, size, 1).rank_samples(step, rank, world)
-        images = batch(step, size)[mine.start - step * size : mine.stop - step * size]
+        images = batch(step, size, side)[mine.start - step * size : mine.stop - step * size]
         loss, norm = made.step(images, np.arange(mine.start, mine.stop), world, 1e-3 / (1 + step))
         loss = loss * len(mine) / size
         if world > 1:
@@ -97,7 +98,7 @@ def work(rank: int, folder: Path) -> None:
         before = copy.deepcopy(made.state())
         watch: Watch[str] = Watch("skip", 10)
         poisoned = lambda *call: call[-1] * (torch.nan if rank == 1 else 1)  # noqa: E731
-        handle = made.restoration.embedding.register_forward_hook(poisoned)
+        handle = made.network.patch_embedding.register_forward_hook(poisoned)
         loss, norm = made.step(batch(2, 2), np.arange(2), WORLD, 1e-3)
         handle.remove()
         after = copy.deepcopy(made.state())

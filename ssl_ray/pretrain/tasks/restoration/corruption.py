@@ -20,11 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_ray.config.schema import Corruption
+from ssl_ray.pretrain.tasks.restoration.settings import Corruption
+from ssl_ray.random import words_of
 from ssl_ray.text import reason
-
-_CHANNEL = 0x51B54A32D192ED03
-"""From the key of one channel to that of the next: odd, of arbitrary bits."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +66,11 @@ class Draws:
         """(B, S, 3) voxels."""
         return self._corners(3 + 6 * self.boxes, self.table.shape[1])
 
-    def take(self, rows: slice) -> "Draws":
-        """The draws of some of the samples."""
-        return replace(self, table=self.table[rows])
-
-    def of_channels(self, channels: int) -> "Draws":
-        """B * C rows, the channels of a sample one after the other: the same boxes, and a key for each channel."""
-        table = self.table.repeat(1, channels).view(-1, self.table.shape[1])  # a copy, whose shape the host knows
-        table[:, 0] += torch.arange(channels, device=table.device).repeat(len(self.table)) * _CHANNEL
-        return replace(self, table=table)
-
-    def to(self, device: torch.device) -> "Draws":
-        """The draws on a device: copied from pinned memory, for which the host does not wait."""
-        if device == self.table.device:
-            return self
-        table = self.table.pin_memory() if device.type == "cuda" else self.table
-        return replace(self, table=table.to(device, non_blocking=True))
-
     def _corners(self, first: int, last: int) -> Tensor:
         return self.table[:, first:last].view(len(self.table), -1, 3)
 
 
-def draw(
-    config: Corruption, patch_size: tuple[int, int, int], seed: int, indices: NDArray[np.int64], view: int = 0
-) -> Draws:
+def draw(config: Corruption, patch_size: Sequence[int], seed: int, indices: NDArray[np.int64], view: int = 0) -> Draws:
     """Draw, on the host, the corruption of the samples `indices` (B,), each from (seed, index, view) alone.
 
     A box's sides are uniform over the configured range, bounds included, and its corner over all positions where it
@@ -99,9 +78,7 @@ def draw(
     """
     boxes = max(config.inpaint_boxes, config.outpaint_boxes)
     ends = 3 + np.cumsum([0, 3 * boxes, 3 * boxes, 3 * config.shuffle_boxes])
-    words = np.empty((len(indices), ends[-1]), np.uint64)
-    for row, index in zip(words, indices, strict=True):
-        row[:] = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(int(index), view))).random_raw(len(row))
+    words = words_of(seed, indices, view, int(ends[-1]))
     uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
     sides, corners, shuffle_corners = (
         uniform[:, first:last].reshape(len(words), -1, 3) for first, last in pairwise(ends)
@@ -119,7 +96,12 @@ def draw(
     shuffle_start = _below(np.array(patch_size) - config.shuffle_size + 1, shuffle_corners)
     columns = [words[:, :1].view(np.int64), outpaint[:, None], uniform[:, 2:3] < config.shuffle_prob]
     columns += [corners.reshape(len(words), -1) for corners in (start, start + size, shuffle_start)]
-    return Draws(torch.from_numpy(np.hstack(columns, dtype=np.int64)), boxes, config.shuffle_size)
+    return draws_of(config, torch.from_numpy(np.hstack(columns, dtype=np.int64)))
+
+
+def draws_of(config: Corruption, table: Tensor) -> Draws:
+    """What `draw` put into this table, or into some of its rows, on whatever device it is now."""
+    return Draws(table, max(config.inpaint_boxes, config.outpaint_boxes), config.shuffle_size)
 
 
 def _below(limit: NDArray[np.int64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -130,21 +112,24 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     """Corrupted view of every patch, on the patches' device; the input stays as it is.
 
     In-painting replaces the voxels inside the boxes, out-painting those outside all of them, by uniform noise between
-    the channel's minimum and maximum. Where the sample has `shuffle`, the voxels inside each shuffle box are then
+    the patch's minimum and maximum. Where the sample has `shuffle`, the voxels inside each shuffle box are then
     permuted, one box after the other. On a GPU nothing waits for the device.
 
-    `patches` are (B, C, X, Y, Z) float32, `draws` those of the same samples and patch size, on any device. The boxes
-    are the same in all channels; as in MONAI, noise and permutations are drawn for each.
+    `patches` are (B, C, X, Y, Z) float32, `draws` those of the same samples and patch size, on the same device. All
+    channels have the same boxes, and noise of their own.
     """
-    batch, channels = patches.shape[:2]
-    volumes = patches.flatten(0, 1).contiguous()
-    draws = draws.to(patches.device).of_channels(channels)
+    channels, volumes = patches.shape[1], patches.flatten(0, 1).contiguous()
+    if channels > 1:
+        table = draws.table.repeat_interleave(channels, 0)  # (B * C, width)
+        offsets = torch.arange(channels, device=table.device) * _signed(0xD1B54A32D192ED03)  # any odd number
+        table[:, 0] += offsets.repeat(len(patches))
+        draws = replace(draws, table=table)
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
         views = (_paint_boxes if volumes.is_cpu else _paint_masks)(volumes, draws)
     _shuffle_(views, draws)
-    return views.unflatten(0, (batch, channels))
+    return views.view_as(patches)
 
 
 def _paint_boxes(volumes: Tensor, draws: Draws) -> Tensor:

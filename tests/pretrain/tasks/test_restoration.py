@@ -9,10 +9,10 @@ from monai.transforms import RandCoarseDropout, RandCoarseShuffle
 from scipy import stats
 from torch import Tensor
 
-from ssl_ray.config.schema import Corruption
 from ssl_ray.pretrain.tasks.restoration import corruption as module
-from ssl_ray.pretrain.tasks.restoration.corruption import Draws, corrupt, draw
-from ssl_ray.pretrain.tasks.restoration.objective import contrastive_loss
+from ssl_ray.pretrain.tasks.restoration.corruption import Draws, corrupt, draw, draws_of
+from ssl_ray.pretrain.tasks.restoration.settings import Corruption
+from ssl_ray.pretrain.tasks.restoration.task import contrastive_loss
 
 SIZE = (48, 32, 64)
 SMALL = Corruption(inpaint_size=(3, 14), outpaint_size=(10, 30), inpaint_boxes=4, outpaint_boxes=5, shuffle_size=7)
@@ -77,6 +77,19 @@ def test_the_input_stays_as_it_is_and_its_memory_layout_does_not_matter() -> Non
     assert torch.equal(transposed, before)
 
 
+def test_channels_have_the_same_boxes_and_noise_of_their_own() -> None:
+    """The first channel is what it is alone; the others are changed in the same voxels, to other values."""
+    patches = make_patches(6)
+    for config in (INPAINT, OUTPAINT):
+        draws = draw(config, SIZE, 5, indices(6))
+        alone, together = corrupt(patches, draws), corrupt(patches.expand(-1, 3, -1, -1, -1), draws)
+        assert torch.equal(together[:, :1], alone)
+        changed = together != patches
+        for channel in (1, 2):
+            assert (changed[:, channel] == changed[:, 0]).float().mean() > 0.999  # noise may hit the old value
+            assert (together[:, channel] != together[:, 0])[changed[:, 0]].float().mean() > 0.99
+
+
 def test_words_are_those_of_the_published_generator() -> None:
     """SplitMix64 seeded with 1234567 gives the five numbers that every implementation is checked against."""
     words = module._words(torch.tensor(1234567), torch.arange(5)).numpy().view(np.uint64)
@@ -101,7 +114,8 @@ def test_masks_and_boxes_paint_the_same(size: tuple[int, int, int], sides: tuple
 
 def test_nothing_on_the_device_waits_for_data() -> None:
     """On the meta device, where tensors have no values to read, every shape is known and all tensors are there."""
-    view = corrupt(torch.empty((3, 1, *SIZE), device="meta"), draw(SMALL, SIZE, 5, indices(3)))
+    drawn = draws_of(SMALL, draw(SMALL, SIZE, 5, indices(3)).table.to("meta"))
+    view = corrupt(torch.empty((3, 1, *SIZE), device="meta"), drawn)
     assert view.shape == (3, 1, *SIZE)
     assert view.is_meta
 
@@ -111,10 +125,10 @@ def test_a_gpu_agrees_with_the_cpu_without_synchronising() -> None:
     """On a GPU the boxes and permutations are the CPU's, the noise is to rounding, and no call waits."""
     draws = draw(SHUFFLE, SIZE, 5, indices(6))
     patches = make_patches(6)
-    on_device = patches.cuda()
+    on_device, drawn = patches.cuda(), draws_of(SHUFFLE, draws.table.cuda())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        views = corrupt(on_device, draws)
+        views = corrupt(on_device, drawn)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(views.cpu(), corrupt(patches, draws), rtol=0, atol=1e-6)

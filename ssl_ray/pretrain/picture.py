@@ -1,32 +1,31 @@
-"""The picture of one restored patch."""
+"""The picture of one validation patch."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 
-def draw_restoration(
-    path: Path, truth: npt.NDArray[Any], corrupted: npt.NDArray[Any], restored: npt.NDArray[Any], title: str
-) -> None:
-    """Save a picture of one patch: rows ground truth, corrupted, restored; columns axial, coronal, sagittal.
+def draw_picture(path: Path, rows: Mapping[str, npt.NDArray[Any]], title: str) -> None:
+    """Save a picture of one patch in several states, a row each; columns axial, coronal, sagittal.
 
-    Patches are (X, Y, Z), axes in RAS order; 0 is black and 1 white, or what lies beyond that in the truth.
+    Patches are (X, Y, Z), axes in RAS order; the first gives the range from black to white, and NaN is left blank.
     """
     from matplotlib.figure import Figure  # rank 0 only, and only when a picture is due
 
-    figure = Figure(figsize=(7.2, 7.6), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.4 + 2.4 * len(rows)), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(3, 3)
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    truth = next(iter(rows.values()))
     x, y, z = (side // 2 for side in truth.shape)
-    black, white = min(0.0, float(truth.min())), max(1.0, float(truth.max()))
-    for row, (name, patch) in enumerate({"ground truth": truth, "corrupted": corrupted, "restored": restored}.items()):
+    for row, (name, patch) in enumerate(rows.items()):
         planes = {"axial": patch[:, :, z], "coronal": patch[:, y, :], "sagittal": patch[x, :, :]}
         for column, (plane, pixels) in enumerate(planes.items()):
             axis = axes[row][column]
             # Seen as radiologists do: the patient's right on the left, anterior and superior up.
             pixels = pixels[::-1] if plane != "sagittal" else pixels
-            axis.imshow(pixels.T, cmap="gray", vmin=black, vmax=white, origin="lower")
+            axis.imshow(pixels.T, cmap="gray", vmin=truth.min(), vmax=truth.max(), origin="lower")
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:

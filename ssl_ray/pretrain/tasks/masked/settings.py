@@ -1,0 +1,46 @@
+"""Settings of the masked autoencoder; the defaults are MAE's, with a decoder as light as ViT-B leaves room for."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ssl_ray.config.common import Section, TaskSettings
+
+
+class Decoder(Section):
+    """Transformer blocks over all tokens; after fine-tuning one is as good as eight (He et al., table 1a)."""
+
+    layers: PositiveInt = 2
+    hidden_size: PositiveInt = 384
+    mlp_dim: PositiveInt = 1536
+    num_heads: PositiveInt = 12
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Decoder":
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_heads, got {self.hidden_size} and {self.num_heads}"
+            )
+        return self
+
+
+class Masked(TaskSettings):
+    """Predict the voxels of dropped tokens."""
+
+    kind: Literal["masked"] = "masked"
+    ratio: float = Field(0.75, gt=0, lt=1, description="share of the tokens that are dropped")
+    loss: Literal["l1", "l2"] = "l2"
+    normalise: bool = Field(False, description="within each token, targets have mean 0 and standard deviation 1")
+    decoder: Decoder = Decoder()
+
+    def kept(self, tokens: int) -> int:
+        """Of so many tokens, those that the encoder sees."""
+        return round((1 - self.ratio) * tokens)
+
+    def check_patch(self, patch_size: tuple[int, int, int], tokens: int) -> None:
+        """Some tokens must be seen, and some dropped."""
+        if not 0 < self.kept(tokens) < tokens:
+            raise ValueError(
+                f"pretrain.task.ratio: {self.ratio} of the {tokens} tokens of a patch {list(patch_size)} leaves "
+                f"{self.kept(tokens)} to be seen; at least one must be seen and one dropped"
+            )
