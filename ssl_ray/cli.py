@@ -191,8 +191,8 @@ def phantom(
 
     numbers = {"unlabelled": volumes, "labelled": labelled, "validation": validation, "test": test, "seed": seed}
     with _writable(folder):
-        modality = {"modality": "MRI"} if mri else {}
-        write_cohort(PhantomCohort(root=str(folder), splits=tuple(sizes), **numbers, **modality))
+        modality: Literal["CT", "MRI"] = "MRI" if mri else "CT"
+        write_cohort(PhantomCohort(root=str(folder), splits=tuple(sizes), modality=modality, **numbers))
     say(f"{folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in sizes)}")
 
 

@@ -1,7 +1,7 @@
 """What the sections of an experiment share: types of fields, kinds of a section, optimizer."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
@@ -49,6 +49,14 @@ one_or_more = rule(lambda values: 0 < len(set(values)) == len(values), "at least
 
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A section of the YAML: unknown keys, NaN and infinity are refused, values do not change after loading."""
+
+
+class Storage(NamedTuple):
+    """How voxels are stored: as integers of a `dtype`, 1 as `levels`, what lies outside `ends` as these."""
+
+    dtype: str
+    levels: int
+    ends: tuple[float, float] = (0, 1)
 
 
 class NetworkSettings(Section):

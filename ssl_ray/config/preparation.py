@@ -2,21 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from ssl_ray.config.common import OnNonfinite, PatchSize, Precision, Section, Spacing, of_kinds
 from ssl_ray.data.normalisations.percentile.settings import Percentile
 from ssl_ray.data.normalisations.window.settings import Window
 from ssl_ray.data.normalisations.zscore.settings import ZScore
 
-
-def _window(value: Any) -> Any:
-    return {"kind": "window", "hu_window": value} if isinstance(value, list | tuple) else value
-
-
-Normalise = Annotated[
-    Window | Percentile | ZScore, Field(discriminator="kind"), of_kinds("window"), BeforeValidator(_window)
-]
+Normalise = Annotated[Window | Percentile | ZScore, Field(discriminator="kind"), of_kinds("window")]
+"""The settings of any normalisation."""
 
 
 class Preparation(Section):
@@ -24,19 +18,19 @@ class Preparation(Section):
 
     orientation: Literal["RAS", "LPS", "LAS"] | None = "RAS"
     spacing: Spacing = Field(description="mm")
-    normalise: Normalise = Field(
-        validation_alias=AliasChoices("normalise", "hu_window"),
-        description="intensities; `hu_window: [low, high]` is short for the kind `window` with that range",
-    )
+    normalise: Normalise = Field(description="hu_window: [low, high] is short for the kind window with this range")
     crop_foreground: bool = Field(True, description="to the body: what lies above the window's lower end or threshold")
     channels: PositiveInt = Field(1, description="images of a volume in the datalists, each normalised by itself")
 
     @model_validator(mode="before")
     @classmethod
-    def _in_one_form(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and {"normalise", "hu_window"} <= tree.keys():
-            raise ValueError(f"hu_window is short for normalise: give one of them, got {tree['hu_window']} as well")
-        return tree
+    def _short_form(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or "hu_window" not in tree:
+            return tree
+        if "normalise" in tree:
+            raise ValueError("hu_window is short for normalise: only one of them can be given")
+        window = {"kind": "window", "hu_window": tree["hu_window"]}
+        return {"normalise": window, **{key: value for key, value in tree.items() if key != "hu_window"}}
 
 
 class Stage(Section):

@@ -80,16 +80,6 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
-    def _has_one_number_of_channels(self) -> "Study":
-        ours, theirs = self.pretrain.preparation.channels, self.finetune.preparation.channels
-        if self.pretrains and ours != theirs:
-            raise ValueError(
-                f"pretrain.preparation.channels: must be that of finetune.preparation, whose network starts from the "
-                f"pretrained weights; got {ours} and {theirs}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _fits_its_network(self) -> "Study":
         network, tuned, patch_size = self.network, self.finetune, self.pretrain.patch_size
         network.check_patch("finetune.patch_size", tuned.patch_size)
@@ -100,6 +90,11 @@ class Study(Section):
             raise ValueError(
                 f"finetune.grid.init: a {network.kind} is not pretrained here, so that [random] is all that it can "
                 f"start from, got {list(tuned.grid.init)}{' and finetune.weights' if tuned.weights else ''}"
+            )
+        ours, theirs = self.pretrain.preparation.channels, tuned.preparation.channels
+        if self.pretrains and ours != theirs:
+            raise ValueError(
+                f"pretrain.preparation.channels: must be that of finetune.preparation, got {ours} and {theirs}"
             )
         if tuned.precision == "bfloat16" and not tuned.gpus_per_trial and tuned.patch_size[0] <= network.thin:
             raise ValueError(

@@ -13,14 +13,13 @@ from ssl_ray.errors import UserError
 def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Splits, channels: int = 1) -> None:
     """Check all lists of a study together, by names alone; `training` and `validation` are the unlabelled volumes.
 
-    Each volume has as many images as the study has `channels`.
-
     A scan is known by its file, whatever links lead to it and whether it is compressed or not; a patient by the subject
     in the lists. Labelled training patients may be among the unlabelled ones: their labels are what is asked about.
 
     Raises:
         UserError: naming lists, entries and both values, when a patient or scan is held out in one list and trained on
-            in another, or when two lists give an image different labels, patients or channels.
+            in another, when two lists give an image different labels, patients or further channels, or when a volume
+            has not as many images as `channels`.
     """
     labelled = [case for cases in splits.training.values() for case in cases]
     for case in (*training, *validation, *labelled, *splits.validation, *splits.test):
@@ -64,19 +63,19 @@ def not_nested(splits: Splits) -> str | None:
 def _check_same(labelled: Sequence[Case], unlabelled: Sequence[Case]) -> None:
     """Refuse an image that is given other labels, channels, or another patient, in another list."""
     known: dict[str, Case] = {}
-    for image, case in ((image, one) for one in (*labelled, *unlabelled) for image in one.images):
-        first = known.setdefault(os.path.realpath(image), case)
+    for case in (*labelled, *unlabelled):
+        first = known.setdefault(os.path.realpath(case.image), case)
         if case.label and first.label and os.path.realpath(case.label) != os.path.realpath(first.label):
             values = f"the label {case.label} here, but {first.label}"
-        elif [*map(os.path.realpath, case.images)] != [*map(os.path.realpath, first.images)]:
-            here, there = (" and ".join(map(str, one.images)) for one in (case, first))
-            values = f"the channels {here} here, but {there}"
+        elif [*map(os.path.realpath, case.others)] != [*map(os.path.realpath, first.others)]:
+            others, theirs = (" and ".join(map(str, one.others)) for one in (case, first))
+            values = f"the further channels {others} here, but {theirs}"
         # A list without labels need not say whose scans they are.
         elif case.subject != first.subject and (case.label or (case.subject and first.subject)):
             values = f"the subject {case.subject!r} here, but {first.subject!r}"
         else:
             continue
-        raise UserError(f"{case.place}: {image} has {values} in {first.place}")
+        raise UserError(f"{case.place}: {case.image} has {values} in {first.place}")
 
 
 def _known_by(case: Case) -> Iterator[tuple[str, str]]:

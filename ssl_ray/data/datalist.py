@@ -27,8 +27,8 @@ _SUFFIX = re.compile(r"(?i)\.nii(\.gz)?\Z")
 """Scanners and Windows also write `.NII.GZ`."""
 _MOST_BYTES, _MOST_ENTRIES = 20_000_000, 250_000
 """Bytes of a list, and volumes of one of its sections: terabytes of volumes, and read within half a gigabyte."""
-_MOST_LABELS = 256
-"""A label is one byte."""
+_MOST_LABELS, _MOST_CHANNELS = 256, 256
+"""A label is one byte. Images of a volume: more than any scanner makes."""
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -64,23 +64,21 @@ class Datalist:
     labels: dict[int, str]
 
 
+def _one_or_more(image: Any) -> Any:
+    return [image] if isinstance(image, str) else image
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    image: str
+    image: Annotated[list[str], BeforeValidator(_one_or_more), Field(min_length=1, max_length=_MOST_CHANNELS)]
     label: str | None = None
     subject: str = ""
-    others: tuple[str, ...] = ()
 
 
 def _path_alone(entry: Any) -> Any:
     if not isinstance(entry, str | dict):
         raise ValueError("must be a path or {image, label}")
-    entry = {"image": entry} if isinstance(entry, str) else {**entry, "others": ()}
-    if isinstance(images := entry.get("image"), list):
-        if not images or not all(isinstance(image, str) for image in images):
-            raise ValueError("'image' must be a path, or a list of paths: the channels of one volume")
-        entry |= {"image": images[0], "others": images[1:]}
-    return entry
+    return {"image": entry} if isinstance(entry, str) else entry
 
 
 def _few(labels: Any) -> Any:  # before each of them is checked, and each mistake kept
@@ -189,10 +187,11 @@ def read_json(path: Path, model: type[_Model]) -> _Model:
 
 def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[[str], str]) -> Case:
     if labelled and not entry.label:
-        raise UserError(f"{place}: needs a 'label', got only {shown(entry.image)}")
-    named = [("image", entry.image), *((f"image.{number}", path) for number, path in enumerate(entry.others, 1))]
+        raise UserError(f"{place}: needs a 'label', got only {shown(entry.image[0])}")
+    label = [entry.label] if labelled and entry.label else []
     inside = []
-    for key, path in [*named, ("label", entry.label)] if labelled and entry.label else named:
+    for number, path in enumerate(entry.image + label):
+        key = "label" if number == len(entry.image) else f"image.{number}" if number else "image"
         if BREAKS.search(path) or not is_nifti(path):
             raise UserError(f"{place}.{key}: '{shown(path)}' must end in .nii or .nii.gz, without control characters")
         target = os.path.normpath(os.path.join(base, path))
@@ -200,5 +199,5 @@ def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[
         if not real(target).startswith(os.path.join(real(str(base)), "")):
             raise UserError(f"{place}.{key}: {shown(path)} leaves the root {base}")
         inside.append(Path(target))
-    image, *others = inside[: len(named)]
-    return Case(stem(image), image, inside[-1] if labelled else None, shown(entry.subject), place, tuple(others))
+    image, *others = inside[: len(entry.image)]
+    return Case(stem(image), image, inside[-1] if label else None, shown(entry.subject), place, tuple(others))

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
-
-_Values = TypeVar("_Values")
 
 
 @lru_cache(maxsize=512)
@@ -27,31 +25,12 @@ def open_array(store: Store, key: str, name: Literal["image", "label", "foregrou
     return array
 
 
-def as_seen(values: _Values, levels: int, seen: tuple[float, float]) -> _Values:
-    """Stored values, as a float32 array or tensor that is changed in place -> what the network sees of them."""
-    array: Any = values
-    array /= levels
-    if seen != (0, 1):
-        array *= seen[1] - seen[0]
-        array += seen[0]
-    return values
-
-
-def stored_zero(levels: int, seen: tuple[float, float]) -> int:
-    """The stored value that the network sees as 0."""
-    return round(-levels * seen[0] / (seen[1] - seen[0]))
-
-
 def read_patch(
-    array: npt.NDArray[Any],
-    origin: Sequence[int],
-    size: Sequence[int],
-    out: npt.NDArray[Any] | None = None,
-    fill: int = 0,
+    array: npt.NDArray[Any], origin: Sequence[int], size: Sequence[int], out: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[Any]:
     """One patch of a volume (X, Y, Z) or (C, X, Y, Z), without loading it.
 
-    A volume shorter than the patch counts as padded with `fill` on both sides, the smaller half first, like MONAI's
+    A volume shorter than the patch counts as padded with zeros on both sides, the smaller half first, like MONAI's
     `SpatialPad`; `origin` (3 voxels) is meant in the padded volume, which the patch may not leave.
     """
     *channels, x, y, z = array.shape
@@ -61,10 +40,10 @@ def read_patch(
     for start, side, length in zip(origin, size, (x, y, z), strict=True):
         before = max(side - length, 0) // 2
         if not 0 <= start <= max(length - side, 0):
-            raise ValueError(f"origin {tuple(origin)} of a {tuple(size)} patch leaves the volume of {(x, y, z)}")
+            raise ValueError(f"origin {tuple(origin)} of a {tuple(size)} patch leaves the volume of {array.shape}")
         source.append(slice(start, start + min(side, length)))
         target.append(slice(before, before + min(side, length)))
     if any(length < side for side, length in zip(size, (x, y, z), strict=True)):
-        out.fill(fill)
-    out[..., *tuple(target)] = array[..., *tuple(source)]
+        out.fill(0)
+    out[..., *target] = array[..., *source]
     return out

@@ -18,7 +18,6 @@ from ssl_ray.config.schema import Preparation
 from ssl_ray.console import track
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import content_digest, on_image_grid, read_label, read_nifti
-from ssl_ray.data.normalisations.registry import storage
 from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
@@ -46,7 +45,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     OSError.
     """
     further = {f"image.{number}": path for number, path in enumerate(case.others, 1)}
-    files = {"image": case.image, **further} | ({"label": case.label} if case.label else {})
+    files = {"image": case.image, **further, **({"label": case.label} if case.label else {})}
     digests, content = {}, {}
     for name, file in files.items():
         try:
@@ -69,7 +68,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     try:
         canonical = prepare(image, label, preparation, others)
     except ValueError as error:
-        raise UserError(f"{case.image}: {error}") from error
+        raise UserError(f"{' and '.join(map(str, case.images))}: {error}") from error
     counts = np.bincount(canonical.label.ravel()) if canonical.label is not None else ()
     volume = Volume(
         key=key,
@@ -81,14 +80,13 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
         dtype=str(canonical.image.dtype),
         levels=canonical.levels,
         channels=1 + len(others),
-        seen=storage(preparation.normalise).seen,
+        normalise=preparation.normalise.model_dump(mode="json"),
+        intensities=canonical.intensities,
+        body=canonical.body,
         original_shape=image.voxels.shape,
         label_voxels={str(value): int(count) for value, count in enumerate(counts) if count},
         largest_label=int(label.voxels.max()) if label else 0,
         files={},
-        normalise=preparation.normalise.model_dump(mode="json"),
-        intensities=canonical.intensities,
-        body=canonical.body,
     )
     return store.put(volume, canonical), True
 

@@ -37,12 +37,11 @@ from ssl_ray.storage.mirror import Mirror
 class Volume:
     """Manifest of one stored volume. Lengths in voxels, spacing in mm, the affine (4, 4) maps voxels to mm (RAS+).
 
-    `content` is the digest of the first channel's voxels. `dtype`, `levels` (the largest stored value) and `channels`
-    (1: the image has no axis for them) say what the normalisation stored, and `seen` what the network is given for 0
-    and for `levels`. `largest_label` is that of the file, where a structure may be too small to survive the resampling,
-    but is still part of the evaluation. `files` has bytes and sha256 of each. `subject` is the patient in the lists of
-    a study, or empty; it is not stored, as another study's lists may say something else. `normalise` has the settings,
-    `intensities` and `body` what `CanonicalVolume` says.
+    `content` is the digest of the first channel's voxels. `dtype`, `levels` (what a network sees as 1) and `channels`
+    (1: the image has no axis for them) say what the normalisation stored, `normalise` has its settings; `intensities`
+    and `body` are as in `CanonicalVolume`. `largest_label` is that of the file, where a structure may be too small to
+    survive the resampling, but is still part of the evaluation. `files` has bytes and sha256 of each. `subject` is the
+    patient in the lists of a study, or empty; it is not stored, as another study's lists may say something else.
     """
 
     key: str
@@ -56,15 +55,14 @@ class Volume:
     dtype: str
     levels: int
     channels: int
-    seen: tuple[float, float]
+    normalise: dict[str, Any]
+    intensities: tuple[tuple[float, float], ...]
+    body: tuple[int, ...]
     original_shape: tuple[int, int, int]
     label_voxels: dict[str, int]
     largest_label: int
     files: dict[str, tuple[int, str]]
     subject: str = ""
-    normalise: dict[str, Any] = field(default_factory=dict)
-    intensities: tuple[tuple[float, float], ...] = ()
-    body: tuple[int, ...] = (0,)
 
 
 VOLUME_JSON = TypeAdapter(Volume)

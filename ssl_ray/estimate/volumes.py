@@ -13,7 +13,6 @@ import numpy as np
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.consistency import check_lists
 from ssl_ray.data.datalist import Case, read_unlabelled
-from ssl_ray.data.normalisations.registry import storage
 from ssl_ray.data.resample import canonical_grid
 from ssl_ray.data.splits import read_labelled
 from ssl_ray.data.store import VOLUME_JSON, Store, Volume
@@ -88,7 +87,7 @@ def _group(cases: Sequence[Case], preparation: Preparation, stored: dict[Any, Vo
         except Exception as error:  # nibabel's, zlib's and the system's, of many types
             if not skip:
                 raise UserError(f"{path}: {reason(error)}") from error
-    image = preparation.channels * np.dtype(storage(preparation.normalise).dtype).itemsize
+    image = preparation.channels * np.dtype(preparation.normalise.storage.dtype).itemsize
     voxel = image + any(case.label for case in cases)
     missing = len(absent) * voxel * sum(map(math.prod, grids)) / len(grids) if grids else None
     shapes = [*grids, *(volume.shape for volume in prepared)]

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.normalisations.registry import storage
 from ssl_ray.estimate.volumes import Group
 from ssl_ray.evaluate.sliding_window import sliding_windows
 from ssl_ray.networks.flops import network_cost
@@ -23,13 +22,13 @@ Figures = dict[str, Any]
 
 def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
     """The pretraining, with the most workers that the experiment allows and without times."""
-    config, patches = study.pretrain, study.pretrain.patches_per_volume
+    config, patches, channels = study.pretrain, study.pretrain.patches_per_volume, study.pretrain.preparation.channels
     world = config.worker_range[1]
     shapes = np.ones((groups["unlabelled training"].volumes, 3), np.int64)
     table = SampleTable(study.seed, shapes, config.patch_size, patches, config.batch_size, config.epochs)
     checks = groups["unlabelled validation"].volumes * patches * len(table.boundaries(config.validate_every))
-    cost = task_cost(config.task, study.network, config.patch_size)
-    voxel_bytes = config.preparation.channels * np.dtype(storage(config.preparation.normalise).dtype).itemsize
+    cost = task_cost(config.task, study.network, config.patch_size, channels)
+    voxel_bytes = channels * np.dtype(config.preparation.normalise.storage.dtype).itemsize
     block_steps = segments(table, 0, world, config.block_megabytes * 2**20, voxel_bytes)[0].block_steps
     share = len(table.rank_samples(0, 0, world))
     # A worker holds a block, the next is fetched and one waits; the next segment opens before the last has ended.
@@ -62,7 +61,7 @@ def estimate_grid(
     places += [cluster["cpus"] / config.cpus_per_trial] if cluster["cpus"] is not None else []
     places += [cluster["gpus"] / config.gpus_per_trial] if config.gpus_per_trial else []
     at_once = min(trials, max(1, int(min(places))))
-    cost = network_cost(build_segmentation, study.network, sides, 1, config.cohort.classes)
+    cost = network_cost(build_segmentation, study.network, sides, config.preparation.channels, config.cohort.classes)
     validations = math.ceil(config.steps / config.validate_every)
     held_out = groups["labelled validation"], groups["labelled test"]
     overlap = config.sliding_window_overlap

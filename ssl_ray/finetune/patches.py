@@ -11,7 +11,7 @@ from monai import transforms as mt
 from torch import Tensor
 
 from ssl_ray.config.schema import Augmentation, Finetune
-from ssl_ray.data.patch import as_seen, open_array, read_patch, stored_zero
+from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.random import generator
 
@@ -37,7 +37,7 @@ class PatchSampler:
         `patches_per_volume` patches of each.
         """
         images, labels = zip(*(self._patch(index, volume) for index, volume in self.patches(step)), strict=True)
-        return torch.stack(images), torch.stack(labels).unsqueeze(1)
+        return torch.stack(images), torch.stack(labels)
 
     def patches(self, step: int) -> Iterator[tuple[int, Volume]]:
         """The index of each patch of a step, and the volume that it is cut from."""
@@ -52,9 +52,9 @@ class PatchSampler:
         random, size = generator(self.seed, _PATCH, index), self.config.patch_size
         image, label = (open_array(self.store, volume.key, name) for name in ("image", "label"))
         origin = crop_origin(self._centre(volume, image, label, random), volume.shape, size)
-        stored = read_patch(image, origin, size, fill=stored_zero(volume.levels, volume.seen))
-        intensity = torch.from_numpy(as_seen(stored.astype(np.float32), volume.levels, volume.seen).reshape(-1, *size))
-        return augment(intensity, torch.from_numpy(read_patch(label, origin, size)), self.config.augmentation, random)
+        seen = read_patch(image, origin, size).astype(np.float32) / np.float32(volume.levels)
+        both = torch.from_numpy(seen.reshape(-1, *size)), torch.from_numpy(read_patch(label, origin, size)[None])
+        return augment(*both, self.config.augmentation, random)
 
     def _centre(
         self, volume: Volume, image: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8], random: np.random.Generator
@@ -85,7 +85,7 @@ def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
     """As in the recipe, flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`.
 
-    Shapes (..., X, Y, Z) stay.
+    Shapes, (C, X, Y, Z) and (1, X, Y, Z), stay.
     """
     axes = [axis - 3 for axis in config.flip_axes if random.random() < config.flip_prob]
     turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
@@ -98,7 +98,7 @@ def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.rando
 
 
 def vary(image: Tensor, label: Tensor, config: Augmentation, seed: int) -> tuple[Tensor, Tensor]:
-    """Rotate and scale image (C, X, Y, Z) and label, add noise, blur, and change the contrast, in nnU-Net's order.
+    """Rotate and scale image and label, add noise, blur, and change the contrast, in nnU-Net's order.
 
     These are MONAI's transforms. What comes in from outside the patch is the patch, reflected at its faces.
     """

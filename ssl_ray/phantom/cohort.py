@@ -90,9 +90,8 @@ def write_cohort(cohort: PhantomCohort) -> None:
         raise UserError(f"phantom: unlabelled must be at least 3, got {cohort.unlabelled}")
     if not splits or splits[-1] > cohort.labelled:
         raise UserError(f"phantom: splits must lie between 1 and labelled = {cohort.labelled}, got {splits}")
-    counts = cohort.model_dump(exclude={"root", "seed", "splits", "modality"})
-    mri = {"modality": cohort.modality} if cohort.modality == "MRI" else {}
-    parameters = json.dumps({"version": VERSION, "seed": cohort.seed, **counts, **mri, "splits": splits})
+    numbers = cohort.model_dump(exclude={"root", "seed", "splits"})
+    parameters = json.dumps({"version": VERSION, "seed": cohort.seed, **numbers, "splits": splits})
     record = root / "phantom.json"
     if not record.exists():
         write_file(record, parameters.encode())
@@ -101,13 +100,12 @@ def write_cohort(cohort: PhantomCohort) -> None:
 
     # The unlabelled volumes come last: a cohort with more of them keeps every other volume as it was.
     ends = np.cumsum([0, cohort.test, cohort.validation, cohort.labelled, cohort.unlabelled]).tolist()
-    names = [f"phantom{i:04d}" for i in range(ends[4])]
-    cases: list[dict[str, Any]] = [{"image": f"images/{name}.nii.gz"} for name in names]
-    if mri:
-        cases = [{"image": [f"images/{name}_{contrast}.nii.gz" for contrast in CONTRASTS]} for name in names]
-    for case, name in zip(cases[: ends[3]], names, strict=False):
-        case["label"] = f"labels/{name}.nii.gz"
-    _write_volumes(root, cases, cohort.seed, cohort.modality)
+    cases: list[dict[str, Any]] = [{"image": f"images/phantom{i:04d}.nii.gz"} for i in range(ends[4])]
+    if cohort.modality == "MRI":
+        cases = [{"image": [f"images/phantom{i:04d}_{one}.nii.gz" for one in CONTRASTS]} for i in range(ends[4])]
+    for i, case in enumerate(cases[: ends[3]]):
+        case["label"] = f"labels/phantom{i:04d}.nii.gz"
+    _write_volumes(cohort, cases)
 
     tests, validations, trainings, rest = (cases[a:b] for a, b in pairwise(ends))
     held_out = validation_share(cohort.unlabelled)
@@ -116,22 +114,24 @@ def write_cohort(cohort: PhantomCohort) -> None:
     lists |= {f"labelled_{n}": {**shared, "training": trainings[:n]} for n in splits}
     for name, content in lists.items():
         if not (path := root / f"{name}.json").exists():
-            header = {"name": f"phantom {cohort.seed}", "modality": dict(enumerate(CONTRASTS if mri else ["CT"]))}
+            contrasts = CONTRASTS if cohort.modality == "MRI" else ("CT",)
+            header = {"name": f"phantom {cohort.seed}", "modality": dict(enumerate(contrasts))}
             write_file(path, json.dumps({**header, **content}, indent=1).encode())
 
 
-def _write_volumes(root: Path, cases: list[dict[str, Any]], seed: int, modality: Literal["CT", "MRI"]) -> None:
+def _write_volumes(cohort: PhantomCohort, cases: list[dict[str, Any]]) -> None:
     """Synthesize the volumes of which a file is missing."""
+    root = Path(cohort.root)
     for folder in ("images", "labels"):
         remove_stale(root / folder, "*.part", 24 * 3600)
     files = {i: [name for part in case.values() for name in np.ravel(part).tolist()] for i, case in enumerate(cases)}
     missing = {i: names for i, names in files.items() if not all((root / name).exists() for name in names)}
     with ProcessPoolExecutor() as pool:  # an error or Ctrl-C cancels the rest
-        written = pool.map(partial(_write_volume, root, seed, modality), missing, missing.values())
+        written = pool.map(partial(_write_volume, cohort), missing, missing.values())
         for _ in track("synthesizing volumes", written, len(missing)) if missing else ():
             pass
 
 
-def _write_volume(root: Path, seed: int, modality: Literal["CT", "MRI"], index: int, names: list[str]) -> None:
-    for name, nifti in zip(names, synthesize(seed, index, modality=modality), strict=False):
-        write_file(root / name, gzip.compress(nifti.to_bytes(), 6, mtime=0))
+def _write_volume(cohort: PhantomCohort, index: int, names: list[str]) -> None:
+    for name, nifti in zip(names, synthesize(cohort.seed, index, modality=cohort.modality), strict=False):
+        write_file(Path(cohort.root) / name, gzip.compress(nifti.to_bytes(), 6, mtime=0))

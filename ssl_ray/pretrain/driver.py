@@ -201,8 +201,7 @@ def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed
     draws = config.patches_per_volume, config.batch_size, config.epochs
     table, first = SampleTable(recipe.seed, shapes, config.patch_size, *draws), volumes[0]
     keys, ids = (tuple(getattr(volume, name) for volume in volumes) for name in ("key", "id"))
-    stored = first.dtype, first.levels, first.channels, first.seen
-    return Feed(table, Store(folders.cache, folders.scratch), keys, ids, *stored)
+    return Feed(table, Store(folders.cache, folders.scratch), keys, ids, first.dtype, first.levels)
 
 
 class _Collector:

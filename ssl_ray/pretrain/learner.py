@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray.config.schema import Pretrain
 from ssl_ray.data.normalise import metadata
-from ssl_ray.data.patch import as_seen
 from ssl_ray.networks.faster import use_fast_attention, use_patch_products
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
@@ -37,9 +36,10 @@ class PretrainingLearner:
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, _settled(job, device), device
         torch.manual_seed(job.recipe.seed)
-        self.task = build_task(self.config.task, job.recipe.network, self.config.patch_size)
+        sides, channels = self.config.patch_size, self.config.preparation.channels
+        self.task = build_task(self.config.task, job.recipe.network, sides, channels)
         if job.recipe.weights:
-            start_from(job.recipe.weights, self.task, self.config.patch_size)
+            start_from(job.recipe.weights, self.task, sides)
         self.network = self.task.to(device).network
         self.dtype = resolve(self.config.precision, device)
         if device.type == "cuda":
@@ -95,7 +95,7 @@ class PretrainingLearner:
             weight = counted * world / self.config.batch_size
             ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
             with ddp.no_sync() if ddp and start != starts[-1] else nullcontext():
-                clean = scale(part, self.job.training.levels, self.job.training.seen)
+                clean = scale(part, self.job.training.levels)
                 seen = self.task.see(clean, [table[rows] for table in tables])
                 with autocast(self.device, self.dtype):
                     own, total = self.model(seen, clean)
@@ -140,7 +140,7 @@ class PretrainingLearner:
             counted = len(mine[start : start + size])
             # A rank without patches left takes sample 0 with no weight, as with `shard` the others wait for it.
             indices = mine[start : start + size] if counted else np.zeros(1, np.int64)
-            clean = scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels, feed.seen)
+            clean = scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels)
             seen = self.task.see(clean, [to_device(self.task.draw(0, indices, 0), self.device)])
             # Other shapes than in training: compiling for them would cost more than it saves.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
@@ -185,7 +185,7 @@ class PretrainingLearner:
 
     def _try(self) -> None:  # forward and backward pass in the shapes of a training step; no gradient is left
         _, size = self._shares(self.config.worker_range[0])
-        clean = torch.zeros(size, self.job.training.channels, *self.config.patch_size, device=self.device)
+        clean = torch.zeros(size, self.config.preparation.channels, *self.config.patch_size, device=self.device)
         drawn = (self.task.draw(0, np.arange(size), view) for view in range(self.task.views))
         seen = self.task.see(clean, [to_device(table, self.device) for table in drawn])
         with autocast(self.device, self.dtype):
@@ -208,6 +208,6 @@ def _settled(job: Job, device: torch.device) -> Pretrain:
     return settings.model_copy(update={"precision": precision[0]})
 
 
-def scale(stored: Tensor, levels: int, seen: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Patches as stored, (B, X, Y, Z) or (B, C, X, Y, Z) -> (B, C, X, Y, Z) float32 as the network sees them."""
-    return as_seen((stored if stored.ndim == 5 else stored.unsqueeze(1)).float(), levels, seen)
+def scale(stored: Tensor, levels: int) -> Tensor:
+    """Patches as stored, (B, X, Y, Z) or (B, C, X, Y, Z) -> (B, C, X, Y, Z) float32, as the network sees them."""
+    return stored.view(len(stored), -1, *stored.shape[-3:]).float().div_(levels)

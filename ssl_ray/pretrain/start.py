@@ -14,8 +14,9 @@ from ssl_ray.pretrain.tasks.registry import build_task
 
 def check_start(recipe: Recipe, weights: Path) -> dict[str, Any]:
     """What a pretraining would take of these weights, before it starts; raises as `start_from` does."""
-    task = build_task(recipe.settings.task, recipe.network, recipe.settings.patch_size)
-    return start_from(weights, task, recipe.settings.patch_size)
+    settings = recipe.settings
+    task = build_task(settings.task, recipe.network, settings.patch_size, settings.preparation.channels)
+    return start_from(weights, task, settings.patch_size)
 
 
 def start_from(weights: Path, task: Task, patch_size: Sequence[int]) -> dict[str, Any]:

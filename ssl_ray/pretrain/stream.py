@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ssl_ray.data.patch import open_array, read_patch, stored_zero
+from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.store import Store
 from ssl_ray.pretrain.samples import Sample, SampleTable
 
@@ -29,8 +29,8 @@ SEGMENT_BLOCKS = 256
 class Feed:
     """What a data task needs to read any sample: the table, and where its volumes lie, in the table's order.
 
-    `keys` name the volumes in the store, `ids` name them in messages. `dtype`, `levels`, `channels` and `seen` are the
-    same in all of them.
+    `keys` name the volumes in the store, `ids` name them in messages. Voxels are stored as `dtype`, what the network
+    sees as 1 as `levels`.
     """
 
     table: SampleTable
@@ -39,17 +39,13 @@ class Feed:
     ids: tuple[str, ...]
     dtype: str
     levels: int
-    channels: int = 1
-    seen: tuple[float, float] = (0.0, 1.0)
 
     def read(self, samples: Sequence[Sample]) -> npt.NDArray[Any]:
         """Patches as stored: (N, X, Y, Z), or (N, C, X, Y, Z) of several channels."""
-        channels = (self.channels,) if self.channels > 1 else ()
-        out = np.empty((len(samples), *channels, *self.table.patch_size), dtype=self.dtype)
-        fill = stored_zero(self.levels, self.seen)
-        for row, sample in enumerate(samples):
-            volume = open_array(self.store, self.keys[sample.volume])
-            read_patch(volume, sample.origin, self.table.patch_size, out[row], fill)
+        volumes = [open_array(self.store, self.keys[sample.volume]) for sample in samples]
+        out = np.empty((len(samples), *volumes[0].shape[:-3], *self.table.patch_size), dtype=self.dtype)
+        for row, (volume, sample) in enumerate(zip(volumes, samples, strict=True)):
+            read_patch(volume, sample.origin, self.table.patch_size, out=out[row])
         return out
 
     def place(self, index: int) -> dict[str, Any]:
@@ -82,7 +78,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` as `Feed.read` gives them, `indices` (B,) of its samples, and the seconds spent waiting for them."""
+    """`images` (B, X, Y, Z) as stored, `indices` (B,) of its samples, and the seconds spent waiting for them."""
 
     step: int
     images: npt.NDArray[Any]
@@ -90,9 +86,9 @@ class Batch:
     waited: float
 
 
-def segments(table: SampleTable, start: int, world: int, block_bytes: float, voxel_bytes: int) -> list[Segment]:
+def segments(table: SampleTable, start: int, world: int, block_bytes: float, itemsize: int) -> list[Segment]:
     """The segments of a run from step `start` on."""
-    batch_bytes = len(table.rank_samples(0, 0, world)) * int(np.prod(table.patch_size)) * voxel_bytes
+    batch_bytes = len(table.rank_samples(0, 0, world)) * int(np.prod(table.patch_size)) * itemsize
     block_steps = max(1, int(block_bytes // batch_bytes))
     length = SEGMENT_BLOCKS * block_steps
     return [

@@ -31,11 +31,11 @@ def train_loop(job: Job) -> None:
     """Train from the newest whole checkpoint, or from step 0, to the end of the sample table."""
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    config, table = job.recipe.settings, job.training.table
+    config, table, channels = job.recipe.settings, job.training.table, job.recipe.settings.preparation.channels
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
-    flops = task_cost(config.task, job.recipe.network, config.patch_size).training
+    flops = task_cost(config.task, job.recipe.network, config.patch_size, channels).training
     totals = _Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = _Reporter(job, rank), _Preemption()
     saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
@@ -99,7 +99,7 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
     # One copy for all, and a reference, as what is broadcast must stay small.
     feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
     config, table, itemsize = job.recipe.settings, job.training.table, np.dtype(job.training.dtype).itemsize
-    schedule = segments(table, start, world, config.block_megabytes * 2**20, job.training.channels * itemsize)
+    schedule = segments(table, start, world, config.block_megabytes * 2**20, config.preparation.channels * itemsize)
     return batches(table, feed, schedule, rank, world * config.cpus_per_worker)
 
 

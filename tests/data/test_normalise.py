@@ -18,8 +18,7 @@ from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti, read_label, read_nifti
-from ssl_ray.data.normalisations.registry import storage
-from ssl_ray.data.normalisations.window.normalisation import check_contrast
+from ssl_ray.data.normalisations.registry import measure
 from ssl_ray.data.normalisations.window.settings import Window
 from ssl_ray.data.normalise import prepare
 from ssl_ray.data.resample import canonical_grid
@@ -122,7 +121,7 @@ def test_the_affine_says_where_the_crop_came_from() -> None:
 )
 def test_integer_levels_of_the_window_are_kept(window: tuple[float, float], top: int) -> None:
     """8 bits hold a window of up to 256 integer HU levels, 16 bits a wider one: distinct HU stay distinct."""
-    assert storage(Window(hu_window=window)).levels == top
+    assert Window(hu_window=window).storage.levels == top
     count = math.floor(window[1]) - math.ceil(window[0]) + 1
     values = np.linspace(math.ceil(window[0]), math.floor(window[1]), count)
     voxels = np.broadcast_to(values[:, None, None], (count, 2, 2)).astype(np.float32)
@@ -214,4 +213,4 @@ def test_every_ct_is_accepted() -> None:
         *real,
     ):
         for window in (PRETRAINING.normalise.hu_window, FINETUNING.normalise.hu_window, (-1000.0, 1000.0)):
-            check_contrast(hu, window)
+            assert measure(hu, Window(hu_window=window)) == (*window, window[0])

@@ -44,7 +44,7 @@ def test_what_is_stored_is_what_prepare_gives(store: Store, case: Case) -> None:
     assert store.get(volume.key) == volume
     assert volume.shape == expected.image.shape
     assert volume.spacing == PREPARATION.spacing
-    assert (volume.levels, volume.channels, volume.seen) == (65535, 1, (0, 1))
+    assert (volume.levels, volume.channels) == (65535, 1)
     assert (volume.intensities, volume.body) == (((-175, 250),), (0,))
     assert volume.normalise == {"kind": "window", "hu_window": [-175, 250]}
     assert volume.dtype == arrays["image"].dtype == np.uint16

@@ -32,8 +32,8 @@ def volumes(tmp_path):
         for name, array in {"image": image, "label": label, "foreground": foreground_index(label)}.items():
             np.save(folder / f"{name}.npy", array)
         counts = {str(value): int(count) for value, count in enumerate(np.bincount(label.ravel()))}
-        empty, seen = dict.fromkeys(Volume.__dataclass_fields__), {"seen": (0, 1), "body": (0,)}
-        stored.append(Volume(**{**empty, "key": key, "shape": SHAPE, "levels": 255, "label_voxels": counts, **seen}))
+        made = {"key": key, "shape": SHAPE, "levels": 255, "body": (0,), "label_voxels": counts}
+        stored.append(Volume(**{**dict.fromkeys(Volume.__dataclass_fields__), **made}))
     return tuple(stored)
 
 
@@ -124,10 +124,10 @@ OFF = Augmentation.model_validate(QUIET)
 
 
 def ball(side=24, radius=6.0):
-    """A smooth ball (X, Y, Z) in 0..1, and its label: where it is above one half."""
+    """A smooth ball (1, X, Y, Z) in 0..1, and its label: where it is above one half."""
     axes = torch.meshgrid(*[torch.arange(side) - (side - 1) / 2] * 3, indexing="ij")
     distance = torch.stack(axes).square().sum(0).sqrt()
-    image = torch.sigmoid(radius - distance)
+    image = torch.sigmoid(radius - distance)[None]
     return image, (image > 0.5).to(torch.uint8)
 
 
@@ -152,7 +152,7 @@ def test_varied_patches_are_a_function_of_the_stream():
     assert not torch.equal(made[0][0], made[2][0])
     for image, label in made:
         assert type(image) is type(label) is torch.Tensor
-        assert (image.shape, image.dtype, label.dtype) == ((24, 24, 24), torch.float32, torch.uint8)
+        assert (image.shape, image.dtype, label.dtype) == ((1, 24, 24, 24), torch.float32, torch.uint8)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()
 
@@ -161,8 +161,8 @@ def test_rotation_and_scaling_take_the_label_along():
     """The label stays where the image is above one half; its classes stay classes."""
     config = Augmentation(**QUIET, affine_prob=1, rotation=40)
     image, label = ball()
-    image = image.roll((4, -3, 2), (0, 1, 2))
-    label = 3 * label.roll((4, -3, 2), (0, 1, 2))
+    image = image.roll((4, -3, 2), (1, 2, 3))
+    label = 3 * label.roll((4, -3, 2), (1, 2, 3))
     for seed in range(8):
         moved, there = vary(image, label, config, seed)
         assert set(there.unique().tolist()) == {0, 3}
@@ -193,8 +193,8 @@ def test_noise_blur_and_gamma_change_the_image_alone():
                   for seed in range(40)]  # fmt: skip
     assert 0.15 < max(deviations) < 0.21
     assert min(deviations) < 0.05
-    blurred = ndimage.gaussian_filter(image.numpy(), 0.8, mode="constant", truncate=4)
-    np.testing.assert_allclose(made["blur_prob"][4:-4, 4:-4, 4:-4], blurred[4:-4, 4:-4, 4:-4], atol=0.02)
+    blurred = ndimage.gaussian_filter(image[0].numpy(), 0.8, mode="constant", truncate=4)
+    np.testing.assert_allclose(made["blur_prob"][0, 4:-4, 4:-4, 4:-4], blurred[4:-4, 4:-4, 4:-4], atol=0.02)
     low, high = image.min(), image.max()
     expected = ((image - low) / (high - low)) ** 1.3 * (high - low) + low
     torch.testing.assert_close(made["gamma_prob"], expected, rtol=1e-4, atol=1e-5)

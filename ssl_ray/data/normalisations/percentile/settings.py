@@ -2,9 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
-from ssl_ray.config.common import Section, rule
+from ssl_ray.config.common import Section, Storage, rule
 
 _Percentiles = Annotated[
     tuple[float, float],
@@ -13,8 +11,12 @@ _Percentiles = Annotated[
 
 
 class Percentile(Section):
-    """Two percentiles of the channel's own voxels become 0 and 1; values outside are clipped."""
+    """Two percentiles of the body (what lies above Otsu's threshold) become 0 and 1; values outside are clipped."""
 
     kind: Literal["percentile"] = "percentile"
     percentiles: _Percentiles = (0.5, 99.5)
-    over: Literal["body", "all"] = Field("body", description="voxels that are counted; body: above Otsu's threshold")
+
+    @property
+    def storage(self) -> Storage:
+        """MRI has 12 bits or more."""
+        return Storage("uint16", 65535)

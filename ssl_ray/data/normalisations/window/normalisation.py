@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from ssl_ray.data.normalisations.registry import Intensities, Storage
+from ssl_ray.data.normalisations.intensities import Intensities, sampled
 from ssl_ray.data.normalisations.window.settings import Window
 from ssl_ray.errors import UserError
 
@@ -19,23 +19,12 @@ slightly below 0 does. And the share of voxels that are 0 only where a backgroun
 """
 
 
-def storage(settings: Window) -> Storage:
-    """8 bits where the HU window has at most 256 integer levels, else 16."""
-    low, high = settings.hu_window
-    return Storage("uint8", 255) if high - low <= 255 else Storage("uint16", 65535)
-
-
 def measure(voxels: npt.NDArray[np.float32], settings: Window) -> Intensities:
-    """The ends of the HU window become 0 and 1, whatever the scan."""
-    check_contrast(voxels, settings.hu_window)
-    low, high = settings.hu_window
-    return Intensities(low, high, low)
+    """The ends of the HU window become 0 and 1; what lies above the lower one is body.
 
-
-def check_contrast(voxels: npt.NDArray[np.float32], window: tuple[float, float]) -> None:
-    """Refuse what its values show to be no CT in HU: it would be stored as a volume without contrast, or at an edge."""
-    low, high = window
-    sample = voxels[tuple(slice(None, None, 1 + side // 64) for side in voxels.shape)]
+    Refused is what its values show to be no CT in HU: it would be stored as a volume without contrast, or at an edge.
+    """
+    (low, high), sample = settings.hu_window, sampled(voxels)
     inside = float(((sample > low) & (sample < high)).mean())
     span = float(np.ptp(np.percentile(np.clip(sample, low, high), (0.5, 99.5)))) / (high - low)
     light, dense = float(((sample > -900) & (sample < -30)).mean()), float((sample > 700).mean())
@@ -50,7 +39,7 @@ def check_contrast(voxels: npt.NDArray[np.float32], window: tuple[float, float])
         if (sample == 0).mean() > _MANY_ZEROS:
             cause += " Or was the background of a CT set to 0? Set it to -1000"
     else:
-        return
+        return Intensities(low, high, low)
     least, most = float(voxels.min()), float(voxels.max())
     if least == most:
         cause = "there is nothing in it"

@@ -2,14 +2,18 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
-from ssl_ray.config.common import Section
+from ssl_ray.config.common import Section, Storage
 
 
 class ZScore(Section):
-    """The mean of the channel's own voxels becomes 0, their standard deviation 1."""
+    """The mean becomes 0, the standard deviation 1; values more than 8 deviations from the mean are clipped."""
 
     kind: Literal["zscore"] = "zscore"
     over: Literal["body", "all"] = Field("body", description="voxels that are counted; body: above Otsu's threshold")
-    clip: PositiveFloat = Field(8.0, description="standard deviations; values further from the mean are clipped")
+
+    @property
+    def storage(self) -> Storage:
+        """Steps of 1/4000 of a deviation."""
+        return Storage("int16", 4000, (-8, 8))
