@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from studies import small_study
+from tiny_learner import MASKED
 
 from ssl_ray.config.schema import LabelledCohort, PhantomCohort, Preparation, Source
 from ssl_ray.data.consistency import check_lists
@@ -14,7 +17,15 @@ from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
+from ssl_ray.finetune.learner import SegmentationLearner
+from ssl_ray.finetune.patches import PatchSampler
+from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.phantom.cohort import synthesize, write_cohort
+from ssl_ray.pretrain.driver import feed_of
+from ssl_ray.pretrain.job import Job
+from ssl_ray.pretrain.learner import PretrainingLearner
+from ssl_ray.storage.mirror import Mirror
+from ssl_ray.study.parts import folders_of, recipe_of
 
 Lists = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
 NUMBERS: dict[str, Any] = {"unlabelled": 3, "labelled": 1, "validation": 1, "test": 1, "splits": (1,), "seed": 3}
@@ -110,3 +121,38 @@ def test_it_can_be_prepared(lists: Lists, tmp_path: Path, kind: str) -> None:
             body = (image > np.array(volume.body)[:, None, None, None]).any(axis=0)
             assert body[label > 0].mean() > 0.9, "all but the gas in the stomach"
     assert max(brightest) < 1.3 * min(brightest)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("percentile", {}), ("zscore", MASKED)], ids=["restoration", "masked"])
+def test_both_trainings_take_two_channels(
+    root: Path, lists: Lists, tmp_path: Path, kind: str, task: dict[str, Any]
+) -> None:
+    """From the store through a pretraining and its file of weights to a fine-tuning and the labels of a volume."""
+    torch.set_num_threads(1)
+    training, validation, splits = lists
+    own = {"preparation": {"spacing": 6, "normalise": kind, "channels": 2}}
+    study = small_study(tmp_path, root, pretrain=own | task | {"batch_size": 4, "epochs": 8}, finetune=own)
+    store = Store(folders_of(study).cache)
+    feeds = [
+        feed_of(recipe_of(study), folders_of(study), [prepare_case(case, study.pretrain.preparation, store)[0]])
+        for case in (training[0], validation[0])
+    ]
+    job = Job(recipe_of(study), *feeds, tmp_path, Mirror(tmp_path), "key", None)  # type: ignore[arg-type]
+    learner, losses = PretrainingLearner(job, torch.device("cpu")), []
+    for _ in range(10):
+        indices = feeds[0].table.rank_samples(0, 0, 1)
+        images = feeds[0].read([feeds[0].table.sample(index) for index in indices])
+        assert images.shape == (4, 2, *study.pretrain.patch_size)
+        losses.append(float(learner.step(images, np.array(indices), 1, 1e-3)[0]))
+    assert losses[-1] < 0.9 * losses[0]
+    found = learner.validate(0, 1, 10, picture=True)
+    assert Path(str(found["picture"])).is_file()
+    assert Preparation.model_validate_json(load_metadata(job.weights)["preparation"]) == study.pretrain.preparation
+
+    volume = prepare_case(splits.training[1][0], study.finetune.preparation, store)[0]
+    tuned = SegmentationLearner(study.finetune, study.network, torch.device("cpu"), 0, job.weights)
+    images, labels = PatchSampler((volume,), store, study.finetune, 0).batch(0)
+    losses = [float(tuned.step(images, labels, 1e-3)[0]) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    image = torch.from_numpy(np.load(store.path(volume.key, "image.npy")) / np.float32(volume.levels))
+    assert tuned.predict(image).shape == volume.shape
