@@ -31,6 +31,7 @@ def main() -> int:
         "correct": gpu_pretrain.correct,
         "sync": gpu_pretrain.sync,
         "step": gpu_pretrain.step,
+        "masked": gpu_pretrain.masked,
         "breakdown": gpu_pretrain.breakdown,
         "profile": gpu_pretrain.profile,
         "variants": gpu_pretrain.variants,
@@ -76,7 +77,7 @@ def report(bench: Bench) -> int:
         for variant, ms in times.items():
             ratios[f"{name}/{variant}"] = times[base] / ms
             print(f"  {variant:<28}{ms:>10.2f}{times[base] / ms:>24.2f}{tree['spread'][variant]:>9.1%}")
-    for kind in ("step", "step_compiled", "end_to_end", "feed"):
+    for kind in ("step", "step_compiled", "masked", "end_to_end", "feed"):
         for batch, row in results.get(kind, {}).items():
             print(f"{kind}, {batch}: {show(row)}")
     for name in ("device", "profile", "seconds", "unetr_peak_gb", "unetr_mfu", "unetr_trials", "unetr_recipe_hours"):

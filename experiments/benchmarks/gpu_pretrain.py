@@ -20,6 +20,7 @@ from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.pretrain.tasks.restoration import corruption
 from ssl_ray.pretrain.tasks.restoration.corruption import draw, draws_of
 from ssl_ray.storage.mirror import Mirror
@@ -33,16 +34,21 @@ TINY: dict[str, int] = {"hidden_size": 48, "mlp_dim": 96, "num_heads": 3}
 SMALL_BOXES: dict[str, Any] = {"inpaint_size": [3, 12], "outpaint_size": [8, 22], "shuffle_size": 4}
 
 
-def study(bench: Bench, folder: Path, batch: int, **pretrain: Any) -> Study:
-    """The reference recipe with another batch; tiny where it must be quick."""
+PRIMUS: dict[str, Any] = {"kind": "primus"}
+TINY_PRIMUS: dict[str, Any] = PRIMUS | {"hidden_size": 48, "layers": 2, "num_heads": 4}
+
+
+def study(bench: Bench, folder: Path, batch: int, network: dict[str, Any] | None = None, **pretrain: Any) -> Study:
+    """The reference recipe with another batch, task or network; tiny where it must be quick."""
     side = 32 if bench.quick else 96
+    if bench.quick and isinstance(pretrain.setdefault("task", {}), dict):
+        pretrain["task"] = {"corruption": SMALL_BOXES} | pretrain["task"]
     preparation = {"spacing": 2, "hu_window": [-57, 164]}
     settings: dict[str, Any] = {
         "sources": [{"root": str(folder), "datalist": "none.json"}],
         "preparation": preparation,
         "patch_size": side,
         "batch_size": batch,
-        "task": {"corruption": SMALL_BOXES if bench.quick else {}},
         "optimizer": {"name": "adam", "lr": 1e-4},
         "gpu": bench.device.type == "cuda",
     }
@@ -51,7 +57,7 @@ def study(bench: Bench, folder: Path, batch: int, **pretrain: Any) -> Study:
             "name": "gpu",
             "output": str(folder / "output"),
             "cache": str(folder / "cache"),
-            "network": TINY if bench.quick else VIT_B,
+            "network": network or (TINY if bench.quick else VIT_B),
             "pretrain": settings | pretrain,
             "finetune": {
                 "cohort": {"root": str(folder), "classes": 14, "splits": {1: "none.json"}},
@@ -62,10 +68,10 @@ def study(bench: Bench, folder: Path, batch: int, **pretrain: Any) -> Study:
     )
 
 
-def learner(bench: Bench, batch: int, **pretrain: Any) -> PretrainingLearner:
+def learner(bench: Bench, batch: int, network: dict[str, Any] | None = None, **pretrain: Any) -> PretrainingLearner:
     """A learner outside Ray, on one worker."""
     bench.clean()
-    made = study(bench, Path(tempfile.gettempdir()), batch, **pretrain)
+    made = study(bench, Path(tempfile.gettempdir()), batch, network, **pretrain)
     patch = made.pretrain.patch_size
     table = SampleTable(0, np.array([[side * 2 for side in patch]] * 4), patch, 2, batch, 1)
     feed = Feed(table, folders_of(made).cache, ("a",) * 4, ("a",) * 4, "uint8", 221)
@@ -256,6 +262,43 @@ def step(bench: Bench) -> None:
     if rows and bench.device.type == "cuda" and not bench.quick:
         best = max(row["mfu"] for row in rows)
         bench.put("floors", "mfu", value={"found": best, "at_least": 0.3, "ok": best >= 0.3})
+
+
+def masked(bench: Bench) -> None:
+    """Both tasks with both networks, compiled, in turns: time, patches/s, MFU, and how much memory each takes."""
+    primus: dict[str, Any] = {"network": TINY_PRIMUS if bench.quick else PRIMUS}
+    kinds: dict[str, dict[str, Any]] = {
+        "restoration, unetr": {},
+        "masked, unetr": {"task": "masked"},
+        "masked, primus": {"task": "masked"} | primus,
+        "restoration, primus": primus,
+    }
+    for batch in (2,) if bench.quick else (16, 64):  # 64 patches of 1728 tokens take more than one device has
+        costs, peaks = {}, {}
+
+        def build(name: str, batch: int = batch, costs: Any = costs, peaks: Any = peaks) -> Callable[[], Any]:
+            cuda = bench.device.type == "cuda"
+            before = torch.cuda.memory_allocated() if cuda else 0
+            made = learner(bench, batch, compile=not bench.quick, **kinds[name])
+            costs[name] = task_cost(made.config.task, made.job.recipe.network, made.config.patch_size).training
+            call = stepper(bench, made, batch)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            warm(call, bench)
+            peaks[name] = {"peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9} if cuda else {}
+            peaks[name] |= {"compiled": made.compiled, "graph": made._graph is not None}
+            return call
+
+        names = [name for name in kinds if batch < 64 or name != "restoration, primus"]
+        bench.compare(f"masked_{batch}", {name: (lambda name=name: build(name)) for name in names})  # type: ignore[misc]
+        for name, ms in bench.results.get(f"masked_{batch}", {}).get("ms", {}).items():
+            row = {
+                "ms": ms,
+                "patches_per_second": 1000 * batch / ms,
+                "mfu": costs[name] * batch / ms / 1e9 / PEAK_TFLOPS,
+            }
+            bench.put("masked", f"{batch}, {name}", value=row | peaks[name])
+        torch.compiler.reset()
 
 
 def breakdown(bench: Bench) -> None:

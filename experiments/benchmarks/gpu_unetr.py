@@ -106,9 +106,9 @@ def trials(bench: Bench) -> None:
             bench.put(kind, str(count), value={"steps_per_second": sum(rates), "slowest": min(rates)})
 
 
-def learner_of(bench: Bench, **finetune: Any) -> SegmentationLearner:
-    """A learner of the recipe's trials, or a tiny one."""
-    base = study(bench, Path(tempfile.gettempdir()), 8)
+def learner_of(bench: Bench, network: dict[str, Any] | None = None, **finetune: Any) -> SegmentationLearner:
+    """A learner of the recipe's trials, or of another network, or a tiny one."""
+    base = study(bench, Path(tempfile.gettempdir()), 8, network)
     config = base.finetune.model_copy(update={"patches_per_volume": 2 if bench.quick else 4} | finetune)
     return SegmentationLearner(config, base.network, bench.device, seed=0)
 

@@ -60,11 +60,16 @@ class Storage(NamedTuple):
 
 
 class NetworkSettings(Section):
-    """What the settings of every kind of network tell before it is built."""
+    """What the settings of every kind of network tell before it is built.
+
+    pretrains: whether it has an encoder to pretrain.
+    segmentation_only: fields that the network of the pretraining does not read.
+    thin_units: segmenting patches whose first side is so many times `multiple` or less, a convolution is 2 voxels deep.
+    """
 
     pretrains: ClassVar[bool] = True
     segmentation_only: ClassVar[frozenset[str]] = frozenset()
-    """Fields that the network of the pretraining does not read."""
+    thin_units: ClassVar[int] = 0
 
     @property
     def multiple(self) -> tuple[int, str]:
@@ -73,8 +78,8 @@ class NetworkSettings(Section):
 
     @property
     def thin(self) -> int:
-        """Segmenting patches whose first side has this many voxels or fewer, some convolution is 2 voxels deep."""
-        return 0
+        """The first side, in voxels, up to which bfloat16 is wrong on a CPU (oneDNN)."""
+        return self.thin_units * self.multiple[0]
 
     def check_patch(self, key: str, patch_size: tuple[int, int, int]) -> None:
         """A ValueError with the arithmetic where the network does not take patches of this size (setting `key`)."""

@@ -4,14 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import Optimizer, Section, Share, one_or_more, rule
+from ssl_ray.config.common import Optimizer, Section, Share, one_or_more
 from ssl_ray.config.preparation import Stage
 
 _Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
-_Range = Annotated[
-    tuple[PositiveFloat, PositiveFloat],
-    rule(lambda ends: ends[0] <= ends[1], "the least must not exceed the most"),
-]
 
 
 class LabelledCohort(Section):
@@ -40,27 +36,14 @@ class LabelledCohort(Section):
 
 
 class Augmentation(Section):
-    """Random augmentation of a fine-tuning patch: the recipe's, and with what CNNs are trained with, off by default."""
+    """Random augmentation of a fine-tuning patch: the recipe's, and by `vary` what CNNs are trained with beside it."""
 
     flip_prob: Share = 0.1
     flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = (0, 1, 2)
     rotate_prob: Share = Field(0.1, description="by a multiple of 90 degrees")
     shift: NonNegativeFloat = 0.1
     shift_prob: Share = 0.5
-    affine_prob: Share = Field(0, description="rotation and scaling; 0.2, with the others below, is about nnU-Net's")
-    rotation: float = Field(30, ge=0, le=180, description="degrees at most, about each axis")
-    scaling: _Range = Field((0.7, 1.4), description="times as large, along each axis")
-    noise_prob: Share = Field(0, description="0.1")
-    noise: NonNegativeFloat = Field(0.1, description="standard deviation at most, of an intensity in 0..1")
-    blur_prob: Share = Field(0, description="0.2")
-    blur: _Range = Field((0.5, 1.0), description="standard deviation in voxels, along each axis")
-    gamma_prob: Share = Field(0, description="0.3")
-    gamma: _Range = (0.7, 1.5)
-
-    @property
-    def varies(self) -> bool:
-        """Whether there is more than in the recipe."""
-        return any((self.affine_prob, self.noise_prob, self.blur_prob, self.gamma_prob))
+    vary: bool = Field(False, description="rotation, scaling, noise, blur and gamma, about as in nnU-Net")
 
 
 class SegmentationLoss(Section):

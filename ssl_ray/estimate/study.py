@@ -17,8 +17,6 @@ from ssl_ray.estimate.probe import probe_finetuning, probe_pretraining
 from ssl_ray.estimate.text import figure
 from ssl_ray.estimate.volumes import Group, survey
 from ssl_ray.estimate.work import Figures, estimate_grid, estimate_pretraining
-from ssl_ray.pretrain.job import Recipe
-from ssl_ray.pretrain.start import check_start
 from ssl_ray.search.grid import check_transfer
 from ssl_ray.storage.folders import Folders
 from ssl_ray.training.devices import DEVICES, Device
@@ -46,8 +44,6 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
     groups = survey(study, folders)
     if study.finetune.weights:
         check_transfer(study.finetune, study.network, Path(study.finetune.weights))
-    elif study.pretrains and study.pretrain.weights:
-        check_start(Recipe(study.pretrain, study.network, study.seed), Path(study.pretrain.weights))
     device = DEVICES[gpu] if gpu else None
     cluster, work = _cluster(study, device), {}
     here, gpus = with_probe and not device, torch.cuda.is_available()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from monai.losses import DiceCELoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss
 from torch import Tensor, nn
 
 from ssl_ray.config.schema import Finetune, Network, SegmentationLoss
@@ -99,16 +99,13 @@ class _Objective(nn.Module):
     def __init__(self, network: nn.Module, loss: SegmentationLoss, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.network, self.device, self.dtype = network, device, dtype
-        self.criterion = DiceCELoss(
+        dice_ce = DiceCELoss(
             to_onehot_y=True, softmax=True, include_background=loss.include_background, batch=loss.batch
         )
+        self.criterion = DeepSupervisionLoss(dice_ce)  # of several levels: each half as heavy as the one above it
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):
             logits = self.network(images)
-        if logits.ndim == images.ndim:
-            loss: Tensor = self.criterion(logits.float(), labels)
-            return loss
-        # Deep supervision: (B, levels, classes, X, Y, Z), each level half as heavy as the one above it.
-        losses = [self.criterion(level.float(), labels) / 2**depth for depth, level in enumerate(logits.unbind(1))]
-        return torch.stack(losses).sum() / (2 - 0.5 ** (len(losses) - 1))
+        loss: Tensor = self.criterion(logits if logits.ndim == images.ndim else logits.unbind(1), labels)
+        return loss

@@ -83,7 +83,7 @@ def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]
 
 
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """As in the recipe, flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`.
+    """Flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`.
 
     Shapes, (C, X, Y, Z) and (1, X, Y, Z), stay.
     """
@@ -94,23 +94,26 @@ def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.rando
         turns = turns // 2 * 2  # a quarter turn would exchange unequal sides
     image, label = (torch.rot90(torch.flip(volume, axes), turns, (-3, -2)) for volume in (image, label))
     image = image + shift
-    return vary(image, label, config, int(random.integers(2**32))) if config.varies else (image, label)
+    return vary(image, label, int(random.integers(2**32))) if config.vary else (image, label)
 
 
-def vary(image: Tensor, label: Tensor, config: Augmentation, seed: int) -> tuple[Tensor, Tensor]:
-    """Rotate and scale image and label, add noise, blur, and change the contrast, in nnU-Net's order.
+def vary(
+    image: Tensor, label: Tensor, seed: int, odds: Sequence[float] = (0.2, 0.1, 0.2, 0.3)
+) -> tuple[Tensor, Tensor]:
+    """Rotate and scale image and label; then noise, blur, and another contrast, each by its `odds`; by MONAI.
 
-    These are MONAI's transforms. What comes in from outside the patch is the patch, reflected at its faces.
+    Odds, ranges and order are nnU-Net's (Isensee et al. 2021). What comes in from outside the patch is the patch,
+    reflected at its faces.
     """
-    angle, (least, most) = math.radians(config.rotation), config.scaling
-    grids = ((1 / most - 1, 1 / least - 1),) * 3  # MONAI scales the grid that is sampled, by 1 + this
-    both, modes = ("image", "label"), ("bilinear", "nearest")
+    both, modes, angles = ("image", "label"), ("bilinear", "nearest"), (math.radians(30),) * 3
+    scales = ((1 / 1.4 - 1, 1 / 0.7 - 1),) * 3  # MONAI scales the grid that is sampled, by 1 + this
+    affine, noise, blur, gamma = odds
     steps = mt.Compose(
         [
-            mt.RandAffined(both, None, config.affine_prob, (angle,) * 3, scale_range=grids, mode=modes),
-            mt.RandGaussianNoised("image", config.noise_prob, std=config.noise),
-            mt.RandGaussianSmoothd("image", config.blur, config.blur, config.blur, prob=config.blur_prob),
-            mt.RandAdjustContrastd("image", config.gamma_prob, config.gamma),
+            mt.RandAffined(both, None, affine, angles, scale_range=scales, mode=modes),
+            mt.RandGaussianNoised("image", noise, std=0.1),
+            mt.RandGaussianSmoothd("image", *[(0.5, 1.0)] * 3, prob=blur),
+            mt.RandAdjustContrastd("image", gamma, (0.7, 1.5)),
         ]
     ).set_random_state(seed)
     varied = steps({"image": image, "label": label.float()})

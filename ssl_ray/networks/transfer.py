@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_ray.errors import UserError
-from ssl_ray.networks.protocol import Encoder, Segmenter
+from ssl_ray.networks.protocol import Encoder
 from ssl_ray.text import shown
 
 
@@ -36,23 +36,11 @@ class Transfer:
 def transfer(
     weights: Mapping[str, Tensor], network: nn.Module, source: str, metadata: Mapping[str, str] | None = None
 ) -> Transfer:
-    """Copy a pretrained encoder into `network.encoder`, in place: the whole of it, or nothing, see `take`.
-
-    A network without one, which is never pretrained, is a UserError.
-    """
-    if not isinstance(network, Segmenter):
-        raise UserError(f"{source}: a {type(network).__name__} has no encoder that weights could be taken into")
-    return take(weights, network.encoder, network.feat_size, source, metadata or {})
-
-
-def take(
-    weights: Mapping[str, Tensor], vit: Encoder, grid: tuple[int, int, int], source: str, metadata: Mapping[str, str]
-) -> Transfer:
-    """Copy a pretrained encoder into `vit`, of this grid of tokens, in place: the whole of it, or nothing.
+    """Copy a pretrained encoder into `network`, or its `encoder`, in place: the whole of it, or nothing.
 
     Every parameter that the tokens depend on must be there, in the shape that it has here. The one exception are
     position embeddings of another grid of tokens: they are interpolated trilinearly (as MAE and timm do in 2D).
-    An autoencoder's decoder, in the weights or in `vit`, is left alone.
+    An autoencoder's decoder, in the weights or in the network, is left alone.
     State dicts of MONAI 0.8 to 1.6 have the same names and meaning, but for idle parameters, which may differ. The
     encoder may be a part of a larger network, all its keys with one prefix, such as `model.`; the other parts are left
     out. Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
@@ -60,8 +48,11 @@ def take(
     Raises:
         UserError: naming the source, for NaN or infinite weights, encoder keys that are missing, unexpected or of
             another shape, several encoders, another kind of network or number of heads, or a grid of tokens that cannot
-            be told.
+            be told; and for a network that is never pretrained, and has no encoder.
     """
+    metadata, vit = metadata or {}, network if isinstance(network, Encoder) else getattr(network, "encoder", None)
+    if not isinstance(vit, Encoder):
+        raise UserError(f"{source}: a {type(network).__name__} has no encoder that weights could be taken into")
     wanted = {key: value for key, value in vit.state_dict().items() if not key.startswith(vit.beside)}
     prefix = _prefix(weights, vit.positions, source)
     inside = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
@@ -89,11 +80,11 @@ def take(
         listed = "; ".join(f"{name}: {_first(keys)}" for name, keys in complaints.items() if keys)
         raise UserError(f"{source}: not the weights of this ViT: {listed}")
     values = {key: encoder[key] for key in wanted if key in encoder}
-    given = _source_grid(values[vit.positions].shape[1], grid, vit, metadata, source)
-    resampled = given != grid
+    given = _source_grid(values[vit.positions].shape[1], vit, metadata, source)
+    resampled = given != vit.grid
     if resampled:  # (1, tokens, hidden), to another grid that covers the same patch
         volume = values[vit.positions].float().transpose(1, 2).reshape(1, -1, *given)
-        volume = nn.functional.interpolate(volume, tuple(grid), mode="trilinear")
+        volume = nn.functional.interpolate(volume, vit.grid, mode="trilinear")
         values[vit.positions] = volume.flatten(2).transpose(1, 2)
     vit.load_state_dict(values, strict=False)
     return Transfer(
@@ -127,20 +118,16 @@ def _first(items: Sequence[str]) -> str:
     return ", ".join(shown(item, 200) for item in items[:3]) + more
 
 
-def _source_grid(
-    tokens: int, target: tuple[int, int, int], encoder: Encoder, metadata: Mapping[str, str], source: str
-) -> tuple[int, ...]:
+def _source_grid(tokens: int, vit: Encoder, metadata: Mapping[str, str], source: str) -> tuple[int, ...]:
     """The grid of tokens that position embeddings belong to."""
-    grids: set[tuple[int, ...]]
     if given := metadata.get("patch_size"):
-        sides = [int(side) for side in re.findall(r"\d{1,6}", given)]
-        grids = {encoder.grid(sides)} if len(sides) == 3 else set()
+        grids = {tuple(int(side) // vit.token for side in re.findall(r"\d{1,6}", given))}
     else:
-        grids = {target, (round(tokens ** (1 / 3)),) * 3}
-    possible = [grid for grid in grids if math.prod(grid) == tokens]
+        grids = {vit.grid, (round(tokens ** (1 / 3)),) * 3}
+    possible = [grid for grid in grids if len(grid) == 3 and math.prod(grid) == tokens]
     if len(possible) != 1:
         raise UserError(
             f"{source}: the grid of its {tokens} tokens cannot be told, and this network has "
-            f"{' x '.join(map(str, target))}: use a safetensors file with patch_size in its metadata, got {given!r}"
+            f"{' x '.join(map(str, vit.grid))}: use a safetensors file with patch_size in its metadata, got {given!r}"
         )
     return possible[0]

@@ -82,11 +82,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def weights_digest(path: Path) -> str:
     """What a key holds of a file of weights that a user gives: its content."""
-    try:
-        with open_file(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def load_metadata(path: Path) -> dict[str, str]:

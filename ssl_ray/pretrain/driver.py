@@ -96,10 +96,6 @@ def pretrain(
     run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
     try:
-        if recipe.weights:
-            from ssl_ray.pretrain.start import check_start  # MONAI takes seconds to load: only where it is needed
-
-            run.text(json.dumps(check_start(recipe, recipe.weights), indent=1), "weight_transfer.json")
         _rewind(job)
         _train(job, folders, run)
         precision = settled(recipe.settings.precision, folder, folders.output)

@@ -39,7 +39,7 @@ class PretrainingLearner:
         sides, channels = self.config.patch_size, self.config.preparation.channels
         self.task = build_task(self.config.task, job.recipe.network, sides, channels)
         if job.recipe.weights:
-            start_from(job.recipe.weights, self.task, sides)
+            start_from(job.recipe.weights, self.task)
         self.network = self.task.to(device).network
         self.dtype = resolve(self.config.precision, device)
         if device.type == "cuda":
@@ -126,14 +126,13 @@ class PretrainingLearner:
     def validate(self, rank: int, world: int, step: int, picture: bool) -> dict[str, float | str]:
         """The task's losses on the fixed validation patches, each with its fixed draw; every rank takes its share.
 
-        Names are those of `Validation.losses` after `validation_`; `picture` is the path of one, if asked for.
+        Names are those of the task after `validation_`; `picture` is the path of one, if asked for.
         """
         self.model.eval()
         feed = self.job.validation
         samples: list[Sample] = list(feed.table.validation())
         mine = np.arange(rank, len(samples), world)
-        sums = torch.zeros((), dtype=torch.float64, device=self.device)
-        names: list[str] = []
+        sums, losses = torch.zeros((), dtype=torch.float64, device=self.device), dict[str, Tensor]()
         shown = ""
         _, size = self._shares(world)
         for start in range(0, -(-len(samples) // world), size):
@@ -144,22 +143,19 @@ class PretrainingLearner:
             seen = self.task.see(clean, [to_device(self.task.draw(0, indices, 0), self.device)])
             # Other shapes than in training: compiling for them would cost more than it saves.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
-                found = self.task.validate(seen, clean)
-            names = [*found.losses]
-            sums = sums + torch.stack([*found.losses.values(), torch.ones_like(found.losses["loss"])]) * counted
+                losses, rows = self.task.validate(seen, clean)
+            sums = sums + torch.stack([*losses.values(), torch.ones_like(losses["loss"])]) * counted
             if picture and rank == 0 and start == 0:
-                shown = self._picture(step, found.rows)
+                shown = self._picture(step, rows)
         if world > 1:
             distributed.all_reduce(sums)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # FSDP leaves what is in no block whole, for a backward pass that does not come
         self.model.train()
-        *losses, count = sums.tolist()
-        report: dict[str, float | str] = {
-            f"validation_{name}": loss / count for name, loss in zip(names, losses, strict=True)
-        }
-        if (loss := float(report["validation_loss"])) < self.best:
-            self.best = loss
+        means = (sums[:-1] / sums[-1]).tolist()
+        report = {f"validation_{name}": mean for name, mean in zip(losses, means, strict=True)}
+        if report["validation_loss"] < self.best:
+            self.best = report["validation_loss"]
             self._export(step)
         return report | ({"picture": shown} if shown else {})
 

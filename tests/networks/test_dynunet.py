@@ -50,13 +50,13 @@ def test_a_file_of_weights_has_every_tensor_once() -> None:
 
 
 def test_the_loss_of_a_level_is_half_that_of_the_one_above() -> None:
-    """Their mean by weights 1, 1/2 and 1/4, each level on the grid of voxels."""
+    """Their sum by weights 1, 1/2 and 1/4, each level on the grid of voxels."""
     config = small_study(finetune={"cohort": {"classes": 3}, "patch_size": 32}).finetune
     learner = SegmentationLearner(config, DynUnet(filters=FILTERS), torch.device("cpu"), 0)
     images, labels = torch.rand(1, 1, 32, 32, 32), torch.randint(3, (1, 1, 32, 32, 32), dtype=torch.uint8)
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
     with torch.no_grad():
         first, second, third = learner.network(images).unbind(1)
-        expected = (loss(first, labels) + loss(second, labels) / 2 + loss(third, labels) / 4) / 1.75
+        expected = loss(first, labels) + loss(second, labels) / 2 + loss(third, labels) / 4
         assert float(learner.objective(images, labels)) == pytest.approx(float(expected), rel=1e-6)
     assert learner.predict(torch.rand(40, 33, 20)).shape == (40, 33, 20)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import SAVED, STEPS, Outcome, assert_close, assert_same, kill, outcome, saved, start, wait_for, workers, write
 from safetensors import safe_open
+from tiny_learner import MASKED, PRIMUS
 
 from ssl_ray.cli import main
 
@@ -103,10 +104,12 @@ def test_workers_and_a_data_task_killed(undisturbed: Outcome, cohort: Path, tmp_
     assert_same(found, undisturbed)
 
 
-def test_a_sharded_run(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:
-    """With FSDP, one of two workers killed in a validation, where both are needed: the run goes on from what rank 0
-    gathered, to the losses and the whole weights of one worker."""
-    path = write(tmp_path, cohort, workers=2, shard=True)
+def test_a_sharded_run(cohort: Path, tmp_path: Path, ray_cluster: None) -> None:
+    """With FSDP, another task and another network, one of two workers killed in a validation, where both are needed:
+    the run goes on from what rank 0 gathered, to the losses and the whole weights of one worker."""
+    network, task = {"network": PRIMUS}, MASKED["task"]
+    run(alone := write(tmp_path / "alone", cohort, network, task=task))
+    path = write(tmp_path, cohort, network, task=task, workers=2, shard=True)
     driver = start(path)
     try:
         kill_when(driver, in_a_validation(tmp_path))
@@ -116,7 +119,7 @@ def test_a_sharded_run(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> No
     found = outcome(path)
     assert set(found.workers) == {2}
     assert found.started == [0, SAVED]
-    assert_close(found, undisturbed)
+    assert_close(found, outcome(alone))
 
 
 def test_the_end_of_a_job(

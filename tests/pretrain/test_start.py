@@ -89,7 +89,7 @@ def test_a_file_that_does_not_match_is_refused_and_nothing_is_changed(tmp_path: 
     for cause, state in wrong.items():
         export(tmp_path / "wrong.safetensors", state, facts)
         with pytest.raises(UserError, match=rf"wrong\.safetensors: .*{cause}"):
-            start_from(tmp_path / "wrong.safetensors", made.task, (32, 32, 32))
+            start_from(tmp_path / "wrong.safetensors", made.task)
         assert same(weights(made), before)
     with pytest.raises(UserError, match=r"nowhere\.pt: cannot read the weights"):
         check_start(source.job.recipe, tmp_path / "nowhere.pt")

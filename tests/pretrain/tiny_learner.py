@@ -19,14 +19,19 @@ BATCH, SIDE, LEVELS = 4, 16, 221
 CPU = torch.device("cpu")
 MASKED: dict[str, Any] = {
     "patch_size": 32,
-    "task": {"kind": "masked", "decoder": {"layers": 1, "hidden_size": 24, "mlp_dim": 48, "num_heads": 3}},
+    "task": {"kind": "masked", "decoder_layers": 1, "decoder_size": 32},
 }
 """The other task, which needs patches of several tokens."""
+PRIMUS: dict[str, Any] = {"kind": "primus", "token": 4, "hidden_size": 48, "layers": 2, "num_heads": 4}
+MASKED_PRIMUS: dict[str, Any] = {"network": PRIMUS, "task": MASKED["task"]}
 
 
-def make(tmp_path: Path, device: torch.device = CPU, **pretrain: Any) -> PretrainingLearner:
+def make(
+    tmp_path: Path, device: torch.device = CPU, network: dict[str, Any] | None = None, **pretrain: Any
+) -> PretrainingLearner:
     """A tiny learner outside Ray."""
-    study = small_study(tmp_path, pretrain={"batch_size": BATCH} | pretrain)
+    other = {"network": network} if network else {}
+    study = small_study(tmp_path, pretrain={"batch_size": BATCH} | pretrain, **other)
     table = SampleTable(0, np.array([[32] * 3] * 4), study.pretrain.patch_size, 2, BATCH, 1)
     feed = Feed(table, Store(tmp_path), ("a",) * 4, ("a",) * 4, "uint8", LEVELS)
     return PretrainingLearner(Job(recipe_of(study), feed, feed, tmp_path, Mirror(tmp_path), "key", None), device)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_learner import BATCH, LEVELS, MASKED, SIDE, make, same
+from tiny_learner import BATCH, LEVELS, MASKED_PRIMUS, SIDE, make, same
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "accumulated": {"batch_size": 5, "microbatch": 1},
     "contrastive": {"task": {"contrastive": {"enabled": True}}, "workers": WORLD},
     "bfloat16": {"precision": "bfloat16"},
-    "masked": MASKED,
+    "masked": MASKED_PRIMUS,
 }
 
 
@@ -38,16 +38,16 @@ class Blobs(Feed):
         return np.stack([batch(sample.volume, 1)[0] for sample in samples])
 
 
-def batch(seed: int, size: int, side: int = SIDE) -> Any:
-    return np.random.default_rng(seed).integers(0, LEVELS + 1, (size,) + (side,) * 3, dtype=np.uint8)
+def batch(seed: int, size: int) -> Any:
+    return np.random.default_rng(seed).integers(0, LEVELS + 1, (size,) + (SIDE,) * 3, dtype=np.uint8)
 
 
 def train(made: PretrainingLearner, first: int, last: int, rank: int = 0, world: int = 1) -> list[tuple[float, float]]:
     """Loss of the whole batch and gradient norm of the steps [first, last)."""
-    (side, *_), size, found = made.config.patch_size, made.config.batch_size, []
+    size, found = made.config.batch_size, []
     for step in range(first, last):
         mine = SampleTable(0, np.array([[32] * 3]), (SIDE,) * 3, 2, size, 1).rank_samples(step, rank, world)
-        images = batch(step, size, side)[mine.start - step * size : mine.stop - step * size]
+        images = batch(step, size)[mine.start - step * size : mine.stop - step * size]
         loss, norm = made.step(images, np.arange(mine.start, mine.stop), world, 1e-3 / (1 + step))
         loss = loss * len(mine) / size
         if world > 1:
@@ -72,6 +72,8 @@ def work(rank: int, folder: Path) -> None:
         for name, settings in SETTINGS.items():
             made = make(folder, shard=shard, **settings)
             found[kind, name] = train(made, 0, 3, rank, WORLD), made.state()
+            if name == "masked":
+                found[kind, "masked validation"] = validating(made).validate(rank, WORLD, 3, picture=False)
         whole = make(folder, shard=shard)
         train(whole, 0, 3, rank, WORLD)
         if (state := whole.state()) and rank == 0:
@@ -188,7 +190,8 @@ def test_the_weights_that_did_best_are_exported_whole(found: Any) -> None:
         model, _ = found[0][kind, "best"]
         assert same(load_weights(found[0]["folder"] / kind / "best.safetensors"), model)
         assert found[0][kind, "validation"] == found[1][kind, "validation"]
-    assert found[0]["fsdp", "validation"] == pytest.approx(found[0]["ddp", "validation"], rel=1e-5)
+    for name in ("validation", "masked validation"):
+        assert found[0]["fsdp", name] == found[1]["fsdp", name] == pytest.approx(found[0]["ddp", name], rel=1e-5)
     np.testing.assert_allclose(found[0]["fsdp", "best"][1], found[0]["ddp", "best"][1], rtol=1e-5)
 
 

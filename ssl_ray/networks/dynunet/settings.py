@@ -11,6 +11,7 @@ class DynUnet(NetworkSettings):
     """By default as nnU-Net plans a volume of even spacing: kernels of 3³, each level at half the grid of the last."""
 
     pretrains: ClassVar[bool] = False
+    thin_units: ClassVar[int] = 2
 
     kind: Literal["dynunet"] = "dynunet"
     filters: Annotated[tuple[PositiveInt, ...], Field(min_length=3)] = (32, 64, 128, 256, 320, 320)
@@ -22,11 +23,6 @@ class DynUnet(NetworkSettings):
         """What the lowest level makes one voxel of."""
         halvings = len(self.filters) - 1
         return 2**halvings, f"2^{halvings} for {len(self.filters)} levels (dynunet)"
-
-    @property
-    def thin(self) -> int:
-        """Two voxels at the lowest level."""
-        return 2 * self.multiple[0]
 
     def check_patch(self, key: str, patch_size: tuple[int, int, int]) -> None:
         """Instance norm needs more than one voxel at the lowest level."""

@@ -6,85 +6,46 @@ draws random numbers in training, and a training that goes on from a checkpoint 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssl_ray.errors import UserError
 from ssl_ray.networks.primus.settings import Primus
-from ssl_ray.networks.protocol import Autoencoder, Encoder, Segmenter, TokenDecoder
+from ssl_ray.networks.protocol import Autoencoder, Encoder
 
 _LAYER_SCALE = 0.1
 
 
-def build_encoder(network: Primus, patch_size: Sequence[int], channels: int) -> Encoder:
-    """The transformer: learned positions are added to its tokens, rotary ones turn queries and keys in every block."""
-    return _Encoder(network, patch_size, channels)
+class _Encoder(Encoder):
+    """Learned positions are added to the tokens, and rotary ones turn queries and keys in every block."""
 
-
-def build_autoencoder(network: Primus, patch_size: Sequence[int], channels: int) -> Autoencoder:
-    """The same, and transposed convolutions from its tokens back to patches."""
-    return _Autoencoder(network, patch_size, channels)
-
-
-def build_segmentation(network: Primus, patch_size: Sequence[int], channels: int, classes: int) -> Segmenter:
-    """The same, and transposed convolutions from its tokens to logits."""
-    return _Segmentation(network, patch_size, channels, classes)
-
-
-class _Stack(nn.Module):
-    def __init__(self, grid: Sequence[int], width: int, inner: int, heads: int, layers: int) -> None:
-        super().__init__()
-        self.rotation, self.norm = Rotation(grid, width // heads), nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(_Block(width, inner, heads, depth) for depth in range(1, layers + 1))
-
-    def encode(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
-        turns = self.rotation(places)
-        for block in self.blocks:
-            tokens = block(tokens, turns)
-        encoded: Tensor = self.norm(tokens)
-        return encoded
-
-
-class _Encoder(_Stack, Encoder):
     positions, beside = "pos_embed", ("decoder.",)
+    turns: Tensor
 
     def __init__(self, network: Primus, patch_size: Sequence[int], channels: int) -> None:
+        super().__init__()
         side, width = network.token, network.hidden_size
-        grid = [length // side for length in patch_size]
-        super().__init__(grid, width, width * 8 // 3, network.num_heads, network.layers)
-        self.network, self.token, self.hidden_size = network, (side, side, side), width
+        x, y, z = (length // side for length in patch_size)
+        self.settings, self.token, self.grid, self.hidden_size = network.model_dump(), side, (x, y, z), width
         self.patch_embedding = _initialised(nn.Conv3d(channels, width, side, side))
-        self.pos_embed = _learned(grid, width)
-
-    @property
-    def settings(self) -> Mapping[str, object]:
-        return self.network.model_dump()
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        return [self.patch_embedding, *self.blocks, self.norm]
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, x * y * z, width), std=0.02))
+        self.register_buffer("turns", rotation(self.grid, width // network.num_heads), persistent=False)
+        self.blocks = nn.ModuleList(_Block(width, network.num_heads, depth) for depth in range(1, network.layers + 1))
+        self.norm = nn.LayerNorm(width)
 
     def embed(self, x: Tensor) -> Tensor:
         tokens: Tensor = self.patch_embedding(x).flatten(2).transpose(1, 2)
         return tokens + self.pos_embed
 
-    def build_decoder(
-        self, patch_size: Sequence[int], hidden_size: int, mlp_dim: int, num_heads: int, layers: int
-    ) -> TokenDecoder:
-        return _TokenDecoder(self.grid(patch_size), hidden_size, mlp_dim, num_heads, layers)
-
-
-class _TokenDecoder(_Stack, TokenDecoder):
-    def __init__(self, grid: Sequence[int], width: int, inner: int, heads: int, layers: int) -> None:
-        super().__init__(grid, width, inner, heads, layers)
-        self.positions = _learned(grid, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.encode(tokens + self.positions)
+    def encode(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        turns = self.turns if places is None else self.turns[:, places].unsqueeze(2)  # (2, B, 1, n, width of a head)
+        for block in self.blocks:
+            tokens = block(tokens, turns)
+        encoded: Tensor = self.norm(tokens)
+        return encoded
 
 
 class _Autoencoder(_Encoder, Autoencoder):
@@ -92,32 +53,32 @@ class _Autoencoder(_Encoder, Autoencoder):
         super().__init__(network, patch_size, channels)
         self.decoder = _Decoder(network.token, network.hidden_size, channels)
 
-    def decode(self, tokens: Tensor, patch_size: Sequence[int]) -> Tensor:
-        restored: Tensor = self.decoder(tokens.transpose(1, 2).unflatten(2, self.grid(patch_size)))
+    def decode(self, tokens: Tensor) -> Tensor:
+        restored: Tensor = self.decoder(tokens.transpose(1, 2).unflatten(2, self.grid))
         return restored
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(self.embed(x)), x.shape[2:])
 
-
-class _Segmentation(Segmenter):
+class _Segmentation(nn.Module):
     def __init__(self, network: Primus, patch_size: Sequence[int], channels: int, classes: int) -> None:
         super().__init__()
         self.encoder = _Encoder(network, patch_size, channels)
         self.decoder = _Decoder(network.token, network.hidden_size, classes)
-        self.feat_size = self.encoder.grid(patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.encoder.encode(self.encoder.embed(x))
-        logits: Tensor = self.decoder(tokens.transpose(1, 2).unflatten(2, self.feat_size))
+        logits: Tensor = self.decoder(tokens.transpose(1, 2).unflatten(2, self.encoder.grid))
         return logits
+
+
+build_encoder, build_autoencoder, build_segmentation = _Encoder, _Autoencoder, _Segmentation
 
 
 class _Block(nn.Module):
     """Attention, and SwiGLU (Shazeer 2020, arXiv:2002.05202) with a norm; deeper blocks begin with smaller outputs."""
 
-    def __init__(self, width: int, inner: int, heads: int, depth: int) -> None:
+    def __init__(self, width: int, heads: int, depth: int) -> None:
         super().__init__()
+        inner = width * 8 // 3
         self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
         projections = {f"{name}_proj": nn.Linear(width, width, bias=name != "k") for name in "qkv"}
         self.attn = nn.ModuleDict({**projections, "norm": nn.LayerNorm(width), "proj": nn.Linear(width, width)})
@@ -141,28 +102,17 @@ class _Block(nn.Module):
         return tokens + self.gamma_2 * mlp["fc2"](mlp["norm"](gated))
 
 
-class Rotation(nn.Module):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864) along three axes, of the tokens of a grid.
+def rotation(grid: Sequence[int], width: int) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864) along three axes: cosines and sines (2, N, width) of a grid.
 
     A third of the pairs of a head's numbers belong to each axis: pair j of b is turned by the token's place along the
     axis times 10000^(-j / b). What of a head's `width` is no multiple of six is not turned.
     """
-
-    turns: Tensor
-
-    def __init__(self, grid: Sequence[int], width: int) -> None:
-        super().__init__()
-        if width % 2 or width < 6:
-            raise UserError(f"primus: hidden_size / num_heads must be an even number from 6 on, got {width}")
-        bands = width // 6
-        places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).float()  # (N, 3), z fastest
-        angles = (places.unsqueeze(2) * 10_000.0 ** (-torch.arange(bands) / bands)).flatten(1)  # (N, 3 * bands)
-        angles = functional.pad(angles, (0, width // 2 - 3 * bands)).repeat_interleave(2, dim=1)  # (N, width)
-        self.register_buffer("turns", torch.stack([angles.cos(), angles.sin()]), persistent=False)
-
-    def forward(self, places: Tensor | None) -> Tensor:
-        """Cosines and sines of all tokens, (2, N, width), or of those at `places` (B, n), (2, B, 1, n, width)."""
-        return self.turns if places is None else self.turns[:, places].unsqueeze(2)
+    bands = width // 6
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid)).float()  # (N, 3), z fastest
+    angles = (places.unsqueeze(2) * 10_000.0 ** (-torch.arange(bands) / bands)).flatten(1)  # (N, 3 * bands)
+    angles = functional.pad(angles, (0, width // 2 - 3 * bands)).repeat_interleave(2, dim=1)  # (N, width)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
 def turned(x: Tensor, turns: Tensor) -> Tensor:
@@ -195,7 +145,3 @@ def _initialised(convolution: nn.Conv3d | nn.ConvTranspose3d) -> nn.Module:
     nn.init.kaiming_normal_(convolution.weight, a=0.01)
     nn.init.zeros_(convolution.bias)
     return convolution
-
-
-def _learned(grid: Sequence[int], width: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, math.prod(grid), width), std=0.02))

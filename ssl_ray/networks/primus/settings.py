@@ -11,7 +11,7 @@ class Primus(NetworkSettings):
     """Primus-B; S, M and L (Wald et al. 2025) have 396, 12, 6; 864, 16, 12; 1056, 24, 16 for the last three."""
 
     kind: Literal["primus"] = "primus"
-    token: int = Field(8, ge=2, description="side of a token in voxels, a power of two")
+    token: Literal[2, 4, 8, 16, 32] = Field(8, description="side of a token in voxels")
     hidden_size: PositiveInt = 792
     layers: PositiveInt = 12
     num_heads: PositiveInt = 12
@@ -23,12 +23,6 @@ class Primus(NetworkSettings):
 
     @model_validator(mode="after")
     def _fits(self) -> "Primus":
-        if self.token & (self.token - 1):
-            steps = self.token.bit_length() - 1
-            raise ValueError(
-                f"token must be a power of two, as the decoder doubles the grid step by step, got {self.token}: "
-                f"2^{steps} = {2**steps}, 2^{steps + 1} = {2 ** (steps + 1)}"
-            )
         width = self.hidden_size / self.num_heads
         if width % 2 or width < 6:
             raise ValueError(

@@ -16,6 +16,7 @@ class Unetr(NetworkSettings):
     """Width of the ViT (768, 3072, 12: ViT-B) and of UNETR's convolutional decoder."""
 
     segmentation_only: ClassVar[frozenset[str]] = frozenset({"feature_size"})
+    thin_units: ClassVar[int] = 1  # the decoder's first convolutions are on twice the grid of tokens
 
     kind: Literal["unetr"] = "unetr"
     hidden_size: PositiveInt = 768
@@ -27,11 +28,6 @@ class Unetr(NetworkSettings):
     def multiple(self) -> tuple[int, str]:
         """A token."""
         return VIT_PATCH, "the side of a token (unetr)"
-
-    @property
-    def thin(self) -> int:
-        """The decoder's first convolutions are on twice the grid of tokens."""
-        return VIT_PATCH
 
     @model_validator(mode="after")
     def _divisible(self) -> "Unetr":

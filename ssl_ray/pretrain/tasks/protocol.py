@@ -4,61 +4,31 @@ A task's module has one function, `build_task(settings, network, patch_size, cha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssl_ray.networks.protocol import Encoder, TokenDecoder
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What came of some validation patches.
-
-    losses: means over the patches, float64: `loss`, by which weights are selected, and the same of a prediction that
-        nothing was learned for, under a name that says which: `identity_loss` or `mean_loss`.
-    rows: of the picture, by their names, each (B, C, X, Y, Z): the truth, what the network saw, what it made of it, and
-        what else helps to judge it. NaN is left blank.
-    """
-
-    losses: dict[str, Tensor]
-    rows: dict[str, Tensor]
-
-
-class Objective(nn.Module):
-    """What follows the last block, compiled as one.
-
-    `network` is what is trained, checkpointed and exported: an encoder, or what has one under the name `encoder`.
-    """
-
-    network: nn.Module
+from ssl_ray.networks.protocol import Encoder
 
 
 class Task(nn.Module):
-    """A network in self-supervised training. Patches are (B, C, X, Y, Z) float32; `views` of each are trained on."""
+    """A network in self-supervised training. Patches are (B, C, X, Y, Z) float32; `views` of each are trained on.
+
+    network: what is trained, checkpointed and exported.
+    encoder: what segmentation takes over: the network itself, or its `encoder`.
+    blocks: the encoder's and a decoder's, which FSDP shards one by one.
+    parts: the modules that a forward pass calls, compiled one by one; `objective` is what follows the last block.
+    """
 
     views: int = 1
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, network: nn.Module, objective: nn.Module, decoding: Sequence[nn.Module] = ()) -> None:
         super().__init__()
-        self.objective = objective
-        decoders = [module for module in self.network.modules() if isinstance(module, TokenDecoder)]
-        decoding = [block for decoder in decoders for block in decoder.blocks]
-        self.blocks = [*self.encoder.blocks, *decoding]  # with FSDP sharded one by one
-        self.parts = [*self.encoder.parts, *decoding, objective]  # compiled one by one
-
-    @property
-    def network(self) -> nn.Module:
-        """What is trained, checkpointed and exported."""
-        return self.objective.network
-
-    @property
-    def encoder(self) -> Encoder:
-        """What segmentation takes over."""
-        encoder: Encoder = getattr(self.network, "encoder", self.network)
-        return encoder
+        self.network, self.objective = network, objective
+        self.encoder: Encoder = getattr(network, "encoder", network)
+        self.blocks = [*self.encoder.blocks, *decoding]
+        self.parts = [*self.encoder.parts, *decoding, objective]
 
     def draw(self, seed: int, indices: NDArray[np.int64], view: int) -> Tensor:
         """On the host: all that is random about one view of the samples `indices` (B,), as a table (B, width), int64.
@@ -77,6 +47,11 @@ class Task(nn.Module):
         """The loss that is reported and the one that is minimised, means over the patches."""
         raise NotImplementedError
 
-    def validate(self, seen: Tensor, clean: Tensor) -> Validation:
-        """The same for one view, without compiled parts; with FSDP all ranks must call it."""
+    def validate(self, seen: Tensor, clean: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses of one view, and rows of a picture; without compiled parts, and with FSDP all ranks must call it.
+
+        Losses are means over the patches, float64: `loss`, by which weights are selected, and the same of a prediction
+        that nothing was learned for, `identity_loss` or `mean_loss`. Rows are (B, C, X, Y, Z): the truth, what the
+        network saw, what it made of it, and what else helps to judge it. NaN is left blank.
+        """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Which module has which pretraining task; it is loaded when asked for."""
+"""Pretraining tasks by their kind, whose module is imported when one is built, and not before."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,16 +13,11 @@ from ssl_ray.config.schema import Network
 from ssl_ray.networks.flops import Cost, counted
 from ssl_ray.pretrain.tasks.protocol import Task
 
-MODULES = {
-    "masked": "ssl_ray.pretrain.tasks.masked.task",
-    "restoration": "ssl_ray.pretrain.tasks.restoration.task",
-}
-"""By `pretrain.task.kind`."""
-
 
 def build_task(settings: AnyTask, network: Network, patch_size: Sequence[int], channels: int = 1) -> Task:
     """The task around a new network, whose initial weights come from torch's generator."""
-    task: Task = import_module(MODULES[settings.kind]).build_task(settings, network, patch_size, channels)
+    module = import_module(f"ssl_ray.pretrain.tasks.{settings.kind}.task")
+    task: Task = module.build_task(settings, network, patch_size, channels)
     return task
 
 
@@ -33,5 +28,5 @@ def task_cost(settings: AnyTask, network: Network, patch_size: tuple[int, ...], 
     with torch.device("meta"):
         task = build_task(settings, network, patch_size, channels)
     seen = task.see(clean, [task.draw(0, np.zeros(1, np.int64), 0)]).to("meta")
-    cost = counted(task.network, lambda: task.validate(seen, clean.to("meta")).losses["loss"])
+    cost = counted(task.network, lambda: task.validate(seen, clean.to("meta"))[0]["loss"])
     return replace(cost, training=task.views * cost.training)

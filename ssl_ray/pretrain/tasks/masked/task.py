@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,28 +14,31 @@ from torch import Tensor, nn
 from ssl_ray.config.schema import Network
 from ssl_ray.networks.protocol import Encoder
 from ssl_ray.networks.registry import build_encoder
-from ssl_ray.pretrain.tasks.masked.settings import Decoder, Masked
-from ssl_ray.pretrain.tasks.protocol import Objective, Task, Validation
+from ssl_ray.pretrain.tasks.masked.settings import Masked
+from ssl_ray.pretrain.tasks.protocol import Task
 from ssl_ray.random import words_of
 
 
 def build_task(settings: Masked, network: Network, patch_size: Sequence[int], channels: int) -> Task:
-    """The network's encoder, and blocks of its own kind to decode."""
-    encoder = build_encoder(network, patch_size, channels)
-    return MaskedTask(settings, MaskedAutoencoder(encoder, settings.decoder, patch_size, channels), patch_size)
+    """The network's encoder, and a decoder that fine-tuning leaves."""
+    return MaskedTask(settings, MaskedAutoencoder(build_encoder(network, patch_size, channels), settings, channels))
 
 
 class MaskedAutoencoder(nn.Module):
     """An encoder of some tokens, and a decoder of all N. P is the number of voxels of a token, all channels counted."""
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, patch_size: Sequence[int], channels: int) -> None:
+    def __init__(self, encoder: Encoder, settings: Masked, channels: int) -> None:
         super().__init__()
-        width = decoder.hidden_size
+        width = settings.decoder_size
         self.encoder = encoder
         self.narrow = nn.Linear(encoder.hidden_size, width)
         self.dropped = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
-        self.decoder = encoder.build_decoder(patch_size, **decoder.model_dump())
-        self.voxels = nn.Linear(width, channels * math.prod(encoder.token))
+        places = torch.empty(1, math.prod(encoder.grid), width)
+        self.places = nn.Parameter(nn.init.trunc_normal_(places, std=0.02))
+        options: Any = {"dropout": 0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        block = partial(nn.TransformerEncoderLayer, width, width // 32, 4 * width, **options)
+        self.decoder = nn.ModuleList(block() for _ in range(settings.decoder_layers))
+        self.voxels = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels * encoder.token**3))
 
     def forward(self, patches: Tensor, places: Tensor) -> Tensor:
         """Patches (B, C, X, Y, Z), of which the tokens at `places` (B, n) are seen -> (B, N, width)."""
@@ -41,7 +46,9 @@ class MaskedAutoencoder(nn.Module):
         seen = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))  # (B, n, hidden)
         seen = self.narrow(self.encoder.encode(seen, places))  # (B, n, width)
         everywhere = self.dropped.to(seen.dtype).expand(len(seen), tokens.shape[1], -1)
-        decoded: Tensor = self.decoder(everywhere.scatter(1, places[..., None].expand_as(seen), seen))
+        decoded = everywhere.scatter(1, places[..., None].expand_as(seen), seen) + self.places
+        for block in self.decoder:
+            decoded = block(decoded)
         return decoded
 
     def predict(self, decoded: Tensor) -> Tensor:
@@ -53,16 +60,16 @@ class MaskedAutoencoder(nn.Module):
 class MaskedTask(Task):
     """L1 or L2 on the voxels of dropped tokens."""
 
+    network: MaskedAutoencoder
     objective: "_Objective"
 
-    def __init__(self, settings: Masked, network: MaskedAutoencoder, patch_size: Sequence[int]) -> None:
-        grid = network.encoder.grid(patch_size)
-        super().__init__(_Objective(network, settings, settings.kept(math.prod(grid))))
-        self.grid = grid
+    def __init__(self, settings: Masked, network: MaskedAutoencoder) -> None:
+        kept = settings.kept(math.prod(network.encoder.grid))
+        super().__init__(network, _Objective(network, settings, kept), network.decoder)
 
     def draw(self, seed: int, indices: NDArray[np.int64], view: int) -> Tensor:
         """The places of all N tokens in random order, those to be seen at the front: (B, N)."""
-        words = words_of(seed, indices, view, math.prod(self.grid))
+        words = words_of(seed, indices, view, math.prod(self.encoder.grid))
         return torch.from_numpy(words.argsort(axis=1, kind="stable"))
 
     def see(self, clean: Tensor, tables: Sequence[Tensor]) -> Tensor:
@@ -74,13 +81,13 @@ class MaskedTask(Task):
         loss: Tensor = self.objective(self.network(clean, seen[:, : self.objective.kept]), seen, clean)
         return loss, loss
 
-    def validate(self, seen: Tensor, clean: Tensor) -> Validation:
+    def validate(self, seen: Tensor, clean: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Beside the loss that of predicting the mean of what is seen, by channel; of normalised tokens that is 0."""
-        task, token = self.objective, self.encoder.token
-        voxels = tokens_of(clean, token)  # (B, N, P)
+        task, encoder = self.objective, self.encoder
+        voxels = tokens_of(clean, encoder.token)  # (B, N, P)
         mean, scale = task.units(voxels)
         targets = (voxels - mean) / scale
-        made = task.network.predict(self.network(clean, seen[:, : task.kept]))
+        made = self.network.predict(self.network(clean, seen[:, : task.kept]))
         places = seen[:, : task.kept, None].expand(-1, -1, voxels.shape[2])
         channels = targets.gather(1, places).unflatten(2, (clean.shape[1], -1))  # (B, n, C, P / C)
         guess = channels.mean(dim=(1, 3)).repeat_interleave(channels.shape[3], 1)[:, None].expand_as(targets)
@@ -92,12 +99,10 @@ class MaskedTask(Task):
         dropped = torch.ones_like(voxels, dtype=torch.bool).scatter(1, places, False)
         rows = {"ground truth": voxels, "seen": torch.where(dropped, torch.nan, voxels), "made": made}
         rows["made, seen put back"] = torch.where(dropped, made, voxels)
-        return Validation(losses, {name: patches_of(row, self.grid, token) for name, row in rows.items()})
+        return losses, {name: patches_of(row, encoder.grid, encoder.token) for name, row in rows.items()}
 
 
-class _Objective(Objective):
-    network: MaskedAutoencoder
-
+class _Objective(nn.Module):
     def __init__(self, network: MaskedAutoencoder, settings: Masked, kept: int) -> None:
         super().__init__()
         self.network, self.settings, self.kept = network, settings, kept
@@ -121,13 +126,12 @@ class _Objective(Objective):
         return error.mean(dim=2).gather(1, order[:, self.kept :])
 
 
-def tokens_of(patches: Tensor, token: Sequence[int]) -> Tensor:
+def tokens_of(patches: Tensor, token: int) -> Tensor:
     """(B, C, X, Y, Z) -> (B, N, P): the voxels of a token in C order, channel by channel."""
-    p, q, r = token
-    return rearrange(patches, "b c (x p) (y q) (z r) -> b (x y z) (c p q r)", p=p, q=q, r=r)
+    return rearrange(patches, "b c (x p) (y q) (z r) -> b (x y z) (c p q r)", p=token, q=token, r=token)
 
 
-def patches_of(voxels: Tensor, grid: Sequence[int], token: Sequence[int]) -> Tensor:
+def patches_of(voxels: Tensor, grid: Sequence[int], token: int) -> Tensor:
     """The inverse of `tokens_of`."""
-    sides = dict(zip("xyzpqr", (*grid, *token), strict=True))
+    sides = dict(zip("xyzpqr", (*grid, *[token] * 3), strict=True))
     return rearrange(voxels, "b (x y z) (c p q r) -> b c (x p) (y q) (z r)", **sides)

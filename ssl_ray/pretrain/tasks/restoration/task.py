@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ssl_ray.config.schema import Network
 from ssl_ray.networks.protocol import Autoencoder
 from ssl_ray.networks.registry import build_autoencoder
-from ssl_ray.pretrain.tasks.protocol import Objective, Task, Validation
+from ssl_ray.pretrain.tasks.protocol import Task
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw, draws_of
 from ssl_ray.pretrain.tasks.restoration.settings import Contrastive, Restoration
 
@@ -27,7 +27,7 @@ class RestorationTask(Task):
     objective: "_Objective"
 
     def __init__(self, settings: Restoration, network: Autoencoder, patch_size: Sequence[int]) -> None:
-        super().__init__(_Objective(network, settings.contrastive))
+        super().__init__(network, _Objective(network, settings.contrastive))
         self.corruption, self.patch_size = settings.corruption, patch_size
         self.views = 2 if settings.contrastive.enabled else 1
 
@@ -41,39 +41,34 @@ class RestorationTask(Task):
 
     def forward(self, seen: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """Mean L1 of the first view, and what is minimised."""
-        losses = self.objective(self._tokens(seen), clean)
+        losses = self.objective(self.encoder.encode(self.encoder.embed(seen)), clean)
         return losses[0], losses[-1]
 
-    def validate(self, seen: Tensor, clean: Tensor) -> Validation:
+    def validate(self, seen: Tensor, clean: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Beside the L1 that of predicting the corrupted patch itself."""
-        restored = self.objective.restore(self._tokens(seen), clean.shape[2:])
+        restored = self.objective.restore(self.encoder.encode(self.encoder.embed(seen)))
         losses = {
             "loss": (restored - clean).abs().mean(dtype=torch.float64),
             "identity_loss": (seen - clean).abs().mean(dtype=torch.float64),
         }
-        return Validation(losses, {"ground truth": clean, "corrupted": seen, "restored": restored})
-
-    def _tokens(self, seen: Tensor) -> Tensor:
-        return self.encoder.encode(self.encoder.embed(seen))
+        return losses, {"ground truth": clean, "corrupted": seen, "restored": restored}
 
 
-class _Objective(Objective):
-    network: Autoencoder
-
+class _Objective(nn.Module):
     def __init__(self, network: Autoencoder, contrastive: Contrastive) -> None:
         super().__init__()
         self.network, self.contrastive = network, contrastive
 
     def forward(self, tokens: Tensor, clean: Tensor) -> tuple[Tensor, ...]:
-        restored = self.restore(tokens, clean.shape[2:])
+        restored = self.restore(tokens)
         loss = (restored[: len(clean)] - clean).abs().mean()
         if not self.contrastive.enabled:
             return (loss,)
         first, second = restored.flatten(1).chunk(2)
         return loss, loss + contrastive_loss(first, second, self.contrastive.temperature) * loss
 
-    def restore(self, tokens: Tensor, side: Sequence[int]) -> Tensor:
-        return self.network.decode(tokens, side).float()
+    def restore(self, tokens: Tensor) -> Tensor:
+        return self.network.decode(tokens).float()
 
 
 def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
