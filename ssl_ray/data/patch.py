@@ -36,7 +36,8 @@ def read_patch(
     *channels, x, y, z = array.shape
     if out is None:
         out = np.empty((*channels, *size), dtype=array.dtype)
-    source, target = [], []
+    source: list[Any] = [...]
+    target: list[Any] = [...]
     for start, side, length in zip(origin, size, (x, y, z), strict=True):
         before = max(side - length, 0) // 2
         if not 0 <= start <= max(length - side, 0):
@@ -45,5 +46,5 @@ def read_patch(
         target.append(slice(before, before + min(side, length)))
     if any(length < side for side, length in zip(size, (x, y, z), strict=True)):
         out.fill(0)
-    out[..., *target] = array[..., *source]
+    out[tuple(target)] = array[tuple(source)]
     return out

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ class PatchSampler:
         return augment(*both, self.config.augmentation, random)
 
     def _centre(
-        self, volume: Volume, image: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8], random: np.random.Generator
+        self, volume: Volume, image: Any, label: npt.NDArray[np.uint8], random: np.random.Generator
     ) -> tuple[int, ...]:
         """A voxel of an organ, or of the body outside all organs, as with MONAI's `RandCropByPosNegLabel`."""
         counts = [count for value, count in volume.label_voxels.items() if value != "0"]
@@ -70,7 +71,7 @@ class PatchSampler:
             return tuple(int(v) for v in np.unravel_index(chosen, volume.shape))
         for _ in range(_TRIES):  # rejection has the distribution of a draw from all such voxels, without a list of them
             voxel = tuple(int(v) for v in random.integers(0, volume.shape))
-            if label[voxel] == 0 and np.any(image[..., *voxel] > np.array(volume.body)):
+            if label[voxel] == 0 and np.any(image[(..., *voxel)] > np.array(volume.body)):
                 break
         return voxel
 
