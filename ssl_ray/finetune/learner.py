@@ -39,7 +39,7 @@ class SegmentationLearner:
         if weights:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
         # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
-        self.network.to(device, memory_format=torch.channels_last_3d)
+        self.network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.dtype = precision_of(config, network, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before

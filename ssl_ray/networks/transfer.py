@@ -40,15 +40,13 @@ def transfer(
 
     Every parameter that the tokens depend on must be there, in the shape that it has here. The one exception are
     position embeddings of another grid of tokens: they are interpolated trilinearly (as MAE and timm do in 2D).
-    An autoencoder's decoder, in the weights or in the network, is left alone.
     State dicts of MONAI 0.8 to 1.6 have the same names and meaning, but for idle parameters, which may differ. The
-    encoder may be a part of a larger network, all its keys with one prefix, such as `model.`; the other parts are left
-    out. Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
+    encoder may be a part of a larger network, all its keys with one prefix, such as `model.`; the other parts are
+    left out. Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
 
     Raises:
-        UserError: naming the source, for NaN or infinite weights, encoder keys that are missing, unexpected or of
-            another shape, several encoders, another kind of network or number of heads, or a grid of tokens that cannot
-            be told; and for a network that is never pretrained, and has no encoder.
+        UserError: naming the source, for a network without encoder, NaN or infinite weights, encoder keys that are
+            missing, unexpected or of another shape, several encoders, settings that differ, or an unknown token grid.
     """
     metadata, vit = metadata or {}, network if isinstance(network, Encoder) else getattr(network, "encoder", None)
     if not isinstance(vit, Encoder):

@@ -60,7 +60,8 @@ def test_exported_weights_come_back(tmp_path: Path, ending: str) -> None:
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
     build_autoencoder(TINY, CUBE).load_state_dict(loaded)
-    expected = {"hidden_size": "48", "mlp_dim": "96", "num_heads": "3", "patch_size": "[48, 32, 32]", "step": "60"}
+    expected = {"kind": "unetr", "hidden_size": "48", "mlp_dim": "96", "num_heads": "3"}
+    expected |= {"patch_size": "[48, 32, 32]", "step": "60"}
     assert load_metadata(path.with_suffix(ending)) == (expected if ending == ".safetensors" else {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["weights.pt", "weights.safetensors"]
 

@@ -99,7 +99,8 @@ class _Block(nn.Module):
         tokens = tokens + self.gamma_1 * attn["proj"](attn["norm"](mixed.transpose(1, 2).flatten(2)))
         x = self.norm2(tokens)
         gated = functional.silu(mlp["fc1_g"](x)) * mlp["fc1_x"](x)
-        return tokens + self.gamma_2 * mlp["fc2"](mlp["norm"](gated))
+        tokens = tokens + self.gamma_2 * mlp["fc2"](mlp["norm"](gated))
+        return tokens
 
 
 def rotation(grid: Sequence[int], width: int) -> Tensor:

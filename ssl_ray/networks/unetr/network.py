@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from monai.networks.nets import UNETR, ViT, ViTAutoEnc
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_ray.networks.protocol import Autoencoder, Encoder
 from ssl_ray.networks.unetr.settings import VIT_LAYERS, VIT_PATCH, Unetr
@@ -43,6 +43,9 @@ class VitEncoder(ViT, _Tokens):
 
 class VitAutoencoder(ViTAutoEnc, _Tokens, Autoencoder):
     """MONAI's ViTAutoEnc; `forward` is its own, and gives what `embed`, `encode` and `decode` give together."""
+
+    conv3d_transpose: nn.Module
+    conv3d_transpose_1: nn.Module
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Two transposed convolutions."""

@@ -4,6 +4,7 @@ A task's module has one function, `build_task(settings, network, patch_size, cha
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ class Task(nn.Module):
     def __init__(self, network: nn.Module, objective: nn.Module, decoding: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.network, self.objective = network, objective
-        self.encoder: Encoder = getattr(network, "encoder", network)
+        encoder: Any = getattr(network, "encoder", network)
+        self.encoder: Encoder = encoder
         self.blocks = [*self.encoder.blocks, *decoding]
         self.parts = [*self.encoder.parts, *decoding, objective]
 

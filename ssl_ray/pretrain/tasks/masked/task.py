@@ -35,7 +35,7 @@ class MaskedAutoencoder(nn.Module):
         self.dropped = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
         places = torch.empty(1, math.prod(encoder.grid), width)
         self.places = nn.Parameter(nn.init.trunc_normal_(places, std=0.02))
-        options: Any = {"dropout": 0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        options: Any = {"dropout": 0, "activation": "gelu", "batch_first": True, "norm_first": True, "bias": False}
         block = partial(nn.TransformerEncoderLayer, width, width // 32, 4 * width, **options)
         self.decoder = nn.ModuleList(block() for _ in range(settings.decoder_layers))
         self.voxels = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, channels * encoder.token**3))
@@ -65,7 +65,7 @@ class MaskedTask(Task):
 
     def __init__(self, settings: Masked, network: MaskedAutoencoder) -> None:
         kept = settings.kept(math.prod(network.encoder.grid))
-        super().__init__(network, _Objective(network, settings, kept), network.decoder)
+        super().__init__(network, _Objective(network, settings, kept), [*network.decoder])
 
     def draw(self, seed: int, indices: NDArray[np.int64], view: int) -> Tensor:
         """The places of all N tokens in random order, those to be seen at the front: (B, N)."""
