@@ -11,13 +11,13 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import Optimizer, Section, Seed, of_kinds
 from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
-from ssl_ray.config.preparation import Normalise, Preparation
+from ssl_ray.config.preparation import Preparation
 from ssl_ray.config.pretrain import Pretrain, Source
 from ssl_ray.networks.dynunet.settings import DynUnet
 from ssl_ray.networks.primus.settings import Primus
 from ssl_ray.networks.unetr.settings import Unetr
 
-__all__ = ["LocalCluster", "Network", "Normalise", "Optimizer", "Preparation", "Study", "Tracking"]
+__all__ = ["LocalCluster", "Network", "Optimizer", "Preparation", "Study", "Tracking"]
 __all__ += ["Augmentation", "Finetune", "LabelledCohort", "Pretrain", "SegmentationLoss", "Source"]
 
 

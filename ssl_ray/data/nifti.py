@@ -48,8 +48,6 @@ _BLANK = b"\xef\xbb\xbf \t\r\n"
 """What may stand before it: blanks and a byte order mark."""
 _LONG_QUATERNION = 1.001
 """Scanners write unit quaternions in few digits; a longer one than this is no rotation."""
-_FEW_UNITS = 16
-"""A scan that spans fewer is no CT in HU; of whole units next to nothing would be left of it."""
 _SCALED = 1e-3
 """Labels that a program stored as floats, or with a slope, are this close to integers."""
 
@@ -124,12 +122,12 @@ def on_image_grid(image: Nifti, other: Nifti, place: Path, what: str = "label") 
 def content_digest(scan: Nifti) -> str:
     """The same for the same voxels, to the whole HU, whatever the file's name, format, compression and order of axes.
 
-    Where the values span a few units, they are rounded to a thousandth of that. It is the SHA-256 of the shape and of a
-    checksum of every slice, which takes a twentieth of the voxels' own.
+    Values of no CT, that span less than 16 units, are rounded to a thousandth of that. It is the SHA-256 of the shape
+    and of a checksum of every slice, which takes a twentieth of the voxels' own.
     """
     turned = nib.apply_orientation(scan.voxels, nib.io_orientation(scan.affine)).T
     span = np.ptp(turned[::4, ::4, ::4])
-    slices = np.rint(turned * (1000 / span) if 0 < span < _FEW_UNITS else turned, order="C")
+    slices = np.rint(turned * (1000 / span) if 0 < span < 16 else turned, order="C")
     slices += 0  # no negative zero
     checksums = [isal_zlib.crc32(one) for one in slices]
     return hashlib.sha256(f"{slices.shape} {checksums}".encode()).hexdigest()

@@ -17,8 +17,7 @@ import numpy.typing as npt
 from ssl_ray.config.common import Storage
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti
-from ssl_ray.data.normalisations.intensities import Intensities
-from ssl_ray.data.normalisations.registry import measure
+from ssl_ray.data.normalisations.intensities import Intensities, measure
 from ssl_ray.errors import UserError
 
 VERSION = 4

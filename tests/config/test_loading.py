@@ -282,7 +282,10 @@ def test_a_short_form_is_the_long_one(file: Path, written: str, meant: dict[str,
         ("normalise: {kind: zscore, ovr: all}", "preparation.normalise.ovr: unknown key; did you mean 'over'?"),
         ("normalise: {kind: zscore, percentiles: 5}", "normalise.percentiles: unknown key; valid keys: kind, over"),
         ("normalise: {kind: window}", "pretrain.preparation.normalise.hu_window: this key is required"),
-        ("normalise: {kind: percentile, percentiles: [9, 3]}", "percentiles: percentiles must ascend within 0 to 100"),
+        (
+            "normalise: {kind: percentile, percentiles: [9, 3]}",
+            "normalise.percentiles: they must ascend within 0 to 100",
+        ),
         (
             "normalise: {kind: percentile, percentiles: [1]}",
             "normalise.percentiles.1: this key is required",

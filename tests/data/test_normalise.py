@@ -18,7 +18,7 @@ from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti, read_label, read_nifti
-from ssl_ray.data.normalisations.registry import measure
+from ssl_ray.data.normalisations.intensities import measure
 from ssl_ray.data.normalisations.window.settings import Window
 from ssl_ray.data.normalise import prepare
 from ssl_ray.data.resample import canonical_grid

@@ -1,10 +1,12 @@
-"""What a normalisation measures of a scan, and the body in a scan without an absolute unit."""
+"""What a normalisation measures of a scan, by its kind, and the body in a scan without an absolute unit."""
 
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ssl_ray.config.preparation import Normalise
 from ssl_ray.errors import UserError
 
 _LEAST_VALUES, _LEAST_BODY = 32, 0.01
@@ -19,6 +21,15 @@ class Intensities(NamedTuple):
     zero: float
     one: float
     floor: float
+
+
+def measure(voxels: npt.NDArray[np.float32], settings: Normalise) -> Intensities:
+    """What one channel (X, Y, Z) is normalised by; a UserError if by its values it is none of the kind."""
+    kind = import_module(f"ssl_ray.data.normalisations.{settings.kind}.normalisation")
+    found: Intensities = kind.measure(voxels, settings)
+    if not found.zero < found.one:
+        raise UserError(f"no scan to normalise: {found.zero:g} would be both 0 and 1")
+    return found
 
 
 def sampled(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -15,9 +15,8 @@ from volumes import Array, oblique_affine, organ_labels, write_nifti
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti, read_nifti
-from ssl_ray.data.normalisations.intensities import otsu
+from ssl_ray.data.normalisations.intensities import measure, otsu
 from ssl_ray.data.normalisations.percentile.settings import Percentile
-from ssl_ray.data.normalisations.registry import measure
 from ssl_ray.data.normalisations.zscore.settings import ZScore
 from ssl_ray.data.normalise import VERSION, CanonicalVolume, metadata, prepare
 from ssl_ray.errors import UserError
