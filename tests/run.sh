@@ -11,6 +11,7 @@ pip install --quiet -e '.[test]'
 ruff check .
 ruff format --check .
 mypy ssl_ray
+mypy experiments/benchmarks/*.py
 lint-imports --no-cache
 # Two processes: most slow tests wait for a Ray cluster of their own. The tests of a file share fixtures, and stay together;
 # files in their own order, as by number of tests the slowest would come last, one process waiting for the other.

@@ -275,7 +275,7 @@ def results(site: Site) -> dict[str, Any]:
     """Everything that two runs of the study must agree on, by name, and how each start went."""
     config = load(site.experiment, [])
     tracker = tracker_of(config)
-    out: dict[str, Any] = {"runs": Counter(), "replayed": []}
+    out: dict[Any, Any] = {"runs": Counter(), "replayed": []}
     for run in tracker.runs():
         kind = run.data.tags["ssl_ray.kind"]
         out["runs"][kind, run.info.status] += 1

@@ -133,8 +133,9 @@ def torchio_queue(arrays: Sequence[Any], side: int, count: int, views: int) -> C
             queue = torchio.Queue(torchio.SubjectsDataset(subjects), 64, 2, torchio.UniformSampler(side))
             for batch in torchio.SubjectsLoader(queue, batch_size=BATCH, num_workers=0):
                 images = batch["image"][torchio.DATA]
-                for image in images if corrupting else ():
-                    corrupting({"image": image})
+                if corrupting:
+                    for image in images:
+                        corrupting({"image": image})
                 done += len(images)
         return done
 

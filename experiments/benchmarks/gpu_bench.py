@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 PEAK_TFLOPS = 989.0
 """Dense bfloat16 of an H100 SXM by its data sheet; MFU counts against this, whatever the device."""
@@ -90,7 +91,7 @@ class Bench:
             self.wait()
         averages = trace.key_averages()
         order = "self_device_time_total" if cuda else "self_cpu_time_total"
-        rows = [row for row in averages if not cuda or row.device_type == torch.autograd.DeviceType.CUDA]
+        rows = [row for row in averages if not cuda or row.device_type == DeviceType.CUDA]
         rows.sort(key=lambda row: -getattr(row, order))
         total, count = sum(getattr(row, order) for row in rows), sum(row.count for row in rows) // 3
         table = [f"{getattr(row, order) / 3000:9.3f} ms {row.count // 3:5d} x  {row.key[:110]}" for row in rows[:70]]

@@ -233,7 +233,7 @@ def end_to_end(bench: Bench) -> None:
                 start = time.monotonic()
                 tracker: Any = bench.attempt("ray", "mlflow", call=lambda: tracker_of(it)) or Memory()
                 with limit(min(110.0, max(20.0, bench.left))):
-                    done = pretrain(recipe_of(it), training, validation, folders_of(it), tracker, {}, dump(it))
+                    done = pretrain(recipe_of(it), training, validation, folders_of(it), tracker, {}, dump(it), "gpu")
                 row: dict[str, Any] = {"seconds_all_told": time.monotonic() - start}
                 history = {
                     metric: list(tracker.history(str(done.run_id), metric).items())

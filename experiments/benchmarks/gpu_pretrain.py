@@ -4,6 +4,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.config.schema import Study
+from ssl_ray.data.store import Store
 from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner, scale
@@ -74,7 +76,7 @@ def learner(bench: Bench, batch: int, network: dict[str, Any] | None = None, **p
     made = study(bench, Path(tempfile.gettempdir()), batch, network, **pretrain)
     patch = made.pretrain.patch_size
     table = SampleTable(0, np.array([[side * 2 for side in patch]] * 4), patch, 2, batch, 1)
-    feed = Feed(table, folders_of(made).cache, ("a",) * 4, ("a",) * 4, "uint8", 221)
+    feed = Feed(table, Store(folders_of(made).cache), ("a",) * 4, ("a",) * 4, "uint8", 221)
     folder = folders_of(made).study
     job = Job(recipe_of(made), feed, feed, folder, Mirror(folder), "key", None)  # type: ignore[arg-type]
     return PretrainingLearner(job, bench.device)
@@ -145,7 +147,8 @@ def rate(bench: Bench, batch: int, seconds: float) -> dict[str, float]:
 def correct(bench: Bench) -> None:
     """Corruption as on the CPU; the losses of 50 steps against plain float32 without TF32."""
     side, batch, steps = (32, 4, 6) if bench.quick else (96, 8, 50)
-    config = study(bench, Path(tempfile.gettempdir()), batch).pretrain.task.corruption
+    task: Any = study(bench, Path(tempfile.gettempdir()), batch).pretrain.task
+    config = task.corruption
     clean = scale(torch.from_numpy(patches(bench, batch, pin=False)), 221)
     drawn = draw(config, (side,) * 3, 3, np.arange(batch))
     on_device = draws_of(config, drawn.table.to(bench.device))
@@ -274,7 +277,8 @@ def masked(bench: Bench) -> None:
         "restoration, primus": primus,
     }
     for batch in (2,) if bench.quick else (16, 64):  # 64 patches of 1728 tokens take more than one device has
-        costs, peaks = {}, {}
+        costs: dict[str, int] = {}
+        peaks: dict[str, dict[str, float | bool]] = {}
 
         def build(name: str, batch: int = batch, costs: Any = costs, peaks: Any = peaks) -> Callable[[], Any]:
             cuda = bench.device.type == "cuda"
@@ -307,35 +311,36 @@ def breakdown(bench: Bench) -> None:
 
         def run(batch: int = batch) -> None:
             made, array = learner(bench, batch), patches(bench, batch)
-            config, side, indices = made.config.task.corruption, made.config.patch_size, np.arange(batch)
+            task: Any = made.task
+            network, config, side, indices = task.network, task.corruption, made.config.patch_size, np.arange(batch)
             stored = torch.from_numpy(array).to(bench.device)
             clean = scale(stored, 221)
             drawn = draw(config, side, 0, indices)
             there = draws_of(config, to_device(drawn.table, bench.device))
             view = corruption.corrupt(clean, there)
             painted = view.squeeze(1).clone()
-            tokens = torch.randn(batch, (side[0] // 16) ** 3, made.job.recipe.network.hidden_size, device=bench.device)
+            tokens = torch.randn(batch, (side[0] // 16) ** 3, network.hidden_size, device=bench.device)
 
             def forward(x: Tensor = view) -> Tensor:
                 with autocast(bench.device, made.dtype):
-                    restored: Tensor = made.network(x)[0]
+                    restored: Tensor = network(x)[0]
                 return (restored.float() - clean).abs().mean()
 
             def embed() -> None:
                 with autocast(bench.device, made.dtype):
-                    y = made.network.patch_embedding(view)
+                    y = network.patch_embedding(view)
                 y.float().mean().backward()
 
             def decode() -> None:
                 grid = [length // 16 for length in side]
                 x = tokens.transpose(1, 2).reshape(batch, -1, *grid).detach().requires_grad_()
                 with autocast(bench.device, made.dtype):
-                    y = made.network.conv3d_transpose_1(made.network.conv3d_transpose(x))
+                    y = network.conv3d_transpose_1(network.conv3d_transpose(x))
                 y.float().mean().backward()
 
             def block() -> None:
                 with autocast(bench.device, made.dtype):
-                    y = made.network.blocks[0](tokens.detach().requires_grad_())
+                    y = network.blocks[0](tokens.detach().requires_grad_())
                 y.float().mean().backward()
 
             def optimize() -> None:
@@ -363,19 +368,19 @@ def breakdown(bench: Bench) -> None:
                 pieces["paint, kernel"] = lambda: fused(
                     clean.squeeze(1), there.key, there.outpaint, there.start, there.stop
                 )
-            bench.compare(
-                f"breakdown_{batch}", {name: (lambda piece=piece: piece) for name, piece in pieces.items()}, 1
-            )  # type: ignore[misc]
+            builds: dict[str, Callable[[], Callable[[], Any]]] = {
+                name: partial(lambda it: it, p) for name, p in pieces.items()
+            }
+            bench.compare(f"breakdown_{batch}", builds, 1)
 
         bench.attempt("breakdown", str(batch), call=run)
 
 
 def profile(bench: Bench) -> None:
     """Time by kernel, of three steps."""
+    parts: dict[str, Any] = {"compile": True}
     for kind, batch, options in (
-        ((("graph", 2, {}),))
-        if bench.quick
-        else (("compiled", 64, {"compile": True}), ("graph", 64, {}), ("compiled", 8, {"compile": True}))
+        ((("graph", 2, {}),)) if bench.quick else (("compiled", 64, parts), ("graph", 64, {}), ("compiled", 8, parts))
     ):
         call = warm(stepper(bench, learner(bench, batch, **options), batch), bench)
         bench.kernels(f"{kind}_{batch}", call)

@@ -36,9 +36,6 @@ def unetr(bench: Bench) -> None:
 
         return build
 
-    def graphed(made: SegmentationLearner) -> None:
-        made.objective = torch.cuda.make_graphed_callables(made.objective, batch_of(made))
-
     kinds = {
         "ours": step(),
         "MONAI's attention": step(plain_attention),
@@ -49,8 +46,9 @@ def unetr(bench: Bench) -> None:
     if not bench.quick:
         kinds["compiled"] = step(compile=True)
     if cuda:
-        kinds["CUDA graphs"] = step(graphed)
-        kinds["compiled, CUDA graphs"] = step(reduced)
+        kinds["eager"] = step(eager)
+    if cuda and not bench.quick:
+        kinds["compiled, eager"] = step(eager, compile=True)
     bench.compare("unetr_step", kinds, turns=2)
     if cuda:
         for name, change in (("channels_last", lambda made: None), ("contiguous", contiguous)):
@@ -76,11 +74,12 @@ def unetr(bench: Bench) -> None:
     inferences = {"4 windows": infer(4), "1 window": infer(1), "16 windows": infer(16)}
     bench.compare("unetr_inference", inferences | {"4, not ch.last": infer(4, contiguous)})
     made = learner()
+    eager(made)
     with FlopCounterMode(display=False) as counter:
         made.step(*batch_of(made), 1e-4)
     for name, ms in bench.results["unetr_step"]["ms"].items():
         bench.put("unetr_mfu", name, value=counter.get_total_flops() / ms / 1e9 / PEAK_TFLOPS)
-    bench.attempt("unetr", "profile", call=lambda: bench.kernels("unetr", step()()))
+    bench.attempt("unetr", "profile", call=lambda: bench.kernels("unetr", step(compile=not bench.quick)()))
     steps, volumes = bench.results["unetr_step"]["ms"], bench.results["unetr_inference"]["ms"]
     hours = 6 * (30_000 * min(steps.values()) + 300 * 6 * min(volumes.values())) / 3.6e6
     bench.put("unetr_recipe_hours", "six trials one by one, fastest variants", value=hours)
@@ -114,9 +113,10 @@ def learner_of(bench: Bench, network: dict[str, Any] | None = None, **finetune: 
 
 
 def batch_of(made: SegmentationLearner) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels of one step, on the device."""
-    images = torch.rand(made.config.patches_per_volume, 1, *made.config.patch_size, device=made.device)
-    return images, torch.randint(made.config.cohort.classes, images.shape, device=made.device, dtype=torch.uint8)
+    """Images and labels of one step, as they come from the host."""
+    images = torch.rand(made.config.patches_per_volume, 1, *made.config.patch_size)
+    labels = torch.randint(made.config.cohort.classes, images.shape, dtype=torch.uint8)
+    return (images.pin_memory(), labels.pin_memory()) if made.device.type == "cuda" else (images, labels)
 
 
 def stepper(made: SegmentationLearner) -> Callable[[], Any]:
@@ -125,14 +125,14 @@ def stepper(made: SegmentationLearner) -> Callable[[], Any]:
     return lambda: made.step(images, labels, 1e-4)
 
 
-def reduced(made: SegmentationLearner) -> None:
-    """Compiled, and launched as CUDA graphs that torch keeps itself."""
-    made.objective.compile(dynamic=False, mode="reduce-overhead")
+def eager(made: SegmentationLearner) -> None:
+    """Without the CUDA graph."""
+    made.graphs = False
 
 
 def contiguous(made: SegmentationLearner) -> None:
     """The network as it is built."""
-    made.network.to(memory_format=torch.contiguous_format)
+    made.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def plain_attention(made: SegmentationLearner) -> None:

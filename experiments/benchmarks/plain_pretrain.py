@@ -82,7 +82,7 @@ def main() -> None:
     for name in ("training", "validation"):
         cases = load_decathlon_datalist(options.root / "unlabelled.json", False, name, options.root)
         data = CacheDataset(cases, transform, num_workers=1, progress=False)
-        sampler = DistributedSampler(data, shuffle=name == "training")
+        sampler: DistributedSampler[Any] = DistributedSampler(data, shuffle=name == "training")
         count = recipe["volumes"] // world
         loaders[name] = DataLoader(
             data,

@@ -25,6 +25,7 @@ import psutil
 import torch
 from cohort import fill, spread
 from timing import Bench, Watched, ledger, main, start_ray
+from torch.multiprocessing.spawn import spawn
 
 from ssl_ray.cluster.malloc import keep_freed
 from ssl_ray.data.store import Store
@@ -103,7 +104,7 @@ def steps(bench: Bench) -> None:
     print(f"\nstep: 8 patches of 32³ a rank, ViT of width {WIDE['hidden_size']}, DDP over gloo")
     print(f"{'ranks':>8}{'ms CPU':>12}")
     for world in (1, 2) if bench.quick else (1, 2, 4, 8):
-        torch.multiprocessing.spawn(step_rank, (world, str(bench.folder), count), nprocs=world)
+        spawn(step_rank, (world, str(bench.folder), count), nprocs=world)
         found = [json.loads((bench.folder / f"step{world}-{rank}.json").read_text()) for rank in range(world)]
         bench.facts[f"CPU s a rank's step, {world} ranks"] = mean = sum(found) / world
         print(f"{world:>8}{1000 * mean:>12.1f}", flush=True)
@@ -181,7 +182,7 @@ def volumes(bench: Bench) -> None:
 def pace(records: list[dict[str, Any]]) -> float:
     """Patches/s between the first and the last of some records."""
     first, last = records[0], records[-1]
-    return float(last["patches"] - first["patches"]) / (last["time"] - first["time"])
+    return float((last["patches"] - first["patches"]) / (last["time"] - first["time"]))
 
 
 def memory(root: psutil.Process) -> dict[str, float]:
@@ -234,7 +235,7 @@ def cohort(count: int, folder: Path) -> None:
     connect(made.cluster)
     tracker = tracker_of(made)
     line("pretrain")
-    pretrain(recipe_of(made), training, training[:2], folders_of(made), tracker, {}, dump(made))
+    pretrain(recipe_of(made), training, training[:2], folders_of(made), tracker, {}, dump(made), "scale")
 
 
 def study(folder: Path, count: int, batch: int = 8, network: Any = None) -> Any:

@@ -237,7 +237,7 @@ class Watched:
             self.points.append((time.time(), self.ledger.seconds()))
             time.sleep(0.25)
         if self._process.returncode:
-            raise RuntimeError(f"{self._process.args}: {self._log.read_text(errors='replace')[-3000:]}")
+            raise RuntimeError(f"{self._process.args!r}: {self._log.read_text(errors='replace')[-3000:]}")
 
     def cpu(self, at: float) -> float:
         """CPU seconds that it had used at a time (of `time.time`)."""

@@ -1,9 +1,11 @@
 """What a trial trains: the network, its optimizer, one step of them, and the prediction of a volume."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from ssl_ray.config.schema import Finetune, Network, SegmentationLoss
@@ -12,7 +14,9 @@ from ssl_ray.networks.faster import use_fast_attention
 from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.networks.transfer import transfer
 from ssl_ray.networks.weight_files import load_metadata, load_weights
+from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
+from ssl_ray.training.gpu import StepGraph
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.precision import autocast, resolve
 
@@ -45,19 +49,26 @@ class SegmentationLearner:
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
         self.optimizer = build_optimizer(config.optimizer, self.network.parameters())
+        self.graphs = device.type == "cuda"
+        self._graph: StepGraph | None = None
+        self._go = torch.ones((), dtype=torch.bool, device=device)
         # Only the objective is compiled. Prediction calls the network itself, because its windows have other shapes.
         self.objective = _Objective(self.network, config.loss, device, self.dtype)
         self.compiled = config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
 
     def step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step on images (B, C, X, Y, Z) and labels (B, 1, X, Y, Z).
+        """One optimizer step on images (B, C, X, Y, Z) and labels (B, 1, X, Y, Z); on a GPU, one CUDA graph.
 
         Returns:
             The loss and the gradient norm, both on the device. If either is not finite, the returned norm is not, and
             the weights are those before the step.
         """
-        loss = self._backward(*(batch.to(self.device, non_blocking=True) for batch in (images, labels)))
-        return loss.detach(), take_step(self.optimizer, self.config.optimizer, lr)
+        images = images.to(self.device, non_blocking=True)
+        if self.graphs and self._graph is None:
+            self._record(images, labels)
+        if self._graph:
+            return self._graph(images, [labels], lr)
+        return self._step(images, [labels.to(self.device, non_blocking=True)], lr)
 
     def predict(self, image: Tensor) -> Tensor:
         """Segment a volume (C, X, Y, Z) by sliding windows: (X, Y, Z) uint8, on the device."""
@@ -70,11 +81,23 @@ class SegmentationLearner:
             dtype=self.dtype,
         )
 
+    def _step(self, images: Tensor, labels: Sequence[Tensor], lr: float | Tensor) -> tuple[Tensor, Tensor]:
+        loss = self._backward(images, *labels)
+        return loss.detach(), take_step(self.optimizer, self.config.optimizer, lr)
+
+    def _record(self, images: Tensor, labels: Tensor) -> None:
+        """Record the step as one CUDA graph; where that fails, one warning says why, and steps stay as they were."""
+        try:
+            self._graph = StepGraph(self._step, self.optimizer, self._go, images, [labels])
+        except Exception as error:  # out of memory, or an operator that cannot be recorded
+            self.graphs = False
+            logging.getLogger(__name__).warning("going on without a CUDA graph of the step: %s", reason(error))
+
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         loss: Tensor = self.objective(images, labels)
         # A NaN or infinite loss can still give finite gradients. Multiply by NaN, so that the gradient norm shows it
         # and the step is skipped.
-        loss.backward(torch.where(torch.isfinite(loss), 1.0, torch.nan))
+        loss.backward(torch.where(torch.isfinite(loss) & self._go, 1.0, torch.nan))
         return loss
 
     def _try(self) -> None:
@@ -99,13 +122,14 @@ class _Objective(nn.Module):
     def __init__(self, network: nn.Module, loss: SegmentationLoss, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.network, self.device, self.dtype = network, device, dtype
-        dice_ce = DiceCELoss(
+        self.criterion = DiceCELoss(
             to_onehot_y=True, softmax=True, include_background=loss.include_background, batch=loss.batch
         )
-        self.criterion = DeepSupervisionLoss(dice_ce)  # of several levels: each half as heavy as the one above it
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):
             logits = self.network(images)
-        loss: Tensor = self.criterion(logits if logits.ndim == images.ndim else logits.unbind(1), labels)
-        return loss
+        # Deep supervision: each level half as heavy as the one above it. (MONAI's loss cannot be in a CUDA graph.)
+        levels = [logits] if logits.ndim == images.ndim else logits.unbind(1)  # (B, levels, classes, X, Y, Z)
+        losses = [self.criterion(level.float(), labels) / 2**depth for depth, level in enumerate(levels)]
+        return torch.stack(losses).sum()

@@ -284,7 +284,7 @@ def test_a_short_form_is_the_long_one(file: Path, written: str, meant: dict[str,
         ("normalise: {kind: window}", "pretrain.preparation.normalise.hu_window: this key is required"),
         (
             "normalise: {kind: percentile, percentiles: [9, 3]}",
-            "normalise.percentiles: they must ascend within 0 to 100",
+            "percentiles: they must ascend within 0 to 100",
         ),
         (
             "normalise: {kind: percentile, percentiles: [1]}",

@@ -107,7 +107,7 @@ def test_workers_and_a_data_task_killed(undisturbed: Outcome, cohort: Path, tmp_
 def test_a_sharded_run(cohort: Path, tmp_path: Path, ray_cluster: None) -> None:
     """With FSDP, another task and another network, one of two workers killed in a validation, where both are needed:
     the run goes on from what rank 0 gathered, to the losses and the whole weights of one worker."""
-    network, task = {"network": PRIMUS}, MASKED["task"]
+    network, task = {"network": PRIMUS | {"token": 8}}, MASKED["task"]
     run(alone := write(tmp_path / "alone", cohort, network, task=task))
     path = write(tmp_path, cohort, network, task=task, workers=2, shard=True)
     driver = start(path)
