@@ -4,6 +4,7 @@ The result is what MONAI's own chain of deterministic transforms gives (`Orienta
 `ScaleIntensityRange`, `CropForeground`), rounded to 8 or 16 bits.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class CanonicalVolume:
 
 def metadata(preparation: Preparation) -> dict[str, str]:
     """For a file of weights: how the scans were prepared that they learned from, and others must be."""
-    return {"preparation": preparation.model_dump_json(), "preparation_version": str(VERSION)}
+    return {"preparation": json.dumps({"version": VERSION, **preparation.model_dump(mode="json")})}
 
 
 def prepare(

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.networks.weight_files import with_metadata
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
 
@@ -57,7 +57,7 @@ class TrialFolder:
         """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""
         contiguous = {name: value.contiguous() for name, value in weights.items()}
         for name, content in (
-            ("unetr.safetensors", with_metadata(contiguous, metadata)),
+            ("unetr.safetensors", save(contiguous, dict(metadata))),
             ("evaluation.json", json.dumps(evaluation, indent=1).encode()),
         ):
             write_file(self.path / name, content)

@@ -84,10 +84,7 @@ def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]
 
 
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`.
-
-    Shapes, (C, X, Y, Z) and (1, X, Y, Z), stay.
-    """
+    """Flip (C, X, Y, Z), rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`."""
     axes = [axis - 3 for axis in config.flip_axes if random.random() < config.flip_prob]
     turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
     shift = random.uniform(-config.shift, config.shift) if random.random() < config.shift_prob else 0.0

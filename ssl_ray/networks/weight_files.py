@@ -47,13 +47,9 @@ def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mappin
     }
     with appearing(path.with_suffix(".pt")) as part, part.open("wb") as file:
         torch.save({"state_dict": state}, file)
-    write_file(path, with_metadata(state, metadata))  # `save_file` would let only the owner read it
-
-
-def with_metadata(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file of contiguous tensors that share no memory; `load_metadata` reads its metadata."""
     # Safetensors writes several entries in no fixed order, and two equal trainings would leave files of other bytes.
-    return save(dict(state), {_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+    entry = {_METADATA: json.dumps(dict(metadata), sort_keys=True)}
+    write_file(path, save(state, entry))  # `save_file` would let only the owner read it
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def write_cohort(cohort: PhantomCohort) -> None:
         raise UserError(f"phantom: unlabelled must be at least 3, got {cohort.unlabelled}")
     if not splits or splits[-1] > cohort.labelled:
         raise UserError(f"phantom: splits must lie between 1 and labelled = {cohort.labelled}, got {splits}")
-    numbers = cohort.model_dump(exclude={"root", "seed", "splits"})
+    numbers = cohort.model_dump(exclude={"root", "seed", "splits"}, exclude_defaults=True)
     parameters = json.dumps({"version": VERSION, "seed": cohort.seed, **numbers, "splits": splits})
     record = root / "phantom.json"
     if not record.exists():
