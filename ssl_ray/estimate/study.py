@@ -13,6 +13,7 @@ import torch
 from ssl_ray.cluster.connect import connect
 from ssl_ray.config.schema import Study
 from ssl_ray.data.store import Store
+from ssl_ray.estimate.measured import pretraining_seconds, trial_seconds
 from ssl_ray.estimate.probe import probe_finetuning, probe_pretraining
 from ssl_ray.estimate.text import figure
 from ssl_ray.estimate.volumes import Group, survey
@@ -21,14 +22,11 @@ from ssl_ray.search.grid import check_transfer
 from ssl_ray.storage.folders import Folders
 from ssl_ray.training.devices import DEVICES, Device
 
-_MFU = {0.95e12: 0.16, 7.6e12: 0.31, 15.2e12: 0.34}
-"""FLOPs of a worker's step -> the share of an H100's bfloat16 peak that it reached, from docs/performance.md: 8, 64 and
-128 patches of 96³, ViT-B, `compile: true`, one worker. No other GPU, network and no float32 was measured."""
 _BASIS = (
     "bytes: exact for prepared volumes, for others by headers before the crop; none for a cohort that is not made yet",
     "hours: by steps on random patches, alone on this machine; none with --no-probe or without the GPU that they need",
-    "hours with --gpu: by the share of its peak that an H100 reached with ViT-B, compiled; none for what was not "
-    "measured: fine-tuning, other networks, float32, smaller steps",
+    "hours with --gpu: by the share of its peak that an H100 or H200 reached; none for what was not measured: other "
+    "networks and tasks, float32, smaller steps",
     "not in the hours: preparation, start-up, reading (MLflow shows data_wait), exchange, metrics, report",
 )
 
@@ -47,13 +45,15 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
     device = DEVICES[gpu] if gpu else None
     cluster, work = _cluster(study, device), {}
     here, gpus = with_probe and not device, torch.cuda.is_available()
-    tuned = probe_finetuning(study) if here and (gpus or not study.finetune.gpus_per_trial) else (None, None)
+    tuned = trial_seconds(study.finetune, study.network, device) if device else (None, None)
+    if here and (gpus or not study.finetune.gpus_per_trial):
+        tuned = probe_finetuning(study)
     grid = estimate_grid(study, groups, cluster, *tuned)
     hours = grid["total_seconds"]
     if study.pretrains:
         work = estimate_pretraining(study, groups)
-        measured = device if study.network.kind == "unetr" else None
-        step = _step_seconds(work, measured, study.pretrain.precision) if measured else None
+        flops = work["flops_per_step"] / work["workers"]
+        step = pretraining_seconds(study.pretrain, study.network, flops, device) if device else None
         if here and (gpus or not study.pretrain.gpu):
             step = probe_pretraining(study)
         steps = study.pretrain.pretrainings * work["flops"] / work["flops_per_step"]
@@ -76,13 +76,6 @@ def _cluster(study: Study, device: Device | None) -> Figures:
         found = ray.cluster_resources()
         figures = "the Ray cluster", *(found.get(key, 0.0) for key in ("CPU", "GPU", "object_store_memory"))
     return dict(zip(("where", "cpus", "gpus", "object_store_bytes"), figures, strict=True))
-
-
-def _step_seconds(work: Figures, device: Device, precision: str) -> float | None:
-    """Of a pretraining step, at the measured share of a device's peak."""
-    flops: float = work["flops_per_step"] / work["workers"]
-    measured = [share for least, share in _MFU.items() if least <= flops and device.dtype(precision) == "bfloat16"]
-    return flops / (max(measured) * device.peak("bfloat16")) if measured else None
 
 
 def _lacks(

@@ -522,7 +522,7 @@ def test_the_recipe_is_to_the_number() -> None:
     augmentation = finetune.augmentation
     assert (augmentation.flip_prob, augmentation.flip_axes, augmentation.rotate_prob) == (0.1, (0, 1, 2), 0.1)
     assert (augmentation.shift, augmentation.shift_prob, finetune.foreground_prob) == (0.1, 0.5, 0.5)
-    assert (finetune.steps, finetune.validate_every, finetune.sliding_window_batch) == (30_000, 100, 4)
+    assert (finetune.steps, finetune.validate_every, finetune.sliding_window_batch) == (30_000, 100, 16)
     optimizer = finetune.optimizer
     assert (optimizer.name, optimizer.weight_decay, finetune.rates) == ("adamw", 1e-5, (1e-4,))
     assert optimizer.schedule == "constant"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssl_ray.cli import main
 from ssl_ray.config.schema import Study
+from ssl_ray.estimate.measured import trial_seconds
 from ssl_ray.estimate.text import render
 from ssl_ray.estimate.volumes import Group, survey
 from ssl_ray.estimate.work import count_windows, estimate_grid, estimate_pretraining
@@ -20,10 +21,12 @@ from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.registry import build_autoencoder, build_segmentation
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of
+from ssl_ray.training.devices import DEVICES
 from ssl_ray.training.optimizer import build_optimizer
 
 ROOMY = {"cpus": 8, "gpus": 2}
 UNTIMED = None, None
+RECIPE = Path(__file__).parents[2] / "experiments" / "tcia_btcv.yaml"
 
 
 def tree_of(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
@@ -184,7 +187,16 @@ def test_a_named_gpu_needs_no_probe(cohort: Path, tmp_path: Path, capsys: pytest
     assert one["pretraining"]["total_seconds"] == pytest.approx(seconds)
     assert two["pretraining"]["total_seconds"] == pytest.approx(seconds / 2)
     assert one["cluster"]["cpus"] is None
-    assert one["total_seconds"] is one["grid"]["total_seconds"] is None  # no GPU has trained a UNETR here
+    assert one["total_seconds"] is one["grid"]["total_seconds"] is None  # no such small trial was measured
+
+
+def test_trials_on_a_named_gpu_share_its_time(tmp_path: Path) -> None:
+    """The recipe's: a step takes its measured share of the peak, and two trials on one GPU take twice as long each."""
+    study = load(RECIPE, [])
+    half = study.finetune.model_copy(update={"gpus_per_trial": 0.5})
+    alone, shared = (trial_seconds(config, study.network, DEVICES["h200"]) for config in (study.finetune, half))
+    assert alone[0] == pytest.approx(0.0308, rel=0.02), "as measured"
+    assert shared == pytest.approx((2 * alone[0], 2 * alone[1]))
 
 
 @pytest.mark.parametrize(("gpu", "sides"), [("a100", 16), ("v100", 96)])
