@@ -24,13 +24,16 @@ Words, each for one thing:
     view              a patch as one draw of the task leaves it
     learner           network, optimizer and one step of them: of the pretraining, of a segmentation
     worker, rank      a process of the pretraining, and its number
+    probe             ridge regression from the encoder's tokens to the organs' shares of their voxels
     fault             a step whose loss or gradient is not finite
     checkpoint        training state by step, from which a training goes on exactly
     transfer          pretrained encoder weights into a segmentation network, all or nothing
     split             a number of labelled training volumes, and which they are
     pool, draw        all labelled training volumes; those of one size that a run gets of them
     run               a fine-tuning seed, a draw and a pretraining, numbered from 0
+    fold              a part of a pool's patients, scored by networks trained on others; a run scores all
     pair              a random and a pretrained cell that differ in nothing else
+    control           the same with the pretrained weights permuted within each tensor
     cell              overrides of the section `finetune` (size, initialisation, learning rate, ...) and a run
     trial             the training of one cell under Ray Tune
     sliding window    how a whole volume is segmented, patch by patch

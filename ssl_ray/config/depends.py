@@ -21,7 +21,7 @@ _HOW = {"compile", "on_nonfinite", "max_skipped", "max_failures", "checkpoint_mi
 
 _PRETRAIN_HOW = _HOW | {
     *("workers", "shard", "microbatch", "gpu", "cpus_per_worker", "block_megabytes"),
-    *("log_every", "picture_every", "checkpoint_every", "keep_checkpoints"),
+    *("log_every", "picture_every", "probe", "checkpoint_every", "keep_checkpoints"),
 }
 _FINETUNE_HOW = _HOW | {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "sliding_window_batch"}
 
@@ -43,6 +43,7 @@ def pretraining(settings: Pretrain, network: Network) -> dict[str, Any]:
         tree["workers"] = settings.worker_range[1]  # negatives are the worker's own patches
     elif "contrastive" in tree["task"]:
         tree["task"]["contrastive"] = {"enabled": False}
+    del tree["epochs" if settings.steps else "steps"]
     read = network.model_dump(mode="json", exclude=set(network.segmentation_only))
     return {"pretrain": {"version": VERSION["pretrain"], **tree}, "network": read}
 
@@ -51,6 +52,8 @@ def finetuning(settings: Finetune, network: Network) -> dict[str, Any]:
     """What a trial with these settings depends on, beside the volumes, the seed and the weights it starts from."""
     tree = settings.model_dump(mode="json", exclude=_FINETUNE_HOW | _FINETUNE_APART)
     tree |= {"version": VERSION["finetune"], "cohort": {"classes": settings.cohort.classes}}
+    if settings.encoder.freeze == "all":
+        del tree["encoder"]["layer_decay"]
     return {"finetune": tree, "network": network.model_dump(mode="json")}
 
 

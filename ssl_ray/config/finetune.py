@@ -4,10 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import Optimizer, Section, Share, one_or_more
+from ssl_ray.config.common import Optimizer, Section, Share, one_or_more, rule
 from ssl_ray.config.preparation import Stage
 
 _Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
+_control = rule(lambda inits: "permuted" not in inits or len(inits) == 3, "permuted is a control beside the other two")
+_Inits = Annotated[tuple[Literal["random", "pretrained", "permuted"], ...], one_or_more, _control]
 
 
 class LabelledCohort(Section):
@@ -23,6 +25,7 @@ class LabelledCohort(Section):
     sizes: _Sizes | None = Field(None, description="subjects to draw from the pool")
     splits: Annotated[dict[PositiveInt, str | tuple[str, ...]], one_or_more] | None = None
     datalist: str | None = None
+    folds: int | None = Field(None, ge=3, description="of the pool's subjects, all of whom are scored in every run")
 
     @model_validator(mode="after")
     def _either(self) -> "LabelledCohort":
@@ -32,6 +35,8 @@ class LabelledCohort(Section):
         by_ids = [size for size, split in (self.splits or {}).items() if not isinstance(split, str)]
         if by_ids and self.datalist is None:
             raise ValueError(f"splits.{by_ids[0]} lists ids: name the list that they come from in 'datalist'")
+        if self.folds and not self.pool:
+            raise ValueError(f"folds: are of the subjects of a 'pool', which is not given, got {self.folds}")
         return self
 
 
@@ -59,11 +64,18 @@ class TrialOptimizer(Optimizer):
     weight_decay: float = Field(1e-5, ge=0)
 
 
+class EncoderTuning(Section):
+    """How the encoder is trained, whatever it starts from: all arms of a comparison alike."""
+
+    freeze: Literal["none", "all"] | PositiveInt = Field("none", description="a number: in so many first steps alone")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block, as a share of the next one's")
+
+
 class Grid(Section):
     """The cells that Ray Tune runs: every combination of these values, `runs` times."""
 
     sizes: _Sizes | None = Field(None, description="out of the cohort's splits or sizes; all of them if left out")
-    init: Annotated[tuple[Literal["random", "pretrained"], ...], one_or_more] = ("random", "pretrained")
+    init: _Inits = Field(("random", "pretrained"), description="permuted: pretrained, shuffled within each tensor")
     lr: Annotated[tuple[PositiveFloat, ...], one_or_more] | None = Field(
         None, description="learning rates; optimizer.lr alone if left out"
     )
@@ -85,6 +97,7 @@ class Finetune(Stage):
     augmentation: Augmentation = Augmentation()
     loss: SegmentationLoss = SegmentationLoss()
     optimizer: TrialOptimizer = TrialOptimizer()
+    encoder: EncoderTuning = EncoderTuning()
     grid: Grid = Grid()
     runs: PositiveInt = Field(1, description="each with a seed, a draw of the labelled volumes and a pretraining")
     margin: PositiveFloat = Field(0.02, description="foreground Dice; a smaller difference does not matter")
@@ -113,6 +126,9 @@ class Finetune(Stage):
     @model_validator(mode="after")
     def _fits(self) -> "Finetune":
         self.optimizer.check_warmup(self.steps)
+        if self.cohort.folds and len(self.rates) > 1:
+            rule = "one with cohort.folds, as who validates in one fold, and so would choose, is scored in another"
+            raise ValueError(f"grid.lr: {rule}, got {list(self.rates)}")
         if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
             raise ValueError(f"gpus_per_trial must be a share of one GPU or a whole number, got {self.gpus_per_trial}")
         unknown = sorted(set(self.sizes) - set(self._listed))

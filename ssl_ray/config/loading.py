@@ -115,7 +115,7 @@ class _Short(reprlib.Repr):
         return super().repr_str(without_password(x), level)
 
 
-_NO_KEY = re.compile(r"str|constrained-int|tuple\[.*\]|\[key\]")
+_NO_KEY = re.compile(r"str|constrained-(int|float)|literal\[.*\]|tuple\[.*\]|\[key\]")
 """Parts of a pydantic error's location that name a type of ours instead of a key."""
 
 

@@ -33,6 +33,8 @@ class Pretrain(Stage):
     patches_per_volume: PositiveInt = 2
     batch_size: PositiveInt = Field(8, description="patches a step, over all workers")
     epochs: PositiveInt = 300
+    steps: PositiveInt | None = Field(None, description="with a schedule of their own; then `epochs` is not read")
+    volumes: float = Field(1.0, gt=0, le=1, description="share of the unlabelled training volumes, drawn by seed")
     pretrainings: PositiveInt = Field(1, description="1: all runs start from the same; finetune.runs: each has its own")
     task: AnyTask = Restoration()
     weights: str | None = Field(None, description="a file to go on from: its encoder, and its decoder if of the task")
@@ -43,6 +45,7 @@ class Pretrain(Stage):
     checkpoint_minutes: PositiveFloat = Field(5, description="since the last one; looked at when a step is logged")
     keep_checkpoints: int = Field(2, ge=2, description="of the newest; if the last is torn, the one before is used")
     log_every: PositiveInt = Field(10, description="steps")
+    probe: bool = Field(True, description="at validations, what the tokens say of the labels; it selects nothing")
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(1, description="[least, most]: as many as there are")
     shard: bool = Field(False, description="FSDP2 instead of DDP: workers share weights, gradients, optimizer state")
     microbatch: PositiveInt | None = Field(None, description="patches a worker computes at once; more are accumulated")
@@ -66,6 +69,10 @@ class Pretrain(Stage):
                 f"{self.workers}, batch_size {self.batch_size}, microbatch {self.microbatch}"
             )
         return self
+
+    def drawn(self, available: int) -> int:
+        """How many of the unlabelled training volumes are trained on."""
+        return max(1, round(self.volumes * available))
 
     @property
     def worker_range(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import Optimizer, Section, Seed, of_kinds
-from ssl_ray.config.finetune import Augmentation, Finetune, LabelledCohort, SegmentationLoss
+from ssl_ray.config.finetune import Augmentation, EncoderTuning, Finetune, LabelledCohort, SegmentationLoss
 from ssl_ray.config.preparation import Preparation
 from ssl_ray.config.pretrain import Pretrain, Source
 from ssl_ray.networks.dynunet.settings import DynUnet
@@ -91,6 +91,8 @@ class Study(Section):
                 f"finetune.grid.init: a {network.kind} is not pretrained here, so that [random] is all that it can "
                 f"start from, got {list(tuned.grid.init)}{' and finetune.weights' if tuned.weights else ''}"
             )
+        elif tuned.encoder != EncoderTuning():
+            raise ValueError(f"finetune.encoder: a {network.kind} has no encoder to tune, got {tuned.encoder}")
         ours, theirs = self.pretrain.preparation.channels, tuned.preparation.channels
         if self.pretrains and ours != theirs:
             raise ValueError(

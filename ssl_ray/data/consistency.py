@@ -14,7 +14,8 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
     """Check all lists of a study together, by names alone; `training` and `validation` are the unlabelled volumes.
 
     A scan is known by its file, whatever links lead to it and whether it is compressed or not; a patient by the subject
-    in the lists. Labelled training patients may be among the unlabelled ones: their labels are what is asked about.
+    in the lists. Labelled training patients may be among the unlabelled ones, their labels are what is asked about,
+    unless they are scored in some fold.
 
     Raises:
         UserError: naming lists, entries and both values, when a patient or scan is held out in one list and trained on
@@ -31,7 +32,7 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
     for part, cases, held_out in (
         ("unlabelled training", training, False),
         ("unlabelled validation", validation, True),
-        ("labelled training", labelled, False),
+        ("labelled training", labelled, splits.folds > 0),
         ("labelled validation", splits.validation, True),
         ("labelled test", splits.test, True),
     ):

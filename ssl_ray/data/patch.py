@@ -25,6 +25,13 @@ def open_array(store: Store, key: str, name: Literal["image", "label", "foregrou
     return array
 
 
+def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> tuple[int, int, int]:
+    """Origin (3 voxels) of the patch around a centre voxel, moved inside the volume as MONAI does."""
+    along = zip(centre, shape, size, strict=True)
+    x, y, z = (max(0, min(middle - side // 2, length - side)) for middle, length, side in along)
+    return x, y, z
+
+
 def read_patch(
     array: npt.NDArray[Any], origin: Sequence[int], size: Sequence[int], out: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[Any]:

@@ -11,12 +11,15 @@ from ssl_ray.data.datalist import Case, Datalist, read_datalist, subject_of
 from ssl_ray.errors import UserError
 from ssl_ray.random import number
 
+_Cases = tuple[Case, ...]
+
 
 @dataclass(frozen=True)
 class Splits:
     """The labelled cohort: a training split for each size, and the validation and test cases that all splits share.
 
-    With `pool`, `training` has one entry, the whole pool under its number of subjects, which `draw` takes from.
+    With `pool`, `training` has one entry, the whole pool under its number of subjects, which `draw` takes from. With
+    `folds`, it is the whole cohort, and validation and test cases are those of a fold.
     """
 
     training: dict[int, tuple[Case, ...]]
@@ -24,6 +27,7 @@ class Splits:
     test: tuple[Case, ...]
     organs: tuple[str, ...]
     pool: bool = False
+    folds: int = 0
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -54,6 +58,21 @@ class Splits:
         drawn = set(order[:size])
         return tuple(case for case in cases if subject_of(case) in drawn)
 
+    def parts(self, size: int, seed: int, run: int, fold: int | None, usable: Container[str]) -> tuple[_Cases, ...]:
+        """Training, validation and test cases of one training: those of a run or, where it has some, of a fold of it.
+
+        A run deals all subjects into folds in an order of its own, also those that are not usable. Fold `fold` is
+        scored, the next one selects the checkpoint, and training cases are drawn from the others: no network is scored
+        on a subject that it has seen in any way.
+        """
+        if fold is None:
+            return self.draw(size, seed, run, usable), self.validation, self.test
+        (pool,) = self.training.values()
+        order = sorted({subject_of(case) for case in pool}, key=lambda subject: number(seed, "fold", run, subject))
+        dealt = {subject: min((place - fold) % self.folds, 2) for place, subject in enumerate(order)}
+        scored, selecting, rest = (tuple(case for case in pool if dealt[subject_of(case)] == n) for n in range(3))
+        return replace(self, training={size: rest}).draw(size, seed, run, usable), selecting, scored
+
 
 def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     """The splits of the sizes asked for.
@@ -62,10 +81,18 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     test volumes and the names of organs must be the same in all. A pool must have as many subjects as the largest size.
     """
     if cohort.pool:
-        pool = read_datalist(cohort.root, cohort.pool, labelled=True)
-        lists = {len({subject_of(case) for case in pool.training}): pool}
-        if max(sizes) > max(lists):
-            raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {max(lists)}")
+        pool, folds = read_datalist(cohort.root, cohort.pool, labelled=True), cohort.folds
+        if folds and pool.test:
+            raise UserError(f"{pool.path}: lists a test part, which is scored without finetune.cohort.folds ({folds})")
+        if folds:  # every case is scored, those for validation too
+            pool = replace(pool, training=pool.training + pool.validation, validation=())
+        subjects = len({subject_of(case) for case in pool.training})
+        # Two folds are not trained on; the two largest ones are neighbours.
+        left = subjects - sum(-(-(subjects - n) // folds) for n in (0, 1)) if folds else subjects
+        if max(sizes) > left or (folds or 0) > subjects:
+            apart = f" in {folds} folds, which leave {left} while one is scored and one validates" if folds else ""
+            raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {subjects}{apart}")
+        lists = {subjects: pool}
     else:
         lists = {size: _split(cohort, size) for size in sizes}
     first = next(iter(lists.values()))
@@ -80,7 +107,7 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
                         f"{listed.path}: '{section}' differs from that of {first.path}; splits must share it: "
                         f"{_written(one)} against {_written(other)}"
                     )
-        if not listed.validation:
+        if not listed.validation and not cohort.folds:
             raise UserError(f"{listed.path}: 'validation' must list at least one labelled volume")
         if beyond := sorted(value for value in listed.labels if value >= cohort.classes):
             raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
@@ -90,7 +117,7 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
                 raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {place}; name it alike")
     organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
     training = {size: listed.training for size, listed in lists.items()}
-    return Splits(training, first.validation, first.test, organs, pool=cohort.pool is not None)
+    return Splits(training, first.validation, first.test, organs, cohort.pool is not None, cohort.folds or 0)
 
 
 def _written(case: Case | None) -> str:

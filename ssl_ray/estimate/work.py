@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
     """The pretraining, with the most workers that the experiment allows and without times."""
     config, patches, channels = study.pretrain, study.pretrain.patches_per_volume, study.pretrain.preparation.channels
     world = config.worker_range[1]
-    shapes = np.ones((groups["unlabelled training"].volumes, 3), np.int64)
-    table = SampleTable(study.seed, shapes, config.patch_size, patches, config.batch_size, config.epochs)
+    shapes = np.ones((config.drawn(groups["unlabelled training"].volumes), 3), np.int64)
+    table = SampleTable(study.seed, shapes, config.patch_size, patches, config.batch_size, config.epochs, config.steps)
     checks = groups["unlabelled validation"].volumes * patches * len(table.boundaries(config.validate_every))
     cost = task_cost(config.task, study.network, config.patch_size, channels)
     voxel_bytes = channels * np.dtype(config.preparation.normalise.storage.dtype).itemsize
@@ -39,7 +40,7 @@ def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
     per_step = config.batch_size * cost.training
     return {
         "workers": world,
-        "epochs": config.epochs,
+        "epochs": table.epoch(table.steps) if config.steps else config.epochs,
         "steps": table.steps,
         "patches_per_step": config.batch_size,
         "flops_per_step": per_step,  # of all workers
@@ -64,6 +65,9 @@ def estimate_grid(
     cost = network_cost(build_segmentation, study.network, sides, config.preparation.channels, config.cohort.classes)
     validations = math.ceil(config.steps / config.validate_every)
     held_out = groups["labelled validation"], groups["labelled test"]
+    if folds := config.cohort.folds:  # one is validated on and one scored
+        pool = groups["labelled training"]
+        held_out = (replace(pool, volumes=math.ceil(pool.volumes / folds)),) * 2
     overlap = config.sliding_window_overlap
     windows, test = (group.volumes * count_windows(group.shape or sides, sides, overlap) for group in held_out)
     flops = trial = None

@@ -81,6 +81,7 @@ class TrialJob:
     config: with the cell's own values.
     seed: of the initial weights and of the order of the patches.
     weights: pretrained weights to start from; None for random ones.
+    permuted: whether to shuffle them within each tensor, as a control.
     arms: folders of the cells that this one may be compared with; its own may be among them.
     """
 
@@ -90,4 +91,5 @@ class TrialJob:
     data: TrialData
     weights: Path | None
     folder: TrialFolder
+    permuted: bool = False
     arms: tuple[Path, ...] = ()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ssl_ray.config.schema import Finetune, Network, SegmentationLoss
 from ssl_ray.evaluate.sliding_window import predict
 from ssl_ray.networks.faster import use_fast_attention
+from ssl_ray.networks.protocol import Encoder
 from ssl_ray.networks.registry import build_segmentation
-from ssl_ray.networks.transfer import transfer
+from ssl_ray.networks.transfer import permute, transfer
 from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
@@ -31,10 +32,12 @@ class SegmentationLearner:
         device: torch.device,
         seed: int,
         weights: Path | None = None,
+        permuted: bool = False,
     ) -> None:
         """Build the network by `seed`, with the encoder out of the file `weights` where one is given.
 
-        The decoder does not depend on whether one is given. A UserError where the weights do not match the network.
+        `permuted`: shuffled within each of its tensors, as a control. The decoder does not depend on whether one is
+        given. A UserError where the weights do not match the network.
         """
         self.config, self.device = config, device
         torch.manual_seed(seed)
@@ -42,19 +45,34 @@ class SegmentationLearner:
         self.network = build_segmentation(network, config.patch_size, channels, classes)
         if weights:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
+        encoder: Encoder | None = getattr(self.network, "encoder", None)
+        if permuted and encoder:
+            permute(encoder, seed)
         # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
         self.network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.dtype = precision_of(config, network, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # a process may have trained another trial before
             use_fast_attention(self.network)
-        self.optimizer = build_optimizer(config.optimizer, self.network.parameters())
+        scales = layer_scales(encoder, config.encoder.layer_decay) if encoder else {}
+        self._encoder = [weight for weight in scales if weight.requires_grad]
+        self.optimizer = build_optimizer(config.optimizer, self.network.parameters(), scales)
         self.graphs = device.type == "cuda"
         self._graph: StepGraph | None = None
         self._go = torch.ones((), dtype=torch.bool, device=device)
+        self.thaw(0)
         # Only the objective is compiled. Prediction calls the network itself, because its windows have other shapes.
         self.objective = _Objective(self.network, config.loss, device, self.dtype)
         self.compiled = config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
+
+    def thaw(self, step: int) -> None:
+        """Train the encoder in step `step`, or not yet; Adam begins with it when it is first trained."""
+        freeze = self.config.encoder.freeze
+        trains = step >= freeze if isinstance(freeze, int) else freeze == "none"
+        if any(weight.requires_grad != trains for weight in self._encoder):
+            self._graph = None  # it is of a step that trains other weights
+            for weight in self._encoder:
+                weight.requires_grad_(trains)
 
     def step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step on images (B, C, X, Y, Z) and labels (B, 1, X, Y, Z); on a GPU, one CUDA graph.
@@ -106,6 +124,18 @@ class SegmentationLearner:
         images = torch.zeros(patches, self.config.preparation.channels, *self.config.patch_size, device=self.device)
         self._backward(images, images[:, :1].to(torch.uint8))
         self.network.zero_grad(set_to_none=True)
+
+
+def layer_scales(encoder: Encoder, decay: float) -> dict[nn.Parameter, float]:
+    """Learning rate of each weight of an encoder, in multiples of the decoder's: `decay` ** layers above it.
+
+    As for BEiT (Bao et al., ICLR 2022) and in MAE's `lr_decay.py`: none above the final norm, one above the last block,
+    and the embedding counts as a layer below the first.
+    """
+    scales = dict.fromkeys(encoder.parameters(), decay ** (len(encoder.blocks) + 1))
+    for below, block in enumerate([encoder.norm, *reversed(encoder.blocks)]):
+        scales |= dict.fromkeys(block.parameters(), decay**below)
+    return scales
 
 
 def precision_of(config: Finetune, network: Network, device: torch.device) -> torch.dtype:

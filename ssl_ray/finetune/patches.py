@@ -12,7 +12,7 @@ from monai import transforms as mt
 from torch import Tensor
 
 from ssl_ray.config.schema import Augmentation, Finetune
-from ssl_ray.data.patch import open_array, read_patch
+from ssl_ray.data.patch import crop_origin, open_array, read_patch
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.random import generator
 
@@ -74,13 +74,6 @@ class PatchSampler:
             if label[voxel] == 0 and np.any(image[(..., *voxel)] > np.array(volume.body)):
                 break
         return voxel
-
-
-def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
-    """Origin (3 voxels) of the patch around a centre voxel, moved inside the volume as MONAI does."""
-    return tuple(
-        max(0, min(middle - side // 2, length - side)) for middle, length, side in zip(centre, shape, size, strict=True)
-    )
 
 
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:

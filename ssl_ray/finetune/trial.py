@@ -42,7 +42,7 @@ class Trial:
         self.job = job
         here = named(precision_of(job.config, job.network, device))
         self.config = job.config.model_copy(update={"precision": _settle(job, here)})
-        self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights)
+        self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights, job.permuted)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
         shapes = self.config.patch_size, self.config.preparation.channels, self.config.cohort.classes
         self.flops = network_cost(build_segmentation, job.network, *shapes).training
@@ -74,6 +74,7 @@ class Trial:
             lr, asked = learning_rate(self.config.optimizer, step, config.steps), time.perf_counter()
             images, labels = next(batches)
             waited = time.perf_counter() - asked
+            self.learner.thaw(step)
             loss, norm = self.learner.step(images, labels, lr)
             self.losses.add(loss)
             self.waited += waited
@@ -128,6 +129,8 @@ class Trial:
         metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
         metrics |= as_system({"patches_per_second": rate, "data_wait_share": self.waited / seconds})
         metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
+        if config.encoder.freeze != "none":  # less is computed than was counted
+            return metrics
         return metrics | arithmetic_rate(rate * self.flops, 1, learner.device, learner.dtype)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,14 @@ def transfer(
     )
 
 
+@torch.no_grad()
+def permute(encoder: Encoder, seed: int) -> None:
+    """Shuffle an encoder within each tensor, in place: what it learned is gone, not how its numbers scatter."""
+    random = torch.Generator().manual_seed(seed)
+    for weight in encoder.parameters():
+        weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=random)].view_as(weight))
+
+
 def _prefix(weights: Mapping[str, Tensor], positions: str, source: str) -> str:
     """What the keys of the encoder begin with: its position embeddings, under a name of their own, show it."""
     found = [key.removesuffix(positions) for key in weights if f".{key}".endswith(f".{positions}")]

@@ -24,9 +24,10 @@ from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata, weights_digest
 from ssl_ray.pretrain.entry import work
-from ssl_ray.pretrain.job import Job, Recipe
+from ssl_ray.pretrain.job import Job, Labelled, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
+from ssl_ray.random import number
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
 from ssl_ray.tracking.tracker import Run, Tracker
@@ -54,8 +55,8 @@ class Pretrained:
 
 
 def pretraining_key(recipe: Recipe, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
-    """Digest of everything that the pretrained weights depend on."""
-    volumes = [[volume.key for volume in part] for part in (training, validation)]
+    """Digest of everything that the pretrained weights depend on; `training` is what their volumes are drawn from."""
+    volumes = [[volume.key for volume in part] for part in (draw_volumes(recipe, training), validation)]
     started = [weights_digest(recipe.weights)] if recipe.weights else []
     return digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes, *started)
 
@@ -69,16 +70,17 @@ def pretrain(
     params: Mapping[str, str],
     config_yaml: str,
     name: str,
+    labelled: Labelled | None = None,
 ) -> Pretrained:
     """Pretrain, or find that it is done already; a run that was cut off goes on from its last checkpoint.
 
-    `name` is that of its run in MLflow, which gets `params`.
+    `name` is that of its run in MLflow, which gets `params`. `labelled` is for its probe, and no weight depends on it.
 
     Raises:
         RuntimeError: when workers failed more often than `max_failures` allows.
         FloatingPointError: when more steps in a row were not finite than `on_nonfinite` and `max_skipped` allow.
     """
-    key = pretraining_key(recipe, training, validation)
+    key, training = pretraining_key(recipe, training, validation), draw_volumes(recipe, training)
     folder = folders.study / f"pretrain-{key}"
     weights = folder / "best.safetensors"
     if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
@@ -90,7 +92,7 @@ def pretrain(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     feeds = feed_of(recipe, folders, training), feed_of(recipe, folders, validation)
-    job = Job(recipe, *feeds, folder, folders.output, key, reports)
+    job = Job(recipe, *feeds, folder, folders.output, key, reports, labelled)
     steps = job.training.table.steps
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": steps}
     run = tracker.open("pretraining", key, name, {**params, **counts})
@@ -110,6 +112,13 @@ def pretrain(
         raise
     run.close()
     return Pretrained(weights, key, run.id, precision, fresh=True)
+
+
+def draw_volumes(recipe: Recipe, training: Sequence[Volume]) -> list[Volume]:
+    """The recipe's share, as listed: the first in an order by seed and content, so that shares of one seed nest."""
+    order = sorted(training, key=lambda volume: number(recipe.seed, "unlabelled", volume.content))
+    drawn = {volume.key for volume in order[: recipe.settings.drawn(len(training))]}
+    return [volume for volume in training if volume.key in drawn]
 
 
 def _rewind(job: Job) -> None:
@@ -194,7 +203,7 @@ def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed
     """The samples of these volumes, and where their voxels lie."""
     config = recipe.settings
     shapes = np.array([volume.shape for volume in volumes], dtype=np.int64)
-    draws = config.patches_per_volume, config.batch_size, config.epochs
+    draws = config.patches_per_volume, config.batch_size, config.epochs, config.steps
     table, first = SampleTable(recipe.seed, shapes, config.patch_size, *draws), volumes[0]
     keys, ids = (tuple(getattr(volume, name) for volume in volumes) for name in ("key", "id"))
     return Feed(table, Store(folders.cache, folders.scratch), keys, ids, first.dtype, first.levels)

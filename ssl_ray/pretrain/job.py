@@ -9,8 +9,18 @@ from pathlib import Path
 from ray.util.queue import Queue
 
 from ssl_ray.config.schema import Network, Pretrain
+from ssl_ray.data.store import Volume
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled volumes that the probe is fitted on and tested on, prepared as the pretraining's own."""
+
+    fitted: tuple[Volume, ...]
+    tested: tuple[Volume, ...]
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Job:
     mirror: Mirror
     key: str
     reports: Queue
+    labelled: Labelled | None = None
 
     @property
     def checkpoints(self) -> Path:

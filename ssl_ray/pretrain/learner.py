@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.pretrain.samples import Sample
 from ssl_ray.pretrain.start import start_from
+from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.registry import build_task
 from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
@@ -128,36 +129,43 @@ class PretrainingLearner:
 
         Names are those of the task after `validation_`; `picture` is the path of one, if asked for.
         """
-        self.model.eval()
         feed = self.job.validation
-        samples: list[Sample] = list(feed.table.validation())
-        mine = np.arange(rank, len(samples), world)
         sums, losses = torch.zeros((), dtype=torch.float64, device=self.device), dict[str, Tensor]()
         shown = ""
-        _, size = self._shares(world)
-        for start in range(0, -(-len(samples) // world), size):
-            counted = len(mine[start : start + size])
-            # A rank without patches left takes sample 0 with no weight, as with `shard` the others wait for it.
-            indices = mine[start : start + size] if counted else np.zeros(1, np.int64)
-            clean = scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels)
+        for indices, counted, clean in self.read(feed, list(feed.table.validation()), rank, world):
             seen = self.task.see(clean, [to_device(self.task.draw(0, indices, 0), self.device)])
             # Other shapes than in training: compiling for them would cost more than it saves.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
                 losses, rows = self.task.validate(seen, clean)
             sums = sums + torch.stack([*losses.values(), torch.ones_like(losses["loss"])]) * counted
-            if picture and rank == 0 and start == 0:
+            if picture and rank == 0 and not shown:
                 shown = self._picture(step, rows)
         if world > 1:
             distributed.all_reduce(sums)
-        if isinstance(self.model, FSDPModule):
-            self.model.reshard()  # FSDP leaves what is in no block whole, for a backward pass that does not come
-        self.model.train()
         means = (sums[:-1] / sums[-1]).tolist()
         report = {f"validation_{name}": mean for name, mean in zip(losses, means, strict=True)}
         if report["validation_loss"] < self.best:
             self.best = report["validation_loss"]
             self._export(step)
         return report | ({"picture": shown} if shown else {})
+
+    def read(
+        self, feed: Feed, samples: Sequence[Sample], rank: int, world: int
+    ) -> Iterator[tuple[npt.NDArray[np.int64], int, Tensor]]:
+        """This rank's share of some samples, in parts: which they are, how many of them count, patches (B, C, X, Y, Z).
+
+        Meanwhile the model is in evaluation mode. A rank without patches left takes sample 0, which does not count, as
+        with `shard` the others wait for it.
+        """
+        mine, (_, size) = np.arange(rank, len(samples), world), self._shares(world)
+        self.model.eval()
+        for start in range(0, -(-len(samples) // world), size):
+            counted = len(mine[start : start + size])
+            indices = mine[start : start + size] if counted else np.zeros(1, np.int64)
+            yield indices, counted, scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # FSDP leaves what is in no block whole, for a backward pass that does not come
+        self.model.train()
 
     def _export(self, step: int) -> None:
         """Write the weights, as the best on validation so far, for fine-tuning; all ranks must call it."""

@@ -41,6 +41,7 @@ class SampleTable:
     patches_per_volume: int
     batch_size: int
     epochs: int
+    limit: int | None = None  # steps; None: those of the epochs
 
     @property
     def epoch_samples(self) -> int:
@@ -49,8 +50,8 @@ class SampleTable:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run; a remainder smaller than a batch is left out. At least 1."""
-        return max(1, self.epochs * self.epoch_samples // self.batch_size)
+        """Optimizer steps of the whole run; of epochs, a remainder smaller than a batch is left out. At least 1."""
+        return self.limit or max(1, self.epochs * self.epoch_samples // self.batch_size)
 
     def epoch(self, step: int) -> float:
         """Epochs that are complete after `step` steps."""
@@ -58,8 +59,8 @@ class SampleTable:
 
     def boundaries(self, every: int) -> list[int]:
         """Steps after which a multiple of `every` epochs is complete, and the last step of the run."""
-        last = range(every, self.epochs + 1, every)
-        steps = {min(self.steps, -(-epoch * self.epoch_samples // self.batch_size)) for epoch in last}
+        last = range(every, self.steps * self.batch_size // self.epoch_samples + 1, every)
+        steps = {-(-epoch * self.epoch_samples // self.batch_size) for epoch in last}
         return sorted(steps | {self.steps})
 
     def sample(self, index: int) -> Sample:

@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
+from ssl_ray.pretrain.probe import Probe
 from ssl_ray.pretrain.stream import Batch, batches, segments
 from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.training.checkpoint import Saver, load_latest
@@ -36,13 +37,15 @@ def train_loop(job: Job) -> None:
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
     flops = task_cost(config.task, job.recipe.network, config.patch_size, channels).training
-    totals = _Totals(world, flops, learner.device, learner.dtype)
     reporter, preemption = _Reporter(job, rank), _Preemption()
     saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
     saved = time.monotonic()
 
     start = _restore(job, rank, learner, watch)
     reporter.start(start)
+    probe = Probe(learner, job.labelled, rank, world) if job.labelled else None
+    found = {f"{name}_untrained": value for name, value in (probe.measure().items() if probe and not start else ())}
+    totals = _Totals(world, flops, learner.device, learner.dtype)
 
     validations = {step: number for number, step in enumerate(table.boundaries(config.validate_every))}
     for batch in _open_stream(job, rank, world, start):
@@ -68,8 +71,11 @@ def train_loop(job: Job) -> None:
             continue
         record: dict[str, Any] = {"step": done, "epoch": table.epoch(done), "lr": lr, "grad_norm": float(norm)}
         overdue = time.monotonic() - saved >= 60 * config.checkpoint_minutes
-        sums, (save_due, ask_due) = totals.gather([overdue, preemption.due])
-        record |= sums
+        sums, (save_due, ask_due, probe_due) = totals.gather([overdue, preemption.due, probe is not None and probe.due])
+        if probe and validate and (probe_due or last):
+            found |= probe.measure()
+        record |= sums | found
+        found = {}
         if validate:
             record |= learner.validate(rank, world, done, validations[done] % config.picture_every == 0 or last)
         reporter.record(record)

@@ -92,11 +92,15 @@ def _scope(results: Results, size: int) -> str:
     scope, pool = [], results.pool
     if results.study.pretrain.pretrainings == 1:
         scope.append("for this pretraining")
+    folds = results.study.finetune.cohort.folds
     if pool is None or size >= pool:
         scope.append(f"for these {results.labelled}s")
     else:
-        overlap = f" (draws share most {results.subjects}s)" if size > pool / 2 else ""
+        reach = pool * (folds - 2) / folds if folds else pool  # what is neither scored nor validated on
+        overlap = f" (draws share most {results.subjects}s)" if size > reach / 2 else ""
         scope.append(f"for draws from this pool of {pool}{overlap}")
+    if folds:
+        scope.append(f"in {folds} folds")
     if results.part == "validation":
         scope.append("on the volumes that selected it")
     return " " + ", ".join(scope)

@@ -14,7 +14,7 @@ from ssl_ray.errors import UserError
 from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, compare, matrix, shared
 from ssl_ray.report.measures import Measure
 from ssl_ray.report.statistics import Array
-from ssl_ray.report.trials import Part, PretrainingRun, Trial, read_pretraining, read_trial
+from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, cells
 from ssl_ray.text import without_password
 from ssl_ray.tracking.client import MlflowRun
@@ -30,7 +30,10 @@ class Results:
     trials: Sequence[Trial]
     """One for every cell of the study's grid, in the grid's order."""
     arms: Mapping[int, Mapping[str, Arm]]
-    """By number of labelled training volumes, ascending, and by the grid's initialisations, random first."""
+    """By number of labelled training volumes, ascending, and by the grid's initialisations, random first; the trial of
+    a run in folds is of all of them."""
+    controls: Mapping[int, Arm]
+    """The permuted arm, by size, where the grid has it. Nothing is concluded from it."""
     part: Part
     """The volumes that are reported: test where the cohort has such a split."""
     common: Mapping[int, Shared]
@@ -91,7 +94,7 @@ class Results:
 
     def count(self, part: Part) -> int:
         """Number of validation or test volumes that were scored."""
-        return max(len(trial.cases.get(part, ())) for trial in self.trials)
+        return max(len(trial.cases.get(part, ())) for trial in in_runs(self.trials))
 
     def matrix(self, size: int, init: str, measure: Measure) -> Array:
         """Score (runs, patients) of an arm that has trials; nan where it has none."""
@@ -140,7 +143,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
 def conclude(study: Study, grid: MlflowRun, trials: Sequence[Trial], **more: Any) -> Results:
     """The results of trials that were read; `more` are the fields of `Results` that nothing is concluded from."""
     by_arm = defaultdict(list)
-    for trial in trials:
+    for trial in in_runs(trials):
         by_arm[trial.cell.size, trial.cell.init].append(trial)
     inits = [init for init in ("random", "pretrained") if init in study.finetune.grid.init]
     arms: dict[int, dict[str, Arm]] = {
@@ -152,4 +155,5 @@ def conclude(study: Study, grid: MlflowRun, trials: Sequence[Trial], **more: Any
     part: Part = "test" if any(trial.cases.get("test") for trial in trials) else "validation"
     common = {size: shared([arm for arm in pair.values() if arm.trials], part) for size, pair in arms.items()}
     comparisons = compare(arms, common, part, study.finetune.margin)
-    return Results(study, grid, trials, arms, part, common, comparisons, **more)
+    controls = {size: choose(found) for size in arms if (found := by_arm[size, "permuted"])}
+    return Results(study, grid, trials, arms, controls, part, common, comparisons, **more)

@@ -1,12 +1,12 @@
 """The tables: numbers as text, and a word where a number is missing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND, ORIGINAL_HD95, ORIGINAL_SURFACE_DICE, PUBLISHED_DICE
-from ssl_ray.report.comparison import SELECTION
+from ssl_ray.report.comparison import SELECTION, matrix
 from ssl_ray.report.measures import FALSE_POSITIVES, FOREGROUND, HD95, MISSED, SURFACE_DICE, WITH_BACKGROUND, Measure
 from ssl_ray.report.page import literal
 from ssl_ray.report.results import Results
@@ -98,11 +98,12 @@ def cell_table(results: Results) -> Table:
     chosen = {trial.cell for arm in results.chosen for trial in arm.trials.values()}
     rows = []
     for trial in results.trials:
-        cell, mark = trial.cell, "**" if trial.cell in chosen else ""
+        cell, mark = trial.cell, "**" if replace(trial.cell, fold=None) in chosen else ""
+        run = str(cell.run) if cell.fold is None else f"{cell.run}, fold {cell.fold}"
         status = trial.status if trial.status == "finished" else f"**{trial.status}**"
         step = f"{trial.metrics['selected/step']:,.0f}" if "selected/step" in trial.metrics else ""
         scores = [one.value(trial.metrics[name]) if name in trial.metrics else "" for name, one in names.items()]
-        rows.append([str(cell.size), cell.init, f"{mark}{cell.lr:g}{mark}", str(cell.run), status, step, *scores])
+        rows.append([str(cell.size), cell.init, f"{mark}{cell.lr:g}{mark}", run, status, step, *scores])
     header = [f"{results.labelled}s", "initialisation", "learning rate", "run", "status", "selected step"]
     header += ["Dice, validation, resampled grid (selects)"]
     header += [f"{label}, {results.part}" for label in ("Dice", "HD95 (mm)", "surface Dice")]
@@ -128,15 +129,20 @@ def _mean(measure: Measure, values: Array) -> str:
 
 
 def _header(results: Results) -> list[str]:
-    return ["runs", f"{results.part} {results.subjects}s", "random", "pretrained", "difference (95 % CI)"]
+    header = ["runs", f"{results.part} {results.subjects}s", "random", "pretrained", "difference (95 % CI)"]
+    return [*header, "permuted"] if results.controls else header
 
 
 def _compared(results: Results, size: int, measure: Measure) -> list[str]:
-    """Numbers of runs and patients, random, pretrained, and their difference; a missing arm says why."""
+    """Numbers of runs and patients, random, pretrained, their difference, the control; a missing arm says why."""
     common = results.common[size]
     patients = len(common.patients) + (len(common.healthy) if measure.absent else 0)
     shown = [over_runs(results, size, init, measure) for init in ("random", "pretrained")]
-    return [str(len(common.runs)), str(patients), *shown, _difference(measure, results.scores(size, measure))]
+    row = [str(len(common.runs)), str(patients), *shown, _difference(measure, results.scores(size, measure))]
+    if control := results.controls.get(size):
+        lost = [str(run) for run in common.runs if run not in control.trials]
+        row += [f"no run {', '.join(lost)}" if lost else _mean(measure, matrix(control, common, results.part, measure))]
+    return row
 
 
 def _difference(measure: Measure, scores: Mapping[str, Array]) -> str:

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any, Literal, TypeVar, get_args
 
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
 from ssl_ray.search.cells import FAILURE, NONFINITE, Cell
 from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
 
+K = TypeVar("K")
 Part = Literal["validation", "test"]
 Status = Literal["finished", "failed", "unfinished", "missing"]
 
@@ -76,6 +78,29 @@ def read_trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> Trial:
         failure=tags.get(FAILURE, "") if status == "failed" else "",
         nonfinite=status == "failed" and tags.get(NONFINITE) == "true",
     )
+
+
+def in_runs(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials with the folds of a run as one: all their cases, and means of what each of them measured."""
+    runs: dict[Cell, list[Trial]] = {}
+    for trial in trials:
+        runs.setdefault(replace(trial.cell, fold=None), []).append(trial)
+    return [
+        replace(
+            folds[0],
+            cell=cell,
+            status=min((fold.status for fold in folds), key=("failed", "unfinished", "missing", "finished").index),
+            metrics=_means([fold.metrics for fold in folds]),
+            curve=_means([fold.curve for fold in folds]),
+            cases={part: [case for fold in folds for case in fold.cases.get(part, ())] for part in get_args(Part)},
+            nonfinite=any(fold.nonfinite for fold in folds),
+        )
+        for cell, folds in runs.items()
+    ]
+
+
+def _means(values: Sequence[Mapping[K, float]]) -> dict[K, float]:
+    return {key: fmean(one[key] for one in values) for key in values[0] if all(key in one for one in values)}
 
 
 def read_pretraining(tracker: Tracker, run_id: str, number: int) -> PretrainingRun:

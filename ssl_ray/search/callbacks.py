@@ -51,6 +51,7 @@ class TrialCallback(tune.Callback):
         params: dict[str, Any] = {name: value for name, value in self.params.items() if "grid" not in name}
         params |= {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run, "seed": job.seed}
         params |= {f"finetune.{key}": value for key, value in cell.settings.items()}
+        params |= {} if cell.fold is None else {"fold": cell.fold}
         # Fewer volumes than a split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
         tags = {FAILURE: "", NONFINITE: ""}  # of an earlier attempt

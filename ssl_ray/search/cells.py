@@ -20,7 +20,7 @@ FAILURE = "ssl_ray.failure"
 NONFINITE = "ssl_ray.nonfinite"
 """Tag of a trial that failed because its loss or gradient was not finite: "true"."""
 
-Init = Literal["random", "pretrained"]
+Init = Literal["random", "pretrained", "permuted"]
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,18 @@ class Cell:
     overrides: `size` and `init`, and other values of dotted keys of the section `finetune`, `optimizer.lr` at least;
         sorted by key.
     run: which seed, draw of the labelled volumes and pretraining; cells that differ in `init` alone share them.
+    fold: which one of the run, where it has some.
     """
 
     overrides: tuple[tuple[str, Any], ...]
     run: int
+    fold: int | None = None
 
     @classmethod
-    def of(cls, size: int, init: Init, lr: float, run: int = 0, **more: Any) -> "Cell":
+    def of(cls, size: int, init: Init, lr: float, run: int = 0, fold: int | None = None, **more: Any) -> "Cell":
         """The cell of these overrides; further keys by `**{"augmentation.shift": 0.2}`."""
         overrides: dict[str, Any] = {"size": size, "init": init, "optimizer.lr": lr, **more}
-        return cls(tuple(sorted(overrides.items())), run)
+        return cls(tuple(sorted(overrides.items())), run, fold)
 
     @property
     def size(self) -> int:
@@ -66,7 +68,8 @@ class Cell:
     def name(self) -> str:
         """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
         more = [f"{key}{value}-" for key, value in self.settings.items() if key != "optimizer.lr"]
-        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{''.join(more)}run{self.run}"
+        fold = "" if self.fold is None else f"-fold{self.fold}"
+        return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{''.join(more)}run{self.run}{fold}"
 
     def apply(self, config: Finetune) -> Finetune:
         """The settings that this cell is trained with."""
@@ -75,5 +78,6 @@ class Cell:
 
 def cells(config: Finetune) -> list[Cell]:
     """Every cell of the grid, those with few volumes first."""
-    product = itertools.product(config.sizes, config.grid.init, config.rates, range(config.runs))
+    folds = range(config.cohort.folds) if config.cohort.folds else [None]
+    product = itertools.product(config.sizes, config.grid.init, config.rates, range(config.runs), folds)
     return [Cell.of(*values) for values in product]

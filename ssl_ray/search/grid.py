@@ -1,4 +1,4 @@
-"""Ray Tune over the cells of the fine-tuning grid: labelled volumes x initialisation x learning rate x run."""
+"""Ray Tune over the cells of the fine-tuning grid: labelled volumes x initialisation x learning rate x run (x fold)."""
 
 import json
 from collections import defaultdict
@@ -57,8 +57,8 @@ def finetune(
     """Train every cell of the grid that is not finished yet -> names of the cells that failed for good.
 
     `seed` is the study's. `volumes` are the prepared ones by image path; a case that is not among them was skipped as
-    bad. Cells with `init: pretrained` start from the one of `pretrained`, or from that of their run; it is empty where
-    the grid has no such cell. The grid's MLflow run keeps `config_yaml`, and every run gets `params`.
+    bad. Cells that are not `init: random` start from the one of `pretrained`, or from that of their run; it is empty
+    where the grid has no such cell. The grid's MLflow run keeps `config_yaml`, and every run gets `params`.
 
     Raises:
         UserError: when the pretrained weights do not match, or the cluster cannot hold a trial.
@@ -105,25 +105,31 @@ def trial_jobs(
 ) -> tuple[str, dict[Cell, TrialJob]]:
     """The grid's key, a digest of what all cells depend on, and what each cell's trial is started with."""
     store, jobs = Store(folders.cache, folders.scratch), {}
-    validation, test = usable(splits.validation, volumes), usable(splits.test, volumes)
-    # Whose scan it is counts, too: the scores of a trial are kept with their patients.
-    held_out = [[(volume.key, volume.subject) for volume in part] for part in (validation, test)]
+    whole = [splits.cases] * splits.folds or [splits.validation, splits.test]
     # More runs, with pretrainings of their own, belong to the same grid.
-    grid_key = digest(depends.grid(config, network), held_out, pretrained[0].key if pretrained else None)
+    told = _told([usable(part, volumes) for part in whole])
+    grid_key = digest(depends.grid(config, network), told, pretrained[0].key if pretrained else None)
     for cell in cells(config):
-        training = usable(splits.draw(cell.size, seed, cell.run, volumes), volumes)
-        start = pretrained[cell.run % len(pretrained)] if cell.init == "pretrained" else None
+        of_cell = splits.parts(cell.size, seed, cell.run, cell.fold, volumes)
+        training, validation, test = (usable(part, volumes) for part in of_cell)
+        start = pretrained[cell.run % len(pretrained)] if cell.init != "random" else None
         own, trial_seed = cell.apply(config), run_seed(seed, "finetune", cell.run)
-        parts = [cell.size, trial_seed, [volume.key for volume in training], held_out, start.key if start else None]
+        made = start and start.key + ("" if cell.init == "pretrained" else f" {cell.init}")
+        parts = [cell.size, trial_seed, [volume.key for volume in training], _told([validation, test]), made]
         cell_key = digest(depends.finetuning(own, network), *parts)
         path = folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}"
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         data = TrialData(store, training, validation, test, splits.organs)
-        jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder)
+        jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder, cell.init == "permuted")
     compared: dict[tuple[int, int], list[Path]] = defaultdict(list)
     for cell, job in jobs.items():
         compared[cell.size, cell.run].append(job.folder.path)
     return grid_key, {cell: replace(job, arms=tuple(compared[cell.size, cell.run])) for cell, job in jobs.items()}
+
+
+def _told(held_out: Sequence[Sequence[Volume]]) -> list[list[tuple[str, str]]]:
+    """Whose scan it is counts, too: the scores of a trial are kept with their patients."""
+    return [[(volume.key, volume.subject) for volume in part] for part in held_out]
 
 
 def _open(

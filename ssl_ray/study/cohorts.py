@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import write_cohort
+from ssl_ray.pretrain.job import Labelled
 from ssl_ray.search.cells import BAD_VOLUMES
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
@@ -25,12 +26,16 @@ Cohorts = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
 
 @dataclass(frozen=True)
 class PreparedCohorts:
-    """The stored volumes of a study; `labelled` by image path. Bad volumes that it skips are in `splits` alone."""
+    """The stored volumes of a study; `labelled` by image path, `probed` for the pretraining's probe, if it has one.
+
+    Bad volumes that it skips are in `splits` alone.
+    """
 
     training: tuple[Volume, ...]
     validation: tuple[Volume, ...]
     labelled: dict[str, Volume]
     splits: Splits
+    probed: Labelled | None = None
 
 
 def read_cohorts(study: Study) -> Cohorts:
@@ -39,8 +44,9 @@ def read_cohorts(study: Study) -> Cohorts:
         write_cohort(study.phantom)
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
     if training:  # the steps follow from the volumes, so that the configuration alone cannot check this
-        samples = study.pretrain.epochs * len(training) * study.pretrain.patches_per_volume
-        study.pretrain.optimizer.check_warmup(samples // study.pretrain.batch_size, "pretrain.")
+        config = study.pretrain
+        samples = config.epochs * config.drawn(len(training)) * config.patches_per_volume
+        config.optimizer.check_warmup(config.steps or samples // config.batch_size, "pretrain.")
     splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
     check_lists(training, validation, splits, study.finetune.preparation.channels)
     if warning := not_nested(splits):
@@ -70,10 +76,22 @@ def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bo
     parts = [("unlabelled", one) for one in bad]
     parts += [(held_out.get(one.image, "training"), one) for one in bad_labelled]
     _tell_bad(parts, folders.study / BAD_VOLUMES, skip=study.on_bad_volume == "skip")
-    prepared = PreparedCohorts(usable(training, unlabelled), usable(validation, unlabelled), labelled, splits)
+    probed = _probed(study, store, splits, labelled) if cases and study.pretrain.probe else None
+    prepared = PreparedCohorts(usable(training, unlabelled), usable(validation, unlabelled), labelled, splits, probed)
     _check_content(prepared)
     say(f"prepared {fresh + fresh_labelled} of {len(unlabelled) + len(labelled)} volumes now; the store is {store}")
     return prepared
+
+
+def _probed(study: Study, store: Store, splits: Splits, labelled: Mapping[str, Volume]) -> Labelled | None:
+    """Volumes that the first training with the most labels is trained and validated on: 24 fit the probe, 8 test it."""
+    fold, size = 0 if splits.folds else None, max(study.finetune.sizes)
+    fitted, tested, _ = splits.parts(size, study.seed, 0, fold, labelled)
+    parts, volumes, classes = (fitted[:24], tested[:8]), labelled, study.finetune.cohort.classes
+    if study.pretrain.preparation != study.finetune.preparation:  # what is bad now is left out
+        volumes = prepare_cohort([*parts[0], *parts[1]], study.pretrain.preparation, store, classes)[0]
+    first, second = (usable(part, volumes) for part in parts)
+    return Labelled(first, second, classes) if first and second else None
 
 
 def _tell_bad(bad: Sequence[tuple[str, BadVolume]], record: Path, skip: bool) -> None:
@@ -101,11 +119,14 @@ def _check_content(cohorts: PreparedCohorts) -> None:
     splits, labelled = cohorts.splits, cohorts.labelled
     training = [volume for cases in splits.training.values() for volume in usable(cases, labelled)]
     seen = {volume.content: volume.image_source for volume in cohorts.training}
-    for part, volumes, others in (
+    parts: list[tuple[str, Sequence[Volume], Sequence[Volume]]] = [
         ("unlabelled validation", cohorts.validation, ()),
         ("labelled validation", usable(splits.validation, labelled), training),
         ("labelled test", usable(splits.test, labelled), ()),
-    ):
+    ]
+    if splits.folds:  # each is scored in one fold and trained on in others
+        parts[1:] = [("labelled", [one], ()) for one in training]
+    for part, volumes, others in parts:
         seen |= {volume.content: volume.image_source for volume in others}
         for volume in volumes:
             if volume.content in seen:

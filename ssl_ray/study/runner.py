@@ -1,6 +1,5 @@
 """A study from its volumes to its answer; each step finds out what is done already and does the rest."""
 
-import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ssl_ray.errors import UserError
 from ssl_ray.networks.weight_files import weights_digest
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
+from ssl_ray.search.cells import cells
 from ssl_ray.search.grid import check_transfer, finetune
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
@@ -106,7 +106,8 @@ def _make_weights(study: Study, folders: Folders, tracker: Tracker, prepared: Pr
     for number in range(study.pretrain.pretrainings):
         recipe, name = recipe_of(study, number), f"pretrain-run{number}" if number else "pretrain"
         own = params | {"seed": str(recipe.seed), "run": str(number)}
-        done = pretrain(recipe, prepared.training, prepared.validation, folders, tracker, own, resolved, name)
+        volumes = prepared.training, prepared.validation
+        done = pretrain(recipe, *volumes, folders, tracker, own, resolved, name, prepared.probed)
         say(f"pretraining {'is done' if done.fresh else 'was done already'} in {done.precision}: {done.weights}")
         made.append(done)
     return made
@@ -120,13 +121,16 @@ def _run_grid(
     held_out = {"validation": splits.validation, "test": splits.test}
     content = {f"labelled {part} volumes": identity.told(usable(cases, labelled)) for part, cases in held_out.items()}
     content["organs"] = ", ".join(splits.organs)
-    for size, run in itertools.product(config.sizes, range(config.runs)):
-        drawn = usable(splits.draw(size, study.seed, run, labelled), labelled)
-        if not drawn or not usable(splits.validation, labelled):
-            raise UserError(f"finetune.cohort: no usable volume is left for training (size {size}) or validation")
-        content[f"labelled volumes, size {size}, run {run}"] = identity.told(drawn)
+    content |= {"folds": f"{splits.folds} of {identity.told(usable(splits.cases, labelled))}"} if splits.folds else {}
+    for cell in cells(config):
+        parts = splits.parts(cell.size, study.seed, cell.run, cell.fold, labelled)
+        drawn, validation, test = (usable(part, labelled) for part in parts)
+        if not drawn or not validation or (splits.folds and not test):
+            raise UserError(f"finetune.cohort: no usable volume is left for training (size {cell.size}) or validation")
+        place = f"run {cell.run}" + ("" if cell.fold is None else f", fold {cell.fold}")
+        content[f"labelled volumes, size {cell.size}, {place}"] = identity.told(drawn)
         if pretrained:
-            content[f"pretrained weights, run {run}"] = pretrained[run % len(pretrained)].key
+            content[f"pretrained weights, run {cell.run}"] = pretrained[cell.run % len(pretrained)].key
     identity.record(study, folders, "finetune", content)
     return finetune(
         config,

@@ -1,7 +1,8 @@
 """Optimizer and learning rate, shared by pretraining and fine-tuning."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,11 +11,18 @@ from torch.distributed.tensor import DTensor
 from ssl_ray.config.schema import Optimizer
 
 
-def build_optimizer(config: Optimizer, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam or AdamW over the trainable parameters."""
+def build_optimizer(
+    config: Optimizer, parameters: Iterable[nn.Parameter], scales: Mapping[nn.Parameter, float] | None = None
+) -> torch.optim.Optimizer:
+    """Adam or AdamW over the trainable parameters; `scales` has those whose learning rate is a multiple of the rate."""
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    return kind(trainable, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    groups: dict[float, dict[str, Any]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            scale = (scales or {}).get(parameter, 1.0)
+            group = groups.setdefault(scale, {"params": []} | ({} if scale == 1 else {"lr_scale": scale}))
+            group["params"].append(parameter)
+    return kind(groups.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def learning_rate(config: Optimizer, step: int, steps: int) -> float:
@@ -44,7 +52,7 @@ def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float | t
     if config.clip_norm:
         nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"] if "lr_scale" in group else lr
     # Torch's fused kernels read this on the device, as they do for its gradient scaler: the host need not wait for it.
     optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
     optimizer.step()

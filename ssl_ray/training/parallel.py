@@ -20,9 +20,9 @@ def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device
     """The model as every worker trains it: gradients are the mean over workers, where there are several.
 
     With `shard` (FSDP2 instead of DDP) the weights of each of the `blocks` are gathered when it is computed: forward
-    and backward passes, and the model's method `validate`, need all ranks. They are gathered in float32, and autocast
-    rounds them as everywhere else. FSDP's own mixed precision would also round what autocast does not (norms, position
-    embeddings), and results would not be those of DDP.
+    and backward passes, and the model's methods `validate` and `tokens`, need all ranks. They are gathered in float32,
+    and autocast rounds them as everywhere else. FSDP's own mixed precision would also round what autocast does not
+    (norms, position embeddings), and results would not be those of DDP.
     """
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return model
@@ -32,7 +32,8 @@ def parallel(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh)
-    register_fsdp_forward_method(model, "validate")
+    for method in ("validate", "tokens"):
+        register_fsdp_forward_method(model, method)
     return model
 
 

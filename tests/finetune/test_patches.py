@@ -9,8 +9,9 @@ from monai.transforms.utils import correct_crop_centers
 from scipy import ndimage
 
 from ssl_ray.config.schema import Augmentation, Finetune
+from ssl_ray.data.patch import crop_origin
 from ssl_ray.data.store import Store, Volume, foreground_index
-from ssl_ray.finetune.patches import PatchSampler, augment, crop_origin, vary
+from ssl_ray.finetune.patches import PatchSampler, augment, vary
 
 SHAPE = (40, 36, 20)
 QUIET = {"flip_prob": 0, "rotate_prob": 0, "shift_prob": 0}

@@ -23,6 +23,7 @@ from studies import small_study
 from torch import Tensor, nn
 from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 
+from ssl_ray.config.finetune import EncoderTuning
 from ssl_ray.config.schema import Study
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.prepare import prepare_case
@@ -163,6 +164,21 @@ def test_what_was_best_before_a_cut_stays_the_best(study: Study, data: TrialData
     first = plain(next(trial) for _ in range(9))
     trial.close()
     assert history(first, reports(study, data, tmp_path / "cut", seed=0)) == history(whole)
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seen", [5, 10])
+def test_a_cut_does_not_change_when_the_encoder_is_trained(
+    study: Study, data: TrialData, tmp_path: Path, seen: int
+) -> None:
+    """Cut off before and after the step from which on it is, a trial ends as if it had not been."""
+    study = changed(study, encoder=EncoderTuning(freeze=6, layer_decay=0.5))
+    reports(study, data, tmp_path / "whole")
+    trial = start(study, data, tmp_path / "cut")
+    for _ in range(seen):
+        next(trial)
+    trial.close()
+    reports(study, data, tmp_path / "cut")
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
 

@@ -74,6 +74,15 @@ def test_boundaries_are_ceilings_of_epochs_and_end_with_the_run():
     assert table(epochs=1, batch_size=400).steps == 1
 
 
+@given(st.integers(1, 40), st.integers(1, 5))
+def test_a_run_of_so_many_steps_is_the_beginning_of_one_of_epochs(limit, every):
+    """The same samples, whatever the epochs; it validates at those that it completes, and at its end."""
+    drawn, whole = table(limit=limit, epochs=1), table(epochs=30)
+    assert drawn.steps == limit
+    assert drawn.boundaries(every) == sorted({step for step in whole.boundaries(every) if step <= limit} | {limit})
+    assert [drawn.sample(index) for index in range(8)] == [whole.sample(index) for index in range(8)]
+
+
 @given(
     st.integers(0, 14), st.sampled_from([1, 2, 4]), st.floats(1, 2e6), st.integers(1, 40).map(lambda epochs: epochs * 2)
 )

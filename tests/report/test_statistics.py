@@ -290,3 +290,16 @@ def test_labels_that_did_not_help_are_worth_nothing_countable() -> None:
     pretrained = 0.6 + random.normal(0, 0.01, (3, 8))
     assert multiplier(pretrained, without, SIZES, 6) is None
     assert multiplier(pretrained, without[:1], SIZES[:1], 6) is None
+
+
+@pytest.mark.parametrize(("runs", "patients", "folds"), [(3, 30, 5), (3, 12, 3), (5, 30, 5), (10, 30, 5)])
+def test_in_folds_the_interval_holds_the_truth_as_well(runs: int, patients: int, folds: int) -> None:
+    """Patients of a fold share a network, and each run deals them anew: that scatters the runs' means as a run does."""
+    random = np.random.default_rng([12, runs, patients])
+    shape = (REPEATS, runs, patients)
+    dealt = np.argsort(np.argsort(random.random(shape), -1), -1) % folds
+    for run_spread, fold_spread in itertools.product(RUN_SPREADS, (0.02, 0.04)):
+        networks = random.normal(0, fold_spread, (REPEATS, runs, folds))
+        differences = drawn(random, runs, patients, run_spread) + np.take_along_axis(networks, dealt, -1)
+        assert covers(differences) >= 0.93, (run_spread, fold_spread)
+        assert np.mean(estimate(differences).p < ALPHA) <= 0.07, (run_spread, fold_spread)

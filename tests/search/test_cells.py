@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,51 @@ def test_what_a_trial_depends_on_is_in_its_key(monkeypatch: pytest.MonkeyPatch) 
     assert {name for name, key in less.items() if key not in before} == {name for name in less if "n04" in name}
     monkeypatch.setitem(depends.VERSION, "finetune", 99)
     assert before.isdisjoint(keys().values())
+
+
+FOLDED: dict[str, Any] = {"cohort": {"splits": None, "pool": "p", "sizes": [2, 4], "folds": 4}, "runs": 2}
+WHOLE = Splits({8: tuple(POOL)}, (), (), ("organ",), pool=True, folds=4)
+
+
+def test_a_run_in_folds_is_a_cell_for_each() -> None:
+    """The arms of a fold share seed and volumes; the folds of a run share the seed, and score every scan once."""
+    made = jobs(FOLDED, WHOLE)[1]
+    assert len(made) == len({job.folder.key for job in made.values()}) == 2 * 2 * 2 * 4
+    by_fold: dict[tuple[int, int, int | None], list[TrialJob]] = {}
+    for cell, job in made.items():
+        by_fold.setdefault((cell.size, cell.run, cell.fold), []).append(job)
+        assert cell.name.endswith(f"-run{cell.run}-fold{cell.fold}")
+        assert "fold" not in cell.settings
+    for random, pretrained in by_fold.values():
+        assert (random.seed, random.data) == (pretrained.seed, pretrained.data)
+    for size, run in itertools.product((2, 4), (0, 1)):
+        folds = [by_fold[size, run, fold][0] for fold in range(4)]
+        assert len({job.seed for job in folds}) == 1
+        assert sorted(one.id for job in folds for one in job.data.test) == sorted(one.id for one in POOL)
+    unfolded = {**FOLDED, "cohort": {**FOLDED["cohort"], "folds": None}}
+    assert {replace(cell, fold=None) for cell in made} == set(jobs(unfolded, pool(POOL))[1])
+
+
+def test_another_number_of_folds_is_another_grid() -> None:
+    """Cells of the same names would be others."""
+    other = jobs({**FOLDED, "cohort": {**FOLDED["cohort"], "folds": 5}}, replace(WHOLE, folds=5))
+    assert other[0] != jobs(FOLDED, WHOLE)[0]
+
+
+def test_the_control_starts_from_the_pretrained_weights() -> None:
+    """Under a key of its own; those of the other arms are as without it."""
+    before, arms = keys(), {"grid": {"init": ["random", "pretrained", "permuted"]}}
+    made = jobs({**GRID, **arms}, LISTS)[1]
+    assert before.items() <= {cell.name: job.folder.key for cell, job in made.items()}.items()
+    for cell, job in made.items():
+        assert job.permuted == (cell.init == "permuted")
+        assert (job.weights is None) == (cell.init == "random")
+    assert len({job.folder.key for job in made.values()}) == len(made)
+
+
+@pytest.mark.parametrize("freeze", ["none", 5, "all"])
+def test_what_a_frozen_encoder_does_not_read_is_not_in_the_key(freeze: Any) -> None:
+    """Its learning rates, where it is never trained."""
+    one, other = (keys({"encoder": {"freeze": freeze, "layer_decay": decay}}) for decay in (1.0, 0.7))
+    assert (one == other) == (freeze == "all")
+    assert set(one.values()).isdisjoint(keys().values()) == (freeze != "none")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,15 @@ def cases(tmp_path: Path) -> dict[str, list[Case]]:
     }
 
 
-def prepared(folder: Path, cases: dict[str, list[Case]], **settings: Any) -> PreparedCohorts:
+def prepared(
+    folder: Path, cases: dict[str, list[Case]], splits: Splits | None = None, probe: bool = True, **settings: Any
+) -> PreparedCohorts:
     preparation = PREPARATION.model_dump()
-    sections = {"pretrain": {"preparation": preparation | {"spacing": 3}}, "finetune": {"preparation": preparation}}
+    coarse = {"preparation": preparation | {"spacing": 3}, "probe": probe}
+    sections = {"pretrain": coarse, "finetune": {"preparation": preparation}}
     study = small_study(folder, folder, **sections, **settings)
     unlabelled, held_out, training, validation, test = (tuple(cases[part]) for part in PARTS)
-    cohorts: Cohorts = unlabelled, held_out, Splits({2: training}, validation, test, ("liver",))
+    cohorts: Cohorts = unlabelled, held_out, splits or Splits({2: training}, validation, test, ("liver",))
     return prepare_cohorts(study, Folders.of("study", str(folder / "output"), str(folder / "store")), cohorts)
 
 
@@ -107,6 +111,33 @@ def test_one_scan_is_not_trained_on_and_held_out(
     message = rf"^{cases[part][0].image}: this {refused} volume has the same content as {path}, which is trained or"
     with pytest.raises(UserError, match=message):
         prepared(tmp_path, cases)
+
+
+@pytest.mark.parametrize("other", ["validation", "unlabelled"])
+def test_in_folds_a_scan_is_there_once(tmp_path: Path, cases: dict[str, list[Case]], other: str) -> None:
+    """Every labelled scan is scored in one fold: under another name it would be trained on there."""
+    cases[other][1].image.write_bytes(cases["training"][0].image.read_bytes())
+    pool = tuple(replace(case, subject=f"{part} {case.id}") for part in PARTS[2:] for case in cases[part])
+    splits = Splits({len(pool): pool}, (), (), ("liver",), pool=True, folds=3)
+    with pytest.raises(UserError, match=r"this labelled volume has the same content as .*, which is trained or"):
+        prepared(tmp_path, cases, splits)
+
+
+def test_the_probe_gets_labelled_volumes_as_the_pretraining_prepares_them(
+    tmp_path: Path, cases: dict[str, list[Case]]
+) -> None:
+    """Fitted on training volumes, tested on validation volumes; in folds on those of another; none if not wanted."""
+    found = prepared(tmp_path, cases)
+    assert found.probed
+    assert [one.id for one in found.probed.fitted] == [case.id for case in cases["training"]]
+    assert [one.image_source for one in found.probed.tested] == [str(case.image) for case in cases["validation"]]
+    assert {one.spacing for one in (*found.probed.fitted, *found.probed.tested)} == {(3.0, 3.0, 3.0)}
+    assert {one.spacing for one in found.labelled.values()} == {PREPARATION.spacing}
+    assert prepared(tmp_path, cases, probe=False).probed is None
+    pool = tuple(replace(case, subject=f"{part} {case.id}") for part in PARTS[2:] for case in cases[part])
+    probed = prepared(tmp_path, cases, Splits({6: pool}, (), (), ("liver",), pool=True, folds=3)).probed
+    assert probed
+    assert len({one.subject for one in (*probed.fitted, *probed.tested)}) == 4
 
 
 def test_other_scans_of_one_shape_are_other_scans(tmp_path: Path, cases: dict[str, list[Case]]) -> None:

@@ -85,6 +85,7 @@ def test_run_answers_and_a_second_run_does_nothing_again(
     assert len(set(named)) == 1
     assert "selected/test/original_dice_foreground" in trials[0].data.metrics
     assert pretraining.data.metrics["validation_identity_loss"] > 0
+    assert {"probe_r2", "probe_r2_untrained", "probe_rank"} <= pretraining.data.metrics.keys()
     pictures = [item.path for item in tracker.client.list_artifacts(pretraining.info.run_id, "pictures")]
     assert pictures
     assert "weight_transfer.json" in [item.path for item in tracker.client.list_artifacts(grid.info.run_id)]

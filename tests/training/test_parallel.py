@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_learner import BATCH, LEVELS, MASKED_PRIMUS, SIDE, make, same
 from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ssl_ray.networks.weight_files import load_weights
@@ -92,6 +93,10 @@ def work(rank: int, folder: Path) -> None:
         made = validating(make(folder / kind, shard=shard, microbatch=1))
         train(made, 0, 2, rank, WORLD)
         found[kind, "validation"] = made.validate(rank, WORLD, 2, picture=False)
+        with torch.no_grad():  # as the probe asks for them
+            found[kind, "tokens"] = made.task.tokens(torch.from_numpy(batch(7, 2))[:, None] / LEVELS)
+        if isinstance(made.model, FSDPModule):
+            made.model.reshard()
         assert all(isinstance(weight, DTensor) == shard for weight in made.network.parameters()), "freed again"
         found[kind, "best"] = copy.deepcopy(made.state()["model"]), train(made, 2, 3, rank, WORLD)
 
@@ -185,13 +190,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(found: Any,
 
 
 def test_the_weights_that_did_best_are_exported_whole(found: Any) -> None:
-    """A validation where a rank has a patch less ends and exports what a checkpoint has; then training goes on."""
+    """A validation where a rank has a patch less ends and exports what a checkpoint has; training goes on after it and
+    after a look at the tokens."""
     for kind in ("ddp", "fsdp"):
         model, _ = found[0][kind, "best"]
         assert same(load_weights(found[0]["folder"] / kind / "best.safetensors"), model)
         assert found[0][kind, "validation"] == found[1][kind, "validation"]
     for name in ("validation", "masked validation"):
         assert found[0]["fsdp", name] == found[1]["fsdp", name] == pytest.approx(found[0]["ddp", name], rel=1e-5)
+    torch.testing.assert_close(found[0]["fsdp", "tokens"], found[0]["ddp", "tokens"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(found[0]["fsdp", "best"][1], found[0]["ddp", "best"][1], rtol=1e-5)
 
 

@@ -49,6 +49,10 @@ class Task(nn.Module):
         """The loss that is reported and the one that is minimised, means over the patches."""
         raise NotImplementedError
 
+    def tokens(self, patches: Tensor) -> Tensor:
+        """What the encoder makes of all of a patch, (B, N, hidden_size); with FSDP all ranks must call it."""
+        return self.encoder.encode(self.encoder.embed(patches))
+
     def validate(self, seen: Tensor, clean: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses of one view, and rows of a picture; without compiled parts, and with FSDP all ranks must call it.
 
