@@ -6,8 +6,11 @@ Words, each for one thing:
     case              a line of a datalist: id, image, label, subject, before anything was read
     subject           the patient of a case, held out whole; empty: the case counts as a patient of its own
     datalist          Medical Segmentation Decathlon JSON that names the volumes
-    preparation       NIfTI -> canonical array: orientation, spacing, HU window, crop
+    preparation       NIfTI -> canonical array: orientation, spacing, normalisation, crop
+    normalisation     a scan's intensities -> stored integers -> what the network sees of them
     HU window         the HU that become 0 and 1
+    body              voxels above the HU window's lower end, or above a threshold that the scan itself gives
+    channel           one of the images of a volume, all on the grid of the first
     spacing, affine   mm between voxels; voxel-to-world matrix in mm, RAS+
     store             prepared volumes by content; `cache` in the experiment
     patch, origin     a box of voxels that is trained on, and its first voxel

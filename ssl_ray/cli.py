@@ -183,14 +183,16 @@ def phantom(
     test: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled test volumes.")] = 8,
     splits: Sizes = "6,12,24",
     seed: Seed = 0,
+    mri: Annotated[bool, typer.Option("--mri", help="T1- and T2-weighted MRI instead of CT.")] = False,
 ) -> None:
-    """Write a synthetic labelled CT cohort with its datalists."""
+    """Write a synthetic labelled cohort with its datalists."""
     sizes = _sizes(splits)
     from ssl_ray.phantom.cohort import write_cohort
 
     numbers = {"unlabelled": volumes, "labelled": labelled, "validation": validation, "test": test, "seed": seed}
     with _writable(folder):
-        write_cohort(PhantomCohort(root=str(folder), splits=tuple(sizes), **numbers))
+        modality: Literal["CT", "MRI"] = "MRI" if mri else "CT"
+        write_cohort(PhantomCohort(root=str(folder), splits=tuple(sizes), modality=modality, **numbers))
     say(f"{folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in sizes)}")
 
 

@@ -100,7 +100,8 @@ def datalist() -> Reader:
         listed = read_datalist(path.parent, path, labelled=False)
         cases = (*listed.training, *listed.validation, *listed.test)
         root = os.path.realpath(path.parent)
-        assert all(case.image.is_file() and os.path.realpath(case.image).startswith(root + os.sep) for case in cases)
+        images = [image for case in cases for image in case.images]
+        assert all(image.is_file() and os.path.realpath(image).startswith(root + os.sep) for image in images)
         return {"cases": len(cases)}
 
     return read

@@ -86,6 +86,7 @@ def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     for key, value in changes.items():
         before = merged.get(key)
         # The splits of a cohort are replaced: more of them would be more cells. So is a section that says its kind.
-        nested = isinstance(before, dict) and isinstance(value, Mapping) and key != "splits" and "kind" not in value
+        nested = isinstance(before, dict) and isinstance(value, Mapping) and key != "splits"
+        nested = nested and not {"kind", "normalise"} & value.keys()
         merged[key] = _merged(before, value) if nested else value
     return merged

@@ -41,9 +41,10 @@ def finetuning_losses(folder: Path) -> list[float]:
     counts = {str(value): int(count) for value, count in enumerate(np.bincount(label.ravel()))}
     matrix = tuple(map(tuple, np.eye(4).tolist()))
     spacing = (1.0, 1.0, 1.0)
-    made = Volume("key", "a", "a", "a", "", shape, spacing, matrix, "uint8", 255, 1, (0, 1), shape, counts, 2, {})
+    stored = "uint8", 255, 1, {}, (), (0,)
+    made = Volume("key", "a", "a", "a", "", shape, spacing, matrix, *stored, shape, counts, 2, {})
     store = Store(folder)
-    volume = store.put(made, normalise.CanonicalVolume(image, label, 255, np.eye(4)))
+    volume = store.put(made, normalise.CanonicalVolume(image, label, 255, np.eye(4), (), (0,)))
     study = small_study(finetune={"cohort": {"classes": 3}, "augmentation": {"flip_prob": 0.5, "rotate_prob": 0.5}})
     sampler = PatchSampler((volume,), store, study.finetune, 0)
     learner = SegmentationLearner(study.finetune, study.network, torch.device("cpu"), 0)

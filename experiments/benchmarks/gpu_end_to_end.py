@@ -38,13 +38,15 @@ def fill(store: Store, count: int, shape: tuple[int, int, int], first: int = 0) 
             dtype="uint8",
             levels=255,
             channels=1,
-            hu_window=(-57.0, 164.0),
+            normalise={},
+            intensities=(),
+            body=(0,),
             original_shape=shape,
             label_voxels={},
             largest_label=0,
             files={},
         )
-        return store.put(volume, CanonicalVolume(image, None, 255, np.eye(4)))
+        return store.put(volume, CanonicalVolume(image, None, 255, np.eye(4), (), (0,)))
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(write, range(first, first + count)))

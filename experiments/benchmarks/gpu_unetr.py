@@ -61,7 +61,7 @@ def unetr(bench: Bench) -> None:
 
             bench.attempt("unetr", "peak", name, call=peak)
 
-    volume = torch.rand((48, 40, 40) if bench.quick else (240, 200, 200), device=bench.device)
+    volume = torch.rand((1, 48, 40, 40) if bench.quick else (1, 240, 200, 200), device=bench.device)
 
     def infer(windows: int, change: Callable[[SegmentationLearner], Any] = lambda made: None) -> Build:
         def build() -> Callable[[], Any]:

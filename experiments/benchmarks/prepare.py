@@ -48,7 +48,7 @@ class Plain:
 
 def chain() -> Any:
     """The deterministic half of the published transforms, with the orientation of `PREPARATION`."""
-    low, high = PREPARATION.hu_window
+    low, high = PREPARATION.normalise.hu_window
     return mt.Compose(
         [
             mt.LoadImaged("image"),

@@ -1,7 +1,7 @@
-"""What the sections of an experiment share: types of fields, kinds of a section, preparation, optimizer."""
+"""What the sections of an experiment share: types of fields, kinds of a section, optimizer."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
@@ -44,7 +44,6 @@ Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeVa
 """Millimetres along the three axes; one number in the YAML means three equal ones."""
 PatchSize = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_three)]
 """Voxels along the three axes; one number in the YAML means three equal ones. The network says what fits."""
-HuWindow = Annotated[tuple[float, float], rule(lambda ends: ends[0] < ends[1], "the lower HU must be below the upper")]
 one_or_more = rule(lambda values: 0 < len(set(values)) == len(values), "at least one value, and none twice")
 
 
@@ -52,13 +51,12 @@ class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A section of the YAML: unknown keys, NaN and infinity are refused, values do not change after loading."""
 
 
-class Preparation(Section):
-    """From NIfTI to the canonical array; every field is part of the key under which the store keeps a volume."""
+class Storage(NamedTuple):
+    """How voxels are stored: as integers of a `dtype`, 1 as `levels`, what lies outside `ends` as these."""
 
-    orientation: Literal["RAS", "LPS", "LAS"] | None = "RAS"
-    spacing: Spacing = Field(description="mm")
-    hu_window: HuWindow = Field(description="HU that become 0 and 1; values outside are clipped")
-    crop_foreground: bool = True
+    dtype: str
+    levels: int
+    ends: tuple[float, float] = (0, 1)
 
 
 class NetworkSettings(Section):
@@ -122,14 +120,3 @@ class Optimizer(Section):
         if self.warmup_steps >= max(1, steps):
             rule = f"must be below the {steps} steps of this training"
             raise UserError(f"{section}optimizer.warmup_steps: {rule}, got {self.warmup_steps}")
-
-
-class Stage(Section):
-    """What pretraining and fine-tuning have in common."""
-
-    preparation: Preparation
-    patch_size: PatchSize = (96, 96, 96)
-    precision: Precision = "auto"
-    compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
-    on_nonfinite: OnNonfinite = "skip"
-    max_skipped: PositiveInt = Field(10, description="steps in a row whose loss or gradient is not finite")

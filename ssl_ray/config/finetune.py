@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import Optimizer, Section, Share, Stage, one_or_more, rule
+from ssl_ray.config.common import Optimizer, Section, Share, one_or_more, rule
+from ssl_ray.config.preparation import Stage
 
 _Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
 _control = rule(lambda inits: "permuted" not in inits or len(inits) == 3, "permuted is a control beside the other two")

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import Optimizer, Section, Stage, of_kinds, one_or_more
+from ssl_ray.config.common import Optimizer, Section, of_kinds, one_or_more
+from ssl_ray.config.preparation import Stage
 from ssl_ray.pretrain.tasks.masked.settings import Masked
 from ssl_ray.pretrain.tasks.restoration.settings import Restoration
 

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import Optimizer, Preparation, Section, Seed, of_kinds
+from ssl_ray.config.common import Optimizer, Section, Seed, of_kinds
 from ssl_ray.config.finetune import Augmentation, EncoderTuning, Finetune, LabelledCohort, SegmentationLoss
+from ssl_ray.config.preparation import Preparation
 from ssl_ray.config.pretrain import Pretrain, Source
 from ssl_ray.config.search import Search, check_space
 from ssl_ray.networks.dynunet.settings import DynUnet
@@ -35,6 +36,7 @@ class PhantomCohort(Section):
     test: PositiveInt
     splits: tuple[PositiveInt, ...]
     seed: Seed = 0
+    modality: Literal["CT", "MRI"] = Field("CT", description="MRI: two channels, T1- and T2-weighted, of no unit")
 
 
 class Tracking(Section):
@@ -93,6 +95,11 @@ class Study(Section):
             )
         elif tuned.encoder != EncoderTuning():
             raise ValueError(f"finetune.encoder: a {network.kind} has no encoder to tune, got {tuned.encoder}")
+        ours, theirs = self.pretrain.preparation.channels, tuned.preparation.channels
+        if self.pretrains and ours != theirs:
+            raise ValueError(
+                f"pretrain.preparation.channels: must be that of finetune.preparation, got {ours} and {theirs}"
+            )
         if tuned.precision == "bfloat16" and not tuned.gpus_per_trial and tuned.patch_size[0] <= network.thin:
             raise ValueError(
                 f"finetune.precision: on a CPU bfloat16 needs patches more than {network.thin} voxels deep, as "

@@ -10,7 +10,7 @@ from ssl_ray.data.splits import Splits
 from ssl_ray.errors import UserError
 
 
-def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Splits) -> None:
+def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Splits, channels: int = 1) -> None:
     """Check all lists of a study together, by names alone; `training` and `validation` are the unlabelled volumes.
 
     A scan is known by its file, whatever links lead to it and whether it is compressed or not; a patient by the subject
@@ -19,9 +19,14 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
 
     Raises:
         UserError: naming lists, entries and both values, when a patient or scan is held out in one list and trained on
-            in another, or when two lists give an image different labels or patients.
+            in another, when two lists give an image different labels, patients or further channels, or when a volume
+            has not as many images as `channels`.
     """
     labelled = [case for cases in splits.training.values() for case in cases]
+    for case in (*training, *validation, *labelled, *splits.validation, *splits.test):
+        if len(case.images) != channels:
+            rule = f"must list as many images as preparation.channels, {channels}"
+            raise UserError(f"{case.place}.image: {rule}, got {len(case.images)}")
     _check_same([*labelled, *splits.validation, *splits.test], (*training, *validation))
     seen: dict[tuple[str, str], tuple[str, Case]] = {}
     for part, cases, held_out in (
@@ -57,12 +62,15 @@ def not_nested(splits: Splits) -> str | None:
 
 
 def _check_same(labelled: Sequence[Case], unlabelled: Sequence[Case]) -> None:
-    """Refuse an image that is given other labels, or another patient, in another list."""
+    """Refuse an image that is given other labels, channels, or another patient, in another list."""
     known: dict[str, Case] = {}
     for case in (*labelled, *unlabelled):
         first = known.setdefault(os.path.realpath(case.image), case)
         if case.label and first.label and os.path.realpath(case.label) != os.path.realpath(first.label):
             values = f"the label {case.label} here, but {first.label}"
+        elif [*map(os.path.realpath, case.others)] != [*map(os.path.realpath, first.others)]:
+            others, theirs = (" and ".join(map(str, one.others)) for one in (case, first))
+            values = f"the further channels {others} here, but {theirs}"
         # A list without labels need not say whose scans they are.
         elif case.subject != first.subject and (case.label or (case.subject and first.subject)):
             values = f"the subject {case.subject!r} here, but {first.subject!r}"
@@ -72,8 +80,9 @@ def _check_same(labelled: Sequence[Case], unlabelled: Sequence[Case]) -> None:
 
 
 def _known_by(case: Case) -> Iterator[tuple[str, str]]:
-    """What tells two cases apart: the file without its suffix and, where the list has it, the patient."""
-    file = Path(os.path.realpath(case.image))
-    yield "scan", str(file.with_name(stem(file)))
+    """What tells two cases apart: the files without their suffix and, where the list has it, the patient."""
+    for image in case.images:
+        file = Path(os.path.realpath(image))
+        yield "scan", str(file.with_name(stem(file)))
     if case.subject:
         yield "patient", case.subject

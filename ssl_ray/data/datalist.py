@@ -2,7 +2,7 @@
 
 Format: Medical Segmentation Decathlon (Antonelli et al., 2022) as the MONAI tutorials publish it: the lists
 `training`, `validation` and `test`, whose entries are paths or `{"image": ..., "label": ...}`, and a `labels` mapping.
-An entry may also have a `subject`: whose scan it is.
+An entry may also have a `subject`: whose scan it is. A list of images is the channels of one volume.
 """
 
 import os
@@ -27,8 +27,8 @@ _SUFFIX = re.compile(r"(?i)\.nii(\.gz)?\Z")
 """Scanners and Windows also write `.NII.GZ`."""
 _MOST_BYTES, _MOST_ENTRIES = 20_000_000, 250_000
 """Bytes of a list, and volumes of one of its sections: terabytes of volumes, and read within half a gigabyte."""
-_MOST_LABELS = 256
-"""A label is one byte."""
+_MOST_LABELS, _MOST_CHANNELS = 256, 256
+"""A label is one byte. Images of a volume: more than any scanner makes."""
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -37,7 +37,7 @@ class Case:
     """One volume: a name for people, its image and, where there is one, its label.
 
     `subject` is the patient; empty where the list does not say: the volume then counts as a patient of its own. `place`
-    is where it is listed, for messages: `list.json: training.3`.
+    is where it is listed, for messages: `list.json: training.3`. `others` are its channels after the first, `image`.
     """
 
     id: str
@@ -45,6 +45,12 @@ class Case:
     label: Path | None = None
     subject: str = ""
     place: str = field(default="", compare=False)
+    others: tuple[Path, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Its channels, the first one's grid being that of the volume."""
+        return self.image, *self.others
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,13 @@ class Datalist:
     labels: dict[int, str]
 
 
+def _one_or_more(image: Any) -> Any:
+    return [image] if isinstance(image, str) else image
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    image: str
+    image: Annotated[list[str], BeforeValidator(_one_or_more), Field(min_length=1, max_length=_MOST_CHANNELS)]
     label: str | None = None
     subject: str = ""
 
@@ -112,12 +122,14 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> 
     }
     known: dict[str, Case] = {}
     for case in chain(*cases.values()):
-        if (first := known.setdefault(real(str(case.image)), case)) is not case:  # also by a link to it
-            raise UserError(f"{case.place}: {case.image} is listed twice, first in {first.place}")
-        for volume in (case.image, case.label):
+        for image in case.images:
+            if first := known.get(real(str(image))):  # also by a link to it
+                raise UserError(f"{case.place}: {image} is listed twice, first in {first.place}")
+            known[real(str(image))] = case
+        for volume in (*case.images, case.label):
             if volume and not os.path.isfile(volume):
                 raise UserError(f"{case.place}: no such file: {shown(volume)}")
-    count = Counter(case.id for case in known.values())
+    count = Counter(case.id for case in chain(*cases.values()))
 
     def named(case: Case) -> Case:  # a file name that the list has twice is no id
         return case if count[case.id] == 1 else replace(case, id=os.path.relpath(case.image, base))
@@ -134,8 +146,9 @@ def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[
     for source in sources:
         listed = read_datalist(source.root, source.datalist, labelled=False)
         for case in (*listed.training, *listed.validation):
-            if (first := known.setdefault(os.path.realpath(case.image), case)) is not case:
-                raise UserError(f"{case.place}: {case.image} is also {first.place}; a volume belongs to one source")
+            for image in case.images:
+                if (first := known.setdefault(os.path.realpath(image), case)) is not case:
+                    raise UserError(f"{case.place}: {image} is also {first.place}; a volume belongs to one source")
         training += listed.training
         validation += listed.validation
     if not validation:
@@ -174,10 +187,11 @@ def read_json(path: Path, model: type[_Model]) -> _Model:
 
 def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[[str], str]) -> Case:
     if labelled and not entry.label:
-        raise UserError(f"{place}: needs a 'label', got only {shown(entry.image)}")
+        raise UserError(f"{place}: needs a 'label', got only {shown(entry.image[0])}")
+    label = [entry.label] if labelled and entry.label else []
     inside = []
-    for key in ("image", "label") if labelled else ("image",):
-        path = getattr(entry, key)
+    for number, path in enumerate(entry.image + label):
+        key = "label" if number == len(entry.image) else f"image.{number}" if number else "image"
         if BREAKS.search(path) or not is_nifti(path):
             raise UserError(f"{place}.{key}: '{shown(path)}' must end in .nii or .nii.gz, without control characters")
         target = os.path.normpath(os.path.join(base, path))
@@ -185,4 +199,5 @@ def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[
         if not real(target).startswith(os.path.join(real(str(base)), "")):
             raise UserError(f"{place}.{key}: {shown(path)} leaves the root {base}")
         inside.append(Path(target))
-    return Case(stem(inside[0]), inside[0], inside[1] if labelled else None, shown(entry.subject), place)
+    image, *others = inside[: len(entry.image)]
+    return Case(stem(image), image, inside[-1] if label else None, shown(entry.subject), place, tuple(others))

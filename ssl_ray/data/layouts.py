@@ -167,7 +167,9 @@ def _decathlon(files: Files, dataset: _Dataset | None) -> Layout | None:
     scans: dict[str, Scan] = {}
     for section in (dataset.training, dataset.validation, dataset.test):
         for entry in section:
-            image, label = (posixpath.normpath(path) if path else None for path in (entry.image, entry.label))
+            image, label = (posixpath.normpath(path) if path else None for path in (entry.image[0], entry.label))
+            others = map(posixpath.normpath, entry.image[1:])
+            found.left_out |= dict.fromkeys(others, "a further channel of a scan; only the first is read")
             missing = {path for path in (image, label) if path and path not in there}
             found.left_out |= dict.fromkeys(missing, "dataset.json lists it, but no such file can be listed")
             if image and image not in missing:
@@ -175,7 +177,7 @@ def _decathlon(files: Files, dataset: _Dataset | None) -> Layout | None:
                 scans.setdefault(image, Scan(image, label, entry.subject, test=section is dataset.test))
     found.scans = list(scans.values())
     listed = {path for scan in found.scans for path in (scan.image, scan.label)}
-    found.left_out |= dict.fromkeys(sorted(there - listed), "not in dataset.json")
+    found.left_out |= dict.fromkeys(sorted(there - listed - found.left_out.keys()), "not in dataset.json")
     return found
 
 

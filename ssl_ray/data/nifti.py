@@ -100,32 +100,34 @@ def read_label(path: Path, content: bytes | None = None) -> Nifti:
     return Nifti(voxels, label.affine)
 
 
-def on_image_grid(image: Nifti, label: Nifti, place: Path) -> Nifti:
-    """A label map with its axes in the order and direction of its image's, and with the image's own affine.
+def on_image_grid(image: Nifti, other: Nifti, place: Path, what: str = "label") -> Nifti:
+    """A label map, or another channel, with its axes in the order and direction of its image's, and with its affine.
 
-    Both files may lay out the same physical grid in their own way. Refused, as the file `place`, is a label of another
-    shape than its image, or with corner voxels more than 0.1 voxel from the image's.
+    Both files may lay out the same physical grid in their own way. Refused, as the file `place`, is what has another
+    shape than the image, or corner voxels more than 0.1 voxel from the image's; `what` it is, is for the message.
     """
-    turn = nib.io_orientation(np.linalg.solve(image.affine, label.affine))
-    voxels = nib.apply_orientation(label.voxels, turn)
+    turn = nib.io_orientation(np.linalg.solve(image.affine, other.affine))
+    voxels = nib.apply_orientation(other.voxels, turn)
     if image.voxels.shape != voxels.shape:
-        raise UserError(f"{place}: the label has shape {label.voxels.shape}, its image {image.voxels.shape}")
-    affine = label.affine @ nib.orientations.inv_ornt_aff(turn, label.voxels.shape)
+        raise UserError(f"{place}: the {what} has shape {other.voxels.shape}, its image {image.voxels.shape}")
+    affine = other.affine @ nib.orientations.inv_ornt_aff(turn, other.voxels.shape)
     corners = np.array([*np.ndindex(2, 2, 2)]) * (np.array(voxels.shape) - 1)
     apart = nib.affines.apply_affine(image.affine, corners) - nib.affines.apply_affine(affine, corners)
     worst, voxel = float(np.linalg.norm(apart, axis=1).max()), float(nib.affines.voxel_sizes(image.affine).min())
     if worst > 0.1 * voxel:
-        raise UserError(f"{place}: the label's affine puts its voxels up to {worst:.3g} mm from those of its image")
+        raise UserError(f"{place}: the {what}'s affine puts its voxels up to {worst:.3g} mm from those of its image")
     return Nifti(voxels.copy(order="K"), image.affine)  # torch takes no axis that runs backwards in memory
 
 
 def content_digest(scan: Nifti) -> str:
     """The same for the same voxels, to the whole HU, whatever the file's name, format, compression and order of axes.
 
-    It is the SHA-256 of the shape and of a checksum of every slice, which takes a twentieth of the voxels' own.
+    Values of no CT, that span less than 16 units, are rounded to a thousandth of that. It is the SHA-256 of the shape
+    and of a checksum of every slice, which takes a twentieth of the voxels' own.
     """
-    turned = nib.apply_orientation(scan.voxels, nib.io_orientation(scan.affine))
-    slices = np.rint(turned.T, order="C")
+    turned = nib.apply_orientation(scan.voxels, nib.io_orientation(scan.affine)).T
+    span = np.ptp(turned[::4, ::4, ::4])
+    slices = np.rint(turned * (1000 / span) if 0 < span < 16 else turned, order="C")
     slices += 0  # no negative zero
     checksums = [isal_zlib.crc32(one) for one in slices]
     return hashlib.sha256(f"{slices.shape} {checksums}".encode()).hexdigest()

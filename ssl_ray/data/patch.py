@@ -35,21 +35,23 @@ def crop_origin(centre: Sequence[int], shape: Sequence[int], size: Sequence[int]
 def read_patch(
     array: npt.NDArray[Any], origin: Sequence[int], size: Sequence[int], out: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[Any]:
-    """One patch, without loading its volume.
+    """One patch of a volume (X, Y, Z) or (C, X, Y, Z), without loading it.
 
     A volume shorter than the patch counts as padded with zeros on both sides, the smaller half first, like MONAI's
     `SpatialPad`; `origin` (3 voxels) is meant in the padded volume, which the patch may not leave.
     """
+    *channels, x, y, z = array.shape
     if out is None:
-        out = np.empty(tuple(size), dtype=array.dtype)
-    source, target = [], []
-    for start, side, length in zip(origin, size, array.shape, strict=True):
+        out = np.empty((*channels, *size), dtype=array.dtype)
+    source: list[Any] = [...]
+    target: list[Any] = [...]
+    for start, side, length in zip(origin, size, (x, y, z), strict=True):
         before = max(side - length, 0) // 2
         if not 0 <= start <= max(length - side, 0):
             raise ValueError(f"origin {tuple(origin)} of a {tuple(size)} patch leaves the volume of {array.shape}")
         source.append(slice(start, start + min(side, length)))
         target.append(slice(before, before + min(side, length)))
-    if any(length < side for side, length in zip(size, array.shape, strict=True)):
+    if any(length < side for side, length in zip(size, (x, y, z), strict=True)):
         out.fill(0)
     out[tuple(target)] = array[tuple(source)]
     return out

@@ -44,7 +44,8 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     time have not changed. A volume that cannot be used is a UserError, a store that cannot be read or written an
     OSError.
     """
-    files = {"image": case.image} | ({"label": case.label} if case.label else {})
+    further = {f"image.{number}": path for number, path in enumerate(case.others, 1)}
+    files = {"image": case.image, **further, **({"label": case.label} if case.label else {})}
     digests, content = {}, {}
     for name, file in files.items():
         try:
@@ -61,24 +62,27 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     if None in content.values():  # the sources are known, but the store has no volume of them
         return prepare_case(case, preparation, store, verify=True)
     image, label = read_nifti(case.image, content["image"]), None
+    others = [on_image_grid(image, read_nifti(path, content[name]), path, "channel") for name, path in further.items()]
     if case.label:
         label = on_image_grid(image, read_label(case.label, content["label"]), case.label)
     try:
-        canonical = prepare(image, label, preparation)
+        canonical = prepare(image, label, preparation, others)
     except ValueError as error:
-        raise UserError(f"{case.image}: {error}") from error
+        raise UserError(f"{' and '.join(map(str, case.images))}: {error}") from error
     counts = np.bincount(canonical.label.ravel()) if canonical.label is not None else ()
     volume = Volume(
         key=key,
         **named,
         content=content_digest(image),
-        shape=canonical.image.shape,
+        shape=canonical.image.shape[-3:],
         spacing=preparation.spacing,
         affine=tuple(map(tuple, canonical.affine.tolist())),
         dtype=str(canonical.image.dtype),
         levels=canonical.levels,
-        channels=1,
-        hu_window=preparation.hu_window,
+        channels=1 + len(others),
+        normalise=preparation.normalise.model_dump(mode="json"),
+        intensities=canonical.intensities,
+        body=canonical.body,
         original_shape=image.voxels.shape,
         label_voxels={str(value): int(count) for value, count in enumerate(counts) if count},
         largest_label=int(label.voxels.max()) if label else 0,

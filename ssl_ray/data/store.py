@@ -1,6 +1,6 @@
 """Content-addressed store of canonical arrays, in a local folder or an object store.
 
-    <cache>/<2 hex digits>/<key>/image.npy       (X, Y, Z) uint8 or uint16
+    <cache>/<2 hex digits>/<key>/image.npy       (X, Y, Z) uint8 or uint16; (C, X, Y, Z) of several channels
                                  label.npy       (X, Y, Z) uint8, labelled volumes only
                                  foreground.npy  flat indices of labelled voxels, organ by organ
                                  manifest.json   what the volume is, size and digest of each array
@@ -37,11 +37,11 @@ from ssl_ray.storage.mirror import Mirror
 class Volume:
     """Manifest of one stored volume. Lengths in voxels, spacing in mm, the affine (4, 4) maps voxels to mm (RAS+).
 
-    `content` is the digest of the scan's voxels. `dtype`, `levels` (the largest stored value) and `channels` (1: the
-    image has no axis for them) say what the normalisation stored. `largest_label` is that of the file, where a
-    structure may be too small to survive the resampling, but is still part of the evaluation. `files` has bytes and
-    sha256 of each. `subject` is the patient in the lists of a study, or empty; it is not stored, as another study's
-    lists may say something else.
+    `content` is the digest of the first channel's voxels. `dtype`, `levels` (what a network sees as 1) and `channels`
+    (1: the image has no axis for them) say what the normalisation stored, `normalise` has its settings; `intensities`
+    and `body` are as in `CanonicalVolume`. `largest_label` is that of the file, where a structure may be too small to
+    survive the resampling, but is still part of the evaluation. `files` has bytes and sha256 of each. `subject` is the
+    patient in the lists of a study, or empty; it is not stored, as another study's lists may say something else.
     """
 
     key: str
@@ -55,7 +55,9 @@ class Volume:
     dtype: str
     levels: int
     channels: int
-    hu_window: tuple[float, float]
+    normalise: dict[str, Any]
+    intensities: tuple[tuple[float, float], ...]
+    body: tuple[int, ...]
     original_shape: tuple[int, int, int]
     label_voxels: dict[str, int]
     largest_label: int

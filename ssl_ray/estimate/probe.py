@@ -10,7 +10,6 @@ import torch
 
 from ssl_ray.cluster.malloc import keep_freed
 from ssl_ray.config.schema import Study
-from ssl_ray.data.normalise import levels
 from ssl_ray.data.store import Store
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.pretrain.job import Job, Recipe
@@ -27,17 +26,18 @@ _CALLS, _SECONDS = 20, 15.0
 def probe_pretraining(study: Study) -> float:
     """Seconds of a worker's optimizer step on its share of a batch, without reading and exchange between workers."""
     config, here = study.pretrain, Path()  # a step writes nothing there
-    world, top = config.worker_range[1], levels(config.preparation.hu_window)
+    world, kept = config.worker_range[1], config.preparation.normalise.storage
     table = SampleTable(0, np.array([config.patch_size]), config.patch_size, 1, config.batch_size, 1)
-    feed = Feed(table, Store(here), (), (), "uint8" if top == 255 else "uint16", top)
+    feed = Feed(table, Store(here), (), (), kept.dtype, kept.levels)
     device = _device(config.gpu, config.cpus_per_worker)
     precision = named(resolve(config.precision, device))  # `auto` would be written down
     recipe = Recipe(config.model_copy(update={"precision": precision}), study.network, study.seed)
     learner = PretrainingLearner(Job(recipe, feed, feed, here, Mirror(here), "", None), device)  # type: ignore[arg-type]
     indices = np.array(table.rank_samples(0, 0, world))
     dtype, pinned = getattr(torch, feed.dtype), device.type == "cuda"  # as the stream's
-    patches = torch.empty((len(indices), *config.patch_size), dtype=dtype, pin_memory=pinned).numpy()
-    patches[:] = np.random.default_rng(0).integers(0, top + 1, patches.shape)
+    shape = len(indices), config.preparation.channels, *config.patch_size
+    patches = torch.empty(shape, dtype=dtype, pin_memory=pinned).numpy()
+    patches[:] = np.random.default_rng(0).integers(0, kept.levels + 1, shape)
     return _time(lambda: learner.step(patches, indices, world, config.optimizer.lr), device)
 
 
@@ -46,9 +46,10 @@ def probe_finetuning(study: Study) -> tuple[float, float]:
     config, rate = study.finetune, study.finetune.optimizer.lr
     device = _device(config.gpus_per_trial > 0, config.cpus_per_trial)
     learner = SegmentationLearner(config, study.network, device, seed=0)
-    images = torch.rand(config.volumes_per_step * config.patches_per_volume, 1, *config.patch_size, device=device)
-    labels = torch.randint(config.cohort.classes, images.shape, device=device, dtype=torch.uint8)
-    windows = torch.rand(config.sliding_window_batch, 1, *config.patch_size, device=device)
+    patch = config.preparation.channels, *config.patch_size
+    images = torch.rand(config.volumes_per_step * config.patches_per_volume, *patch, device=device)
+    labels = torch.randint(config.cohort.classes, images[:, :1].shape, device=device, dtype=torch.uint8)
+    windows = torch.rand(config.sliding_window_batch, *patch, device=device)
 
     seconds = _time(lambda: learner.step(images, labels, rate), device)
     learner.network.eval()

@@ -13,7 +13,6 @@ import numpy as np
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.consistency import check_lists
 from ssl_ray.data.datalist import Case, read_unlabelled
-from ssl_ray.data.normalise import levels
 from ssl_ray.data.resample import canonical_grid
 from ssl_ray.data.splits import read_labelled
 from ssl_ray.data.store import VOLUME_JSON, Store, Volume
@@ -58,7 +57,7 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
         return {name: Group(number) for name, number in zip(_GROUPS, numbers, strict=True)}
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
     splits = read_labelled(config.cohort, config.sizes)
-    check_lists(training, validation, splits)
+    check_lists(training, validation, splits, config.preparation.channels)
     labelled = {case.image: case for cases in splits.training.values() for case in cases}
     sections = training, validation, tuple(labelled.values()), splits.validation, splits.test
     stored: dict[Any, Volume] = {}
@@ -67,7 +66,8 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
     for path in Store(folders.cache, folders.scratch).folder.glob(f"??/*/{MANIFEST}"):
         with suppress(OSError, ValueError):  # a damaged volume counts as missing
             volume = VOLUME_JSON.validate_json(path.read_bytes())
-            stored[volume.image_source, volume.spacing, volume.hu_window, bool(volume.label_source)] = volume
+            how = volume.spacing, str(volume.normalise), volume.channels, bool(volume.label_source)
+            stored[volume.image_source, *how] = volume
     for name, cases in zip(_GROUPS, sections, strict=True):
         part = config if name.startswith("labelled") else study.pretrain
         groups[name] = _group(cases, part.preparation, stored, study.on_bad_volume == "skip")
@@ -75,7 +75,7 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
 
 
 def _group(cases: Sequence[Case], preparation: Preparation, stored: dict[Any, Volume], skip: bool) -> Group:
-    made = preparation.spacing, preparation.hu_window
+    made = preparation.spacing, str(preparation.normalise.model_dump(mode="json")), preparation.channels
     found = [stored.get((str(case.image), *made, bool(case.label))) for case in cases]
     absent = [case.image for case, volume in zip(cases, found, strict=True) if not volume]
     prepared = [volume for volume in found if volume]
@@ -87,7 +87,8 @@ def _group(cases: Sequence[Case], preparation: Preparation, stored: dict[Any, Vo
         except Exception as error:  # nibabel's, zlib's and the system's, of many types
             if not skip:
                 raise UserError(f"{path}: {reason(error)}") from error
-    voxel = (1 if levels(preparation.hu_window) == 255 else 2) + any(case.label for case in cases)
+    image = preparation.channels * np.dtype(preparation.normalise.storage.dtype).itemsize
+    voxel = image + any(case.label for case in cases)
     missing = len(absent) * voxel * sum(map(math.prod, grids)) / len(grids) if grids else None
     shapes = [*grids, *(volume.shape for volume in prepared)]
     return Group(

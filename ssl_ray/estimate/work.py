@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ssl_ray.config.schema import Study
-from ssl_ray.data.normalise import levels
 from ssl_ray.estimate.volumes import Group
 from ssl_ray.evaluate.sliding_window import sliding_windows
 from ssl_ray.networks.flops import network_cost
@@ -24,14 +23,14 @@ Figures = dict[str, Any]
 
 def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
     """The pretraining, with the most workers that the experiment allows and without times."""
-    config, patches = study.pretrain, study.pretrain.patches_per_volume
+    config, patches, channels = study.pretrain, study.pretrain.patches_per_volume, study.pretrain.preparation.channels
     world = config.worker_range[1]
     shapes = np.ones((config.drawn(groups["unlabelled training"].volumes), 3), np.int64)
     table = SampleTable(study.seed, shapes, config.patch_size, patches, config.batch_size, config.epochs, config.steps)
     checks = groups["unlabelled validation"].volumes * patches * len(table.boundaries(config.validate_every))
-    cost = task_cost(config.task, study.network, config.patch_size)
-    itemsize = 1 if levels(config.preparation.hu_window) == 255 else 2
-    block_steps = segments(table, 0, world, config.block_megabytes * 2**20, itemsize)[0].block_steps
+    cost = task_cost(config.task, study.network, config.patch_size, channels)
+    voxel_bytes = channels * np.dtype(config.preparation.normalise.storage.dtype).itemsize
+    block_steps = segments(table, 0, world, config.block_megabytes * 2**20, voxel_bytes)[0].block_steps
     share = len(table.rank_samples(0, 0, world))
     # A worker holds a block, the next is fetched and one waits; the next segment opens before the last has ended.
     in_flight = min(2 * 3 * world * block_steps * share, table.steps * config.batch_size)
@@ -48,7 +47,7 @@ def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
         "flops": table.steps * per_step + checks * cost.forward,
         "weights_bytes": cost.weights_bytes,  # with `shard`, divided among the workers like the next
         "optimizer_bytes": 2 * cost.trained_bytes,  # Adam's two moments
-        "object_store_bytes": in_flight * math.prod(config.patch_size) * itemsize,
+        "object_store_bytes": in_flight * math.prod(config.patch_size) * voxel_bytes,
         "exchanged_bytes_per_step": rings * (world - 1) * cost.trained_bytes // world,  # by each worker
     }
 
@@ -64,7 +63,7 @@ def estimate_grid(
     places += [cluster["cpus"] / config.cpus_per_trial] if cluster["cpus"] is not None else []
     places += [cluster["gpus"] / config.gpus_per_trial] if config.gpus_per_trial else []
     at_once = min(trials, max(1, int(min(places))))
-    cost = network_cost(build_segmentation, study.network, sides, 1, config.cohort.classes)
+    cost = network_cost(build_segmentation, study.network, sides, config.preparation.channels, config.cohort.classes)
     validations = math.ceil(config.steps / config.validate_every)
     held_out = groups["labelled validation"], groups["labelled test"]
     if folds := config.cohort.folds:  # one is validated on and one scored

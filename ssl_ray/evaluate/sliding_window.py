@@ -33,31 +33,32 @@ def predict(
     order, which can matter only to voxels whose two best classes are equal up to rounding.
 
     Args:
-        model: (B, 1, *patch_size) float32 -> (B, classes, *patch_size) logits, for at most 256 classes.
-        image: (X, Y, Z) float32 in 0..1; in the middle of zeros where it is smaller than the patch.
+        model: (B, C, *patch_size) float32 -> (B, classes, *patch_size) logits, for at most 256 classes.
+        image: (C, X, Y, Z) float32; in the middle of zeros where it is smaller than the patch.
         overlap: of neighbouring windows, as a share of the patch side, 0 <= overlap < 1.
 
     Returns:
         (X, Y, Z) uint8 on the image's device.
     """
     device, training = next(model.parameters()).device, model.training
-    missing = [max(side - size, 0) for side, size in zip(patch_size, image.shape, strict=True)]
+    missing = [max(side - size, 0) for side, size in zip(patch_size, image.shape[1:], strict=True)]
     before = [voxels // 2 for voxels in missing]
     sides = [n for low, both in zip(before[::-1], missing[::-1], strict=True) for n in (low, both - low)]
     padded = pad(image, sides) if any(sides) else image  # `pad` always copies
-    axis = max(range(3), key=lambda axis: padded.shape[axis])
-    windows = sorted(sliding_windows(padded.shape, patch_size, overlap), key=lambda window: window[axis].start)
-    slab = _Slab(padded.shape, axis, patch_size[axis], windows, image.device)
+    size = padded.shape[1:]
+    axis = max(range(3), key=lambda axis: size[axis])
+    windows = sorted(sliding_windows(size, patch_size, overlap), key=lambda window: window[axis].start)
+    slab = _Slab(size, axis, patch_size[axis], windows, image.device)
     model.eval()
     with torch.inference_mode(), autocast(device, dtype):
         for first in range(0, len(windows), sliding_window_batch):
             some = windows[first : first + sliding_window_batch]
-            logits = model(torch.stack([padded[window] for window in some])[:, None].to(device))
+            logits = model(torch.stack([padded[:, *window] for window in some]).to(device))
             for window, one in zip(some, logits.to(image.device), strict=True):
                 slab.add(window, one)
-        slab.finish(padded.shape[axis])
+        slab.finish(size[axis])
     model.train(training)
-    return slab.labels[tuple(slice(low, low + size) for low, size in zip(before, image.shape, strict=True))]
+    return slab.labels[tuple(slice(low, low + side) for low, side in zip(before, image.shape[1:], strict=True))]
 
 
 def sliding_windows(size: Sequence[int], patch_size: Sequence[int], overlap: float) -> list[Window]:

@@ -51,11 +51,13 @@ class TrialFolder:
         """Folder of the training states, by step."""
         return self.path / "checkpoints"
 
-    def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any]) -> None:
+    def keep_result(
+        self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any], metadata: Mapping[str, str]
+    ) -> None:
         """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""
         contiguous = {name: value.contiguous() for name, value in weights.items()}
         for name, content in (
-            ("unetr.safetensors", save(contiguous)),
+            ("unetr.safetensors", save(contiguous, dict(metadata))),
             ("evaluation.json", json.dumps(evaluation, indent=1).encode()),
         ):
             write_file(self.path / name, content)

@@ -41,7 +41,8 @@ class SegmentationLearner:
         """
         self.config, self.device = config, device
         torch.manual_seed(seed)
-        self.network = build_segmentation(network, config.patch_size, 1, config.cohort.classes)
+        channels, classes = config.preparation.channels, config.cohort.classes
+        self.network = build_segmentation(network, config.patch_size, channels, classes)
         if weights:
             transfer(load_weights(weights), self.network, str(weights), load_metadata(weights))
         encoder: Encoder | None = getattr(self.network, "encoder", None)
@@ -74,7 +75,7 @@ class SegmentationLearner:
                 weight.requires_grad_(trains)
 
     def step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step on images (B, 1, X, Y, Z) and labels of the same shape; on a GPU, one CUDA graph.
+        """One optimizer step on images (B, C, X, Y, Z) and labels (B, 1, X, Y, Z); on a GPU, one CUDA graph.
 
         Returns:
             The loss and the gradient norm, both on the device. If either is not finite, the returned norm is not, and
@@ -88,7 +89,7 @@ class SegmentationLearner:
         return self._step(images, [labels.to(self.device, non_blocking=True)], lr)
 
     def predict(self, image: Tensor) -> Tensor:
-        """Segment a volume (X, Y, Z) in 0..1 by sliding windows: uint8 of the same shape, on the device."""
+        """Segment a volume (C, X, Y, Z) by sliding windows: (X, Y, Z) uint8, on the device."""
         return predict(
             self.network,
             image.to(self.device),
@@ -120,8 +121,8 @@ class SegmentationLearner:
     def _try(self) -> None:
         """A forward and backward pass in the shapes of a training step, which leaves no gradients behind."""
         patches = self.config.volumes_per_step * self.config.patches_per_volume
-        images = torch.zeros(patches, 1, *self.config.patch_size, device=self.device)
-        self._backward(images, images.to(torch.uint8))
+        images = torch.zeros(patches, self.config.preparation.channels, *self.config.patch_size, device=self.device)
+        self._backward(images, images[:, :1].to(torch.uint8))
         self.network.zero_grad(set_to_none=True)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +32,13 @@ class PatchSampler:
     seed: int
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images (B, 1, X, Y, Z) float32 in 0..1 and labels (B, 1, X, Y, Z) uint8 of one step, augmented.
+        """Images (B, C, X, Y, Z) float32 and labels (B, 1, X, Y, Z) uint8 of one step, augmented.
 
         A step takes the next `volumes_per_step` volumes of an endless sequence of shuffled epochs, and
         `patches_per_volume` patches of each.
         """
         images, labels = zip(*(self._patch(index, volume) for index, volume in self.patches(step)), strict=True)
-        return torch.stack(images).unsqueeze(1), torch.stack(labels).unsqueeze(1)
+        return torch.stack(images), torch.stack(labels)
 
     def patches(self, step: int) -> Iterator[tuple[int, Volume]]:
         """The index of each patch of a step, and the volume that it is cut from."""
@@ -52,11 +53,12 @@ class PatchSampler:
         random, size = generator(self.seed, _PATCH, index), self.config.patch_size
         image, label = (open_array(self.store, volume.key, name) for name in ("image", "label"))
         origin = crop_origin(self._centre(volume, image, label, random), volume.shape, size)
-        intensity = torch.from_numpy(read_patch(image, origin, size).astype(np.float32) / np.float32(volume.levels))
-        return augment(intensity, torch.from_numpy(read_patch(label, origin, size)), self.config.augmentation, random)
+        seen = read_patch(image, origin, size).astype(np.float32) / np.float32(volume.levels)
+        both = torch.from_numpy(seen.reshape(-1, *size)), torch.from_numpy(read_patch(label, origin, size)[None])
+        return augment(*both, self.config.augmentation, random)
 
     def _centre(
-        self, volume: Volume, image: npt.NDArray[np.uint8], label: npt.NDArray[np.uint8], random: np.random.Generator
+        self, volume: Volume, image: Any, label: npt.NDArray[np.uint8], random: np.random.Generator
     ) -> tuple[int, ...]:
         """A voxel of an organ, or of the body outside all organs, as with MONAI's `RandCropByPosNegLabel`."""
         counts = [count for value, count in volume.label_voxels.items() if value != "0"]
@@ -69,19 +71,19 @@ class PatchSampler:
             return tuple(int(v) for v in np.unravel_index(chosen, volume.shape))
         for _ in range(_TRIES):  # rejection has the distribution of a draw from all such voxels, without a list of them
             voxel = tuple(int(v) for v in random.integers(0, volume.shape))
-            if image[voxel] > 0 and label[voxel] == 0:
+            if label[voxel] == 0 and np.any(image[(..., *voxel)] > np.array(volume.body)):
                 break
         return voxel
 
 
 def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Flip, rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`."""
-    axes = [axis for axis in config.flip_axes if random.random() < config.flip_prob]
+    """Flip (C, X, Y, Z), rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`."""
+    axes = [axis - 3 for axis in config.flip_axes if random.random() < config.flip_prob]
     turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
     shift = random.uniform(-config.shift, config.shift) if random.random() < config.shift_prob else 0.0
-    if image.shape[0] != image.shape[1]:
+    if image.shape[-3] != image.shape[-2]:
         turns = turns // 2 * 2  # a quarter turn would exchange unequal sides
-    image, label = (torch.rot90(torch.flip(volume, axes), turns) for volume in (image, label))
+    image, label = (torch.rot90(torch.flip(volume, axes), turns, (-3, -2)) for volume in (image, label))
     image = image + shift
     return vary(image, label, int(random.integers(2**32))) if config.vary else (image, label)
 
@@ -89,7 +91,7 @@ def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.rando
 def vary(
     image: Tensor, label: Tensor, seed: int, odds: Sequence[float] = (0.2, 0.1, 0.2, 0.3)
 ) -> tuple[Tensor, Tensor]:
-    """Rotate and scale image and label (X, Y, Z); then noise, blur, and another contrast, each by its `odds`; by MONAI.
+    """Rotate and scale image and label; then noise, blur, and another contrast, each by its `odds`; by MONAI.
 
     Odds, ranges and order are nnU-Net's (Isensee et al. 2021). What comes in from outside the patch is the patch,
     reflected at its faces.
@@ -105,5 +107,5 @@ def vary(
             mt.RandAdjustContrastd("image", gamma, (0.7, 1.5)),
         ]
     ).set_random_state(seed)
-    varied = steps({"image": image.unsqueeze(0), "label": label.float().unsqueeze(0)})
-    return varied["image"].as_tensor()[0], varied["label"].as_tensor()[0].to(label.dtype)
+    varied = steps({"image": image, "label": label.float()})
+    return varied["image"].as_tensor(), varied["label"].as_tensor().to(label.dtype)

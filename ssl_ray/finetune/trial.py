@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_ray.data.nifti import read_label
+from ssl_ray.data.normalise import metadata
 from ssl_ray.data.patch import open_array
 from ssl_ray.data.store import Volume
 from ssl_ray.errors import UserError
@@ -43,8 +44,8 @@ class Trial:
         self.config = job.config.model_copy(update={"precision": _settle(job, here)})
         self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights, job.permuted)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
-        patch, classes = self.config.patch_size, self.config.cohort.classes
-        self.flops = network_cost(build_segmentation, job.network, patch, 1, classes).training
+        shapes = self.config.patch_size, self.config.preparation.channels, self.config.cohort.classes
+        self.flops = network_cost(build_segmentation, job.network, *shapes).training
         self.losses = FiniteSum()
         self.best, self.best_step = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}
@@ -113,7 +114,7 @@ class Trial:
         for name, cases in scores.items():
             metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, data.organs).items()}
             tree[name] = [asdict(case) for case in cases]
-        self.job.folder.keep_result(self.best_weights, tree)
+        self.job.folder.keep_result(self.best_weights, tree, metadata(self.config.preparation))
         return metrics
 
     def _begin_record(self, step: int) -> None:
@@ -179,7 +180,7 @@ class Trial:
     def _read(self, volume: Volume) -> tuple[Volume, Tensor, Tensor]:
         image, label = (open_array(self.job.data.store, volume.key, name) for name in ("image", "label"))
         intensity = torch.from_numpy(np.asarray(image, dtype=np.float32)).div_(volume.levels)
-        return volume, intensity, torch.from_numpy(np.array(label))
+        return volume, intensity.reshape(-1, *volume.shape), torch.from_numpy(np.array(label))
 
     def _score(self, case: tuple[Volume, Tensor, Tensor]) -> CaseScores:
         """All scores of a case. The original labels are read only here, so that few of them are in memory at once."""

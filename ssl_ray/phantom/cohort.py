@@ -1,4 +1,4 @@
-"""A synthetic labelled CT cohort, written as NIfTI with Decathlon datalists: something to try the whole study on.
+"""A synthetic labelled cohort, written as NIfTI with Decathlon datalists: something to try the whole study on.
 
 `anatomy` draws the bodies, this module puts them into a scanner, and the volumes into a folder.
 """
@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +21,7 @@ from ssl_ray.config.schema import PhantomCohort
 from ssl_ray.console import track
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.anatomy import ORGANS, draw
+from ssl_ray.phantom.mri import CONTRASTS, weighted
 from ssl_ray.storage.files import remove_stale, write_file
 
 VERSION = 2
@@ -29,14 +30,16 @@ VERSION = 2
 _STORED_AXES = ("RAS", "LAS", "LPS", "RPS", "LPI", "PIR", "ASL")
 
 
-def synthesize(seed: int, index: int, *, spacing: float | None = None) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+def synthesize(
+    seed: int, index: int, *, spacing: float | None = None, modality: Literal["CT", "MRI"] = "CT"
+) -> tuple[nib.Nifti1Image, ...]:
     """Volume `index` of the cohort `seed`, a pure function of both: int16 HU, and uint8 labels on the same grid.
 
     `spacing` is an isotropic voxel size in mm, instead of the volume's own (3.3 to 4.3 mm in plane, 4 to 6 mm along the
-    body). The patient, the pose and the stored axes stay the same.
+    body). The patient, the pose and the stored axes stay the same. MRI has an image for each of `CONTRASTS`.
     """
-    streams = np.random.SeedSequence([seed, index]).spawn(3)
-    scanner, patient, noise = (np.random.default_rng(stream) for stream in streams)
+    streams = np.random.SeedSequence([seed, index]).spawn(4)
+    scanner, patient, noise, coil = (np.random.default_rng(stream) for stream in streams)
 
     scale, fat = scanner.uniform((0.9, 0.9, 0.92), (1.1, 1.08, 1.08)), 5 + 26 * scanner.beta(1.7, 1.7)
     head, foot = scanner.uniform(125, 150), scanner.uniform(-185, -155)
@@ -57,12 +60,13 @@ def synthesize(seed: int, index: int, *, spacing: float | None = None) -> tuple[
     grainy = gaussian_filter(noise.standard_normal(hu.shape, np.float32), grain)
     image = gaussian_filter(hu, scanner.uniform(0.3, 0.6)) + grainy * (scanner.uniform(7, 26) / grainy.std())
     image = np.clip(np.round(image), -1024, 3071).astype(np.int16)
+    images = [image] if modality == "CT" else weighted(hu, coil)
 
     affine = nib.affines.from_matvec(gantry * voxel, scanner.normal(0, 60, 3))
     stored = orientations.axcodes2ornt(scanner.choice(_STORED_AXES))
     turn = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), stored)
     affine[:3, 3] -= affine[:3, :3] @ ((shape - 1) / 2)
-    return nib.Nifti1Image(image, affine).as_reoriented(turn), nib.Nifti1Image(label, affine).as_reoriented(turn)
+    return tuple(nib.Nifti1Image(voxels, affine).as_reoriented(turn) for voxels in (*images, label))
 
 
 def validation_share(unlabelled: int) -> int:
@@ -86,8 +90,8 @@ def write_cohort(cohort: PhantomCohort) -> None:
         raise UserError(f"phantom: unlabelled must be at least 3, got {cohort.unlabelled}")
     if not splits or splits[-1] > cohort.labelled:
         raise UserError(f"phantom: splits must lie between 1 and labelled = {cohort.labelled}, got {splits}")
-    counts = cohort.model_dump(exclude={"root", "seed", "splits"})
-    parameters = json.dumps({"version": VERSION, "seed": cohort.seed, **counts, "splits": splits})
+    numbers = cohort.model_dump(exclude={"root", "seed", "splits"}, exclude_defaults=True)
+    parameters = json.dumps({"version": VERSION, "seed": cohort.seed, **numbers, "splits": splits})
     record = root / "phantom.json"
     if not record.exists():
         write_file(record, parameters.encode())
@@ -96,10 +100,12 @@ def write_cohort(cohort: PhantomCohort) -> None:
 
     # The unlabelled volumes come last: a cohort with more of them keeps every other volume as it was.
     ends = np.cumsum([0, cohort.test, cohort.validation, cohort.labelled, cohort.unlabelled]).tolist()
-    names = [f"phantom{i:04d}.nii.gz" for i in range(ends[4])]
-    cases = [{"image": f"images/{name}", "label": f"labels/{name}"} for name in names[: ends[3]]]
-    cases += [{"image": f"images/{name}"} for name in names[ends[3] :]]
-    _write_volumes(root, cases, cohort.seed)
+    cases: list[dict[str, Any]] = [{"image": f"images/phantom{i:04d}.nii.gz"} for i in range(ends[4])]
+    if cohort.modality == "MRI":
+        cases = [{"image": [f"images/phantom{i:04d}_{one}.nii.gz" for one in CONTRASTS]} for i in range(ends[4])]
+    for i, case in enumerate(cases[: ends[3]]):
+        case["label"] = f"labels/phantom{i:04d}.nii.gz"
+    _write_volumes(cohort, cases)
 
     tests, validations, trainings, rest = (cases[a:b] for a, b in pairwise(ends))
     held_out = validation_share(cohort.unlabelled)
@@ -108,21 +114,24 @@ def write_cohort(cohort: PhantomCohort) -> None:
     lists |= {f"labelled_{n}": {**shared, "training": trainings[:n]} for n in splits}
     for name, content in lists.items():
         if not (path := root / f"{name}.json").exists():
-            header = {"name": f"phantom {cohort.seed}", "modality": {"0": "CT"}}
+            contrasts = CONTRASTS if cohort.modality == "MRI" else ("CT",)
+            header = {"name": f"phantom {cohort.seed}", "modality": dict(enumerate(contrasts))}
             write_file(path, json.dumps({**header, **content}, indent=1).encode())
 
 
-def _write_volumes(root: Path, cases: list[dict[str, str]], seed: int) -> None:
+def _write_volumes(cohort: PhantomCohort, cases: list[dict[str, Any]]) -> None:
     """Synthesize the volumes of which a file is missing."""
+    root = Path(cohort.root)
     for folder in ("images", "labels"):
         remove_stale(root / folder, "*.part", 24 * 3600)
-    missing = {i: case for i, case in enumerate(cases) if not all((root / name).exists() for name in case.values())}
+    files = {i: [name for part in case.values() for name in np.ravel(part).tolist()] for i, case in enumerate(cases)}
+    missing = {i: names for i, names in files.items() if not all((root / name).exists() for name in names)}
     with ProcessPoolExecutor() as pool:  # an error or Ctrl-C cancels the rest
-        written = pool.map(partial(_write_volume, root, seed), missing, missing.values())
+        written = pool.map(partial(_write_volume, cohort), missing, missing.values())
         for _ in track("synthesizing volumes", written, len(missing)) if missing else ():
             pass
 
 
-def _write_volume(root: Path, seed: int, index: int, case: dict[str, str]) -> None:
-    for name, nifti in zip(case.values(), synthesize(seed, index), strict=False):
-        write_file(root / name, gzip.compress(nifti.to_bytes(), 6, mtime=0))
+def _write_volume(cohort: PhantomCohort, index: int, names: list[str]) -> None:
+    for name, nifti in zip(names, synthesize(cohort.seed, index, modality=cohort.modality), strict=False):
+        write_file(Path(cohort.root) / name, gzip.compress(nifti.to_bytes(), 6, mtime=0))

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray.config.schema import Pretrain
+from ssl_ray.data.normalise import metadata
 from ssl_ray.networks.faster import use_fast_attention, use_patch_products
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
@@ -36,7 +37,8 @@ class PretrainingLearner:
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, self.config, self.device = job, _settled(job, device), device
         torch.manual_seed(job.recipe.seed)
-        self.task = build_task(self.config.task, job.recipe.network, self.config.patch_size)
+        sides, channels = self.config.patch_size, self.config.preparation.channels
+        self.task = build_task(self.config.task, job.recipe.network, sides, channels)
         if job.recipe.weights:
             start_from(job.recipe.weights, self.task)
         self.network = self.task.to(device).network
@@ -69,7 +71,7 @@ class PretrainingLearner:
     def step(
         self, images: npt.NDArray[Any], indices: npt.NDArray[np.int64], world: int, lr: float
     ) -> tuple[Tensor, Tensor]:
-        """One optimizer step on this rank's (B, X, Y, Z) patches of the global batch.
+        """One optimizer step on this rank's patches of the global batch, as stored.
 
         Returns the mean loss of the rank's patches and the global gradient norm, both on the device. Where either is
         not finite on any rank, the norm is not on all of them, and no rank has changed its weights.
@@ -150,7 +152,7 @@ class PretrainingLearner:
     def read(
         self, feed: Feed, samples: Sequence[Sample], rank: int, world: int
     ) -> Iterator[tuple[npt.NDArray[np.int64], int, Tensor]]:
-        """This rank's share of some samples, in parts: which they are, how many of them count, patches (B, 1, X, Y, Z).
+        """This rank's share of some samples, in parts: which they are, how many of them count, patches (B, C, X, Y, Z).
 
         Meanwhile the model is in evaluation mode. A rank without patches left takes sample 0, which does not count, as
         with `shard` the others wait for it.
@@ -170,8 +172,8 @@ class PretrainingLearner:
         weights = whole_weights(self.network)
         if not distributed.is_initialized() or distributed.get_rank() == 0:
             facts = {"step": str(step), "validation_loss": f"{self.best:.6f}", "key": self.job.key}
-            described = describe(self.job.recipe.network, self.config.patch_size) | {"task": self.config.task.kind}
-            export(self.job.weights, weights, described | facts)
+            described = describe(self.job.recipe.network, self.config.patch_size) | metadata(self.config.preparation)
+            export(self.job.weights, weights, described | {"task": self.config.task.kind} | facts)
             self.job.mirror.push(self.job.weights)
 
     def _picture(self, step: int, rows: Mapping[str, Tensor]) -> str:
@@ -187,7 +189,7 @@ class PretrainingLearner:
 
     def _try(self) -> None:  # forward and backward pass in the shapes of a training step; no gradient is left
         _, size = self._shares(self.config.worker_range[0])
-        clean = torch.zeros(size, 1, *self.config.patch_size, device=self.device)
+        clean = torch.zeros(size, self.config.preparation.channels, *self.config.patch_size, device=self.device)
         drawn = (self.task.draw(0, np.arange(size), view) for view in range(self.task.views))
         seen = self.task.see(clean, [to_device(table, self.device) for table in drawn])
         with autocast(self.device, self.dtype):
@@ -211,5 +213,5 @@ def _settled(job: Job, device: torch.device) -> Pretrain:
 
 
 def scale(stored: Tensor, levels: int) -> Tensor:
-    """(B, X, Y, Z) as stored -> (B, 1, X, Y, Z) float32 in 0..1."""
-    return stored.unsqueeze(1).float().div_(levels)
+    """Patches as stored, (B, X, Y, Z) or (B, C, X, Y, Z) -> (B, C, X, Y, Z) float32, as the network sees them."""
+    return stored.view(len(stored), -1, *stored.shape[-3:]).float().div_(levels)

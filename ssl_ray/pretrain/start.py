@@ -13,7 +13,8 @@ from ssl_ray.pretrain.tasks.registry import build_task
 
 def check_start(recipe: Recipe, weights: Path) -> dict[str, Any]:
     """What a pretraining would take of these weights, before it starts; raises as `start_from` does."""
-    return start_from(weights, build_task(recipe.settings.task, recipe.network, recipe.settings.patch_size))
+    settings, channels = recipe.settings, recipe.settings.preparation.channels
+    return start_from(weights, build_task(settings.task, recipe.network, settings.patch_size, channels))
 
 
 def start_from(weights: Path, task: Task) -> dict[str, Any]:

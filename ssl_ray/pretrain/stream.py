@@ -29,8 +29,8 @@ SEGMENT_BLOCKS = 256
 class Feed:
     """What a data task needs to read any sample: the table, and where its volumes lie, in the table's order.
 
-    `keys` name the volumes in the store, `ids` name them in messages. Voxels are stored as `dtype`, an intensity of 1
-    as `levels`.
+    `keys` name the volumes in the store, `ids` name them in messages. Voxels are stored as `dtype`, what the network
+    sees as 1 as `levels`.
     """
 
     table: SampleTable
@@ -41,10 +41,10 @@ class Feed:
     levels: int
 
     def read(self, samples: Sequence[Sample]) -> npt.NDArray[Any]:
-        """Patches (N, X, Y, Z) as stored."""
-        out = np.empty((len(samples), *self.table.patch_size), dtype=self.dtype)
-        for row, sample in enumerate(samples):
-            volume = open_array(self.store, self.keys[sample.volume])
+        """Patches as stored: (N, X, Y, Z), or (N, C, X, Y, Z) of several channels."""
+        volumes = [open_array(self.store, self.keys[sample.volume]) for sample in samples]
+        out = np.empty((len(samples), *volumes[0].shape[:-3], *self.table.patch_size), dtype=self.dtype)
+        for row, (volume, sample) in enumerate(zip(volumes, samples, strict=True)):
             read_patch(volume, sample.origin, self.table.patch_size, out=out[row])
         return out
 

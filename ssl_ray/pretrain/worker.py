@@ -32,11 +32,11 @@ def train_loop(job: Job) -> None:
     """Train from the newest whole checkpoint, or from step 0, to the end of the sample table."""
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    config, table = job.recipe.settings, job.training.table
+    config, table, channels = job.recipe.settings, job.training.table, job.recipe.settings.preparation.channels
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     learner = PretrainingLearner(job, get_device())
     watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
-    flops = task_cost(config.task, job.recipe.network, config.patch_size).training
+    flops = task_cost(config.task, job.recipe.network, config.patch_size, channels).training
     reporter, preemption = _Reporter(job, rank), _Preemption()
     saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
     saved = time.monotonic()
@@ -105,14 +105,14 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
     # One copy for all, and a reference, as what is broadcast must stay small.
     feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
     config, table, itemsize = job.recipe.settings, job.training.table, np.dtype(job.training.dtype).itemsize
-    schedule = segments(table, start, world, config.block_megabytes * 2**20, itemsize)
+    schedule = segments(table, start, world, config.block_megabytes * 2**20, config.preparation.channels * itemsize)
     return batches(table, feed, schedule, rank, world * config.cpus_per_worker)
 
 
 def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:
     """Keep a step that was not finite, on the ranks whose loss it was and on rank 0; the line about it, else "".
 
-    A rank's patches (B, X, Y, Z), as stored, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
+    A rank's patches, as stored, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
     rank 0's file has the weights before the step too (on a GPU possibly those after the next).
     """
     model, job = whole_weights(learner.network), learner.job

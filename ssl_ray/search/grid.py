@@ -40,7 +40,7 @@ def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[st
     from ssl_ray.networks.registry import build_segmentation
     from ssl_ray.networks.transfer import transfer  # MONAI takes seconds to load: only where it is needed
 
-    built = build_segmentation(network, config.patch_size, 1, config.cohort.classes)
+    built = build_segmentation(network, config.patch_size, config.preparation.channels, config.cohort.classes)
     return asdict(transfer(load_weights(weights), built, str(weights), load_metadata(weights)))
 
 

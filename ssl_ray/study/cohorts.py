@@ -48,7 +48,7 @@ def read_cohorts(study: Study) -> Cohorts:
         samples = config.epochs * config.drawn(len(training)) * config.patches_per_volume
         config.optimizer.check_warmup(config.steps or samples // config.batch_size, "pretrain.")
     splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
-    check_lists(training, validation, splits)
+    check_lists(training, validation, splits, study.finetune.preparation.channels)
     if warning := not_nested(splits):
         say(warning)
     return training, validation, splits

@@ -201,9 +201,9 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("finetune.patch_size", [32, 32, 50], "(unetr), got [32, 32, 50]: 50 = 3 x 16 + 2"),
         ("pretrain.preparation.hu_window", [164, -57], "hu_window: the lower HU must be below the upper, got [164.0, "),
         ("pretrain.preparation.hu_window", [5, 5], "hu_window: the lower HU must be below the upper"),
-        ("pretrain.preparation.hu_window", [-math.inf, 5], "preparation.hu_window.0: input should be a finite number"),
-        ("pretrain.preparation.hu_window", [0, math.nan], "preparation.hu_window.1: input should be a finite number"),
-        ("pretrain.preparation.hu_window", [0], "pretrain.preparation.hu_window.1: this key is required"),
+        ("pretrain.preparation.hu_window", [-math.inf, 5], "normalise.hu_window.0: input should be a finite number"),
+        ("pretrain.preparation.hu_window", [0, math.nan], "normalise.hu_window.1: input should be a finite number"),
+        ("pretrain.preparation.hu_window", [0], "preparation.normalise.hu_window.1: this key is required"),
         ("pretrain.preparation.spacing", [1, 0, 1], "pretrain.preparation.spacing.1: input should be greater than 0"),
         ("pretrain.preparation.spacing", math.inf, "pretrain.preparation.spacing.0: input should be a finite number"),
         ("pretrain.preparation.orientation", "RPI", "orientation: input should be 'RAS', 'LPS' or 'LAS', got 'RPI'"),
@@ -260,6 +260,65 @@ def test_a_contrastive_loss_without_negatives_is_refused(file: Path, patches: in
     change(change(file, "pretrain.batch_size", patches), "pretrain.workers", workers)
     assert "two patches a worker or more" in refusal(file, "pretrain.task.contrastive.enabled=true")
     assert load(file, ["pretrain.task.contrastive.enabled=true", f"pretrain.batch_size={2 * workers}"])
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("hu_window: [-57, 164]", {"kind": "window", "hu_window": [-57, 164]}),
+        ("normalise: {kind: window, hu_window: [-57, 164]}", {"kind": "window", "hu_window": [-57, 164]}),
+        ("normalise: {hu_window: [-57, 164]}", {"kind": "window", "hu_window": [-57, 164]}),
+        ("normalise: zscore", {"kind": "zscore", "over": "body"}),
+        ("normalise: {kind: percentile}", {"kind": "percentile", "percentiles": [0.5, 99.5]}),
+    ],
+)
+def test_a_short_form_is_the_long_one(file: Path, written: str, meant: dict[str, Any]) -> None:
+    """The kind alone, or the window alone, stand for a section; what is kept of the study is the section."""
+    file.write_text(STUDY.replace("hu_window: [-57, 164]", written))
+    study = load(file)
+    assert study.pretrain.preparation.normalise.model_dump(mode="json") == meant
+    long = file.with_name("long.yaml")
+    long.write_text(dump(study))
+    assert load(long) == study
+    assert "hu_window" not in flatten(study.pretrain.preparation)
+
+
+@pytest.mark.parametrize(
+    ("written", "rule"),
+    [
+        ("normalise: {kind: zscore, ovr: all}", "preparation.normalise.ovr: unknown key; did you mean 'over'?"),
+        ("normalise: {kind: zscore, percentiles: 5}", "normalise.percentiles: unknown key; valid keys: kind, over"),
+        ("normalise: {kind: window}", "pretrain.preparation.normalise.hu_window: this key is required"),
+        (
+            "normalise: {kind: percentile, percentiles: [9, 3]}",
+            "percentiles: they must ascend within 0 to 100",
+        ),
+        (
+            "normalise: {kind: percentile, percentiles: [1]}",
+            "normalise.percentiles.1: this key is required",
+        ),
+        ("normalise: zsore", "preparation.normalise: input tag 'zsore' found using 'kind' does not match any"),
+        ("normalise: 5", "pretrain.preparation.normalise: "),
+        ("hu_window: 5", "pretrain.preparation.normalise.hu_window: "),
+        ("hu_window: [5, 4]", "normalise.hu_window: the lower HU must be below the upper, got [5.0, 4.0]"),
+        ("crop_foreground: true", "pretrain.preparation.normalise: this key is required"),
+        ("hu_window: [0, 1], normalise: zscore", "pretrain.preparation: hu_window is short for normalise: only one"),
+        ("hu_window: [0, 1], channels: 0", "preparation.channels: input should be greater than 0, got 0"),
+        ("hu_window: [0, 1], channels: 2", "pretrain.preparation.channels: must be that of finetune.preparation"),
+    ],
+)
+def test_a_wrong_normalisation_is_named_as_it_was_written(file: Path, written: str, rule: str) -> None:
+    """Place and rule in one line: the kind, which is no key, is not in the place."""
+    file.write_text(STUDY.replace("hu_window: [-57, 164]", written))
+    message = refusal(file)
+    assert rule in message
+    assert len(message.splitlines()) == 1
+
+
+def test_weights_from_elsewhere_may_have_other_channels(file: Path) -> None:
+    """The study's own pretraining is not made, and its preparation not read."""
+    options = ["finetune.preparation.channels=2", "finetune.weights=two.safetensors"]
+    assert load(file, options).finetune.preparation.channels == 2
 
 
 def test_a_wrong_item_is_not_also_reported_as_an_empty_list(file: Path) -> None:
@@ -454,7 +513,7 @@ def test_the_recipe_is_to_the_number() -> None:
     study = load(Path(__file__).parents[2] / "experiments" / "tcia_btcv.yaml")
     pretrain, finetune, network = study.pretrain, study.finetune, study.network
     assert (network.hidden_size, network.mlp_dim, network.num_heads, network.feature_size) == (768, 3072, 12, 16)
-    assert (pretrain.preparation.spacing, pretrain.preparation.hu_window) == ((2, 2, 2), (-57, 164))
+    assert (pretrain.preparation.spacing, pretrain.preparation.normalise.hu_window) == ((2, 2, 2), (-57, 164))
     assert (pretrain.patch_size, pretrain.patches_per_volume, pretrain.batch_size) == ((96, 96, 96), 2, 8)
     assert (pretrain.epochs, pretrain.validate_every, pretrain.task.contrastive.enabled) == (300, 2, False)
     assert (pretrain.optimizer.name, pretrain.optimizer.lr, pretrain.optimizer.schedule) == ("adam", 1e-4, "constant")
@@ -465,7 +524,7 @@ def test_the_recipe_is_to_the_number() -> None:
     assert task.growing
     assert finetune.cohort.classes == 14
     assert finetune.preparation.orientation == "RAS"
-    assert (finetune.preparation.spacing, finetune.preparation.hu_window) == ((1.5, 1.5, 2), (-175, 250))
+    assert (finetune.preparation.spacing, finetune.preparation.normalise.hu_window) == ((1.5, 1.5, 2), (-175, 250))
     assert (finetune.patch_size, finetune.volumes_per_step, finetune.patches_per_volume) == ((96, 96, 96), 1, 4)
     augmentation = finetune.augmentation
     assert (augmentation.flip_prob, augmentation.flip_axes, augmentation.rotate_prob) == (0.1, (0, 1, 2), 0.1)

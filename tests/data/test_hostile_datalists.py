@@ -48,8 +48,8 @@ for name, path_, rule in (
     ("number", 5, "must be a path"), ("null", None, "must be a path"), ("list", ["v1.nii"], "must be a path"),
     ("true", True, "must be a path"), ("NaN", NAN, "must be a path"),
     ("no image", {"label": "v1.nii"}, "image: field required"),
-    ("image is a list", {"image": ["v1.nii"]}, "image: input should be a valid string"),
-    ("image is deep", {"image": json.loads("[" * 180 + "]" * 180)}, "image: input should be a valid string"),
+    ("number among channels", {"image": ["v1.nii", 5]}, "image.1: input should be a valid string"),
+    ("image is deep", {"image": json.loads("[" * 180 + "]" * 180)}, "image.0: input should be a valid string"),
 ):  # fmt: skip
     ROWS.add(f"entry is a {name}", entries("v2.nii", path_), rule)
 ROWS.add("volume twice", entries("v1.nii", "v2.nii", "./v1.nii"), "listed twice")

@@ -94,22 +94,26 @@ def test_four_digits_may_be_a_number(tmp_path: Path, labelled: bool) -> None:
 
 def test_decathlon(tmp_path: Path) -> None:
     """The volumes are those of dataset.json; what it lists and is not there, and what it does not list, is named."""
+    training = [{"image": f"./imagesTr/liver_{n}.nii.gz", "label": f"./labelsTr/liver_{n}.nii.gz"} for n in range(5)]
     dataset(
         tmp_path,
-        training=[{"image": f"./imagesTr/liver_{n}.nii.gz", "label": f"./labelsTr/liver_{n}.nii.gz"} for n in range(5)],
+        training=[*training, {"image": ["imagesTr/two_t1.nii.gz", "imagesTr/two_t2.nii.gz"]}],
         test=["./imagesTs/liver_9.nii.gz", "./imagesTs/gone.nii.gz"],
         labels={"0": "background", "1": "liver"},
     )
     names = [f"{folder}/liver_{number}.nii.gz" for folder in ("imagesTr", "labelsTr") for number in range(4)]
     extra = ["imagesTr/liver_4.nii.gz", "imagesTs/liver_9.nii.gz", "imagesTr/more.nii.gz", "imagesTr/._liver_0.nii.gz"]
-    found = found_in(tmp_path, *names, *extra)
+    two = "imagesTr/two_t1.nii.gz", "imagesTr/two_t2.nii.gz"
+    found = found_in(tmp_path, *names, *extra, *two)
     assert found.name.startswith("Decathlon")
     assert pairs(found) == {
         **{f"imagesTr/liver_{n}.nii.gz": f"labelsTr/liver_{n}.nii.gz" for n in range(4)},
         "imagesTr/liver_4.nii.gz": None,
         "imagesTs/liver_9.nii.gz": None,
+        "imagesTr/two_t1.nii.gz": None,
     }
     left_out = {
+        "imagesTr/two_t2.nii.gz": "a further channel of a scan",
         "imagesTs/gone.nii.gz": "dataset.json lists it",
         "labelsTr/liver_4.nii.gz": "dataset.json lists it",
         "imagesTr/more.nii.gz": "not in dataset.json",

@@ -18,7 +18,9 @@ from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti, read_label, read_nifti
-from ssl_ray.data.normalise import check_contrast, levels, prepare
+from ssl_ray.data.normalisations.intensities import measure
+from ssl_ray.data.normalisations.window.settings import Window
+from ssl_ray.data.normalise import prepare
 from ssl_ray.data.resample import canonical_grid
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import synthesize
@@ -51,7 +53,7 @@ def test_prepare_is_monais_own_chain(
         "image": write_nifti(tmp_path / "image.nii.gz", smooth_ct(SHAPE), affine),
         "label": write_nifti(tmp_path / "label.nii.gz", organ_labels(SHAPE), affine),
     }
-    low, high = preparation.hu_window
+    low, high = preparation.normalise.hu_window
     chain: list[Any] = [mt.LoadImaged(list(files)), mt.EnsureChannelFirstd(list(files))]
     if preparation.orientation:
         labels = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -119,7 +121,7 @@ def test_the_affine_says_where_the_crop_came_from() -> None:
 )
 def test_integer_levels_of_the_window_are_kept(window: tuple[float, float], top: int) -> None:
     """8 bits hold a window of up to 256 integer HU levels, 16 bits a wider one: distinct HU stay distinct."""
-    assert levels(window) == top
+    assert Window(hu_window=window).storage.levels == top
     count = math.floor(window[1]) - math.ceil(window[0]) + 1
     values = np.linspace(math.ceil(window[0]), math.floor(window[1]), count)
     voxels = np.broadcast_to(values[:, None, None], (count, 2, 2)).astype(np.float32)
@@ -138,7 +140,7 @@ def test_a_volume_whose_foreground_the_new_grid_misses_is_refused() -> None:
     voxels = np.full((40, 40, 40), -200, np.float32)
     voxels[5::10] = 100
     coarse = PRETRAINING.model_copy(update={"spacing": (10.0, 10.0, 10.0)})
-    with pytest.raises(UserError, match="no voxel lies above -57 HU"):
+    with pytest.raises(UserError, match="no voxel lies above -57, where the body begins"):
         prepare(Nifti(voxels, np.eye(4)), None, coarse)
     assert (
         prepare(Nifti(voxels, np.eye(4)), None, coarse.model_copy(update={"crop_foreground": False})).image.max() == 0
@@ -210,5 +212,5 @@ def test_every_ct_is_accepted() -> None:
         *phantoms,
         *real,
     ):
-        for window in (PRETRAINING.hu_window, FINETUNING.hu_window, (-1000.0, 1000.0)):
-            check_contrast(hu, window)
+        for window in (PRETRAINING.normalise.hu_window, FINETUNING.normalise.hu_window, (-1000.0, 1000.0)):
+            assert measure(hu, Window(hu_window=window)) == (*window, window[0])

@@ -25,6 +25,7 @@ from ssl_ray.config.schema import Preparation
 from ssl_ray.data import prepare as cache
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.nifti import read_label, read_nifti
+from ssl_ray.data.normalisations.window.settings import Window
 from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store
@@ -44,6 +45,8 @@ def test_what_is_stored_is_what_prepare_gives(store: Store, case: Case) -> None:
     assert volume.shape == expected.image.shape
     assert volume.spacing == PREPARATION.spacing
     assert (volume.levels, volume.channels) == (65535, 1)
+    assert (volume.intensities, volume.body) == (((-175, 250),), (0,))
+    assert volume.normalise == {"kind": "window", "hu_window": [-175, 250]}
     assert volume.dtype == arrays["image"].dtype == np.uint16
     assert volume.original_shape == SHAPE
     np.testing.assert_array_equal(volume.affine, expected.affine)
@@ -82,11 +85,18 @@ def changed_voxel(path: Path | None) -> Path:
     return write_nifti(path, array, AFFINE)
 
 
+def another_channel(case: Case) -> Path:
+    """A second one for it, on its grid."""
+    return write_nifti(case.image.with_name("second.nii.gz"), smooth_ct(SHAPE, 5), AFFINE)
+
+
+TWO = PREPARATION.model_copy(update={"channels": 2})
 CHANGES: dict[str, Callable[[Case], tuple[Case, Preparation]]] = {
     "orientation": lambda case: (case, PREPARATION.model_copy(update={"orientation": "LPS"})),
     "no orientation": lambda case: (case, PREPARATION.model_copy(update={"orientation": None})),
     "spacing": lambda case: (case, PREPARATION.model_copy(update={"spacing": (1.5, 1.5, 2.5)})),
-    "hu_window": lambda case: (case, PREPARATION.model_copy(update={"hu_window": (-175.0, 251.0)})),
+    "normalise": lambda case: (case, PREPARATION.model_copy(update={"normalise": Window(hu_window=(-175, 251))})),
+    "channels": lambda case: (replace(case, others=(another_channel(case),)), TWO),
     "crop_foreground": lambda case: (case, PREPARATION.model_copy(update={"crop_foreground": False})),
     "image": lambda case: (replace(case, image=changed_voxel(case.image)), PREPARATION),
     "label": lambda case: (replace(case, label=changed_voxel(case.label)), PREPARATION),

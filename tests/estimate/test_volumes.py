@@ -11,8 +11,8 @@ import pytest
 from planned import write
 from volumes import oblique_affine, smooth_ct
 
-from ssl_ray.config.schema import Preparation, Study
-from ssl_ray.data.datalist import Case
+from ssl_ray.config.schema import PhantomCohort, Preparation, Study
+from ssl_ray.data.datalist import Case, read_unlabelled
 from ssl_ray.data.nifti import Nifti
 from ssl_ray.data.normalise import prepare
 from ssl_ray.data.prepare import prepare_case
@@ -20,6 +20,7 @@ from ssl_ray.data.resample import canonical_grid
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
 from ssl_ray.estimate.volumes import Group, survey
+from ssl_ray.phantom.cohort import write_cohort
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of
 
@@ -90,6 +91,25 @@ def test_what_the_store_holds_is_exact(cohort: Path, tmp_path: Path) -> None:
     assert (group.prepared, group.stored_bytes, group.missing_bytes) == (4, size, 0)
     other = found(load(path, ["pretrain.preparation.spacing=5"]))["unlabelled training"]
     assert (other.prepared, other.stored_bytes) == (0, 0)
+
+
+def test_the_bytes_of_two_channels(tmp_path: Path) -> None:
+    """To the byte by headers, and as many in the store; what was stored with other settings does not count."""
+    root, numbers = tmp_path / "mri", {"unlabelled": 3, "labelled": 1, "validation": 1, "test": 1}
+    write_cohort(PhantomCohort(root=str(root), splits=(1,), modality="MRI", **numbers))
+    preparation = {"spacing": 9, "normalise": "percentile", "channels": 2, "crop_foreground": False}
+    cohort = {"root": str(root), "classes": 14, "splits": {1: "labelled_1.json"}}
+    finetune = {"preparation": preparation, "cohort": cohort}
+    path = write(tmp_path, root, pretrain={"preparation": preparation}, finetune=finetune)
+    study = load(path, [])
+    group = found(study)["unlabelled training"]
+    store, size = Store(folders_of(study).cache), 0
+    for case in read_unlabelled(study.pretrain.sources)[0]:
+        size += prepare_case(case, study.pretrain.preparation, store)[0].files["image.npy"][0]
+    assert (group.volumes, group.prepared, group.missing_bytes) == (1, 0, size - _HEADER)
+    group = found(study)["unlabelled training"]
+    assert (group.prepared, group.stored_bytes, group.missing_bytes) == (1, size, 0)
+    assert found(load(path, ["pretrain.preparation.normalise=zscore"]))["unlabelled training"].prepared == 0
 
 
 def test_a_synthetic_cohort_is_counted_before_it_is_made(cohort: Path, tmp_path: Path) -> None:

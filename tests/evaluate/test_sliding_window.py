@@ -51,9 +51,19 @@ def test_prediction_is_monais_sliding_window(
 ) -> None:
     """Volumes larger, partly smaller and smaller than the patch, long on any axis, get MONAI's labels."""
     image = torch.rand(shape)
-    labels = predict(model, image, patch, sliding_window_batch=batch, overlap=overlap)
+    labels = predict(model, image[None], patch, sliding_window_batch=batch, overlap=overlap)
     assert labels.dtype == torch.uint8
     assert torch.equal(labels, monais(model, image, patch, batch, overlap))
+
+
+def test_all_channels_reach_the_model() -> None:
+    """Two channels, partly smaller than the patch, get the labels of MONAI's sliding window."""
+    torch.manual_seed(5)
+    image, model = torch.rand(2, 12, 33, 20), nn.Conv3d(2, 5, 3, padding=1)
+    with torch.no_grad():
+        logits = sliding_window_inference(image[None], (16, 16, 16), 3, model, overlap=0.25)
+    labels = predict(model, image, (16, 16, 16), sliding_window_batch=3, overlap=0.25)
+    assert torch.equal(labels, logits[0].argmax(0).to(torch.uint8))
 
 
 class Ties(nn.Module):
@@ -75,7 +85,7 @@ def test_sums_and_ties_are_monais_to_the_bit_where_the_first_axis_is_the_longest
     """Voxels whose best classes differ by one rounding get MONAI's label: the same sums, and the same division."""
     torch.manual_seed(2)
     image, model = torch.rand(41, 23, 30), Ties(coarse=False)
-    labels = predict(model, image, (16, 12, 16), sliding_window_batch=3, overlap=overlap)
+    labels = predict(model, image[None], (16, 12, 16), sliding_window_batch=3, overlap=overlap)
     assert torch.equal(labels, monais(model, image, (16, 12, 16), 3, overlap))
     assert set(labels.unique().tolist()) == {0, 1, 2, 3}
 
@@ -85,7 +95,7 @@ def test_equal_classes_give_the_first_on_any_axis(shape: tuple[int, ...]) -> Non
     """Logits whose sums are exact in any order, as bfloat16's mostly are, with thousands of ties."""
     torch.manual_seed(3)
     image, model = torch.rand(shape), Ties(coarse=True)
-    labels = predict(model, image, (16, 12, 16), sliding_window_batch=3, overlap=0.5)
+    labels = predict(model, image[None], (16, 12, 16), sliding_window_batch=3, overlap=0.5)
     assert torch.equal(labels, monais(model, image, (16, 12, 16), 3, 0.5))
 
 
@@ -118,7 +128,7 @@ def test_memory_does_not_grow_with_the_longest_axis(axis: int) -> None:
         shape[axis] = length
         model, image = Counting(classes=104, kernel=1), torch.rand(shape)
         with Live() as live:
-            labels = predict(model, image, (8, 8, 8), sliding_window_batch=2, overlap=0.25)
+            labels = predict(model, image[None], (8, 8, 8), sliding_window_batch=2, overlap=0.25)
         assert labels.shape == image.shape
         peaks.append(live.peak - image.nbytes - labels.nbytes)
     slab, windows = 104 * 8 * 12 * 12 * 4, 104 * 2 * 8**3 * 4
@@ -131,7 +141,7 @@ def test_prediction_of_a_voxelwise_model_needs_no_windows() -> None:
     torch.manual_seed(1)
     model = Counting(classes=4, kernel=1).eval()
     image = torch.rand(21, 18, 30)
-    labels = predict(model, image, (16, 16, 16), sliding_window_batch=2, overlap=0.5)
+    labels = predict(model, image[None], (16, 16, 16), sliding_window_batch=2, overlap=0.5)
     with torch.no_grad():
         assert torch.equal(labels.long(), model(image[None, None])[0].argmax(0))
 
@@ -139,7 +149,8 @@ def test_prediction_of_a_voxelwise_model_needs_no_windows() -> None:
 def test_prediction_repeats_itself_and_leaves_the_mode(model: Counting) -> None:
     """Dropout is off in prediction, and a model in training mode is in training mode afterwards."""
     image = torch.rand(20, 20, 20)
-    first, second = (predict(model.train(), image, (16,) * 3, sliding_window_batch=4, overlap=0.25) for _ in range(2))
+    model.train()
+    first, second = (predict(model, image[None], (16,) * 3, sliding_window_batch=4, overlap=0.25) for _ in range(2))
     assert torch.equal(first, second)
     assert model.training
 
@@ -150,6 +161,6 @@ def test_window_batch_and_autocast_reach_the_model(model: Counting) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model.batches.clear()
         model.dtypes.clear()
-        predict(model, image, (16, 16, 16), sliding_window_batch=3, overlap=0.25, dtype=dtype)
+        predict(model, image[None], (16, 16, 16), sliding_window_batch=3, overlap=0.25, dtype=dtype)
         assert max(model.batches) == 3
         assert model.dtypes == {dtype}

@@ -33,8 +33,8 @@ def volumes(tmp_path):
         for name, array in {"image": image, "label": label, "foreground": foreground_index(label)}.items():
             np.save(folder / f"{name}.npy", array)
         counts = {str(value): int(count) for value, count in enumerate(np.bincount(label.ravel()))}
-        empty = dict.fromkeys(Volume.__dataclass_fields__)
-        stored.append(Volume(**{**empty, "key": key, "shape": SHAPE, "levels": 255, "label_voxels": counts}))
+        made = {"key": key, "shape": SHAPE, "levels": 255, "body": (0,), "label_voxels": counts}
+        stored.append(Volume(**{**dict.fromkeys(Volume.__dataclass_fields__), **made}))
     return tuple(stored)
 
 
@@ -126,10 +126,10 @@ ALONE = {"affine": (1, 0, 0, 0), "noise": (0, 1, 0, 0), "blur": (0, 0, 1, 0), "g
 
 
 def ball(side=24, radius=6.0):
-    """A smooth ball (X, Y, Z) in 0..1, and its label: where it is above one half."""
+    """A smooth ball (1, X, Y, Z) in 0..1, and its label: where it is above one half."""
     axes = torch.meshgrid(*[torch.arange(side) - (side - 1) / 2] * 3, indexing="ij")
     distance = torch.stack(axes).square().sum(0).sqrt()
-    image = torch.sigmoid(radius - distance)
+    image = torch.sigmoid(radius - distance)[None]
     return image, (image > 0.5).to(torch.uint8)
 
 
@@ -149,7 +149,7 @@ def test_varied_patches_are_a_function_of_the_stream():
     assert len({float(image.sum()) for image, _ in made}) > 6
     for image, label in made:
         assert type(image) is type(label) is torch.Tensor
-        assert (image.shape, image.dtype, label.dtype) == ((24, 24, 24), torch.float32, torch.uint8)
+        assert (image.shape, image.dtype, label.dtype) == ((1, 24, 24, 24), torch.float32, torch.uint8)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == np.random.get_state()[1].tolist()
 
@@ -157,8 +157,8 @@ def test_varied_patches_are_a_function_of_the_stream():
 def test_rotation_and_scaling_take_the_label_along():
     """The label stays where the image is above one half; its classes stay classes."""
     image, label = ball()
-    image = image.roll((4, -3, 2), (0, 1, 2))
-    label = 3 * label.roll((4, -3, 2), (0, 1, 2))
+    image = image.roll((4, -3, 2), (1, 2, 3))
+    label = 3 * label.roll((4, -3, 2), (1, 2, 3))
     for seed in range(8):
         moved, there = vary(image, label, seed, ALONE["affine"])
         assert set(there.unique().tolist()) == {0, 3}
@@ -184,8 +184,8 @@ def test_noise_blur_and_gamma_change_the_image_alone():
             assert torch.equal(same, label)
             assert not torch.equal(made[kind], image)
         assert float((made["noise"] - image).std()) < 0.105
-        narrow, wide = (ndimage.gaussian_filter(image.numpy(), width, mode="constant") for width in (0.5, 1.0))
-        inside = (slice(4, -4),) * 3
+        narrow, wide = (ndimage.gaussian_filter(image[0].numpy(), width, mode="constant")[None] for width in (0.5, 1.0))
+        inside = (slice(None), *(slice(4, -4),) * 3)
         assert (made["blur"].numpy() >= np.minimum(narrow, wide) - 0.02)[inside].all()
         assert (made["blur"].numpy() <= np.maximum(narrow, wide) + 0.02)[inside].all()
         low, high = image.min(), image.max()

@@ -62,7 +62,7 @@ def test_prediction_is_not_compiled(traced: None) -> None:
     eager, fast = make(), make(compile=True)
     image = torch.rand(40, 20, 50)
     with torch.compiler.set_stance("fail_on_recompile"):
-        assert torch.equal(fast.predict(image), eager.predict(image))
+        assert torch.equal(fast.predict(image[None]), eager.predict(image[None]))
         assert steps(fast, 0, 1) == pytest.approx(steps(eager, 0, 1), rel=1e-5)
 
 

@@ -59,4 +59,4 @@ def test_the_loss_of_a_level_is_half_that_of_the_one_above() -> None:
         first, second, third = learner.network(images).unbind(1)
         expected = loss(first, labels) + loss(second, labels) / 2 + loss(third, labels) / 4
         assert float(learner.objective(images, labels)) == pytest.approx(float(expected), rel=1e-6)
-    assert learner.predict(torch.rand(40, 33, 20)).shape == (40, 33, 20)
+    assert learner.predict(torch.rand(1, 40, 33, 20)).shape == (40, 33, 20)

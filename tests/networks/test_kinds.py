@@ -154,7 +154,7 @@ def test_a_trial_learns_with_any_network(network: Network) -> None:
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0] - 0.05
     learner.network.eval()
-    assert learner.predict(torch.rand(40, 20, 33)).shape == (40, 20, 33)
+    assert learner.predict(torch.rand(1, 40, 20, 33)).shape == (40, 20, 33)
 
 
 @ALL

@@ -24,7 +24,7 @@ from ssl_ray.storage.folders import Folders
 def volume(name: str) -> Volume:
     matrix = ((1.0, 0.0, 0.0, 0.0),) * 4
     shape, spacing = (16, 16, 16), (9.0, 9.0, 9.0)
-    return Volume(name, name, name, name, "", shape, spacing, matrix, "uint8", 255, 1, (0, 1), shape, {}, 1, {})
+    return Volume(name, name, name, name, "", shape, spacing, matrix, "uint8", 255, 1, {}, (), (), shape, {}, 1, {})
 
 
 def case(name: str, subject: str = "") -> Case:

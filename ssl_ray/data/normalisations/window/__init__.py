@@ -1,0 +1,1 @@
+"""CT: a fixed window of HU."""

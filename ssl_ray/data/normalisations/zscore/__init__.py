@@ -1,0 +1,1 @@
+"""MRI and other scans without a unit: deviations from the mean of the body."""
