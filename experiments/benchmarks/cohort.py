@@ -11,10 +11,12 @@ from scipy import ndimage
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti
+from ssl_ray.data.normalisations.window.settings import Window
 from ssl_ray.data.normalise import prepare
 from ssl_ray.data.store import Store, Volume
 
-PREPARATION = Preparation(spacing=2, hu_window=(-57, 164))
+WINDOW = Window(hu_window=(-57, 164))
+PREPARATION = Preparation(spacing=2, normalise=WINDOW)
 """That of the reference recipe's pretraining."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import monai.transforms as mt
 import numpy as np
 import torch
-from cohort import PREPARATION, write_scan
+from cohort import PREPARATION, WINDOW, write_scan
 from timing import Bench, Elsewhere, main
 
 from ssl_ray.data.datalist import Case
@@ -48,7 +48,7 @@ class Plain:
 
 def chain() -> Any:
     """The deterministic half of the published transforms, with the orientation of `PREPARATION`."""
-    low, high = PREPARATION.normalise.hu_window
+    low, high = WINDOW.hu_window
     return mt.Compose(
         [
             mt.LoadImaged("image"),
