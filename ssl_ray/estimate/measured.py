@@ -33,7 +33,8 @@ def pretraining_seconds(config: Pretrain, network: Network, flops: float, device
 
 def trial_seconds(config: Finetune, network: Network, device: Device) -> tuple[float | None, float | None]:
     """Of a step and of a window; trials that share a GPU share its time, as two of them gain a twentieth together."""
-    cost = network_cost(build_segmentation, network, config.patch_size, 1, config.cohort.classes)
+    shapes = config.patch_size, config.preparation.channels, config.cohort.classes
+    cost = network_cost(build_segmentation, network, *shapes)
     flops = config.volumes_per_step * config.patches_per_volume * cost.training
     if network.kind != "unetr" or flops < _LEAST or device.dtype(config.precision) != "bfloat16":
         return None, None
