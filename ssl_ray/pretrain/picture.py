@@ -10,7 +10,7 @@ import numpy.typing as npt
 def draw_picture(path: Path, rows: Mapping[str, npt.NDArray[Any]], title: str) -> None:
     """Save a picture of one patch in several states, a row each; columns axial, coronal, sagittal.
 
-    Patches are (X, Y, Z), axes in RAS order; the first gives the range from black to white, and NaN is left blank.
+    Patches are (X, Y, Z), axes in RAS order; the first gives the range from black to white, and NaN is blue.
     """
     from matplotlib.figure import Figure  # rank 0 only, and only when a picture is due
 
@@ -25,6 +25,7 @@ def draw_picture(path: Path, rows: Mapping[str, npt.NDArray[Any]], title: str) -
             axis = axes[row][column]
             # Seen as radiologists do: the patient's right on the left, anterior and superior up.
             pixels = pixels[::-1] if plane != "sagittal" else pixels
+            axis.set_facecolor("#a9c9e8")  # white and black are bone and air
             axis.imshow(pixels.T, cmap="gray", vmin=truth.min(), vmax=truth.max(), origin="lower")
             axis.set_xticks([])
             axis.set_yticks([])

@@ -58,6 +58,6 @@ class Task(nn.Module):
 
         Losses are means over the patches, float64: `loss`, by which weights are selected, and the same of a prediction
         that nothing was learned for, `identity_loss` or `mean_loss`. Rows are (B, C, X, Y, Z): the truth, what the
-        network saw, what it made of it, and what else helps to judge it. NaN is left blank.
+        network saw, what it made of it, and what else helps to judge it. NaN is drawn in blue.
         """
         raise NotImplementedError
