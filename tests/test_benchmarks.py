@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("command", ["prepare", "feed", "finetune", "gpu --parts correct,step,ddp,unetr"])
+@pytest.mark.parametrize("command", ["prepare", "feed", "finetune", "gpu --parts correct,ddp,unetr"])
 def test_a_quick_run_ends_with_its_figures(command: str, tmp_path: Path) -> None:
     """`--quick` ends with code 0, and its last line is JSON with ratios, floors and ok."""
     name, *options = command.split()
