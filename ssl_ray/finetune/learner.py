@@ -1,6 +1,5 @@
 """What a trial trains: the network, its optimizer, one step of them, and the prediction of a volume."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from ssl_ray.networks.protocol import Encoder
 from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.networks.transfer import permute, transfer
 from ssl_ray.networks.weight_files import load_metadata, load_weights
-from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
-from ssl_ray.training.gpu import StepGraph
+from ssl_ray.training.gpu import StepGraph, record
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.precision import autocast, resolve
 
@@ -83,7 +81,8 @@ class SegmentationLearner:
         """
         images = images.to(self.device, non_blocking=True)
         if self.graphs and self._graph is None:
-            self._record(images, labels)
+            self._graph = record(self._step, self.optimizer, self._go, images, [labels])
+            self.graphs = self._graph is not None
         if self._graph:
             return self._graph(images, [labels], lr)
         return self._step(images, [labels.to(self.device, non_blocking=True)], lr)
@@ -102,14 +101,6 @@ class SegmentationLearner:
     def _step(self, images: Tensor, labels: Sequence[Tensor], lr: float | Tensor) -> tuple[Tensor, Tensor]:
         loss = self._backward(images, *labels)
         return loss.detach(), take_step(self.optimizer, self.config.optimizer, lr)
-
-    def _record(self, images: Tensor, labels: Tensor) -> None:
-        """Record the step as one CUDA graph; where that fails, one warning says why, and steps stay as they were."""
-        try:
-            self._graph = StepGraph(self._step, self.optimizer, self._go, images, [labels])
-        except Exception as error:  # out of memory, or an operator that cannot be recorded
-            self.graphs = False
-            logging.getLogger(__name__).warning("going on without a CUDA graph of the step: %s", reason(error))
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         loss: Tensor = self.objective(images, labels)

@@ -1,9 +1,9 @@
 """What a pretraining worker trains: a task's network, its optimizer, one step of them, and the fixed validation."""
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,8 @@ from ssl_ray.pretrain.samples import Sample
 from ssl_ray.pretrain.start import start_from
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.registry import build_task
-from ssl_ray.text import reason
 from ssl_ray.training.compile import compile_or_not
-from ssl_ray.training.gpu import StepGraph, Upload, to_device
+from ssl_ray.training.gpu import StepGraph, Upload, record, to_device
 from ssl_ray.training.optimizer import build_optimizer, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
 from ssl_ray.training.precision import autocast, named, resolve, settle
@@ -79,12 +78,13 @@ class PretrainingLearner:
         tables = [self.task.draw(self.job.recipe.seed, indices, view) for view in range(self.task.views)]
         stored = self._upload(images)
         if self.graphs and self._graph is None:
-            self._record(stored, tables, world)
+            self._graph = record(partial(self._step, world=world), self.optimizer, self._go, stored, tables)
+            self.graphs = self._graph is not None
         if self._graph:
             return self._graph(stored, tables, lr)
-        return self._step(stored, [to_device(table, self.device) for table in tables], world, lr)
+        return self._step(stored, [to_device(table, self.device) for table in tables], lr, world)
 
-    def _step(self, stored: Tensor, tables: Sequence[Tensor], world: int, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, stored: Tensor, tables: Sequence[Tensor], lr: float | Tensor, world: int) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
         largest, size = self._shares(world)
         starts = range(0, largest, size)
@@ -110,18 +110,6 @@ class PretrainingLearner:
         """Patches of the rank that has most of the global batch, and how many of them it computes at once."""
         largest = -(-self.config.batch_size // world)
         return largest, min(self.config.microbatch or largest, largest)
-
-    def _record(self, stored: Tensor, tables: Sequence[Tensor], world: int) -> None:
-        """Record the step as one CUDA graph; where that fails, one warning says why, and steps stay as they were."""
-
-        def body(stored: Tensor, tables: Sequence[Tensor], lr: Tensor) -> tuple[Tensor, Tensor]:
-            return self._step(stored, tables, world, lr)
-
-        try:
-            self._graph = StepGraph(body, self.optimizer, self._go, stored, tables)
-        except Exception as error:  # out of memory, or an operator that cannot be recorded
-            self.graphs = False
-            logging.getLogger(__name__).warning("going on without a CUDA graph of the step: %s", reason(error))
 
     @torch.no_grad()
     def validate(self, rank: int, world: int, step: int, picture: bool) -> dict[str, float | str]:

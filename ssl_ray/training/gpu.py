@@ -1,5 +1,6 @@
 """What keeps a GPU from waiting for its host: a step is launched as a whole, and patches are copied beside another."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from ssl_ray.text import reason
 
 Body = Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
 """Patches (B, X, Y, Z) as stored, what is drawn for them, the learning rate -> loss, gradient norm."""
@@ -67,6 +70,17 @@ class StepGraph:
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """A small tensor on the device; on a GPU it is copied from pinned memory, for which the host does not wait."""
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def record(
+    body: Body, optimizer: torch.optim.Optimizer, go: Tensor, stored: Tensor, drawn: Sequence[Tensor]
+) -> StepGraph | None:
+    """The step's `StepGraph`; None where it cannot be recorded, which one warning says, and steps go on without."""
+    try:
+        return StepGraph(body, optimizer, go, stored, drawn)
+    except Exception as error:  # out of memory, or an operator that cannot be recorded
+        logging.getLogger(__name__).warning("going on without a CUDA graph of the step: %s", reason(error))
+        return None
 
 
 class Upload:

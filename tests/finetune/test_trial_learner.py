@@ -10,9 +10,9 @@ import torch
 from studies import small_study
 from torch import Tensor, nn
 
-from ssl_ray.finetune import learner as module
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.training import compile as compiled
+from ssl_ray.training import gpu
 
 CPU = torch.device("cpu")
 
@@ -123,10 +123,10 @@ def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
     def refuse(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(module, "StepGraph", refuse)
+    monkeypatch.setattr(gpu, "StepGraph", refuse)
     made = make()
     made.graphs = True
-    with caplog.at_level(logging.WARNING, module.__name__):
+    with caplog.at_level(logging.WARNING, gpu.__name__):
         assert steps(made, 0, 3) == steps(make(), 0, 3)
     assert len(caplog.records) == 1
     assert not made.graphs

@@ -15,13 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.networks.weight_files import load_metadata
-from ssl_ray.pretrain import learner as module
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw, draws_of
 from ssl_ray.pretrain.tasks.restoration.settings import Corruption
 from ssl_ray.training import compile as compiled
+from ssl_ray.training import gpu
 from ssl_ray.training.precision import autocast
 
 
@@ -202,10 +202,10 @@ def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
     def refuse(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(module, "StepGraph", refuse)
+    monkeypatch.setattr(gpu, "StepGraph", refuse)
     made = make(tmp_path)
     made.graphs = True
-    with caplog.at_level(logging.WARNING, module.__name__):
+    with caplog.at_level(logging.WARNING, gpu.__name__):
         assert steps(made, 0, 3) == expected
     assert len(caplog.records) == 1
     assert not made.graphs
