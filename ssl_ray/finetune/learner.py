@@ -16,7 +16,7 @@ from ssl_ray.networks.transfer import permute, transfer
 from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.gpu import StepGraph, record
-from ssl_ray.training.optimizer import build_optimizer, take_step
+from ssl_ray.training.optimizer import build_optimizer, first_gradient, take_step
 from ssl_ray.training.precision import autocast, resolve
 
 
@@ -104,9 +104,7 @@ class SegmentationLearner:
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         loss: Tensor = self.objective(images, labels)
-        # A NaN or infinite loss can still give finite gradients. Multiply by NaN, so that the gradient norm shows it
-        # and the step is skipped.
-        loss.backward(torch.where(torch.isfinite(loss) & self._go, 1.0, torch.nan))
+        loss.backward(first_gradient(loss, self._go))
         return loss
 
     def _try(self) -> None:

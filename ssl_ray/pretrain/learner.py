@@ -25,7 +25,7 @@ from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.registry import build_task
 from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.gpu import StepGraph, Upload, record, to_device
-from ssl_ray.training.optimizer import build_optimizer, take_step
+from ssl_ray.training.optimizer import build_optimizer, first_gradient, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
 from ssl_ray.training.precision import autocast, named, resolve, settle
 
@@ -100,9 +100,7 @@ class PretrainingLearner:
                 seen = self.task.see(clean, [table[rows] for table in tables])
                 with autocast(self.device, self.dtype):
                     own, total = self.model(seen, clean)
-                # A NaN loss can still give finite gradients. Multiply by NaN, so that every rank sees it in the
-                # gradient norm and skips the step.
-                (total * weight).backward(torch.where(torch.isfinite(total) & self._go, 1.0, torch.nan))
+                (total * weight).backward(first_gradient(total, self._go))
             loss += own.detach() * (counted / len(stored))
         return loss, take_step(self.optimizer, self.config.optimizer, lr)
 

@@ -38,6 +38,15 @@ def learning_rate(config: Optimizer, step: int, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def first_gradient(loss: torch.Tensor, go: torch.Tensor) -> torch.Tensor:
+    """What `backward` begins with: 1, or NaN where the loss is not finite or `go` is False.
+
+    A NaN or infinite loss can still give finite gradients. This way the gradient norm shows it, on every rank, and
+    `take_step` skips the step.
+    """
+    return torch.where(torch.isfinite(loss) & go, 1.0, torch.nan)
+
+
 def take_step(optimizer: torch.optim.Optimizer, config: Optimizer, lr: float | torch.Tensor) -> torch.Tensor:
     """Clip gradients, update the weights and clear the gradients; where one is not finite, only clear them.
 
