@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from shaking import shaken
 from studies import small_study
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,13 +36,6 @@ CUBE, LONG = (32, 32, 32), (16, 32, 48)
 def _fixed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-
-
-def shaken(network: nn.Module) -> Any:
-    """In evaluation, with parameters that no initialisation gives."""
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return network.eval()
 
 
 def without_gradient(network: nn.Module, output: Any) -> set[str]:
@@ -80,7 +74,7 @@ def test_an_autoencoder_is_its_encoder_and_its_decoder(network: Network, channel
 @pytest.mark.parametrize("prefix", ["", "encoder."])
 def test_a_transferred_encoder_gives_the_same_tokens(network: Network, prefix: str) -> None:
     """Out of an autoencoder's file, or of a task that holds an encoder; the decoder of the segmentation stays."""
-    source = shaken(build_autoencoder(network, LONG) if not prefix else build_encoder(network, LONG))
+    source = shaken(build_autoencoder(network, LONG) if not prefix else build_encoder(network, LONG), std=0.1)
     made = build_segmentation(network, LONG, 1, 3).eval()
     before = {name: value.clone() for name, value in made.state_dict().items()}
     weights = {prefix + name: value for name, value in source.state_dict().items()}
@@ -99,7 +93,7 @@ def test_a_transferred_encoder_gives_the_same_tokens(network: Network, prefix: s
 @PRETRAINED
 def test_another_patch_interpolates_the_positions(network: Network) -> None:
     """And nothing else: rotary positions are computed, not stored."""
-    source = shaken(build_autoencoder(network, CUBE))
+    source = shaken(build_autoencoder(network, CUBE), std=0.1)
     made = build_segmentation(network, (32, 32, 64), 1, 3)
     report = transfer(source.state_dict(), made, "weights", describe(network, CUBE))
     assert report.interpolated == (made.encoder.positions,)

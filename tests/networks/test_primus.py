@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from shaking import shaken
+from torch import Tensor
 
 from ssl_ray.networks.flops import counted
 from ssl_ray.networks.primus.network import rotation, turned
@@ -22,13 +23,6 @@ PATCH, GRID = (8, 16, 12), (2, 4, 3)
 def _fixed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-
-
-def shaken(network: nn.Module) -> Any:
-    """The network in evaluation, with parameters that no initialisation gives, so that each of them matters."""
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return network.eval()
 
 
 def test_positions_turn_pairs_of_numbers_along_three_axes() -> None:
@@ -47,7 +41,7 @@ def test_positions_turn_pairs_of_numbers_along_three_axes() -> None:
 
 def test_attention_sees_differences_of_places_alone() -> None:
     """Tokens anywhere in the grid are encoded as the same tokens moved by a step along every axis."""
-    encoder = shaken(build_encoder(TINY, (16, 16, 16)))
+    encoder = shaken(build_encoder(TINY, (16, 16, 16)), std=0.2)
     tokens = torch.randn(2, 3, 48)
     at = torch.tensor([[0, 5, 20], [1, 4, 21]])  # places in a grid of 4 x 4 x 4, none of them at its end
     with torch.no_grad():
@@ -61,7 +55,7 @@ def test_attention_sees_differences_of_places_alone() -> None:
 
 def test_tokens_are_encoded_by_their_places_in_any_order() -> None:
     """All tokens in another order, with their places, give the same tokens in that order."""
-    encoder = shaken(build_encoder(TINY, PATCH))
+    encoder = shaken(build_encoder(TINY, PATCH), std=0.2)
     order = torch.stack([torch.randperm(24), torch.randperm(24)])
     with torch.no_grad():
         tokens = encoder.embed(torch.rand(2, 1, *PATCH))
@@ -72,7 +66,7 @@ def test_tokens_are_encoded_by_their_places_in_any_order() -> None:
 
 def test_a_token_is_a_box_of_voxels() -> None:
     """Token (x, y, z) of the grid, z fastest, sees its box of the patch and nothing else."""
-    encoder = shaken(build_encoder(TINY, PATCH, channels=2))
+    encoder = shaken(build_encoder(TINY, PATCH, channels=2), std=0.2)
     image = torch.zeros(1, 2, *PATCH)
     with torch.no_grad():
         before = encoder.embed(image)
@@ -85,7 +79,7 @@ def test_a_token_is_a_box_of_voxels() -> None:
 def test_a_block_is_that_of_the_paper() -> None:
     """Written out with a plain softmax: norms before, rotary queries and keys, norm after the attention, SwiGLU with a
     norm, layer scale."""
-    encoder = shaken(build_encoder(TINY, PATCH))
+    encoder = shaken(build_encoder(TINY, PATCH), std=0.2)
     block, x = encoder.blocks[0], torch.randn(2, 24, 48)
     turns = rotation(GRID, 12)
 
@@ -149,7 +143,7 @@ def test_it_computes_what_its_authors_code_does(settings: Primus) -> None:
     """With the same weights; `dynamic-network-architectures` and timm are no dependencies."""
     theirs = pytest.importorskip("dynamic_network_architectures.architectures.primus")
     side = (settings.token,) * 3
-    ours = shaken(build_segmentation(settings, (16, 16, 16), 2, 3))
+    ours = shaken(build_segmentation(settings, (16, 16, 16), 2, 3), std=0.2)
     reference = theirs.Primus(
         2,
         settings.hidden_size,
