@@ -2,7 +2,7 @@
 
 import sys
 
-from ssl_ray.cli import main
+from ssl_ray.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -71,7 +71,7 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """The small pretraining of tests/runs.py without any fault, which one test process carries out for all."""
     from runs import outcome, write
 
-    from ssl_ray.cli import main
+    from ssl_ray.cli.main import main
 
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "undisturbed"

@@ -109,7 +109,7 @@ def datalist() -> Reader:
 
 @reader
 def yaml() -> Reader:
-    from ssl_ray.cli import main
+    from ssl_ray.cli.main import main
     from ssl_ray.config.loading import dump
     from ssl_ray.study.experiment import load
 

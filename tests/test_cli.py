@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from studies import small_tree, write_study
 
-from ssl_ray import cli
-from ssl_ray.cli import main
+from ssl_ray.cli import studies
+from ssl_ray.cli.main import main
 from ssl_ray.errors import UserError
 
 COMMANDS = ["run", "plan", "prepare", "pretrain", "finetune", "report", "phantom", "datalist"]
@@ -66,7 +66,7 @@ def test_an_error_is_a_message_and_a_code(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "load", fail)
+    monkeypatch.setattr(studies, "load", fail)
     monkeypatch.delenv("SSL_RAY_TRACEBACK", raising=False)
     assert main(["run", "a.yaml"]) == code
     printed = capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_used_is_the_users_to_mend(
 def test_libraries_log_no_password(tmp_path: Path) -> None:
     """Whatever a library writes into its log."""
     code = (
-        "import logging, sys\nfrom ssl_ray.cli import main\nmain(['run', 'none.yaml'])\n"
+        "import logging, sys\nfrom ssl_ray.cli.main import main\nmain(['run', 'none.yaml'])\n"
         "logging.getLogger('urllib3').warning('retry %s', 'http://me:secret@server')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -135,7 +135,7 @@ def test_a_typo_is_told_without_loading_torch_or_ray(tmp_path: Path) -> None:
     """A mistake in the YAML must not wait for seconds of imports: the module works without them."""
     (tmp_path / "study.yaml").write_text("name: x\npretrian: {}\n")
     code = (
-        "import sys\nfrom ssl_ray.cli import main\ncode = main(['run', 'study.yaml'])\n"
+        "import sys\nfrom ssl_ray.cli.main import main\ncode = main(['run', 'study.yaml'])\n"
         "assert not {'torch', 'ray', 'mlflow'} & set(sys.modules), 'imported too early'\nsys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from runs import SAVED, STEPS, assert_close, assert_same, kill, outcome, saved, start, wait_for, workers, write
 
-from ssl_ray.cli import main
+from ssl_ray.cli.main import main
 
 pytestmark = pytest.mark.slow
 

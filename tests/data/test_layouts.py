@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from volumes import AFFINE, PREPARATION, organ_labels, smooth_ct, touch, write_nifti
 
-from ssl_ray.cli import main
+from ssl_ray.cli.main import main
 from ssl_ray.config.schema import LabelledCohort
 from ssl_ray.data.datalist import read_datalist
 from ssl_ray.data.layouts import Layout

@@ -11,7 +11,7 @@ from monai.inferers import sliding_window_inference
 from planned import write
 from torch import Tensor
 
-from ssl_ray.cli import main
+from ssl_ray.cli.main import main
 from ssl_ray.config.schema import Study
 from ssl_ray.estimate.measured import trial_seconds
 from ssl_ray.estimate.text import render

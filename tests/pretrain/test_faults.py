@@ -14,7 +14,7 @@ from runs import SAVED, STEPS, Outcome, assert_close, assert_same, kill, outcome
 from safetensors import safe_open
 from tiny_learner import MASKED, PRIMUS
 
-from ssl_ray.cli import main
+from ssl_ray.cli.main import main
 
 pytestmark = pytest.mark.slow
 

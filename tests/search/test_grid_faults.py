@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from studies import place_database, small_tree, write_study
 from torch import Tensor, nn
 
-from ssl_ray.cli import main
+from ssl_ray.cli.main import main
 from ssl_ray.search.cells import FAILURE
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of

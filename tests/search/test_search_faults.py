@@ -15,7 +15,7 @@ import ray
 from runs import wait_for
 from studies import place_database, small_tree, write_study
 
-from ssl_ray.cli import main
+from ssl_ray.cli.main import main
 from ssl_ray.search.cells import JOURNAL
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from runs import write
 
-from ssl_ray.cli import main
+from ssl_ray.cli.main import main
 from ssl_ray.config import depends
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders

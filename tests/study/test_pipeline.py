@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from studies import place_database, small_tree, write_study
 
-from ssl_ray.cli import main
+from ssl_ray.cli.main import main
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker

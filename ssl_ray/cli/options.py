@@ -1,0 +1,22 @@
+"""Arguments that verbs share."""
+
+from glob import glob
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _experiments(incomplete: str) -> list[str]:
+    """For the shell's completion: YAML files that begin so, in this folder or in one that begins so."""
+    return sorted({*glob(f"{incomplete}*.yaml"), *glob(f"{incomplete}*/*.yaml")})
+
+
+Experiment = Annotated[
+    Path, typer.Argument(help="The study's YAML, e.g. experiments/demo.yaml.", autocompletion=_experiments)
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", default_factory=list, show_default=False, help="Replace one value."),
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", file_okay=False)]
