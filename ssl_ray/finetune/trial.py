@@ -196,12 +196,12 @@ class Trial:
     def _predict(self, volumes: Iterable[Volume]) -> Iterator[tuple[Volume, Tensor, Tensor]]:
         """Each volume with its truth and its prediction, both (X, Y, Z); a thread reads the next volume meanwhile."""
         for volume, image, truth in ahead(self._read, volumes, threads=1):
-            yield volume, truth, self.learner.predict(image)
+            yield volume, truth, self.learner.predict(image, volume.levels)
 
     def _read(self, volume: Volume) -> tuple[Volume, Tensor, Tensor]:
         image, label = (open_array(self.job.data.store, volume.key, name) for name in ("image", "label"))
-        intensity = torch.from_numpy(np.asarray(image, dtype=np.float32)).div_(volume.levels)
-        return volume, intensity.reshape(-1, *volume.shape), torch.from_numpy(np.array(label))
+        stored = torch.from_numpy(np.array(image)).reshape(-1, *volume.shape)
+        return volume, stored, torch.from_numpy(np.array(label))
 
     def _score(self, case: tuple[Volume, Tensor, Tensor]) -> CaseScores:
         """All scores of a case. The original labels are read only here, so that few of them are in memory at once."""
