@@ -75,8 +75,8 @@ def evaluate_all(pairs: Pairs, names: Mapping[int, str], tolerance: float) -> tu
             made = on_image_grid(true, read_label(prediction), prediction, "prediction")
         except UserError as error:
             return error
-        voxels = (one.voxels.astype(np.uint8, order="C") for one in (made, true))
-        return evaluate_original(name, *voxels, true.affine, _LABELS, tolerance)
+        predicted, voxels = (one.voxels.astype(np.uint8, order="C") for one in (made, true))
+        return evaluate_original(name, predicted, voxels, true.affine, _LABELS, tolerance)
 
     threads = min(_THREADS, len(os.sched_getaffinity(0))) - 1
     outcomes = list(track("scoring", ahead(score, pairs.items(), threads), len(pairs)))
@@ -96,7 +96,8 @@ def _occurs(case: CaseScores, value: int) -> bool:
 def _only(case: CaseScores, values: Iterable[int]) -> CaseScores:
     """The scores of these labels."""
     fields = ("original_dice", "original_hd95", "original_surface_dice", "false_positives")
-    return replace(case, **{name: [getattr(case, name)[value - 1] for value in values] for name in fields})
+    kept: dict[str, Any] = {name: [getattr(case, name)[value - 1] for value in values] for name in fields}
+    return replace(case, **kept)
 
 
 def pairs_of(predictions: Path, labels: Path) -> tuple[Pairs, dict[str, str], int]:
