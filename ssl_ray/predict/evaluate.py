@@ -56,9 +56,9 @@ class Evaluation:
 
     def table(self) -> str:
         """Means over the volumes that have an organ, or lack it, and over all organs of a volume, for people."""
-        rows = self.rows().drop(columns="label").astype({"missed": float, "false_positives": float})
-        means = rows.groupby("organ", sort=False).mean(numeric_only=True)
-        means.loc["all organs"] = rows.groupby("case").mean(numeric_only=True).mean()
+        rows = self.rows().set_index(["case", "label", "organ"]).astype(float)  # a column may hold None alone
+        means = rows.groupby("organ", sort=False).mean()
+        means.loc["all organs"] = rows.groupby("case").mean().mean()
         return str(means.to_string(float_format="%.3f", na_rep="-"))
 
 
