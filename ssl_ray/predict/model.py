@@ -3,10 +3,11 @@
 import atexit
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ssl_ray.errors import UserError
 from ssl_ray.networks.model_file import MODEL_FILE, Metadata, read_metadata
@@ -18,10 +19,15 @@ _REMOTE = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 @dataclass(frozen=True)
 class Model:
-    """A segmentation model: the file of its weights, and what that file says of them."""
+    """A segmentation model: its file, what that says of the weights, and the weights themselves once they are read."""
 
     path: Path
     metadata: Metadata
+    weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
+
+    def loaded(self) -> "Model":
+        """With its weights, for machines that do not see the file."""
+        return replace(self, weights=load_weights(self.path))
 
     def network(self) -> nn.Module:
         """The network with these weights, all of them or a UserError: from patches to logits, on the CPU."""
@@ -30,7 +36,7 @@ class Model:
         told = self.metadata
         network = build_segmentation(told.network, told.patch_size, told.preparation.channels, told.classes)
         try:
-            network.load_state_dict(load_weights(self.path))
+            network.load_state_dict(load_weights(self.path) if self.weights is None else self.weights)
         except RuntimeError as error:
             raise UserError(f"{self.path}: not the weights of its {told.network.kind}: {shown(error)}") from error
         return network
@@ -48,20 +54,20 @@ def read_model(place: str) -> Model:
     return Model(path, read_metadata(path))
 
 
-def find(place: str, name: str) -> Path:
-    """The file of weights at a place; in a folder the one called `name`, or the only one of this name below it."""
+def find(place: str, *names: str) -> Path:
+    """The file of weights at a place: in a folder the one of these names, in it or else below it, that there is."""
     path = _download(place) if place.startswith(_REMOTE) else Path(place)
     if path.is_dir():
-        found = [path / name] if (path / name).is_file() else sorted(path.rglob(name))
+        here = [path / name for name in names if (path / name).is_file()]
+        found = here or sorted(one for name in names for one in path.rglob(name))
         if len(found) != 1:
-            first = "".join(f" {one.relative_to(path)}" for one in found[:3])
-            more = f"{len(found)} of them:{first}" if found else "there is none"
-            raise UserError(f"{place}: must be a folder with one {name} in it or below it; {more}")
+            rule = f"must be a folder with one {' or '.join(names)} in it or below it"
+            first = ", ".join(str(one.relative_to(path)) for one in found[:3])
+            raise UserError(f"{place}: {rule}; {f'there are {len(found)}: {first}' if found else 'there is none'}")
         return found[0]
     if not path.is_file():
-        raise UserError(
-            f"{place}: no such model: must be a file, a folder, runs:/<id>/<path> or models:/<name>@<alias>"
-        )
+        places = "a file, a folder, runs:/<id>/<path> or models:/<name>@<alias>"
+        raise UserError(f"{place}: no such model: must be {places}")
     return path
 
 
