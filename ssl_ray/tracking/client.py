@@ -21,6 +21,7 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # of every model it wo
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a model needs what it says, not what lies in this folder
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
+from mlflow.artifacts import download_artifacts as download_artifacts
 from mlflow.entities import Dataset as Dataset
 from mlflow.entities import DatasetInput as DatasetInput
 from mlflow.entities import InputTag as InputTag

@@ -26,7 +26,10 @@ from ssl_ray.tracking.client import (
     MlflowException,
 )
 
-_NEEDS = ("torch", "monai", "einops", "numpy", "scipy", "nibabel", "isal", "pydantic", "pyyaml", "safetensors", "rich")
+_NEEDS = (
+    *("torch", "monai", "einops", "numpy", "scipy", "nibabel", "isal"),
+    *("pyarrow", "pydantic", "pyyaml", "safetensors", "rich"),
+)
 """Packages that the code of a model imports."""
 LOADER = "ssl_ray.predict.pyfunc"
 """Module that reads a model's file; a room above this one, so that it is named and not imported."""
