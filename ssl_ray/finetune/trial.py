@@ -58,9 +58,9 @@ class Trial:
         """Take every optimizer step that is left, and yield `(step, metrics)` on the way.
 
         First comes `started_at`, the step that the trial goes on from, and then once more the records that a driver
-        which was cut off with the trial may not have got. After that `loss`, `lr`, `seconds_per_step`,
-        `validation/<metric>`, `system/<metric>`, and `skipped_steps`, the number of steps whose loss or gradient was
-        not finite, where there are any.
+        which was cut off with the trial may not have got. After that `loss`, `lr`, `validation/<metric>`,
+        `system/<metric>`, and `skipped_steps`, the number of steps whose loss or gradient was not finite, where there
+        are any.
 
         Raises:
             FloatingPointError: when more steps in a row are not finite than `on_nonfinite` and `max_skipped` allow.
@@ -146,9 +146,9 @@ class Trial:
         config, learner = self.config, self.learner
         steps, seconds = step - self.logged, time.perf_counter() - self.since
         rate = steps * config.volumes_per_step * config.patches_per_volume / seconds
-        metrics = {"seconds_per_step": seconds / steps}
+        spent = {"seconds_per_step": seconds / steps, "data_wait_share": self.waited / seconds}
+        metrics = as_system({**spent, "patches_per_second": rate})
         metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
-        metrics |= as_system({"patches_per_second": rate, "data_wait_share": self.waited / seconds})
         metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
         if config.encoder.freeze != "none":  # less is computed than was counted
             return metrics

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from ssl_ray.config.schema import Network, Preparation
 from ssl_ray.data.datalist import Case
+from ssl_ray.data.normalise import CanonicalVolume
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.sliding_window import sliding_windows
 from ssl_ray.networks.model_file import MODEL_FILE
@@ -24,11 +25,12 @@ from ssl_ray.networks.protocol import Encoder
 from ssl_ray.networks.registry import build_encoder
 from ssl_ray.networks.transfer import transfer
 from ssl_ray.networks.weight_files import load_metadata, load_weights, read_entry
-from ssl_ray.predict.case import read_prepared
 from ssl_ray.predict.model import find, read_model
-from ssl_ray.predict.workers import Device, Work, over_cases
 from ssl_ray.storage.files import appearing
 from ssl_ray.text import shown
+
+if TYPE_CHECKING:
+    from ssl_ray.predict.workers import Device, Work
 
 _BATCH = 4
 """Patches at a time."""
@@ -51,8 +53,13 @@ class Embedder:
     preparation: Preparation
 
     def __call__(self, case: Case) -> Tokens:
+        """The tokens of a case."""
+        from ssl_ray.predict.case import read_prepared  # it loads what draws, which MLflow's copy of this does without
+
+        return self.tokens(read_prepared(case, self.preparation)[0])
+
+    def tokens(self, prepared: CanonicalVolume) -> Tokens:
         """The tokens that reach into a volume, which lies in the middle of as many whole patches as it takes."""
-        prepared, _ = read_prepared(case, self.preparation)
         encoder, size = self.encoder, prepared.image.shape[-3:]
         patch = [side * encoder.token for side in encoder.grid]
         missing = [-length % side for length, side in zip(size, patch, strict=True)]
@@ -115,15 +122,16 @@ def embed_all(
     output: Path,
     *,
     tokens: bool = False,
-    device: Device = "auto",
+    device: "Device" = "auto",
     workers: int | None = None,
 ) -> tuple[int, dict[str, str]]:
     """Write features as Parquet, a row for each volume (their mean) or token -> number of rows, bad cases by image.
 
     `made_by`, the digest of the encoder's file, is kept in the metadata of the table.
     """
+    from ssl_ray.predict.workers import over_cases  # it loads Ray
 
-    def make(on: torch.device) -> Work[Tokens]:
+    def make(on: torch.device) -> "Work[Tokens]":
         return Embedder(embedder.encoder.to(on), embedder.preparation)
 
     bad: dict[str, str] = {}

@@ -73,8 +73,7 @@ def find(place: str, *names: str) -> Path:
 
 def _download(uri: str) -> Path:
     """An artifact of MLflow, copied to this machine until this process ends."""
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
+    from ssl_ray.tracking.client import MlflowException, download_artifacts  # without MLflow's own bars of progress
 
     folder = tempfile.mkdtemp(prefix="ssl-ray-model-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -19,7 +19,8 @@ from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.finetune.job import TrialData, TrialFolder, TrialJob
-from ssl_ray.networks.weight_files import load_metadata, load_weights
+from ssl_ray.networks.model_file import MODEL_FILE
+from ssl_ray.networks.weight_files import load_metadata, load_weights, weights_digest
 from ssl_ray.pretrain.driver import Pretrained
 from ssl_ray.random import run_seed
 from ssl_ray.search.callbacks import TrialCallback
@@ -145,7 +146,7 @@ def _open(
     config_yaml: str,
 ) -> Run:
     """The grid's MLflow run, with the experiment, the volumes that were left out, and the key of every cell."""
-    run = tracker.open("grid", key, "grid", params)
+    run = tracker.open("grid", key, f"{folders.name}: does pretraining help?", params)
     run.text(config_yaml, "experiment.yaml")
     if (folders.study / BAD_VOLUMES).is_file():
         run.artifact(folders.study / BAD_VOLUMES)
@@ -209,7 +210,9 @@ def tune_cells(
         try:
             for step, metrics in trial.train():
                 tune.report({"step": step, "metrics": metrics, "precision": trial.config.precision})
-            tune.report({"step": job.config.steps, "metrics": trial.evaluate()})
+            found = trial.evaluate()
+            digest = weights_digest(job.folder.path / MODEL_FILE)
+            tune.report({"step": job.config.steps, "metrics": found, "digest": digest})
         except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})
 

@@ -84,10 +84,7 @@ def job(
 
 def plain(records: Iterable[Record]) -> list[Record]:
     """Without what a clock says."""
-    return [
-        (step, {k: v for k, v in metrics.items() if k != "seconds_per_step" and not k.startswith("system/")})
-        for step, metrics in records
-    ]
+    return [(step, {k: v for k, v in metrics.items() if not k.startswith("system/")}) for step, metrics in records]
 
 
 def make(study: Study, data: TrialData, folder: Path, **options: Any) -> Trial:
@@ -535,7 +532,7 @@ def test_a_volume_that_cannot_be_scored_ends_the_trial(
 
 def test_records_tell_what_a_trial_uses(study: Study, data: TrialData, tmp_path: Path) -> None:
     """Rate, wait, memory and arithmetic of its steps, under the names that a pretraining has too."""
-    names = ("seconds_per_step", "system/patches_per_second", "system/data_wait_percentage")
+    names = ("system/seconds_per_step", "system/patches_per_second", "system/data_wait_percentage")
     clock: dict[str, list[float]] = {name: [] for name in names}
     for step, metrics in make(study, data, tmp_path).train():
         system = {name for name in metrics if name.startswith("system/")}

@@ -12,7 +12,7 @@ from studies import small_study
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
-from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
+from ssl_ray.evaluate.scores import DICE_FOREGROUND, ORIGINAL_DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.report.comparison import SELECTION
 from ssl_ray.report.results import Results, conclude
@@ -20,6 +20,7 @@ from ssl_ray.report.trials import Status, Trial
 from ssl_ray.search.cells import FAILURE, NONFINITE, Cell, cells
 from ssl_ray.study.parts import run_params, tracker_of
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
+from ssl_ray.tracking.view import DICE
 
 ORGANS = ("liver", "spleen")
 
@@ -76,17 +77,17 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
         run.artifact(path, "pictures")
     run.close()
     lineage = {PRETRAINING_RUN: run.id}
-    grid = tracker.open("grid", "g", "grid", run_params(study, "finetune"))
+    grid = tracker.open("grid", "g", "fake: does pretraining help?", run_params(study, "finetune"))
     grid.text(dump(study), "experiment.yaml")
     transfer = {"share": 1.0, "loaded": 150, "interpolated": [], "missing": [], "unexpected": ["conv3d_transpose.bias"]}
     grid.text(json.dumps(transfer), "weight_transfer.json")
     grid.text(json.dumps({cell.name: cell.name for cell in outcomes}), "cells.json")
     grid.text(json.dumps(bad), "bad_volumes.json")
     for cell, outcome in outcomes.items():
-        params = {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run}
+        params = {"size": cell.size, "init": cell.init, "lr": cell.lr}
         params |= {"training_volumes": cell.size, "precision": outcome.precision}
         tags = lineage if cell.init == "pretrained" else {}
-        run = tracker.open("trial", cell.name, cell.name, params, grid.id, tags)
+        run = tracker.open("trial", cell.name, cell.label, params, grid.id, tags)
         for step, value in outcome.curve.items():
             run.metrics({"loss": 1 - value, "lr": cell.lr, "validation/dice_foreground": value}, step)
         if outcome.status == "FINISHED":
@@ -95,6 +96,8 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
             for name, scored in parts.items():
                 means = aggregate(scored, outcome.organs)
                 metrics |= {f"selected/{name}/{key}": value for key, value in means.items()}
+            part = "test" if outcome.test else "validation"
+            metrics[DICE] = metrics.get(f"selected/{part}/{ORIGINAL_DICE_FOREGROUND}", 0.0)
             run.metrics(metrics, study.finetune.steps)
             tree = {"step": outcome.selected, "organs": list(outcome.organs)}
             tree |= {name: [asdict(one) for one in scored] for name, scored in parts.items()}
