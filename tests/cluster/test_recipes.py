@@ -153,6 +153,7 @@ def test_an_upload_is_small(tmp_path: Path) -> None:
         server.shutdown()
     assert len(JobServer.uploaded) < 5 * 10**6
     names = set(zipfile.ZipFile(io.BytesIO(JobServer.uploaded)).namelist())
-    needed = {"pyproject.toml", "README.md", "ssl_ray/cli/main.py", "experiments/demo.yaml", "my_ct/labelled.json"}
+    needed = {"pyproject.toml", "README.md", "ssl_ray/data/store.py", "experiments/demo.yaml", "my_ct/labelled.json"}
     assert needed <= names
     assert not [name for name in names if name.startswith((".git/", ".venv", "output", "data/", "tests/"))]
+    assert not [name for name in names if name.endswith((".nii.gz", ".safetensors", ".pyc"))]
