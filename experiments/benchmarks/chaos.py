@@ -286,7 +286,7 @@ def results(site: Site) -> dict[str, Any]:
             elif not metric.startswith("system/") and metric not in _CLOCKS:
                 points = tracker.client.get_metric_history(run.info.run_id, metric)
                 out[name, metric] = sorted((point.step, point.value) for point in points)
-    for pattern in ("pretrain-*/best.safetensors", "**/unetr.safetensors"):
+    for pattern in ("pretrain-*/best.safetensors", "**/model.safetensors"):
         for path in sorted(folders_of(config).study.glob(pattern)):
             cell = "pretrain" if path.name.startswith("best") else path.parent.name
             out[cell, "weights"] = load_file(path)

@@ -2,7 +2,7 @@
 
 checkpoints/<step>/            training states, the newest two, each with the weights that did best until then
 faults/step_<n>.safetensors    what reproduces a step that was not finite, for the first three
-unetr.safetensors              the result: the weights that did best on validation
+model.safetensors              the result: the weights that did best on validation, with all that prediction needs
 evaluation.json                and their scores, volume by volume
 
 The driver imports this, too: MONAI takes seconds to load and is not here.
@@ -11,15 +11,15 @@ The driver imports this, too: MONAI takes seconds to load and is not here.
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.store import Store, Volume
+from ssl_ray.networks.model_file import MODEL_FILE, Metadata, model_content
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
 
@@ -51,13 +51,10 @@ class TrialFolder:
         """Folder of the training states, by step."""
         return self.path / "checkpoints"
 
-    def keep_result(
-        self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any], metadata: Mapping[str, str]
-    ) -> None:
-        """Write `unetr.safetensors`, then `evaluation.json`; each appears complete or not at all."""
-        contiguous = {name: value.contiguous() for name, value in weights.items()}
+    def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any], metadata: Metadata) -> None:
+        """Write `model.safetensors`, then `evaluation.json`; each appears complete or not at all."""
         for name, content in (
-            ("unetr.safetensors", save(contiguous, dict(metadata))),
+            (MODEL_FILE, model_content(weights, metadata)),
             ("evaluation.json", json.dumps(evaluation, indent=1).encode()),
         ):
             write_file(self.path / name, content)
@@ -83,6 +80,7 @@ class TrialJob:
     weights: pretrained weights to start from; None for random ones.
     made_by: id of the MLflow run that made them, where it is known.
     permuted: whether to shuffle them within each tensor, as a control.
+    lineage: which study and cell it is, for the metadata of the model.
     arms: folders of the cells that this one may be compared with; its own may be among them.
     """
 
@@ -95,3 +93,4 @@ class TrialJob:
     made_by: str | None = None
     permuted: bool = False
     arms: tuple[Path, ...] = ()
+    lineage: Mapping[str, str | int | float | None] = field(default_factory=dict)

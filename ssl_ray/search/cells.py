@@ -78,6 +78,12 @@ class Cell:
         fold = "" if self.fold is None else f"-fold{self.fold}"
         return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{more}run{self.run}{fold}"
 
+    @property
+    def lineage(self) -> dict[str, str | int | float | None]:
+        """For the metadata of the model that it makes."""
+        told = {"cell": self.name, "size": self.size, "init": self.init, "lr": self.lr}
+        return {**told, "run": self.run, "fold": self.fold}
+
     def apply(self, config: Finetune) -> Finetune:
         """The section `finetune` that this cell is trained with."""
         return changed(config, {key.removeprefix("finetune."): value for key, value in self.settings.items()})

@@ -114,8 +114,17 @@ def trial_jobs(
         path = folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}"
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         data = TrialData(store, training, validation, test, splits.organs)
-        made_by = start.run_id if start else None
-        jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder, made_by, cell.init == "permuted")
+        jobs[cell] = TrialJob(
+            config=own,
+            network=network,
+            seed=trial_seed,
+            data=data,
+            weights=weights,
+            folder=folder,
+            made_by=start.run_id if start else None,
+            permuted=cell.init == "permuted",
+            lineage=cell.lineage | {"study": folders.name, "pretraining": start.key if start else None},
+        )
     compared: dict[tuple[int, int], list[Path]] = defaultdict(list)
     for cell, job in jobs.items():
         compared[cell.size, cell.run].append(job.folder.path)

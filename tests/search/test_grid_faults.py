@@ -93,7 +93,7 @@ FAULTS: dict[str, Callable[[str, str], AbstractContextManager[None]]] = {
     "killed in validation": lambda study, trial: die_in_prediction(f"{trial}/checkpoints/00000004"),
     "killed in a checkpoint": lambda study, trial: on_open(f"{trial}/checkpoints/.00000008-*/state.pt", die_half_way),
     "killed in the evaluation": lambda study, trial: die_in_prediction(f"{trial}/checkpoints/00000012"),
-    "killed in the result": lambda study, trial: on_rename(f"{trial}/unetr.safetensors", die),
+    "killed in the result": lambda study, trial: on_rename(f"{trial}/model.safetensors", die),
     "crash after step 5": lambda study, trial: after_steps(5, crash),
     "crash after step 9": lambda study, trial: after_steps(9, crash),
     "nan": lambda study, trial: poison_step(6),
@@ -214,7 +214,7 @@ def outcome(path: Path) -> Outcome:
         for metric, points in histories.items():
             assert len({step for step, _ in points}) == len(points), f"{metric}: a step is logged twice"
         assert [step for step, _ in sorted(histories["loss"])] == list(range(1, STEPS + 1)), "no step is missing"
-        (weights,) = folders_of(load(path)).study.glob(f"finetune-*/{name}-*/unetr.safetensors")
+        (weights,) = folders_of(load(path)).study.glob(f"finetune-*/{name}-*/model.safetensors")
         assert [child.name for child in weights.parent.iterdir() if child.is_dir()] == [], "checkpoints are gone"
         found[name] = {metric: sorted(points) for metric, points in histories.items()}, load_file(weights)
     return found
