@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import nibabel
+import numpy as np
 import pytest
 from machines import LAPTOP, ROOT, Machine, bare_python, clean_environment, copy_clone, machines
 from moto.server import ThreadedMotoServer
 from runs import SAVED, STEPS, Outcome, outcome, wait_for, write
 from studies import small_tree, write_study
+from tiny_model import write_model
+
+from ssl_ray.cli.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +135,23 @@ def test_a_study_submitted_stopped_and_submitted_again(
     assert SAVED <= found.started[1] < STEPS
     assert set(found.workers) == {2}, "one on each node, as none has more than one CPU"
     assert all(abs(found.losses[step] - loss) < 1e-3 for step, loss in undisturbed.losses.items())
+
+
+def test_predict_as_a_job(cluster: Cluster, cohort: Path, tmp_path: Path, ray_cluster: None) -> None:
+    """Scans are spread over the nodes, which do not see the model; each label map is that of one machine alone."""
+    model = write_model(cluster.head.tmp / "model").path
+    scans = [str(path) for path in sorted((cohort / "images").iterdir())[:3]]
+    options = ["--device", "cpu", "--workers", "2", "--output"]
+    command = ["ssl-ray", "predict", "/tmp/ray/model", *scans, *options, str(tmp_path / "cluster")]
+    job = cluster.submit(tmp_path / "predict.log", "predict", *command)
+    assert job.wait(120) == 0, (tmp_path / "predict.log").read_text()
+    assert main(["predict", str(model), *scans, *options, str(tmp_path / "here")]) == 0
+    names = sorted(path.name for path in (tmp_path / "here").glob("*.nii.gz"))
+    assert len(names) == 3
+    for name in names:
+        there, here = (nibabel.load(tmp_path / place / name) for place in ("cluster", "here"))
+        assert np.array_equal(there.dataobj, here.dataobj)
+        assert np.array_equal(there.affine, here.affine)
 
 
 def test_a_slurm_job_on_two_machines(cohort: Path, tmp_path: Path) -> None:
