@@ -171,6 +171,7 @@ def test_a_slurm_job_on_two_machines(cohort: Path, tmp_path: Path) -> None:
         variables = {"JOB_ID": "4711", "JOB_NODELIST": "node[1-2]", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "1"}
         given = clean_environment() | {f"SLURM_{name}": value for name, value in variables.items()}
         given["PATH"] = f"{programs}:{given['PATH']}"
+        given["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # a minute, after which the second machine ends its Ray
         script = ["bash", str(ROOT / "experiments" / "cluster" / "slurm.sh"), "pretrain", str(path)]
         done = subprocess.run(script, env=given, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
