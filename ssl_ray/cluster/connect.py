@@ -103,3 +103,5 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(level)
     # Batches lie in Ray's object store, which is read-only: they are copied before anything writes.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    # Of weights with dimensions of one element, whose strides may be anything: torch's DDP compares them all the same.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

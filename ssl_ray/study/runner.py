@@ -93,7 +93,7 @@ def report(study: Study, folders: Folders) -> None:
     uri = without_password(tracker.uri)
     server = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"
     say(f"\n{written.table}\n")
-    say(f"report:  {written.html}")
+    say(f"report:  {folders.output.kept(written.html)}")
     say(f"MLflow:  {server}   (experiment {tracker.experiment!r})")
 
 

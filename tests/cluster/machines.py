@@ -156,5 +156,8 @@ def copy_clone(folder: Path) -> Path:
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours without what concerns another Ray, or says where our `ssl_ray` lies."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHON"))}
+    """Ours without what concerns another Ray, but for how often it looks, or says where our `ssl_ray` lies."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHON"))}
+    return kept | {
+        key: value for key, value in os.environ.items() if key.startswith("RAY_") and "HEALTH" in key.upper()
+    }
