@@ -97,7 +97,7 @@ def report(study: Study, folders: Folders) -> None:
     uri = without_password(tracker.uri)
     served = uri.startswith("http")
     say(f"\n{written.table}\n")
-    say(f"report:  {written.html}")
+    say(f"report:  {folders.output.kept(written.html)}")
     say(f"MLflow:  {tracker.link(uri if served else f'http://127.0.0.1:{PORT}')}")
     if not served:
         say(f"         where `ssl-ray ui EXPERIMENT` serves it, or mlflow ui --backend-store-uri '{uri}'")

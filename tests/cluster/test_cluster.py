@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from machines import copy_clone
 from runs import Outcome, assert_same, outcome, saved, wait_for, write
 
 pytestmark = pytest.mark.slow
@@ -111,8 +112,7 @@ def test_the_demo_runs_as_a_submitted_job(head: Head, tmp_path: Path) -> None:
     settings += [f"pretrain.sources=[{{root: {tmp_path / 'data'}, datalist: unlabelled.json}}]"]
     settings += [f"finetune.cohort.root={tmp_path / 'data'}"]
     options = [word for setting in settings for word in ("--set", setting)]
-    working_dir = tmp_path / "project"  # what a user has after a clone
-    shutil.copytree(ROOT, working_dir, ignore=shutil.ignore_patterns(".*", "output", "data", "__pycache__"))
+    working_dir = copy_clone(tmp_path / "project")
     job = ["--working-dir", str(working_dir), "--", "ssl-ray", "run", "experiments/demo.yaml", *options]
     done = begin(address, environment, *job)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
