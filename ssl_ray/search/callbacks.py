@@ -13,7 +13,7 @@ from ssl_ray.config.loading import flatten
 from ssl_ray.console import Bar, say
 from ssl_ray.finetune.job import TrialJob
 from ssl_ray.search.cells import FAILURE, NONFINITE, STOPPED, Cell
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Run, Tracker
+from ssl_ray.tracking.tracker import DEVICE, PRETRAINING_RUN, Run, Tracker
 
 
 @dataclass(eq=False)
@@ -71,10 +71,12 @@ class TrialCallback(tune.Callback):
         if "started_at" in metrics:  # the first record of every start
             run.started(step)
             run.params({"precision": result["precision"]})
+            run.tags({DEVICE: result["device"]})
         elif step not in run.logged("selected/step" if "selected/step" in metrics else "lr"):
             run.metrics(metrics, step)
         if "selected/step" in metrics:
-            run.artifact(_of(trial)[1].folder.pull_evaluation())
+            for path in _of(trial)[1].folder.pull_evaluation():
+                run.artifact(path)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that a trial is tried again, and why."""

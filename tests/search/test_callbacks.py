@@ -67,11 +67,14 @@ def test_a_trial_is_described_and_says_why_it_failed(nonfinite: bool) -> None:
     callback = callback_of(told)
     trial = trial_of(told, failure="why", nonfinite=nonfinite)
     callback.on_trial_start(0, [], trial)
-    callback.on_trial_result(0, [], trial, {"step": 0, "metrics": {"started_at": 0.0}, "precision": "bfloat16"})
+    callback.on_trial_result(
+        0, [], trial, {"step": 0, "metrics": {"started_at": 0.0}, "precision": "bfloat16", "device": "a GPU"}
+    )
     expected = {"size": 6, "init": "pretrained", "lr": 2e-3, "run": 1, "seed": 7, "precision": "bfloat16"}
     expected |= {"training_volumes": 2, "validation_volumes": 1, "test_volumes": 0, "finetune.optimizer.lr": 2e-3}
     assert expected.items() <= told.values.items()
     assert told.labels["ssl_ray.pretraining_run"] == "made by"
+    assert told.labels["ssl_ray.device"] == "a GPU"
     assert not told.labels[NONFINITE], "of an earlier attempt"
     callback.on_trial_complete(0, [], trial)
     assert told.labels["ssl_ray.failure"] == "why"
