@@ -88,7 +88,7 @@ def outcome(path: Path) -> Outcome:
     (weights,) = folders_of(study).study.glob("pretrain-*/best.safetensors")
 
     def numbers(metric: str) -> list[int]:
-        return [int(value) for _, value in sorted(tracker.history(run.info.run_id, metric).items())]
+        return [int(value) for _, value in sorted(tracker.history(run.info.run_id, f"system/{metric}").items())]
 
     return Outcome(losses, load_weights(weights), numbers("started_at"), numbers("replayed_steps"), numbers("workers"))
 

@@ -14,6 +14,7 @@ from ssl_ray.cli.main import main
 from ssl_ray.errors import UserError
 
 COMMANDS = ["run", "plan", "prepare", "pretrain", "finetune", "report", "phantom", "datalist"]
+COMMANDS += ["predict", "evaluate", "embed"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -36,6 +37,9 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
         ["phantom", "x", "--volumes", "0"],
         ["phantom", "x", "--splits", "0"],
         ["datalist", "x", "--validation", "2"],
+        ["predict", "x", "y"],
+        ["predict", "x", "y", "-o", "z", "--overlap", "1"],
+        ["evaluate", "x"],
     ],
 )
 def test_a_wrong_command_line_ends_in_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,8 +53,6 @@ KINDS = {
     "torn checkpoint": "SIGKILL to the driver, its newest checkpoint cut off, the same command again",
 }
 PRETRAINING_STEPS, TRIAL_STEPS = 3600, 600
-_CLOCKS = ("started_at", "patches_per_second", "data_wait_share", "seconds_per_step")
-"""Metrics that no two runs have in common."""
 
 
 @dataclass
@@ -281,12 +279,12 @@ def results(site: Site) -> dict[str, Any]:
         out["runs"][kind, run.info.status] += 1
         name = run.info.run_name
         for metric in run.data.metrics:
-            if metric == "replayed_steps":
+            if metric == "system/replayed_steps":
                 out["replayed"] += tracker.history(run.info.run_id, metric).values()
-            elif not metric.startswith("system/") and metric not in _CLOCKS:
+            elif not metric.startswith("system/"):
                 points = tracker.client.get_metric_history(run.info.run_id, metric)
                 out[name, metric] = sorted((point.step, point.value) for point in points)
-    for pattern in ("pretrain-*/best.safetensors", "**/unetr.safetensors"):
+    for pattern in ("pretrain-*/best.safetensors", "**/model.safetensors"):
         for path in sorted(folders_of(config).study.glob(pattern)):
             cell = "pretrain" if path.name.startswith("best") else path.parent.name
             out[cell, "weights"] = load_file(path)

@@ -237,13 +237,13 @@ def end_to_end(bench: Bench) -> None:
                 row: dict[str, Any] = {"seconds_all_told": time.monotonic() - start}
                 history = {
                     metric: list(tracker.history(str(done.run_id), metric).items())
-                    for metric in ("patches_per_second", "data_wait_share", "loss")
+                    for metric in ("system/patches_per_second", "system/data_wait_percentage", "loss")
                 }
                 bench.put("spread", "end_to_end_history", str(batch), value=history)
                 # The first third warms up: module loads, compiling, the first blocks.
                 late = {metric: [v for _, v in points[len(points) // 3 :]] for metric, points in history.items()}
-                row["patches_per_second"] = float(np.median(late["patches_per_second"]))
-                row["data_wait_share"] = float(np.mean(late["data_wait_share"]))
+                row["patches_per_second"] = float(np.median(late["system/patches_per_second"]))
+                row["data_wait_share"] = float(np.mean(late["system/data_wait_percentage"])) / 100
                 row["records"] = len(late["loss"])
                 row["last_loss"] = late["loss"][-1]
                 ceiling = bench.results.get("step_compiled", {}).get(str(batch))

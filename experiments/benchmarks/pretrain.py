@@ -132,14 +132,14 @@ def ours(bench: Bench, case: Case, root: Path, name: str) -> Outcome:
         found = tracker.client.get_metric_history(run.info.run_id, metric)
         return sorted(found, key=lambda point: point.step)
 
-    points = history("patches_per_second")
+    points = history("system/patches_per_second")
     steps = [(point.timestamp / 1000, 0) for point in points]
     for index in range(1, len(points)):
         steps[index] = steps[index][0], case.batch * (points[index].step - points[index - 1].step)
     validated = {point.step for point in history("validation_loss")}
     after = {point.step for before, point in pairwise(points) if before.step in validated}
-    steady = [point.value for point in history("patches_per_second")[1:] if point.step not in after]
-    waits = [point.value for point in history("data_wait_share")[1:]]
+    steady = [point.value for point in history("system/patches_per_second")[1:] if point.step not in after]
+    waits = [point.value / 100 for point in history("system/data_wait_percentage")[1:]]
     losses = [(point.timestamp / 1000, point.value) for point in history("validation_loss")]
     return outcome(watched, steps, losses, waits=statistics.mean(waits), steady=statistics.median(steady))
 

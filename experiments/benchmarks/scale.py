@@ -226,10 +226,10 @@ def cohort(count: int, folder: Path) -> None:
 
     metrics = Run.metrics
 
-    def noted(run: Run, values: Mapping[str, float], step: int) -> None:
-        if "patches_per_second" in values:
+    def noted(run: Run, values: Mapping[str, float], step: int, *of: Any) -> None:
+        if "system/patches_per_second" in values:
             line("record", patches=step * made.pretrain.batch_size)
-        metrics(run, values, step)
+        metrics(run, values, step, *of)
 
     Run.metrics = noted  # type: ignore[method-assign,assignment]
     connect(made.cluster)

@@ -1,17 +1,13 @@
 """Verbs of a cohort: lists of a folder's scans, and a synthetic one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ssl_ray.cli.app import app
-from ssl_ray.cli.options import Folder
+from ssl_ray.cli.options import Folder, writable
 from ssl_ray.config.schema import PhantomCohort
 from ssl_ray.console import say
-from ssl_ray.errors import UserError
 
 Sizes = Annotated[str, typer.Option(metavar="N,N", help="Labelled training volumes of nested splits.")]
 Seed = Annotated[int, typer.Option(metavar="S")]
@@ -33,7 +29,7 @@ def phantom(
     from ssl_ray.phantom.cohort import write_cohort
 
     numbers = {"unlabelled": volumes, "labelled": labelled, "validation": validation, "test": test, "seed": seed}
-    with _writable(folder):
+    with writable(folder):
         modality: Literal["CT", "MRI"] = "MRI" if mri else "CT"
         write_cohort(PhantomCohort(root=str(folder), splits=tuple(sizes), modality=modality, **numbers))
     say(f"{folder}: unlabelled.json, {', '.join(f'labelled_{size}.json' for size in sizes)}")
@@ -56,7 +52,7 @@ def datalist(
         raise typer.BadParameter(f"must be a share below 1 or a whole number, got {test:g}", param_hint="--test")
     from ssl_ray.data.listing import find_scans, summary, write_datalists
 
-    with _writable(folder):
+    with writable(folder):
         found = find_scans(folder, subject)
         try:
             written = write_datalists(folder, found, _sizes(splits), validation, test, seed)
@@ -64,17 +60,6 @@ def datalist(
             say(summary(folder, found))
     for name, parts in written.items():
         say(f"{folder / name}: {', '.join(f'{count} {part}' for part, count in parts.items())} volumes")
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """What cannot be read or written in the folder that the user named is the user's to mend, e.g. a missing right."""
-    try:
-        yield
-    except OSError as error:
-        if not Path(error.filename or "").absolute().is_relative_to(folder.absolute()):
-            raise
-        raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def _sizes(text: str) -> list[int]:

@@ -14,6 +14,9 @@ from ssl_ray.cli import studies as studies
 
 # isort: split
 # In this order does the help list their verbs.
+from ssl_ray.cli import models as models
+
+# isort: split
 from ssl_ray.cli import cohorts as cohorts
 from ssl_ray.cli.app import Formatter, app
 

@@ -1,10 +1,14 @@
 """Arguments that verbs share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ssl_ray.errors import UserError
 
 
 def _experiments(incomplete: str) -> list[str]:
@@ -20,3 +24,14 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", default_factory=list, show_default=False, help="Replace one value."),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", file_okay=False)]
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """What cannot be read or written in the folder that the user named is the user's to mend, e.g. a missing right."""
+    try:
+        yield
+    except OSError as error:
+        if not Path(error.filename or "").absolute().is_relative_to(folder.absolute()):
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error

@@ -76,6 +76,24 @@ def report_again(experiment: Experiment, overrides: Overrides) -> None:
     report(study, folders)  # also of a study that this version would not go on with
 
 
+@app.command(epilog="Example: ssl-ray ui experiments/demo.yaml --port 8080")
+def ui(
+    experiment: Experiment,
+    overrides: Overrides,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, metavar="N", help="By default 5000, or a free one.")
+    ] = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", metavar="", help="Only print the link.")] = False,
+) -> None:
+    """Open MLflow where the trials of a study are compared; Ctrl-C ends what was started for it."""
+    study = load(experiment, overrides)
+    from ssl_ray.study.parts import folders_of, tracker_of
+    from ssl_ray.tracking.server import look
+
+    folders = folders_of(study)
+    look(tracker_of(study, create=False), folders.output.folder / "artifacts", port, not no_browser)
+
+
 def _carry_out(study: Study, last: Step, fresh: bool = False, verify: bool = False) -> None:
     from ssl_ray.study.identity import only_one, set_aside
     from ssl_ray.study.parts import folders_of

@@ -67,6 +67,15 @@ def check_address(named: str) -> None:
         )
 
 
+def hardware() -> str:
+    """What the cluster has, e.g. `2 nodes, 32 CPUs, 2 GPUs (H100), 240 GB`."""
+    found = ray.cluster_resources()
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    kinds = ", ".join(key.partition(":")[2] for key in found if key.startswith("accelerator_type:"))
+    gpus = f"{found['GPU']:g} GPUs ({kinds}), " if "GPU" in found else ""
+    return f"{nodes} nodes, {found.get('CPU', 0):g} CPUs, {gpus}{found.get('memory', 0) / 1e9:.0f} GB"
+
+
 def check_resources(key: str, what: str, cpus: float, gpus: float) -> None:
     """Refuse a cluster that is too small for `what`, e.g. "2 workers", where Ray itself would wait without end."""
     there = ray.cluster_resources()

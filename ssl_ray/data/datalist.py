@@ -99,7 +99,13 @@ class _Json(BaseModel):
     labels: Annotated[dict[NonNegativeInt, str], BeforeValidator(_few)] = {}
 
 
-def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> Datalist:
+class _AnyPart(_Json):
+    """A list that need not have training volumes."""
+
+    training: Section = []
+
+
+def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool, any_part: bool = False) -> Datalist:
     """Read and check one list; an error names file, entry, rule and value.
 
     Args:
@@ -107,10 +113,11 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> 
         datalist: the JSON file; a relative path is meant from `root`.
         labelled: whether training and validation entries need a label. Test entries without one are left out, as
             the published BTCV list names test images whose labels are not public.
+        any_part: whether the list may be without training volumes.
     """
     base = Path(os.path.abspath(root))
     path = base / datalist
-    listed = read_json(path, _Json)
+    listed = read_json(path, _AnyPart if any_part else _Json)
     real = cache(os.path.realpath)
     cases = {
         section: [

@@ -83,6 +83,11 @@ class _Dataset(BaseModel):
         return found
 
 
+def organs_of(path: Path) -> dict[int, str]:
+    """Names by label value from a dataset.json or a datalist; empty where it has none."""
+    return read_json(path, _Dataset).organs(path)
+
+
 def read_layout(folder: Path) -> Layout:
     """What `folder` holds, by the first layout that fits; no voxels are read.
 
@@ -203,7 +208,7 @@ def _plain(files: Files) -> Layout:
     """Any folder: label maps are known by their folder or name, and belong to the image of the same name."""
     found = Layout("plain folder")
     images, labels = _told_apart(files, found.left_out)
-    _pair(found, images, _alike(images, labels, lambda path: (*_parents(path), _shared(path))))
+    _pair(found, images, _alike(images, labels, lambda path: (*_parents(path), shared_name(path))))
     folders = [_people(PurePosixPath(scan.image)) for scan in found.scans]
     # Folders that all scans share are no patient's.
     shared = len([*takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))])
@@ -220,14 +225,19 @@ def _told_apart(files: Files, left_out: dict[str, str]) -> tuple[list[PurePosixP
     images: list[PurePosixPath] = []
     labels: list[PurePosixPath] = []
     for path in files:
-        nearest = next(filter(None, map(_kind, reversed(path.parts[:-1]))), "")
-        if _LABEL_NAME.search(stem(path)) or nearest == "label":
+        if is_label_map(path):
             labels.append(path)
         elif match := _NOT_CT.search(stem(path)):
             left_out[str(path)] = f"no CT by its name, which ends in {match[0]}"
         else:
             images.append(path)
     return images, labels
+
+
+def is_label_map(path: PurePosixPath) -> bool:
+    """Whether a file is a label map by its name, or by the nearest folder that says what it holds."""
+    nearest = next(filter(None, map(_kind, reversed(path.parts[:-1]))), "")
+    return bool(_LABEL_NAME.search(stem(path))) or nearest == "label"
 
 
 def _kind(folder: str) -> str:
@@ -270,7 +280,7 @@ def _parents(path: PurePosixPath) -> Key:
     return tuple(rest for name in names if (rest := _FOLDER.sub("", name).strip("_- ")))
 
 
-def _shared(path: PurePosixPath) -> str:
+def shared_name(path: PurePosixPath) -> str:
     """What the names of an image and its label share."""
     return re.sub(r"[_\-. ]+", "_", _WORDS.sub("", stem(path))).strip("_")
 

@@ -22,7 +22,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import read_file
+from ssl_ray.storage.files import appearing, read_file
 from ssl_ray.text import shown
 
 _MOST_VOXELS = 2**31
@@ -54,10 +54,14 @@ _SCALED = 1e-3
 
 @dataclass(frozen=True)
 class Nifti:
-    """Voxels (X, Y, Z) as float32, in HU or label values, and the affine (4, 4) from voxels to mm, RAS+."""
+    """Voxels (X, Y, Z) as float32, in HU or label values, and the affine (4, 4) from voxels to mm, RAS+.
+
+    `header`: nibabel's, of a volume that was read from a file.
+    """
 
     voxels: npt.NDArray[np.float32]
     affine: npt.NDArray[np.float64]
+    header: Any = None
 
 
 def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
@@ -81,7 +85,7 @@ def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
     if not np.isfinite([voxels.min(), voxels.max()]).all():  # NaN would be both
         count = int(voxels.size - np.isfinite(voxels).sum())
         raise UserError(f"{place}: {count} of {voxels.size} voxels are not finite (NaN or infinite)")
-    return Nifti(voxels.reshape(voxels.shape[:3]), affine)
+    return Nifti(voxels.reshape(voxels.shape[:3]), affine, header)
 
 
 def read_label(path: Path, content: bytes | None = None) -> Nifti:
@@ -98,6 +102,22 @@ def read_label(path: Path, content: bytes | None = None) -> Nifti:
             "resampled, or is it no label map?"
         )
     return Nifti(voxels, label.affine)
+
+
+def write_labels(path: Path, labels: npt.NDArray[np.uint8], header: Any) -> None:
+    """Write a label map (X, Y, Z) as .nii.gz, complete or not at all, under the header of the scan that it is of.
+
+    Grid, affines and their codes, and whatever else the header says, are the scan's; its extensions are left out.
+    """
+    header = header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(labels.shape)
+    header.set_intent("label")
+    header["cal_min"] = header["cal_max"] = 0
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    # Neither the time nor a name in the gzip: the same labels are the same file.
+    with appearing(path) as part, part.open("wb") as raw, igzip.IGzipFile("", "wb", fileobj=raw, mtime=0) as file:
+        kind(labels, header.get_best_affine(), header).to_stream(file)
 
 
 def on_image_grid(image: Nifti, other: Nifti, place: Path, what: str = "label") -> Nifti:

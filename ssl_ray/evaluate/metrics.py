@@ -51,16 +51,25 @@ def evaluate(
     the grid of the NIfTI file. Affines are 4x4, voxel indices -> mm. All truths are integers in 0..classes-1.
     """
     predicted = to_original_grid(prediction.cpu().numpy(), canonical_affine, original_truth.shape, original_affine)
-    spacing = voxel_sizes(np.asarray(original_affine, float))
-    counts = confusion(torch.as_tensor(predicted), torch.as_tensor(original_truth), classes)
+    scored = evaluate_original(case, predicted, original_truth, original_affine, classes, tolerance)
+    canonical = evaluate_canonical(case, prediction, truth, classes)
+    return replace(scored, dice=canonical.dice, subject=subject)
+
+
+def evaluate_original(
+    case: str, prediction: Labels, truth: Labels, affine: ArrayLike, classes: int, tolerance: float
+) -> CaseScores:
+    """The scores on the grid of a NIfTI file, that of both label maps (X, Y, Z); the tolerance is in mm."""
+    counts = confusion(torch.as_tensor(prediction), torch.as_tensor(truth), classes)
     true, found = counts.sum(1) > 0, counts.sum(0) > 0
-    hd95, surface_dice = surface_scores(predicted, original_truth, classes, spacing, tolerance)
-    return replace(
-        evaluate_canonical(case, prediction, truth, classes),
+    spacing = voxel_sizes(np.asarray(affine, float))
+    hd95, surface_dice = surface_scores(prediction, truth, classes, spacing, tolerance)
+    return CaseScores(
+        case,
+        None,
         original_dice=_scores(dice(counts)[1:]),
         original_hd95=_scores(hd95),
         original_surface_dice=_scores(surface_dice),
-        subject=subject,
         false_positives=[None if organ else bool(extra) for organ, extra in zip(true[1:], found[1:], strict=True)],
     )
 

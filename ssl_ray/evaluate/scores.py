@@ -37,8 +37,8 @@ class CaseScores:
     """All scores of one volume, an entry of `evaluation.json`; None for a class that is absent from its truth."""
 
     case: str
-    dice: Scores
-    """Canonical grid, (classes,), background first."""
+    dice: Scores | None
+    """Canonical grid, (classes,), background first; None if only the original grid was scored."""
     original_dice: Scores | None = None
     """Original grid, (classes - 1,) like the next two; None if only the canonical grid was scored."""
     original_hd95: Scores | None = None

@@ -2,7 +2,7 @@
 
 checkpoints/<step>/            training states, the newest two, each with the weights that did best until then
 faults/step_<n>.safetensors    what reproduces a step that was not finite, for the first three
-unetr.safetensors              the result: the weights that did best on validation
+model.safetensors              the result: the weights that did best on validation, with all that prediction needs
 planes.npz                     three planes of every test volume, or validation volume where there is no test part
 evaluation.json                the scores, volume by volume
 
@@ -12,16 +12,16 @@ The driver imports this, too: MONAI takes seconds to load and is not here.
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.evaluate.planes import FILE, Planes, to_npz
+from ssl_ray.networks.model_file import MODEL_FILE, Metadata, model_content
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
 
@@ -58,12 +58,11 @@ class TrialFolder:
         weights: Mapping[str, Tensor],
         planes: Mapping[str, Planes],
         evaluation: Mapping[str, Any],
-        metadata: Mapping[str, str],
+        metadata: Metadata,
     ) -> None:
-        """Write `unetr.safetensors`, `planes.npz`, `evaluation.json`, in this order; each is whole or not there."""
-        contiguous = {name: value.contiguous() for name, value in weights.items()}
+        """Write `model.safetensors`, `planes.npz`, `evaluation.json`, in this order; each is whole or not there."""
         for name, content in (
-            ("unetr.safetensors", save(contiguous, dict(metadata))),
+            (MODEL_FILE, model_content(weights, metadata)),
             (FILE, to_npz(planes)),
             ("evaluation.json", json.dumps(evaluation, indent=1).encode()),
         ):
@@ -92,6 +91,7 @@ class TrialJob:
     weights: pretrained weights to start from; None for random ones.
     made_by: id of the MLflow run that made them, where it is known.
     permuted: whether to shuffle them within each tensor, as a control.
+    lineage: which study and cell it is, for the metadata of the model.
     arms: folders of the cells that this one may be compared with; its own may be among them.
     """
 
@@ -104,3 +104,4 @@ class TrialJob:
     made_by: str | None = None
     permuted: bool = False
     arms: tuple[Path, ...] = ()
+    lineage: Mapping[str, str | int | float | None] = field(default_factory=dict)

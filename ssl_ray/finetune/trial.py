@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_ray.data.nifti import read_label
-from ssl_ray.data.normalise import metadata
+from ssl_ray.data.normalise import VERSION
 from ssl_ray.data.patch import open_array
 from ssl_ray.data.store import Volume
 from ssl_ray.errors import UserError
@@ -22,6 +22,7 @@ from ssl_ray.finetune.job import Record, TrialJob
 from ssl_ray.finetune.learner import SegmentationLearner, precision_of
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks.flops import network_cost
+from ssl_ray.networks.model_file import Inference, Metadata, versions
 from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
@@ -58,9 +59,9 @@ class Trial:
         """Take every optimizer step that is left, and yield `(step, metrics)` on the way.
 
         First comes `started_at`, the step that the trial goes on from, and then once more the records that a driver
-        which was cut off with the trial may not have got. After that `loss`, `lr`, `seconds_per_step`,
-        `validation/<metric>`, `system/<metric>`, and `skipped_steps`, the number of steps whose loss or gradient was
-        not finite, where there are any.
+        which was cut off with the trial may not have got. After that `loss`, `lr`, `validation/<metric>`,
+        `system/<metric>`, and `skipped_steps`, the number of steps whose loss or gradient was not finite, where there
+        are any.
 
         Raises:
             FloatingPointError: when more steps in a row are not finite than `on_nonfinite` and `max_skipped` allow.
@@ -102,7 +103,7 @@ class Trial:
 
         Returns:
             `selected/step`, `selected/validation/<metric>` and, where the cohort has a test split,
-            `selected/test/<metric>`. The folder then holds `unetr.safetensors`, `planes.npz` and `evaluation.json`.
+            `selected/test/<metric>`. The folder then holds `model.safetensors`, `planes.npz` and `evaluation.json`.
         """
         data = self.job.data
         self.learner.network.load_state_dict(self.best_weights)
@@ -112,13 +113,33 @@ class Trial:
         planes = {case.case: one for case, one in scored[known:] or scored}
         cases = [case for case, _ in scored]
         scores = {"validation": cases[:known], "test": cases[known:]}
-        metrics = {"selected/step": float(self.best_step)}
         tree = {"step": self.best_step, "organs": list(data.organs)}
-        for name, cases in scores.items():
-            metrics |= {f"selected/{name}/{key}": value for key, value in aggregate(cases, data.organs).items()}
-            tree[name] = [asdict(case) for case in cases]
-        self.job.folder.keep_result(self.best_weights, planes, tree, metadata(self.config.preparation))
-        return metrics
+        tree |= {name: [asdict(case) for case in cases] for name, cases in scores.items()}
+        means = {name: aggregate(cases, data.organs) for name, cases in scores.items()}
+        self.job.folder.keep_result(self.best_weights, planes, tree, self._metadata(means))
+        named = {f"selected/{name}/{key}": value for name, part in means.items() for key, value in part.items()}
+        return {"selected/step": float(self.best_step)} | named
+
+    def _metadata(self, scores: dict[str, dict[str, float]]) -> Metadata:
+        """What the model file says of itself."""
+        config, flips = self.config, self.config.augmentation
+        return Metadata(
+            network=self.job.network,
+            patch_size=config.patch_size,
+            preparation=config.preparation,
+            preparation_version=VERSION,
+            organs=self.job.data.organs,
+            flip_axes=flips.flip_axes if flips.flip_prob else (),
+            inference=Inference(
+                overlap=config.sliding_window_overlap,
+                batch=config.sliding_window_batch,
+                precision="bfloat16" if self.learner.dtype == torch.bfloat16 else "float32",
+            ),
+            surface_tolerance=config.surface_tolerance,
+            versions=versions(),
+            lineage={**self.job.lineage, "seed": self.job.seed, "step": self.best_step},
+            scores=scores,
+        )
 
     def _begin_record(self, step: int) -> None:
         self.logged, self.skipped, self.waited, self.since = step, 0, 0.0, time.perf_counter()
@@ -128,9 +149,9 @@ class Trial:
         config, learner = self.config, self.learner
         steps, seconds = step - self.logged, time.perf_counter() - self.since
         rate = steps * config.volumes_per_step * config.patches_per_volume / seconds
-        metrics = {"seconds_per_step": seconds / steps}
+        spent = {"seconds_per_step": seconds / steps, "data_wait_share": self.waited / seconds}
+        metrics = as_system({**spent, "patches_per_second": rate})
         metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
-        metrics |= as_system({"patches_per_second": rate, "data_wait_share": self.waited / seconds})
         metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
         if config.encoder.freeze != "none":  # less is computed than was counted
             return metrics
@@ -178,12 +199,12 @@ class Trial:
     def _predict(self, volumes: Iterable[Volume]) -> Iterator[tuple[Volume, Tensor, Tensor]]:
         """Each volume with its truth and its prediction, both (X, Y, Z); a thread reads the next volume meanwhile."""
         for volume, image, truth in ahead(self._read, volumes, threads=1):
-            yield volume, truth, self.learner.predict(image)
+            yield volume, truth, self.learner.predict(image, volume.levels)
 
     def _read(self, volume: Volume) -> tuple[Volume, Tensor, Tensor]:
         image, label = (open_array(self.job.data.store, volume.key, name) for name in ("image", "label"))
-        intensity = torch.from_numpy(np.asarray(image, dtype=np.float32)).div_(volume.levels)
-        return volume, intensity.reshape(-1, *volume.shape), torch.from_numpy(np.array(label))
+        stored = torch.from_numpy(np.array(image)).reshape(-1, *volume.shape)
+        return volume, stored, torch.from_numpy(np.array(label))
 
     def _score(self, case: tuple[Volume, Tensor, Tensor]) -> tuple[CaseScores, Planes]:
         """All scores of a case, and what a picture shows of it. The original labels are read only here: few at once."""

@@ -5,9 +5,18 @@ Which of them is faster depends on the device, so the networks' builders use non
 
 import math
 
+import torch
 from einops import rearrange
 from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor, nn
+
+
+def place(network: nn.Module, device: torch.device) -> None:
+    """Move a segmentation network to a device, in place, where it is then computed in the fastest way known."""
+    # The convolutional decoder is most of a step, and 1.1 to 1.25 times as fast in this memory layout.
+    network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if device.type == "cuda":
+        use_fast_attention(network)
 
 
 def use_fast_attention(module: nn.Module) -> None:

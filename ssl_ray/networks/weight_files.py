@@ -11,7 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ from ssl_ray.errors import UserError
 from ssl_ray.storage.files import appearing, open_file, write_file
 from ssl_ray.text import shown
 
-_METADATA = "ssl_ray"
+ENTRY = "ssl_ray"
 """The entry of a safetensors file that holds our metadata, as JSON."""
 
 
@@ -48,7 +48,7 @@ def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mappin
     with appearing(path.with_suffix(".pt")) as part, part.open("wb") as file:
         torch.save({"state_dict": state}, file)
     # Safetensors writes several entries in no fixed order, and two equal trainings would leave files of other bytes.
-    entry = {_METADATA: json.dumps(dict(metadata), sort_keys=True)}
+    entry = {ENTRY: json.dumps(dict(metadata), sort_keys=True)}
     write_file(path, save(state, entry))  # `save_file` would let only the owner read it
 
 
@@ -83,15 +83,25 @@ def weights_digest(path: Path) -> str:
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """The metadata in a safetensors file, each value as one short line; empty for a torch file, which has none."""
+    """The metadata in a safetensors file, each value as one short line; empty for a torch file, which has none.
+
+    What a segmentation model says of its network lies among them, as of an autoencoder.
+    """
     if path.suffix != ".safetensors":
         return {}
+    found = read_entry(path)
+    if isinstance(network := found.get("network"), dict):
+        found |= network
+    return {shown(name): shown(value) for name, value in found.items()}
+
+
+def read_entry(path: Path) -> dict[str, Any]:
+    """The metadata in a safetensors file: our own as they were written, and whatever else is there as strings."""
     try:
         open_file(path).close()
         with safe_open(path, "pt") as file:
-            found = file.metadata() or {}
-        found |= dict(json.loads(found.pop(_METADATA, "{}")))
-        return {shown(name): shown(value) for name, value in found.items()}
+            found: dict[str, Any] = file.metadata() or {}
+        return found | dict(json.loads(found.pop(ENTRY, "{}")))
     except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot read the metadata: {shown(error)}") from error
 

@@ -23,6 +23,7 @@ from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata, weights_digest
+from ssl_ray.pretrain.describe import datasets, describe
 from ssl_ray.pretrain.entry import work
 from ssl_ray.pretrain.job import Job, Labelled, Recipe
 from ssl_ray.pretrain.samples import SampleTable
@@ -30,8 +31,9 @@ from ssl_ray.pretrain.stream import Feed
 from ssl_ray.random import number
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
+from ssl_ray.tracking.models import NetworkFile
 from ssl_ray.tracking.run import Run, ending
-from ssl_ray.tracking.tracker import DEVICE, Tracker
+from ssl_ray.tracking.tracker import DEVICE, NOTE, Tracker
 from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
 from ssl_ray.training.meters import ObjectStore, as_system
 from ssl_ray.training.precision import settled
@@ -99,6 +101,7 @@ def pretrain(
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": steps}
     run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
+    run.datasets(datasets(recipe, training, validation))
     with ending(run):
         _rewind(job)
         _train(job, folders, run)
@@ -107,8 +110,11 @@ def pretrain(
         folders.output.pull(job.weights)
         facts = load_metadata(job.weights)
         run.artifact(job.weights)
+        selected, grid = int(facts["step"]), recipe.settings.preparation
+        made = str(job.weights), weights_digest(job.weights), selected, False, grid.channels, grid.spacing
+        run.model(NetworkFile(f"encoder-{key[:6]}", *made))
         best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
-        run.metrics(best, steps)
+        run.metrics(best, steps, {})
     return Pretrained(weights, key, run.id, precision, fresh=True)
 
 
@@ -274,12 +280,13 @@ class _Collector:
         if step in self._known:
             return
         numbers = {name: value for name, value in record.items() if name not in ("step", "picture")}
-        self._run.metrics(numbers | as_system(numbers) | self._store.sample(), step)
+        self._run.metrics(as_system(numbers) | self._store.sample(), step)
         self._known.add(step)
         # Without its picture a run goes on; a fault of the object store is raised where it matters.
         with suppress(OSError):
             if picture and (Path(picture).is_file() or self._job.mirror.pull(Path(picture))):
                 self._run.artifact(Path(picture), "pictures")
+                self._run.tags({NOTE: describe(self._job, self._run.id, f"pictures/{Path(picture).name}", numbers)})
 
 
 def progress(record: Mapping[str, float]) -> str:

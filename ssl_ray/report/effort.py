@@ -10,7 +10,7 @@ from ssl_ray.report.tables import Table
 from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import DEVICE, Tracker
 
-_STARTED, _RECORDED = "started_at", ("lr", "selected/step")
+_STARTED, _RECORDED = "system/started_at", ("lr", "selected/step")
 
 
 def effort_table(results: Results, tracker: Tracker) -> Table:
@@ -40,7 +40,7 @@ def _hours(run: MlflowRun, tracker: Tracker) -> float:
 
 def _units(run: MlflowRun) -> tuple[str, float]:
     """What a training is counted in, and how many it had."""
-    params, workers = run.data.params, run.data.metrics.get("workers", 1.0)
+    params, workers = run.data.params, run.data.metrics.get("system/workers", 1.0)
     if "finetune.gpus_per_trial" in params:
         gpus, cores = (float(params[f"finetune.{kind}_per_trial"]) for kind in ("gpus", "cpus"))
     else:

@@ -18,12 +18,14 @@ from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
 from ssl_ray.report.page import TEMPLATES, literal, to_html
 from ssl_ray.report.results import newest_parent
+from ssl_ray.report.show import register_best
 from ssl_ray.report.style import GREY, end, legend_above, panels, save
 from ssl_ray.report.tables import Table
 from ssl_ray.report.write import Report
 from ssl_ray.search.cells import JOURNAL
 from ssl_ray.search.proposals import open_journal, status
-from ssl_ray.tracking.tracker import KEY, Tracker
+from ssl_ray.tracking.tracker import KEY, NOTE, Tracker
+from ssl_ray.tracking.view import picture
 
 
 def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
@@ -57,10 +59,16 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         more[0].write_text(values["yaml"], encoding="utf-8")
         for run in tracker.runs(kind="trial", key=best.user_attrs["key"])[:1]:
             values["test"] = run.data.metrics.get(f"selected/test/{ORIGINAL_DICE_FOREGROUND}")
+            chosen = f"best of {len(finished)} in a search, on validation: {search.metric} {best.value:.3f}"
+            register_best(tracker, f"{study.name}-segmenter", run.info.run_id, chosen)
     text = TEMPLATES.get_template("search.md.j2").render(values)
     markdown, html = folder / "report.md", folder / "report.html"
     markdown.write_text(text, encoding="utf-8")
     html.write_text(to_html(text, folder, f"{study.name}: a search"), encoding="utf-8")
+    shown = [
+        picture(run_id, f"report/figures/{path.name}", "what was tried, and what it scored") for path in figures[:1]
+    ]
+    tracker.conclude(run_id, {}, {NOTE: "\n\n".join([*shown, str(table)])})
     for path in (markdown, html, *more, *figures):
         tracker.attach(run_id, path, "report/figures" if path in figures else "report")
     return Report(str(table), markdown, html, (*figures, *more))

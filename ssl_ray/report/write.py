@@ -16,9 +16,10 @@ from ssl_ray.report.measures import FOREGROUND
 from ssl_ray.report.organs import fall_table, read_curves
 from ssl_ray.report.page import TEMPLATES, literal, to_html
 from ssl_ray.report.results import Results, read_results
+from ssl_ray.report.show import register_networks, show_answer
 from ssl_ray.report.tables import cell_table, honest_table, organ_table, over_runs, published_table, running_table
 from ssl_ray.text import without_password
-from ssl_ray.tracking.tracker import Tracker
+from ssl_ray.tracking.tracker import NOTE, Tracker
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     results = read_results(study, tracker)
     curves, examples = read_curves(results, tracker), read_examples(results, tracker)
     figures = draw_figures(results, curves, examples, folder / "figures")
+    found, honest = answers(results), honest_table(results)
     values: dict[str, Any] = {
         "study": study,
         "tracker": tracker,
         "results": results,
-        "answers": answers(results),
-        "honest": honest_table(results),
+        "answers": found,
+        "honest": honest,
         "published": published_table(results),
         "running": running_table(results),
         "organs": {size: organ_table(results, size) for size in results.arms},
@@ -67,12 +69,13 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     html.write_text(to_html(text, folder, f"{study.name}: does pretraining help?"), encoding="utf-8")
     for path in (markdown, html, *figures):
         tracker.attach(results.grid.info.run_id, path, "report/figures" if path in figures else "report")
-    _log_answers(results, tracker)
+    _log_answers(results, tracker, show_answer(results, tracker, found, honest, folder))
+    register_networks(results, tracker)
     table = TEMPLATES.get_template("terminal.md.j2").render(values)
     return Report(table.rstrip(), markdown, html, figures)
 
 
-def _log_answers(results: Results, tracker: Tracker) -> None:
+def _log_answers(results: Results, tracker: Tracker, description: str) -> None:
     """Metrics like `answer/n06/difference` and tags like `answer/n06`; the tag `answer` is the primary question's."""
     # Always given, so that the tracker replaces old answers where nothing can be compared any more.
     metrics: dict[str, float] = {"answer/sizes": float(len(results.comparisons))}
@@ -85,7 +88,7 @@ def _log_answers(results: Results, tracker: Tracker) -> None:
             numbers |= {f"times_labels{end}": value for end, value in worth.items()}
         metrics |= {f"answer/n{size:02d}/{name}": float(value) for name, value in numbers.items()}
     tags = {f"answer/n{size:02d}": "".join(verdict(results, size)) for size in results.arms}
-    tags["answer"] = tags[f"answer/n{results.primary:02d}"]
+    tags |= {"answer": tags[f"answer/n{results.primary:02d}"], NOTE: description}
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     tracker.conclude(results.grid.info.run_id, known, tags)
 

@@ -11,9 +11,14 @@ from ray import tune
 from ssl_ray.cluster.connect import first_error
 from ssl_ray.config.loading import flatten
 from ssl_ray.console import Bar, say
+from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
 from ssl_ray.finetune.job import TrialJob
-from ssl_ray.search.cells import FAILURE, NONFINITE, STOPPED, Cell
-from ssl_ray.tracking.tracker import DEVICE, PRETRAINING_RUN, Run, Tracker
+from ssl_ray.networks.model_file import MODEL_FILE
+from ssl_ray.search.cells import CELL, FAILURE, NONFINITE, RATE, STOPPED, Cell
+from ssl_ray.search.describe import datasets, describe
+from ssl_ray.tracking.models import NetworkFile
+from ssl_ray.tracking.tracker import DEVICE, NOTE, PRETRAINING_RUN, Run, Tracker
+from ssl_ray.tracking.view import DICE
 
 
 @dataclass(eq=False)
@@ -47,16 +52,24 @@ class TrialCallback(tune.Callback):
             return
         cell, job = _of(trial)
         params: dict[str, Any] = {**self.params, **flatten(job.config, "finetune."), **flatten(job.network, "network.")}
-        params = {name: value for name, value in params.items() if "grid" not in name}
-        params |= {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run, "seed": job.seed}
-        params |= cell.settings
-        params |= {} if cell.fold is None else {"fold": cell.fold}
+        params |= {"size": cell.size, "init": cell.init, "lr": cell.lr} | dict(cell.settings)
+        # MLflow compares runs by the first parameters that differ: these three, and by no other name.
+        params = {name: value for name, value in params.items() if "grid" not in name and name != RATE}
         # Fewer volumes than a split lists where bad ones were skipped.
         params |= {f"{part}_volumes": len(getattr(job.data, part)) for part in ("training", "validation", "test")}
         tags = {FAILURE: "", NONFINITE: "", STOPPED: ""}  # of an earlier attempt
+        tags |= {
+            CELL: cell.name,
+            "ssl_ray.run": str(cell.run),
+            "ssl_ray.seed": str(job.seed),
+            NOTE: describe(cell, job, self.parent),
+        }
+        tags |= {} if cell.fold is None else {"ssl_ray.fold": str(cell.fold)}
         if job.made_by:
             tags[PRETRAINING_RUN] = job.made_by
-        self._open[trial.trial_id] = self.tracker.open("trial", job.folder.key, cell.name, params, self.parent, tags)
+        run = self.tracker.open("trial", job.folder.key, cell.label, params, self.parent, tags)
+        run.datasets([*datasets(cell, job).values()])
+        self._open[trial.trial_id] = run
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -72,11 +85,13 @@ class TrialCallback(tune.Callback):
             run.started(step)
             run.params({"precision": result["precision"]})
             run.tags({DEVICE: result["device"]})
-        elif step not in run.logged("selected/step" if "selected/step" in metrics else "lr"):
-            run.metrics(metrics, step)
-        if "selected/step" in metrics:
+        elif "selected/step" in metrics:
+            if step not in run.logged("selected/step"):
+                self._result(run, *_of(trial), metrics, result["digest"], step)
             for path in _of(trial)[1].folder.pull_evaluation():
                 run.artifact(path)
+        elif step not in run.logged("lr"):
+            run.metrics(metrics, step)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say that a trial is tried again, and why."""
@@ -102,6 +117,21 @@ class TrialCallback(tune.Callback):
         """End the run as failed: Tune does not try this trial again."""
         self.on_trial_start(iteration, trials, trial)  # a trial that never started has no run yet
         self._fail(trial, *_cause(trial))
+
+    def _result(
+        self, run: Run, cell: Cell, job: TrialJob, metrics: Mapping[str, float], digest: str, step: int
+    ) -> None:
+        """Log the network, what it scored, and both in words."""
+        part = "test" if f"selected/test/{ORIGINAL_DICE_FOREGROUND}" in metrics else "validation"
+        name, weights, settings = cell.name.replace(".", "_"), job.folder.path / MODEL_FILE, job.config.preparation
+        grid = settings.channels, settings.spacing
+        run.model(NetworkFile(name, str(weights), digest, int(metrics["selected/step"]), True, *grid))
+        read = datasets(cell, job).items()
+        scored = {f"selected/{part}": (told["name"], told["digest"]) for part, told in read if part != "training"}
+        dice = metrics.get(f"selected/{part}/{ORIGINAL_DICE_FOREGROUND}")
+        reported = {} if dice is None else {DICE: dice}  # no volume has an organ
+        run.metrics({**reported, **metrics}, step, {DICE: scored[f"selected/{part}"], **scored})
+        run.tags({NOTE: describe(cell, job, self.parent, metrics, part)})
 
     def abandon(self) -> None:
         """End the runs of trials that are still going, e.g. after Ctrl-C; the next command continues them."""

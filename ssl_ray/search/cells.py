@@ -17,6 +17,9 @@ BAD_VOLUMES = "bad_volumes.json"
 FAILURE = "ssl_ray.failure"
 """Tag of a failed trial: the cause in one line. The whole error is its artifact `failure.txt`."""
 
+CELL = "ssl_ray.cell"
+"""Tag of a trial: the name of its cell."""
+
 NONFINITE = "ssl_ray.nonfinite"
 """Tag of a trial that failed because its loss or gradient was not finite: "true"."""
 
@@ -25,6 +28,9 @@ STOPPED = "ssl_ray.stopped"
 
 JOURNAL = "search.journal"
 """In the study's folder, and an artifact of a search's run: Optuna's record of the cells that were drawn."""
+
+RATE = "finetune.optimizer.lr"
+"""Key of the learning rate, which every cell overrides."""
 
 Init = Literal["random", "pretrained", "permuted"]
 
@@ -46,7 +52,7 @@ class Cell:
     @classmethod
     def of(cls, size: int, init: Init, lr: float, run: int = 0, fold: int | None = None, **more: Any) -> "Cell":
         """The cell of these overrides; further keys by `**{"finetune.augmentation.shift": 0.2}`."""
-        overrides: dict[str, Any] = {"size": size, "init": init, "finetune.optimizer.lr": lr, **more}
+        overrides: dict[str, Any] = {"size": size, "init": init, RATE: lr, **more}
         return cls(tuple(sorted(overrides.items())), run, fold)
 
     @property
@@ -63,7 +69,7 @@ class Cell:
     @property
     def lr(self) -> float:
         """Peak learning rate."""
-        return float(self.settings["finetune.optimizer.lr"])
+        return float(self.settings[RATE])
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -73,10 +79,23 @@ class Cell:
     @property
     def name(self) -> str:
         """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
-        others = (item for item in self.settings.items() if item[0] != "finetune.optimizer.lr")
+        others = (item for item in self.settings.items() if item[0] != RATE)
         more = "".join(f"{key.rpartition('.')[2]}{value}-" for key, value in others)
         fold = "" if self.fold is None else f"-fold{self.fold}"
         return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{more}run{self.run}{fold}"
+
+    @property
+    def lineage(self) -> dict[str, str | int | float | None]:
+        """For the metadata of the model that it makes."""
+        told = {"cell": self.name, "size": self.size, "init": self.init, "lr": self.lr}
+        return {**told, "run": self.run, "fold": self.fold}
+
+    @property
+    def label(self) -> str:
+        """For people: `6 labelled, pretrained, lr 0.0001, run 0`."""
+        others = [f"{key.rpartition('.')[2]} {value}" for key, value in self.settings.items() if key != RATE]
+        fold = [] if self.fold is None else [f"fold {self.fold}"]
+        return ", ".join([f"{self.size} labelled", self.init, f"lr {self.lr:g}", *others, f"run {self.run}", *fold])
 
     def apply(self, config: Finetune) -> Finetune:
         """The section `finetune` that this cell is trained with."""

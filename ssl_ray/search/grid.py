@@ -19,7 +19,8 @@ from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.finetune.job import TrialData, TrialFolder, TrialJob
-from ssl_ray.networks.weight_files import load_metadata, load_weights
+from ssl_ray.networks.model_file import MODEL_FILE
+from ssl_ray.networks.weight_files import load_metadata, load_weights, weights_digest
 from ssl_ray.pretrain.driver import Pretrained
 from ssl_ray.random import run_seed
 from ssl_ray.search.callbacks import TrialCallback
@@ -114,8 +115,17 @@ def trial_jobs(
         path = folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}"
         folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         data = TrialData(store, training, validation, test, splits.organs)
-        made_by = start.run_id if start else None
-        jobs[cell] = TrialJob(own, network, trial_seed, data, weights, folder, made_by, cell.init == "permuted")
+        jobs[cell] = TrialJob(
+            config=own,
+            network=network,
+            seed=trial_seed,
+            data=data,
+            weights=weights,
+            folder=folder,
+            made_by=start.run_id if start else None,
+            permuted=cell.init == "permuted",
+            lineage=cell.lineage | {"study": folders.name, "pretraining": start.key if start else None},
+        )
     compared: dict[tuple[int, int], list[Path]] = defaultdict(list)
     for cell, job in jobs.items():
         compared[cell.size, cell.run].append(job.folder.path)
@@ -136,7 +146,7 @@ def _open(
     config_yaml: str,
 ) -> Run:
     """The grid's MLflow run, with the experiment, the volumes that were left out, and the key of every cell."""
-    run = tracker.open("grid", key, "grid", params)
+    run = tracker.open("grid", key, f"{folders.name}: does pretraining help?", params)
     run.text(config_yaml, "experiment.yaml")
     if (folders.study / BAD_VOLUMES).is_file():
         run.artifact(folders.study / BAD_VOLUMES)
@@ -202,7 +212,9 @@ def tune_cells(
             facts = {"precision": trial.config.precision, "device": device_name(device)}
             for step, metrics in trial.train():
                 tune.report({"step": step, "metrics": metrics, **facts})
-            tune.report({"step": job.config.steps, "metrics": trial.evaluate()})
+            found = trial.evaluate()
+            digest = weights_digest(job.folder.path / MODEL_FILE)
+            tune.report({"step": job.config.steps, "metrics": found, "digest": digest})
         except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})
 

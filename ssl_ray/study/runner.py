@@ -4,12 +4,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_ray.cluster.connect import connect
+from ssl_ray.cluster.connect import connect, hardware
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
+from ssl_ray.networks.model_file import versions
 from ssl_ray.networks.weight_files import weights_digest
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
@@ -21,6 +22,7 @@ from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
 from ssl_ray.study.experiment import Step
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.text import without_password
+from ssl_ray.tracking.server import PORT
 from ssl_ray.tracking.tracker import Tracker
 
 
@@ -51,6 +53,8 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     if last == "prepare":
         return ()
     tracker = tracker_of(study)
+    tracker.facts |= {"ssl_ray.versions": ", ".join(f"{name} {one}" for name, one in versions().items())}
+    tracker.facts |= {"ssl_ray.hardware": hardware()}
     try:
         by_cell = study.search is not None and last != "pretrain"
         pretrained = _make_weights(study, folders, tracker, prepared, by_cell) if needs_weights else []
@@ -91,10 +95,12 @@ def report(study: Study, folders: Folders) -> None:
     for path in (written.markdown, written.html, *written.files):
         folders.output.push(path)
     uri = without_password(tracker.uri)
-    server = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"
+    served = uri.startswith("http")
     say(f"\n{written.table}\n")
     say(f"report:  {written.html}")
-    say(f"MLflow:  {server}   (experiment {tracker.experiment!r})")
+    say(f"MLflow:  {tracker.link(uri if served else f'http://127.0.0.1:{PORT}')}")
+    if not served:
+        say(f"         where `ssl-ray ui EXPERIMENT` serves it, or mlflow ui --backend-store-uri '{uri}'")
 
 
 def _make_weights(

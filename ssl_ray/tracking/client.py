@@ -17,14 +17,24 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # By itself MLflow repeats a request whose answer got lost, "create a run" included; here it is looked up first.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # of every model it would tell that it looks at the example
+os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a model needs what it says, not what lies in this folder
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
+from mlflow.artifacts import download_artifacts as download_artifacts
+from mlflow.entities import Dataset as Dataset
+from mlflow.entities import DatasetInput as DatasetInput
+from mlflow.entities import InputTag as InputTag
+from mlflow.entities import LoggedModel as LoggedModel
+from mlflow.entities import LoggedModelOutput as LoggedModelOutput
+from mlflow.entities import LoggedModelStatus as LoggedModelStatus
 from mlflow.entities import Metric as Metric
 from mlflow.entities import Param as Param
 from mlflow.entities import Run
 from mlflow.entities import RunTag as RunTag
 from mlflow.exceptions import MlflowException as MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.tracking.context.registry import resolve_tags as resolve_tags
 from requests.exceptions import HTTPError
 from sqlalchemy import make_url
 
@@ -37,7 +47,9 @@ getLogger("mlflow.store.db.utils").setLevel(CRITICAL)
 
 MlflowRun: TypeAlias = Run
 _ONE_TIMEOUT = Lock()  # the setting is the whole process's
-KEY, KIND, PARENT = "ssl_ray.key", "ssl_ray.kind", "mlflow.parentRunId"
+KEY, KIND, PARENT, STUDY = "ssl_ray.key", "ssl_ray.kind", "mlflow.parentRunId", "ssl_ray.study"
+NOTE = "mlflow.note.content"
+"""Tag: the description of a run or experiment, in Markdown."""
 
 
 class Away(UserError):  # noqa: N818

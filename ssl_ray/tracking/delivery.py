@@ -5,8 +5,10 @@ point (same value, step and time stamp) for the same one; parameters, tags, file
 a run is looked up by its key before it is made.
 """
 
+import json
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from threading import Condition, Thread
@@ -15,6 +17,7 @@ from typing import TypeVar
 from ssl_ray.console import say
 from ssl_ray.text import without_password
 from ssl_ray.tracking.client import KEY, KIND, Away, Client, Metric, Param, Refused, RunTag, is_refusal, why
+from ssl_ray.tracking.models import NetworkFile, dataset_input, file_digest, find_model, log_model
 from ssl_ray.tracking.run import FILE_TRIES, REFERENCE, Record, Run
 
 T = TypeVar("T")
@@ -33,9 +36,20 @@ class Delivery(Thread):
         away: why MLflow does not answer; None while it does.
     """
 
-    def __init__(self, uri: str, folder: Path, find_experiment: Callable[[Client], str], longest_pause: float) -> None:
-        """`find_experiment` asks MLflow for the experiment's id, or makes it; the pause is in seconds."""
+    def __init__(
+        self,
+        uri: str,
+        folder: Path,
+        find_experiment: Callable[[Client], str],
+        fetch: Callable[[Path], bool],
+        longest_pause: float,
+    ) -> None:
+        """`find_experiment` asks MLflow for the experiment's id, or makes it; the pause is in seconds.
+
+        `fetch` brings a file of weights onto this machine, whichever wrote it -> whether there is one.
+        """
         super().__init__(daemon=True, name="ssl-ray-mlflow")
+        self._fetch = fetch
         self._uri, self.folder, self._find_experiment, self._longest_pause = uri, folder, find_experiment, longest_pause
         self.place = without_password(uri)
         self.experiment_id: str | None = None
@@ -142,7 +156,7 @@ class Delivery(Thread):
                 self._send(run, part)
             except Exception as error:
                 if not is_refusal(error):
-                    if part[0]["do"] != "file":
+                    if part[0]["do"] not in ("file", "model"):
                         raise
                     self._find_experiment(self.client)  # raises where MLflow itself does not answer
                     run.tries += 1
@@ -174,8 +188,7 @@ class Delivery(Thread):
             case "open":
                 self.client.update_run(run_id, status="RUNNING")
             case "metrics":
-                points = ((key, value, one["at"], one["step"]) for one in part for key, value in one["values"].items())
-                self.client.log_batch(run_id, [Metric(*point) for point in points])
+                self.client.log_batch(run_id, [*self._points(run_id, part)])
             case "params":
                 # MLflow refuses to change a parameter; what does not affect the result may differ on taking up a run.
                 given = self.client.get_run(run_id).data.params
@@ -183,11 +196,17 @@ class Delivery(Thread):
                 for at in range(0, len(params), _PARAMS):
                     self.client.log_batch(run_id, params=params[at : at + _PARAMS])
             case "tags":
-                tags = {
-                    key: _known(self.runs.get(value.removeprefix(REFERENCE))) if value.startswith(REFERENCE) else value
-                    for key, value in values.items()
-                }
-                self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
+                tags = [RunTag(key, self._resolved(value)) for key, value in values.items()]
+                self.client.log_batch(run_id, tags=tags)
+            case "datasets":
+                self.client.log_inputs(run_id, [dataset_input(one) for one in record["values"].values()])
+            case "model":
+                if (path := run.folder / record["path"]).exists():  # if not, MLflow has it
+                    made = NetworkFile(**json.loads(path.read_text()))
+                    weights = Path(made.weights)
+                    if not self._fetch(weights) or file_digest(weights) != made.digest:
+                        raise Refused(f"{weights} is gone, or another file than the run has made")
+                    log_model(self.client, run_id, made)
             case "file":
                 if (path := run.folder / record["path"]).exists():  # if not, MLflow has it
                     self.client.log_artifact(run_id, str(path), record["folder"])
@@ -195,6 +214,21 @@ class Delivery(Thread):
                 self.client.set_terminated(run_id, record["status"], record["at"])
             case "unreadable":
                 raise Refused("the record cannot be read")
+
+    def _points(self, run_id: str, part: Sequence[Record]) -> Iterator[Metric]:
+        """The points of records of metrics, tied to the run's model and its datasets where they are about them."""
+        for record in part:
+            model = find_model(self.client, run_id) if "of" in record else None
+            for key, value in record["values"].items():
+                point = key, value, record["at"], record["step"]
+                about = [of for first, of in record.get("of", {}).items() if key.startswith(first)] if model else []
+                yield Metric(*point, *([model.model_id] if model else []), *(about[0] if about else []))
+
+    def _resolved(self, text: str) -> str:
+        """A tag's value with MLflow's ids in place of the names that runs go by until they have one."""
+        if text.startswith(REFERENCE):
+            return _known(self.runs.get(text.removeprefix(REFERENCE)))
+        return re.sub(f"{REFERENCE}([\\w.%-]+)", lambda name: _known(self.runs.get(name[1])), text)
 
 
 def _known(run: Run | None) -> str:

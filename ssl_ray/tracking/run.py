@@ -15,6 +15,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from threading import Condition
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from ssl_ray.console import say
 from ssl_ray.storage.files import appearing
 from ssl_ray.text import without_password
+from ssl_ray.tracking.models import NetworkFile
 
 Record = dict[str, Any]
 REFERENCE = "ssl-ray:"
@@ -96,23 +98,29 @@ class Run:
         """A new set: steps of a metric so far."""
         return set(self._steps[metric])
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics of a step; what the run has of that step already stays, so that replayed steps count once."""
+    def metrics(self, values: Mapping[str, float], step: int, of: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Log metrics of a step; what the run has of that step already stays, so that replayed steps count once.
+
+        `of`: they are of the run's model, and those whose names begin with a key of it are of that dataset, which has
+        this name and digest.
+        """
         new = {key: float(value) for key, value in values.items() if step not in self._steps[key]}
         if new:
-            self.append({"do": "metrics", "at": now(), "step": step, "values": new})
+            tied = {} if of is None else {"of": {key: list(value) for key, value in of.items()}}
+            self.append({"do": "metrics", "at": now(), "step": step, "values": new, **tied})
 
     def started(self, step: int) -> None:
         """Log the step that a training goes on from: 0, and after every fault that of a checkpoint."""
         replayed = max(0, max(self._steps["lr"], default=0) - step)
-        self.metrics({"started_at": step, "replayed_steps": replayed}, len(self._steps["started_at"]))
+        values = {"system/started_at": step, "system/replayed_steps": replayed}
+        self.metrics(values, len(self._steps["system/started_at"]))
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Set parameters; those that the run has already stay as they are."""
         self.append({"do": "params", "values": {key: str(value)[:6000] for key, value in values.items()}})  # its limit
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags, without passwords; a value that is another run's `id` becomes MLflow's id of that run."""
+        """Set tags, without passwords; where another run's `id` is in a value, it becomes MLflow's id of that run."""
         self.append({"do": "tags", "values": {key: without_password(value) for key, value in values.items()}})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
@@ -122,6 +130,14 @@ class Run:
     def text(self, text: str, name: str) -> None:
         """Log a text file, without passwords."""
         self.append({"do": "file", "folder": None, "name": name}, without_password(text))
+
+    def datasets(self, values: Sequence[Mapping[str, Any]]) -> None:
+        """Log what the run has read, each as `ssl_ray.tracking.models.told` tells it."""
+        self.append({"do": "datasets", "values": {one["context"]: one for one in values}})
+
+    def model(self, made: NetworkFile) -> None:
+        """Log a network that the run has made; its file has to stay where it is until MLflow has it."""
+        self.append({"do": "model", "name": "model.json"}, json.dumps(asdict(made)))
 
     def close(self, status: str = "FINISHED") -> None:
         """End the run. `Tracker.settle` tells what MLflow has not got."""

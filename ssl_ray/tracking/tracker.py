@@ -23,8 +23,10 @@ from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import without_password
 from ssl_ray.tracking.client import KEY as KEY
+from ssl_ray.tracking.client import NOTE as NOTE
 from ssl_ray.tracking.client import (
     PARENT,
+    STUDY,
     Away,
     Client,
     Metric,
@@ -36,8 +38,11 @@ from ssl_ray.tracking.client import (
     why,
 )
 from ssl_ray.tracking.delivery import Delivery
+from ssl_ray.tracking.models import register
 from ssl_ray.tracking.run import REFERENCE, Record, now
 from ssl_ray.tracking.run import Run as Run
+from ssl_ray.tracking.source import source
+from ssl_ray.tracking.view import experiment_tags, link
 
 T = TypeVar("T")
 _URI = "MLFLOW_TRACKING_URI"
@@ -58,6 +63,10 @@ class Tracker:
 
     Whatever is read has what was written before. While MLflow is away, a training (`create`) finds only what its
     journal has as finished; anybody else gets a UserError.
+
+    Attributes:
+        study: its name.
+        facts: tags of every run that is opened: who has started what, which code, on what.
     """
 
     def __init__(self, settings: Tracking, folders: Folders, create: bool = True, longest_pause: float = 30.0) -> None:
@@ -74,13 +83,14 @@ class Tracker:
         """
         self.uri = tracking_uri(settings, folders)
         self.experiment, self._create = settings.experiment or folders.name, create
-        self._opened: set[str] = set()
+        self.study, self._opened = folders.name, set[str]()
+        self.facts = {STUDY: folders.name, **source()}
         # As a name: `/Shared/ct` or `..` must not lead out of the folder.
         self._artifacts = folders.output.folder / "artifacts" / quote(self.experiment, safe=" ").lstrip(".")
         # Another server, experiment or format begins another journal: run ids of one mean nothing to the other.
         name = hashlib.sha256(f"format 3 {without_password(self.uri)} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
-        self._delivery = delivery = Delivery(self.uri, home, self._find, longest_pause)
+        self._delivery = delivery = Delivery(self.uri, home, self._find, folders.output.pull, longest_pause)
         if not settings.uri and self.uri == os.environ.get(_URI):
             delivery.place += f" (out of {_URI}, as tracking.uri is not set)"
             if create:
@@ -109,10 +119,17 @@ class Tracker:
         if found is None:
             # A local store would put artifacts under the current directory; a server decides for itself.
             artifacts = None if self.uri.startswith(("http", "databricks")) else self._artifacts.as_uri()
-            return str(client.create_experiment(self.experiment, artifacts))
+            return str(client.create_experiment(self.experiment, artifacts, experiment_tags(self.study)))
         if found.lifecycle_stage == "deleted":
             raise UserError(f"{where} is deleted; restore it, or name another one in tracking.experiment")
+        for key, value in experiment_tags(self.study).items():
+            if found.tags.get(key) != value:
+                client.set_experiment_tag(found.experiment_id, key, value)
         return str(found.experiment_id)
+
+    def link(self, server: str) -> str:
+        """Where the study's trials are compared, on the MLflow server at this address."""
+        return link(server, self._delivery.experiment_id or "", self.study)
 
     @property
     def client(self) -> Client:
@@ -175,6 +192,15 @@ class Tracker:
         named = [RunTag(name, value) for name, value in tags.items()]
         self._ask(lambda client, run: client.log_batch(run, points, (), named), None, run_id)
 
+    def register(self, name: str, about: str, run_id: str, description: str) -> None:
+        """Make the model of a run the `best` version of a registered one; `about` is of all versions."""
+        self._ask(lambda client, run: register(client, name, about, run, description), None, run_id)
+
+    def describe(self, text: str) -> None:
+        """Describe the experiment, in Markdown."""
+        tag = self._delivery.experiment_id, NOTE, text
+        self._ask(lambda client, _: client.set_experiment_tag(*tag), None)
+
     def open(
         self,
         kind: str,
@@ -209,7 +235,7 @@ class Tracker:
             self._opened.add(journal)
         run.append(record)
         run.params(params)
-        run.tags({**(tags or {}), **({PARENT: parent} if parent else {})})
+        run.tags({**self.facts, **(tags or {}), **({PARENT: parent} if parent else {})})
         return run
 
     def settle(self, timeout: float = 60) -> int:

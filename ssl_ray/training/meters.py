@@ -14,6 +14,7 @@ from ssl_ray.training.devices import known_device
 from ssl_ray.training.precision import named
 
 PREFIX = "system/"
+_MACHINE = "patches_per_second", "seconds_per_step", "workers"
 WORKER_MEMORY = f"{PREFIX}worker_memory_peak_megabytes"
 
 
@@ -43,11 +44,11 @@ def arithmetic_rate(flops: float, workers: int, device: torch.device, dtype: tor
 
 
 def as_system(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The rate of a training record and its wait for data once more, under `system/`."""
-    return {
-        f"{PREFIX}patches_per_second": metrics["patches_per_second"],
-        f"{PREFIX}data_wait_percentage": 100 * metrics["data_wait_share"],
-    }
+    """A training record with what is about the machine under `system/`: how fast it was, and what it waited for."""
+    moved = {f"{PREFIX}{name}" if name in _MACHINE else name: value for name, value in metrics.items()}
+    if (share := moved.pop("data_wait_share", None)) is not None:
+        moved[f"{PREFIX}data_wait_percentage"] = 100 * share
+    return moved
 
 
 class ObjectStore:

@@ -87,10 +87,7 @@ def job(
 
 def plain(records: Iterable[Record]) -> list[Record]:
     """Without what a clock says."""
-    return [
-        (step, {k: v for k, v in metrics.items() if k != "seconds_per_step" and not k.startswith("system/")})
-        for step, metrics in records
-    ]
+    return [(step, {k: v for k, v in metrics.items() if not k.startswith("system/")}) for step, metrics in records]
 
 
 def make(study: Study, data: TrialData, folder: Path, **options: Any) -> Trial:
@@ -122,13 +119,13 @@ def history(*runs: Iterable[Record]) -> dict[tuple[int, bool], dict[str, float]]
 
 
 def results(folder: Path) -> tuple[dict[str, Tensor], str]:
-    return load_file(folder / "unetr.safetensors"), (folder / "evaluation.json").read_text()
+    return load_file(folder / "model.safetensors"), (folder / "evaluation.json").read_text()
 
 
 def assert_same(folder: Path, other: Path) -> None:
     (weights, evaluation), (others, expected) = results(folder), results(other)
     assert evaluation == expected
-    files = [(place / "unetr.safetensors").read_bytes() for place in (folder, other)]
+    files = [(place / "model.safetensors").read_bytes() for place in (folder, other)]
     assert files[0] == files[1], "a digest of the file is one of the training"
     assert weights.keys() == others.keys()
     for name, value in others.items():
@@ -242,7 +239,7 @@ FAULTS: dict[str, Callable[[Path], AbstractContextManager[None]]] = {
     "checkpoint": lambda folder: on_open(f"{folder}/checkpoints/.00000008-*/state.pt", half),
     "manifest": lambda folder: on_rename(f"{folder}/checkpoints/00000008", cut),
     "evaluation": lambda folder: on_open("*/label3.nii.gz", cut),
-    "unetr": lambda folder: on_rename(f"{folder}/unetr.safetensors", cut),
+    "unetr": lambda folder: on_rename(f"{folder}/model.safetensors", cut),
     "evaluation.json": lambda folder: on_rename(f"{folder}/evaluation.json", cut),
 }
 
@@ -256,7 +253,7 @@ def test_a_fault_inside_leaves_nothing_half_done(
     with FAULTS[fault](tmp_path / "cut"), pytest.raises(CutError):
         first.extend(start(study, data, tmp_path / "cut"))
     assert not (tmp_path / "cut" / "evaluation.json").exists()
-    assert (tmp_path / "cut" / "unetr.safetensors").exists() == (fault == "evaluation.json")
+    assert (tmp_path / "cut" / "model.safetensors").exists() == (fault == "evaluation.json")
     rest = reports(study, data, tmp_path / "cut")
     assert rest[0][1] == {"started_at": 12 if fault in ("evaluation", "unetr", "evaluation.json") else 4}
     assert history(plain(first), rest) == history(whole[0])
@@ -555,7 +552,7 @@ def test_a_volume_that_cannot_be_scored_ends_the_trial(
 
 def test_records_tell_what_a_trial_uses(study: Study, data: TrialData, tmp_path: Path) -> None:
     """Rate, wait, memory and arithmetic of its steps, under the names that a pretraining has too."""
-    names = ("seconds_per_step", "system/patches_per_second", "system/data_wait_percentage")
+    names = ("system/seconds_per_step", "system/patches_per_second", "system/data_wait_percentage")
     clock: dict[str, list[float]] = {name: [] for name in names}
     for step, metrics in make(study, data, tmp_path).train():
         system = {name for name in metrics if name.startswith("system/")}

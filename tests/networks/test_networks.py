@@ -183,7 +183,7 @@ def test_an_encoder_under_a_prefix_is_the_same_encoder(prefix: str) -> None:
 def test_a_unetr_is_a_source_of_its_encoder() -> None:
     """The decoder of a segmentation network stays behind."""
     source, target = unetr_of(), unetr_of(CUBE, 5)
-    assert transfer(source.state_dict(), target, "unetr.safetensors").prefix == "vit."
+    assert transfer(source.state_dict(), target, "model.safetensors").prefix == "vit."
     assert all(torch.equal(value, target.vit.state_dict()[key]) for key, value in source.vit.state_dict().items())
 
 

@@ -13,7 +13,7 @@ from studies import small_study
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.evaluate.planes import FILE, Planes, to_npz
-from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
+from ssl_ray.evaluate.scores import DICE_FOREGROUND, ORIGINAL_DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.report.comparison import SELECTION
 from ssl_ray.report.results import Results, conclude
@@ -21,6 +21,7 @@ from ssl_ray.report.trials import Status, Trial
 from ssl_ray.search.cells import FAILURE, NONFINITE, Cell, cells
 from ssl_ray.study.parts import run_params, tracker_of
 from ssl_ray.tracking.tracker import DEVICE, PRETRAINING_RUN, Tracker
+from ssl_ray.tracking.view import DICE
 
 ORGANS = ("liver", "spleen")
 
@@ -88,10 +89,10 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
     grid.text(json.dumps({cell.name: cell.name for cell in outcomes}), "cells.json")
     grid.text(json.dumps(bad), "bad_volumes.json")
     for cell, outcome in outcomes.items():
-        params = {"size": cell.size, "init": cell.init, "lr": cell.lr, "run": cell.run}
+        params = {"size": cell.size, "init": cell.init, "lr": cell.lr}
         params |= {"training_volumes": cell.size, "precision": outcome.precision}
         tags = lineage if cell.init == "pretrained" else {}
-        run = tracker.open("trial", cell.name, cell.name, params, grid.id, tags)
+        run = tracker.open("trial", cell.name, cell.label, params, grid.id, tags)
         run.started(0)
         run.tags({DEVICE: "a [processor]"})
         for step, value in outcome.curve.items():
@@ -103,6 +104,8 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
             for name, scored in parts.items():
                 means = aggregate(scored, outcome.organs)
                 metrics |= {f"selected/{name}/{key}": value for key, value in means.items()}
+            part = "test" if outcome.test else "validation"
+            metrics[DICE] = metrics.get(f"selected/{part}/{ORIGINAL_DICE_FOREGROUND}", 0.0)
             run.metrics(metrics, study.finetune.steps)
             tree = {"step": outcome.selected, "organs": list(outcome.organs)}
             tree |= {name: [asdict(one) for one in scored] for name, scored in parts.items()}

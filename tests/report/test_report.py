@@ -323,11 +323,11 @@ def test_hours_are_those_in_which_a_training_ran(tmp_path: Path) -> None:
     pretraining = tracker.open("pretraining", "p", "p", {"pretrain.gpu": "False", "pretrain.cpus_per_worker": "2.0"})
     never = tracker.open("trial", "b", "b", {"finetune.gpus_per_trial": "0.0", "finetune.cpus_per_trial": "1.0"})
     tracker.settle()
-    at = {"started_at": ((0, 0), (5, 1)), "lr": ((1, 10), (6, 20)), "selected/step": ((6.5, 20),)}
+    at = {"system/started_at": ((0, 0), (5, 1)), "lr": ((1, 10), (6, 20)), "selected/step": ((6.5, 20),)}
     for run in (trial, pretraining):
         run.tags({DEVICE: "some kind"})
         points = [Metric(name, 4, int(hour * 3.6e6), step) for name, values in at.items() for hour, step in values]
-        tracker.client.log_batch(run.id, [*points, Metric("workers", 4, 0, 0)])
+        tracker.client.log_batch(run.id, [*points, Metric("system/workers", 4, 0, 0)])
     runs: Any = SimpleNamespace(
         pretraining=[SimpleNamespace(run=tracker.client.get_run(pretraining.id))],
         trials=[SimpleNamespace(run_id=one) for one in (trial.id, never.id, None)],

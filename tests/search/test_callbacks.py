@@ -38,8 +38,11 @@ class Told:
     def logged(self, *_: Any) -> set[int]:
         return set()
 
+    def datasets(self, values: Any) -> None:
+        self.read = [(one["context"], one["profile"]["volumes"]) for one in values]
+
     def started(self, *_: Any) -> None: ...
-    def metrics(self, *_: Any) -> None: ...
+    def metrics(self, values: Any, *_: Any) -> None: ...
     def text(self, *_: Any) -> None: ...
     def update(self, *_: Any) -> None: ...
 
@@ -47,7 +50,8 @@ class Told:
 def trial_of(told: Told, **result: Any) -> Any:
     """What Tune has of the cell's trial, whose weights a run has made."""
     config = CELL.apply(small_study(finetune={"optimizer": {"lr": 1e-4}, "steps": 30}).finetune)
-    data = SimpleNamespace(training=(1, 2), validation=(3,), test=())
+    volumes = [SimpleNamespace(key=str(number), subject="") for number in range(3)]
+    data = SimpleNamespace(training=volumes[:2], validation=volumes[2:], test=())
     folder = SimpleNamespace(key="key", clear=lambda: told.labels.update(cleared="yes"))
     job = SimpleNamespace(
         config=config, network=small_study().network, data=data, seed=7, made_by="made by", folder=folder
@@ -70,11 +74,12 @@ def test_a_trial_is_described_and_says_why_it_failed(nonfinite: bool) -> None:
     callback.on_trial_result(
         0, [], trial, {"step": 0, "metrics": {"started_at": 0.0}, "precision": "bfloat16", "device": "a GPU"}
     )
-    expected = {"size": 6, "init": "pretrained", "lr": 2e-3, "run": 1, "seed": 7, "precision": "bfloat16"}
-    expected |= {"training_volumes": 2, "validation_volumes": 1, "test_volumes": 0, "finetune.optimizer.lr": 2e-3}
+    expected = {"size": 6, "init": "pretrained", "lr": 2e-3, "precision": "bfloat16"}
+    expected |= {"training_volumes": 2, "validation_volumes": 1, "test_volumes": 0}
     assert expected.items() <= told.values.items()
-    assert told.labels["ssl_ray.pretraining_run"] == "made by"
-    assert told.labels["ssl_ray.device"] == "a GPU"
+    expected = {"pretraining_run": "made by", "run": "1", "seed": "7", "device": "a GPU"}
+    assert {f"ssl_ray.{name}": value for name, value in expected.items()}.items() <= told.labels.items()
+    assert told.read == [("training", 2), ("validation", 1)]
     assert not told.labels[NONFINITE], "of an earlier attempt"
     callback.on_trial_complete(0, [], trial)
     assert told.labels["ssl_ray.failure"] == "why"

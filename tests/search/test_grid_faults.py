@@ -29,7 +29,7 @@ from studies import place_database, small_tree, write_study
 from torch import Tensor, nn
 
 from ssl_ray.cli.main import main
-from ssl_ray.search.cells import FAILURE
+from ssl_ray.search.cells import CELL, FAILURE
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
@@ -93,7 +93,7 @@ FAULTS: dict[str, Callable[[str, str], AbstractContextManager[None]]] = {
     "killed in validation": lambda study, trial: die_in_prediction(f"{trial}/checkpoints/00000004"),
     "killed in a checkpoint": lambda study, trial: on_open(f"{trial}/checkpoints/.00000008-*/state.pt", die_half_way),
     "killed in the evaluation": lambda study, trial: die_in_prediction(f"{trial}/checkpoints/00000012"),
-    "killed in the result": lambda study, trial: on_rename(f"{trial}/unetr.safetensors", die),
+    "killed in the result": lambda study, trial: on_rename(f"{trial}/model.safetensors", die),
     "crash after step 5": lambda study, trial: after_steps(5, crash),
     "crash after step 9": lambda study, trial: after_steps(9, crash),
     "nan": lambda study, trial: poison_step(6),
@@ -184,7 +184,7 @@ def undisturbed(ray_cluster: None, cohort: Path, cache: Path, tmp_path_factory: 
 def runs_of(path: Path) -> dict[str, Any]:
     """Newest state of every cell's run by name; no cell has two."""
     found = tracker_of(load(path)).runs(kind="trial")
-    by_name = {run.info.run_name: run for run in found}
+    by_name = {run.data.tags[CELL]: run for run in found}
     assert len(by_name) == len(found)
     return by_name
 
@@ -197,10 +197,10 @@ def history(path: Path, run: Any, metric: str) -> list[tuple[int, float]]:
 def starts(path: Path, cell: str) -> list[float]:
     """The step that each start of a trial went on from, and how many steps it had to do again."""
     run = runs_of(path)[cell]
-    again = [int(value) for _, value in history(path, run, "replayed_steps")]
+    again = [int(value) for _, value in history(path, run, "system/replayed_steps")]
     print(f"{cell}: steps done again {again}")
     assert max(again) < 4, "less than between two checkpoints"
-    return [value for _, value in history(path, run, "started_at")]
+    return [value for _, value in history(path, run, "system/started_at")]
 
 
 def outcome(path: Path) -> Outcome:
@@ -209,12 +209,12 @@ def outcome(path: Path) -> Outcome:
     for name, run in runs_of(path).items():
         assert run.info.status == "FINISHED"
         assert not run.data.tags.get(FAILURE)
-        metrics = run.data.metrics.keys() - {"seconds_per_step", "started_at", "replayed_steps"}
-        histories = {metric: history(path, run, metric) for metric in metrics if not metric.startswith("system/")}
+        metrics = [metric for metric in run.data.metrics if not metric.startswith("system/")]
+        histories = {metric: history(path, run, metric) for metric in metrics}
         for metric, points in histories.items():
             assert len({step for step, _ in points}) == len(points), f"{metric}: a step is logged twice"
         assert [step for step, _ in sorted(histories["loss"])] == list(range(1, STEPS + 1)), "no step is missing"
-        (weights,) = folders_of(load(path)).study.glob(f"finetune-*/{name}-*/unetr.safetensors")
+        (weights,) = folders_of(load(path)).study.glob(f"finetune-*/{name}-*/model.safetensors")
         assert [child.name for child in weights.parent.iterdir() if child.is_dir()] == [], "checkpoints are gone"
         found[name] = {metric: sorted(points) for metric, points in histories.items()}, load_file(weights)
     return found

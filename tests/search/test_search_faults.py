@@ -118,7 +118,7 @@ def test_a_search_that_is_killed_twice(
     assert finished
     assert before.items() <= {run.info.run_id: run.info.end_time for run in runs}.items(), "what was done is left alone"
     assert len({frozenset(run.data.params) for run in runs}) == 1, "the compare view needs equal names"
-    restarted = [tracker.history(run.info.run_id, "started_at") for run in runs]
+    restarted = [tracker.history(run.info.run_id, "system/started_at") for run in runs]
     assert any(len(starts) > 1 and max(starts.values()) > 0 for starts in restarted), "from a checkpoint"
     for run in finished:
         history = tracker.client.get_metric_history(run.info.run_id, "loss")

@@ -1,0 +1,160 @@
+"""Verbs of a model: segment with it, score what was segmented, take its features."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ssl_ray.cli.app import app
+from ssl_ray.cli.options import writable
+from ssl_ray.console import say
+from ssl_ray.text import shown
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="model.safetensors, a cell's folder, runs:/ID/path, models:/NAME@ALIAS.")
+]
+Inputs = Annotated[list[Path], typer.Argument(metavar="INPUT...", help="NIfTI files, folders of them, datalists.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="Is made.")]
+Part = Annotated[
+    Literal["training", "validation", "test"] | None, typer.Option(help="Of a datalist; all of it if left out.")
+]
+Ensemble = Annotated[
+    list[str],
+    typer.Option(metavar="MODEL", default_factory=list, show_default=False, help="Average with it; repeats."),
+]
+KeepLargest = Annotated[
+    list[str],
+    typer.Option(metavar="ORGAN", default_factory=list, show_default=False, help="Only the largest part; repeats."),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: GPUs where the cluster has any.")]
+Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="One a GPU, or one for 4 CPUs, if left out.")]
+
+
+def Flag(name: str, help: str) -> Any:  # noqa: N802  # it stands for a class of typer's
+    """An option without a value."""
+    return typer.Option(name, metavar="", help=help)
+
+
+@app.command(epilog="Example: ssl-ray predict models:/demo-segmenter@best new_scans -o labels")
+def predict(
+    model: Model,
+    inputs: Inputs,
+    output: Output,
+    ensemble: Ensemble,
+    keep_largest: KeepLargest,
+    part: Part = None,
+    gaussian: Annotated[bool, Flag("--gaussian", "Weight the middle of windows more.")] = False,
+    overlap: Annotated[float | None, typer.Option(min=0, max=0.99, metavar="SHARE", help="Of windows.")] = None,
+    tta: Annotated[bool, Flag("--tta", "The mean of mirrored views, as far as trained on such.")] = False,
+    probabilities: Annotated[bool, Flag("--probabilities", "Keep them, on the prepared grid.")] = False,
+    resume: Annotated[bool, Flag("--continue", "Leave out what is complete.")] = False,
+    device: Device = "auto",
+    workers: Workers = None,
+) -> None:
+    """Segment scans: label maps on their own grids, pictures, and a table of the organs' volumes.
+
+    As the model was scored, unless an option says otherwise.
+    """
+    from ssl_ray.predict.inputs import cases_of
+    from ssl_ray.predict.model import read_model
+
+    models = [read_model(place) for place in (model, *ensemble)]
+    told = models[0].metadata
+    cases, left_out = cases_of(inputs, told.preparation.channels, part)
+    _tell_left_out(left_out)
+    from ssl_ray.cluster.connect import connect
+    from ssl_ray.config.schema import LocalCluster
+    from ssl_ray.predict.case import Outputs
+    from ssl_ray.predict.run import SIZES, predict_all
+    from ssl_ray.predict.segment import check_agree, manner_of, numbers_of
+
+    check_agree(models)
+    manner, notes = manner_of(told, gaussian, overlap, tta)
+    for note in notes:
+        say(f"other than the model was scored: {note}")
+    outputs = Outputs(output.absolute(), probabilities, numbers_of(keep_largest, told.organs))
+    connect(LocalCluster())
+    with writable(output):
+        count, bad = predict_all(models, manner, cases, outputs, device=device, workers=workers, resume=resume)
+    say(f"{output}: {count} of {len(cases)} volumes segmented now, {len(cases) - count - len(bad)} were there already")
+    say(f"sizes of the organs: {output / SIZES}")
+    _end(bad)
+
+
+@app.command(epilog="Example: ssl-ray evaluate labels my_ct/labelsTs --tolerance 1")
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Label maps: a folder, or one file.")],
+    labels: Annotated[Path, typer.Argument(metavar="LABELS", help="The true ones: a folder, a file, or a datalist.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="PREDICTIONS if left out.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0.001, metavar="MM", help="Of surface Dice.")] = 2.0,
+    as_json: Annotated[bool, Flag("--json", "Everything, for programs.")] = False,
+) -> None:
+    """Score anybody's label maps: Dice, surface Dice, HD95, missed and false organs, on the grid of the true ones."""
+    from ssl_ray.predict.evaluate import evaluate_all, names_of, pairs_of
+    from ssl_ray.storage.files import write_file
+
+    pairs, bad, missing = pairs_of(predictions, labels)
+    names = names_of(predictions, labels)
+    evaluation, failed = evaluate_all(pairs, names, tolerance)
+    if not evaluation.cases:
+        _end(bad | failed)
+    folder = output or (predictions if predictions.is_dir() else predictions.parent)
+    tree = json.dumps(evaluation.tree())
+    with writable(folder):
+        write_file(folder / "evaluation.json", tree.encode())
+        write_file(folder / "evaluation.csv", evaluation.rows().to_csv(index=False).encode())
+    say(tree if as_json else evaluation.table())
+    if not as_json:
+        say(f"{len(evaluation.cases)} volumes; {folder / 'evaluation.csv'}, {folder / 'evaluation.json'}")
+        if missing:
+            say(f"{missing} of the label maps in {labels} have no prediction, and count for nothing here")
+    _end(bad | failed)
+
+
+@app.command(epilog="Example: ssl-ray embed output/demo/pretrain-1a2b3c4d new_scans -o features.parquet")
+def embed(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="best.safetensors of a pretraining too, or its folder.")
+    ],
+    inputs: Inputs,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Parquet; is made.")],
+    tokens: Annotated[bool, Flag("--tokens", "A row for each token, with its place, instead of their mean.")] = False,
+    part: Part = None,
+    device: Device = "auto",
+    workers: Workers = None,
+) -> None:
+    """Write the encoder's features of whole volumes, the mean over their tokens."""
+    from ssl_ray.cluster.connect import connect
+    from ssl_ray.config.schema import LocalCluster
+    from ssl_ray.networks.weight_files import weights_digest
+    from ssl_ray.predict.embed import embed_all, read_embedder
+    from ssl_ray.predict.inputs import cases_of
+
+    embedder, path = read_embedder(model)
+    cases, left_out = cases_of(inputs, embedder.preparation.channels, part)
+    _tell_left_out(left_out)
+    connect(LocalCluster())
+    made_by = weights_digest(path)
+    with writable(output.parent):
+        rows, bad = embed_all(embedder, made_by, cases, output, tokens=tokens, device=device, workers=workers)
+    say(f"{output}: {rows} rows of {embedder.encoder.hidden_size} features")
+    _end(bad)
+
+
+def _tell_left_out(left_out: dict[str, str]) -> None:
+    for path, why in [*left_out.items()][:5]:
+        say(f"left out: {shown(path)}: {why}")
+    if len(left_out) > 5:
+        say(f"left out: {len(left_out) - 5} more")
+
+
+def _end(bad: dict[str, str]) -> None:
+    """List what could not be done, by path with the reason, and end with exit code 2 if there is anything."""
+    for path, why in bad.items():
+        say(f"FAILED: {why if path in why else f'{path}: {why}'}")
+    if bad:
+        say(f"{len(bad)} failed; the others are complete")
+        raise typer.Exit(2)

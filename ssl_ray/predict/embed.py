@@ -1,0 +1,159 @@
+"""The encoder's features of whole volumes, for retrieval and for other people's heads."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ssl_ray.config.schema import Network, Preparation
+from ssl_ray.data.datalist import Case
+from ssl_ray.data.normalise import CanonicalVolume
+from ssl_ray.errors import UserError
+from ssl_ray.evaluate.sliding_window import sliding_windows
+from ssl_ray.networks.model_file import MODEL_FILE
+from ssl_ray.networks.protocol import Encoder
+from ssl_ray.networks.registry import build_encoder
+from ssl_ray.networks.transfer import transfer
+from ssl_ray.networks.weight_files import load_metadata, load_weights, read_entry
+from ssl_ray.predict.model import find, read_model
+from ssl_ray.storage.files import appearing
+from ssl_ray.text import shown
+
+if TYPE_CHECKING:
+    from ssl_ray.predict.workers import Device, Work
+
+_BATCH = 4
+"""Patches at a time."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a volume: their features (N, width) float32, their places (N, 3) in the grid and in mm (RAS+)."""
+
+    features: NDArray[np.float32]
+    places: NDArray[np.int32]
+    centres: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A trained encoder, and how volumes are prepared for it."""
+
+    encoder: Encoder
+    preparation: Preparation
+
+    def __call__(self, case: Case) -> Tokens:
+        """The tokens of a case."""
+        from ssl_ray.predict.case import read_prepared  # it loads what draws, which MLflow's copy of this does without
+
+        return self.tokens(read_prepared(case, self.preparation)[0])
+
+    def tokens(self, prepared: CanonicalVolume) -> Tokens:
+        """The tokens that reach into a volume, which lies in the middle of as many whole patches as it takes."""
+        encoder, size = self.encoder, prepared.image.shape[-3:]
+        patch = [side * encoder.token for side in encoder.grid]
+        missing = [-length % side for length, side in zip(size, patch, strict=True)]
+        before = [voxels // 2 for voxels in missing]
+        sides = [n for low, both in zip(before[::-1], missing[::-1], strict=True) for n in (low, both - low)]
+        image = pad(torch.from_numpy(prepared.image).reshape(-1, *size), sides)
+        windows = sliding_windows(image.shape[1:], patch, 0)
+        inside = np.indices(encoder.grid).reshape(3, -1).T  # z fastest, as the tokens
+        features = []
+        for first in range(0, len(windows), _BATCH):
+            some = torch.stack([image[:, *window] for window in windows[first : first + _BATCH]])
+            features.append(self._encode(some, prepared.levels))
+        places = [inside + [side.start // encoder.token for side in window] for window in windows]
+        place = np.concatenate(places)
+        voxel = place * encoder.token - before  # the first one of a token, in the volume
+        reach = ((voxel + encoder.token > 0) & (voxel < size)).all(axis=1)
+        centre = voxel[reach] + (encoder.token - 1) / 2
+        centres = centre @ prepared.affine[:3, :3].T + prepared.affine[:3, 3]
+        return Tokens(torch.cat(features).numpy()[reach], place[reach].astype(np.int32), centres)
+
+    @torch.inference_mode()
+    def _encode(self, stored: Tensor, levels: int) -> Tensor:
+        """Patches (B, C, X, Y, Z) as stored -> tokens (B * N, width) on the CPU."""
+        device = next(self.encoder.parameters()).device
+        return self.encoder.encode(self.encoder.embed((stored.float() / levels).to(device))).flatten(0, 1).float().cpu()
+
+
+def read_embedder(place: str) -> tuple[Embedder, Path]:
+    """The encoder of a segmentation model or of a pretraining, and its file.
+
+    Raises:
+        UserError: for a network without encoder, and a file that does not say what its encoder is.
+    """
+    path = find(place, MODEL_FILE, "best.safetensors")
+    entry = read_entry(path)
+    if "format" in entry:
+        model = read_model(str(path))
+        encoder = getattr(model.network(), "encoder", None)
+        if not isinstance(encoder, Encoder):
+            raise UserError(f"{path}: a {model.metadata.network.kind} has no encoder of tokens to take features from")
+        return Embedder(encoder.eval(), model.metadata.preparation), path
+    kinds = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(Network)[0])}
+    try:
+        kind = kinds[entry["kind"]]
+        network = kind.model_validate({name: entry[name] for name in kind.model_fields if name in entry})
+        prepared = json.loads(entry["preparation"])
+        preparation = Preparation.model_validate({key: prepared[key] for key in prepared if key != "version"})
+        encoder = build_encoder(network, json.loads(entry["patch_size"]), preparation.channels)
+    except (KeyError, ValueError, TypeError, ValidationError) as error:
+        told = "its metadata do not say which encoder it is and how volumes are prepared for it"
+        raise UserError(f"{path}: {told}, as a pretraining writes them: {shown(error, 200)}") from error
+    transfer(load_weights(path), encoder, str(path), load_metadata(path))
+    return Embedder(encoder.eval(), preparation), path
+
+
+def embed_all(
+    embedder: Embedder,
+    made_by: str,
+    cases: Sequence[Case],
+    output: Path,
+    *,
+    tokens: bool = False,
+    device: "Device" = "auto",
+    workers: int | None = None,
+) -> tuple[int, dict[str, str]]:
+    """Write features as Parquet, a row for each volume (their mean) or token -> number of rows, bad cases by image.
+
+    `made_by`, the digest of the encoder's file, is kept in the metadata of the table.
+    """
+    from ssl_ray.predict.workers import over_cases  # it loads Ray
+
+    def make(on: torch.device) -> "Work[Tokens]":
+        return Embedder(embedder.encoder.to(on), embedder.preparation)
+
+    bad: dict[str, str] = {}
+    numbers = [(name, pa.int32()) for name in ("i", "j", "k")] + [(name, pa.float64()) for name in ("x", "y", "z")]
+    columns = [("case", pa.string()), *(numbers if tokens else []), ("features", pa.list_(pa.float32()))]
+    schema = pa.schema(columns, metadata={"encoder_sha256": made_by})
+    rows = 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(output) as part, pq.ParquetWriter(part, schema) as writer:
+        for case, found in over_cases("embedding", cases, make, device, workers):
+            if isinstance(found, UserError):
+                bad[str(case.image)] = str(found)
+                continue
+            table = _table(case.id, found, tokens)
+            writer.write_table(pa.table(table, schema))
+            rows += len(table["case"])
+    return rows, bad
+
+
+def _table(name: str, found: Tokens, tokens: bool) -> dict[str, Any]:
+    """Columns of a volume's rows."""
+    if not tokens:
+        return {"case": [name], "features": [found.features.mean(0)]}
+    grid = dict(zip("ijk", found.places.T, strict=True)) | dict(zip("xyz", found.centres.T, strict=True))
+    return {"case": [name] * len(found.places), **grid, "features": list(found.features)}

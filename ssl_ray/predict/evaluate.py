@@ -1,0 +1,167 @@
+"""Scores label maps against the true ones by the report's metrics, whoever made them."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ssl_ray.console import track
+from ssl_ray.data.datalist import is_nifti, read_datalist, stem
+from ssl_ray.data.layout_files import usable_files
+from ssl_ray.data.layouts import organs_of, shared_name
+from ssl_ray.data.nifti import on_image_grid, read_label
+from ssl_ray.errors import UserError
+from ssl_ray.evaluate.metrics import evaluate_original
+from ssl_ray.evaluate.scores import CaseScores, aggregate
+from ssl_ray.predict.inputs import named
+from ssl_ray.predict.run import TOLD
+from ssl_ray.text import shown
+from ssl_ray.training.prefetch import ahead
+
+_LABELS = 256
+_THREADS = 4
+"""Volumes that are scored at the same time, at most; each takes some ten bytes a voxel."""
+Pairs = Mapping[str, tuple[Path, Path]]
+"""Prediction and truth by case."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of volumes; `organs` are the names by value of all labels that are named, or that any volume has."""
+
+    organs: Mapping[int, str]
+    cases: tuple[CaseScores, ...]
+    tolerance: float
+
+    def tree(self) -> dict[str, Any]:
+        """For `evaluation.json`, with the report's means over volumes."""
+        means = aggregate(self.cases, [*self.organs.values()])
+        told = {"tolerance": self.tolerance, "labels": self.organs, "means": means}
+        return told | {"cases": [asdict(case) for case in self.cases]}
+
+    def rows(self) -> pd.DataFrame:
+        """A row for each case and organ."""
+        names = ["original_dice", "original_surface_dice", "original_hd95", "missed", "false_positives"]
+        tables = []
+        for case in self.cases:
+            scores = {name.removeprefix("original_"): getattr(case, name) for name in names}
+            named = {"case": case.case, "label": self.organs.keys(), "organ": self.organs.values()}
+            tables.append(pd.DataFrame(named | scores))
+        return pd.concat(tables)
+
+    def table(self) -> str:
+        """Means over the volumes that have an organ, or lack it, and over all organs of a volume, for people."""
+        rows = self.rows().drop(columns="label").astype({"missed": float, "false_positives": float})
+        means = rows.groupby("organ", sort=False).mean(numeric_only=True)
+        means.loc["all organs"] = rows.groupby("case").mean(numeric_only=True).mean()
+        return str(means.to_string(float_format="%.3f", na_rep="-"))
+
+
+def evaluate_all(pairs: Pairs, names: Mapping[int, str], tolerance: float) -> tuple[Evaluation, dict[str, str]]:
+    """Score pairs on the grid of the truth; and the reason by path of prediction for those that cannot be.
+
+    `names` are those of labels; the tolerance of surface Dice is in mm.
+    """
+
+    def score(item: tuple[str, tuple[Path, Path]]) -> CaseScores | UserError:
+        name, (prediction, truth) = item
+        try:
+            true = read_label(truth)
+            made = on_image_grid(true, read_label(prediction), prediction, "prediction")
+        except UserError as error:
+            return error
+        voxels = (one.voxels.astype(np.uint8, order="C") for one in (made, true))
+        return evaluate_original(name, *voxels, true.affine, _LABELS, tolerance)
+
+    threads = min(_THREADS, len(os.sched_getaffinity(0))) - 1
+    outcomes = list(track("scoring", ahead(score, pairs.items(), threads), len(pairs)))
+    made = [str(prediction) for prediction, _ in pairs.values()]
+    bad = {path: str(one) for path, one in zip(made, outcomes, strict=True) if isinstance(one, UserError)}
+    scored = [one for one in outcomes if isinstance(one, CaseScores)]
+    there = {value for value in range(1, _LABELS) if any(_occurs(case, value) for case in scored)}
+    organs = {value: names.get(value, f"label {value}") for value in sorted({*there, *names} - {0})}
+    return Evaluation(organs, tuple(_only(case, organs) for case in scored), tolerance), bad
+
+
+def _occurs(case: CaseScores, value: int) -> bool:
+    scores, extra = case.original_dice or (), case.false_positives or ()
+    return scores[value - 1] is not None or bool(extra[value - 1])
+
+
+def _only(case: CaseScores, values: Iterable[int]) -> CaseScores:
+    """The scores of these labels."""
+    fields = ("original_dice", "original_hd95", "original_surface_dice", "false_positives")
+    return replace(case, **{name: [getattr(case, name)[value - 1] for value in values] for name in fields})
+
+
+def pairs_of(predictions: Path, labels: Path) -> tuple[Pairs, dict[str, str], int]:
+    """Prediction and truth by case, the reason by path for predictions without truth, and how many truths are left.
+
+    Two files, or two folders whose files are matched by name below them: the same name, or one that differs in words
+    such as `label` and `img` alone. `labels` may be a datalist, whose images gave the predictions their names.
+
+    Raises:
+        UserError: where nothing is there, or nothing matches.
+    """
+    for place in (predictions, labels):
+        if not place.exists():
+            raise UserError(f"{place}: no such file or folder")
+    if predictions.is_file() and labels.is_file() and is_nifti(labels.name):
+        return {stem(predictions): (predictions, labels)}, {}, 0
+    made = _maps(predictions)
+    if labels.suffix == ".json":
+        listed = read_datalist(labels.parent, labels.name, labelled=True, any_part=True)
+        cases = named([*listed.training, *listed.validation, *listed.test])
+        true = {case.id: case.label for case in cases if case.label}
+    else:
+        true = _maps(labels)
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in true:
+        alike[shared_name(PurePosixPath(name))].append(name)
+    pairs: dict[str, tuple[Path, Path]] = {}
+    alone: dict[str, str] = {}
+    for name, path in made.items():
+        fitting = [name] if name in true else alike[shared_name(PurePosixPath(name))]
+        if len(fitting) == 1:
+            pairs[name] = path, true[fitting[0]]
+        else:
+            several = f"could be of {' or of '.join(fitting[:2])}"
+            alone[str(path)] = several if fitting else f"no label map of its name in {labels}"
+    if not pairs:
+        found = f"{len(made)} and {len(true)} label maps"
+        raise UserError(f"{predictions} and {labels}: no two files of the same name among {found}")
+    missing = len(true) - len({truth for _, truth in pairs.values()})
+    return pairs, alone, missing
+
+
+def _maps(place: Path) -> dict[str, Path]:
+    """Label maps below a folder, or the file itself, by name without suffix."""
+    if place.is_file():
+        return {stem(place): place}
+    return {str(path.with_name(stem(path))): place / path for path in usable_files(place)[0]}
+
+
+def names_of(predictions: Path, labels: Path) -> dict[int, str]:
+    """Names by label value, from the dataset.json in or beside either place, or from `labels` if it is a datalist.
+
+    A UserError where a value is one organ here and another one there.
+    """
+    ours, theirs = _names(predictions), _names(labels)
+    for value in sorted(ours.keys() & theirs.keys()):
+        if value and ours[value].lower() != theirs[value].lower():
+            told = f"{shown(ours[value], 80)} in {predictions} and {shown(theirs[value], 80)} in {labels}"
+            raise UserError(f"label {value} is {told}, by the names beside them: their labels mean different organs")
+    return theirs | ours
+
+
+def _names(place: Path) -> dict[int, str]:
+    folder = place if place.is_dir() else place.parent
+    for path in (place, folder / TOLD, folder.parent / TOLD):
+        if path.suffix == ".json" and path.is_file() and (found := organs_of(path)):
+            return found
+    return {}

@@ -1,0 +1,94 @@
+"""Which volumes a command is about: files, folders and datalists, as cases with names of their own."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from ssl_ray.data.datalist import Case, is_nifti, read_datalist, stem
+from ssl_ray.data.layout_files import usable_files
+from ssl_ray.data.layouts import is_label_map
+from ssl_ray.errors import UserError
+from ssl_ray.text import shown
+
+Part = Literal["training", "validation", "test"]
+_CHANNEL = re.compile(r"(?P<name>.+)_(?P<channel>\d{4})")
+"""nnU-Net's name of an image: `liver_003_0000` is the first channel of `liver_003`."""
+
+
+def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) -> tuple[list[Case], dict[str, str]]:
+    """The volumes to read, each once, by name, and files of the folders that are left out, with the reason.
+
+    A folder stands for all images below it. A file is a volume, or a channel of one where its name ends as nnU-Net's
+    do, in `_0000`, `_0001`; a datalist says which images are one volume, and `part` which of its volumes are meant.
+    The name, which may hold folders, is that of the file without suffix and channel.
+
+    Raises:
+        UserError: for an input that is not there, no volume at all, another number of channels, and names that collide.
+    """
+    files: list[Path] = []
+    cases: list[Case] = []
+    left_out: dict[str, str] = {}
+    for place in inputs:
+        if place.is_dir():
+            found, unusable = usable_files(place)
+            labels = [path for path in found if is_label_map(path)]
+            left_out |= {str(place / path): why for path, why in unusable.items()}
+            left_out |= {str(place / path): "a label map, by its name or folder" for path in labels}
+            files += [place / path for path in found if path not in labels]
+        elif place.suffix == ".json":
+            listed = read_datalist(place.parent, place.name, labelled=False, any_part=True)
+            parts = [part] if part else ["training", "validation", "test"]
+            cases += [case for one in parts for case in getattr(listed, one)]
+        elif is_nifti(place.name):
+            files.append(place)
+        else:
+            raise UserError(f"{place}: must be a folder, a .nii or .nii.gz file, or a datalist (.json)")
+    cases = named([*cases, *_grouped(files, channels)])
+    if not cases:
+        why = "".join(f"; {shown(path)}: {reason}" for path, reason in list(left_out.items())[:3])
+        raise UserError(f"{', '.join(map(str, inputs))}: no volume in it{why}")
+    for case in cases:
+        if len(case.images) != channels:
+            raise UserError(
+                f"{case.image}: the model takes {channels} images a volume, got {len(case.images)}: several are told "
+                "by a datalist, or by names that end in _0000, _0001 and so on"
+            )
+    return cases, left_out
+
+
+def _grouped(files: Sequence[Path], channels: int) -> list[Case]:
+    """A case for each file, or, where a volume has several, for each group that differs in its channel alone."""
+    groups: dict[Path, list[Path]] = defaultdict(list)
+    for path in dict.fromkeys(Path(os.path.abspath(file)) for file in files):
+        match = _CHANNEL.fullmatch(stem(path)) if channels > 1 else None
+        groups[path.with_name(match["name"]) if match else path].append(path)
+    cases = []
+    for image, *others in (sorted(group) for group in groups.values()):
+        cases.append(Case(stem(image), image, others=tuple(others)))
+    return cases
+
+
+def named(cases: Sequence[Case]) -> list[Case]:
+    """Each case once, under the name of its output: its file's, with its folders where several are called the same."""
+    cases = list({case.image: case for case in cases}.values())
+    names = [_name(case.image) for case in cases]
+    count = Counter(names)
+    base = Path(os.path.commonpath([case.image.parent for case in cases])) if cases else Path()
+    folders = [case.image.parent.relative_to(base).as_posix() for case in cases]
+    names = [
+        name if count[name] == 1 else str(PurePosixPath(folder, name))
+        for name, folder in zip(names, folders, strict=True)
+    ]
+    first: dict[str, Case] = {}
+    for name, case in zip(names, cases, strict=True):
+        if (other := first.setdefault(name, case)) is not case:
+            raise UserError(f"{case.image}: would have the output {name}.nii.gz, as {other.image} has")
+    return [replace(case, id=name) for name, case in zip(names, cases, strict=True)]
+
+
+def _name(image: Path) -> str:
+    return stem(image).removesuffix("_0000")

@@ -1,0 +1,83 @@
+"""Finds a trained model: a file, the folder of a cell, or what MLflow keeps."""
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ssl_ray.errors import UserError
+from ssl_ray.networks.model_file import MODEL_FILE, Metadata, read_metadata
+from ssl_ray.networks.weight_files import load_weights
+from ssl_ray.text import shown
+
+_REMOTE = ("runs:/", "models:/", "mlflow-artifacts:/")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A segmentation model: its file, what that says of the weights, and the weights themselves once they are read."""
+
+    path: Path
+    metadata: Metadata
+    weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
+
+    def loaded(self) -> "Model":
+        """With its weights, for machines that do not see the file."""
+        return replace(self, weights=load_weights(self.path))
+
+    def network(self) -> nn.Module:
+        """The network with these weights, all of them or a UserError: from patches to logits, on the CPU."""
+        from ssl_ray.networks.registry import build_segmentation  # MONAI takes seconds to load
+
+        told = self.metadata
+        network = build_segmentation(told.network, told.patch_size, told.preparation.channels, told.classes)
+        try:
+            network.load_state_dict(load_weights(self.path) if self.weights is None else self.weights)
+        except RuntimeError as error:
+            raise UserError(f"{self.path}: not the weights of its {told.network.kind}: {shown(error)}") from error
+        return network
+
+
+def read_model(place: str) -> Model:
+    """The model at a place, whose metadata are checked; its weights are read when the network is built.
+
+    `place`: a file, a folder with one model in it (a cell's), `runs:/<id>/<path>`, `models:/<name>@<alias>`.
+
+    Raises:
+        UserError: where there is no such place, no model, or one of another format.
+    """
+    path = find(place, MODEL_FILE)
+    return Model(path, read_metadata(path))
+
+
+def find(place: str, *names: str) -> Path:
+    """The file of weights at a place: in a folder the one of these names, in it or else below it, that there is."""
+    path = _download(place) if place.startswith(_REMOTE) else Path(place)
+    if path.is_dir():
+        here = [path / name for name in names if (path / name).is_file()]
+        found = here or sorted(one for name in names for one in path.rglob(name))
+        if len(found) != 1:
+            rule = f"must be a folder with one {' or '.join(names)} in it or below it"
+            first = ", ".join(str(one.relative_to(path)) for one in found[:3])
+            raise UserError(f"{place}: {rule}; {f'there are {len(found)}: {first}' if found else 'there is none'}")
+        return found[0]
+    if not path.is_file():
+        places = "a file, a folder, runs:/<id>/<path> or models:/<name>@<alias>"
+        raise UserError(f"{place}: no such model: must be {places}")
+    return path
+
+
+def _download(uri: str) -> Path:
+    """An artifact of MLflow, copied to this machine until this process ends."""
+    from ssl_ray.tracking.client import MlflowException, download_artifacts  # without MLflow's own bars of progress
+
+    folder = tempfile.mkdtemp(prefix="ssl-ray-model-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        return Path(download_artifacts(artifact_uri=uri, dst_path=folder))
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{shown(uri)}: MLflow has no such model (see MLFLOW_TRACKING_URI): {shown(error)}") from error

@@ -1,0 +1,91 @@
+"""Cases over all GPUs or CPUs of the cluster, by workers that each load the models once."""
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import ray
+import torch
+
+from ssl_ray.cluster.connect import check_resources
+from ssl_ray.console import track
+from ssl_ray.data.datalist import Case
+from ssl_ray.errors import UserError
+from ssl_ray.text import reason
+
+Device = Literal["auto", "cpu", "cuda"]
+Result = TypeVar("Result")
+Work = Callable[[Case], Result]
+_CPUS = 4
+"""Most of a worker: with more, the convolutions of a patch gain little, while every worker holds a volume."""
+
+
+def over_cases(
+    title: str,
+    cases: Sequence[Case],
+    make: Callable[[torch.device], Work[Result]],
+    device: Device = "auto",
+    workers: int | None = None,
+) -> Iterator[tuple[Case, Result | UserError]]:
+    """Each case with what `make(device)` makes of it in some worker, or with the reason why it makes nothing of it.
+
+    They come in the order in which they end. A worker calls `make` once. If `workers` is None, there is one for each
+    GPU, or, without GPUs or on `cpu`, for every four CPUs of a node. A worker with a GPU has two cases in hand, so that
+    one is read or written while the other is on the GPU.
+
+    Raises:
+        UserError: where `cuda` is asked for in a cluster without, and where the output cannot be written (OSError).
+    """
+    if device == "cuda":
+        check_resources("--device", "workers on cuda", 1, 1)
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cpus = max(1, min(_CPUS, max(nodes), sum(nodes) // (workers or gpus or 1)))
+    count = min(workers or gpus or sum(node // cpus for node in nodes) or 1, len(cases))
+    in_hand = 2 if gpus else 1
+    rows = [{"case": pickle.dumps(case)} for case in cases]
+    outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _Worker,
+        fn_constructor_args=(ray.put((make, "cuda" if gpus else "cpu", cpus)),),
+        compute=ray.data.ActorPoolStrategy(
+            size=count,
+            max_tasks_in_flight_per_actor=in_hand,
+            max_concurrent_calls_per_actor=in_hand,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=cpus,
+        num_gpus=1 if gpus else 0,
+        ray_remote_args_fn=_restarts,
+    )
+    outcomes.context.max_errored_blocks = -1  # a volume that kills its workers must not end the others
+    missing = {case.id: case for case in cases}
+    for row in track(title, outcomes.iter_rows(), len(cases)):
+        case, outcome = pickle.loads(row["outcome"])
+        if isinstance(outcome, OSError):
+            raise UserError(f"cannot write the output: {outcome}") from outcome
+        del missing[case.id]
+        yield case, outcome
+    for case in missing.values():
+        yield case, UserError(f"{case.image}: its worker was killed twice: is it too large for this machine's memory?")
+
+
+def _restarts() -> dict[str, Any]:
+    """Ray Data would try a volume that kills its workers for ever."""
+    return {"max_restarts": -1, "max_task_retries": 1}
+
+
+class _Worker:
+    def __init__(self, given: Any) -> None:
+        make, device, threads = ray.get(given)
+        torch.set_num_threads(threads)
+        self.work: Work[Any] = make(torch.device(device))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        case, outcome = pickle.loads(row["case"]), None
+        try:
+            outcome = self.work(case)
+        except (UserError, OSError) as error:
+            outcome = error
+        except Exception as error:  # whatever one volume brings about, the others go on
+            outcome = UserError(f"{case.image}: {reason(error)}")
+        return {"outcome": pickle.dumps((case, outcome))}

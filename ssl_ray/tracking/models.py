@@ -1,0 +1,165 @@
+"""Networks as MLflow's logged models: a file of weights with the code that reads it, and what it was scored on.
+
+The weights are a safetensors file and the code is this package as it is installed here, so that nothing is pickled and
+`mlflow.pyfunc.load_model` needs neither our sources nor our version of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+
+from ssl_ray.tracking.client import (
+    Client,
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    MlflowException,
+)
+
+_NEEDS = (
+    *("torch", "monai", "einops", "numpy", "scipy", "nibabel", "isal"),
+    *("pyarrow", "pydantic", "pyyaml", "safetensors", "rich"),
+)
+"""Packages that the code of a model imports."""
+LOADER = "ssl_ray.predict.pyfunc"
+"""Module that reads a model's file; a room above this one, so that it is named and not imported."""
+BEST = "best"
+"""Alias of the version of a registered model that did best on validation."""
+
+
+class Stored(Protocol):
+    """What is told of a volume that was read."""
+
+    @property
+    def key(self) -> str:
+        """Digest of its content and preparation."""
+
+    @property
+    def subject(self) -> str:
+        """The patient, or empty."""
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A file of weights that a run has made, as the journal refers to it.
+
+    name: of the model.
+    digest: of the file, as `file_digest` gives it.
+    step: at which the weights were selected.
+    segments: whether `predict(array, params)` gives labels on the grid of the array; if not, it gives a vector.
+    channels: of the array, (X, Y, Z) or (C, X, Y, Z), of intensities as scanned.
+    spacing: mm, along RAS axes, of an array that comes without an affine.
+    """
+
+    name: str
+    weights: str
+    digest: str
+    step: int
+    segments: bool
+    channels: int
+    spacing: tuple[float, float, float]
+
+    @property
+    def kind(self) -> str:
+        """`segmenter` or `encoder`."""
+        return "segmenter" if self.segments else "encoder"
+
+
+def told(context: str, name: str, source: str, volumes: Sequence[Stored]) -> dict[str, Any]:
+    """Volumes as a dataset of MLflow: `name`, digest, source, counts; `context`: pretraining, training, ... ."""
+    identity = json.dumps([(volume.key, volume.subject) for volume in volumes])
+    return {
+        "context": context,
+        "name": name,
+        "digest": hashlib.sha256(identity.encode()).hexdigest()[:16],
+        "source": source,
+        "profile": {"volumes": len(volumes), "subjects": len({one.subject for one in volumes if one.subject})},
+    }
+
+
+def dataset_input(one: Mapping[str, Any]) -> DatasetInput:
+    """What `told` told, as MLflow takes it."""
+    source, profile = json.dumps({"uri": one["source"]}), json.dumps(one["profile"])
+    dataset = Dataset(one["name"], one["digest"], "local", source, profile=profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", one["context"])])
+
+
+def find_model(client: Client, run_id: str) -> LoggedModel | None:
+    """The model that a run has logged, whole or not; a run logs one."""
+    experiment = client.get_run(run_id).info.experiment_id
+    return next(iter(client.search_logged_models([experiment], f"source_run_id = '{run_id}'")), None)
+
+
+def log_model(client: Client, run_id: str, made: NetworkFile) -> None:
+    """Log the model with its run, or what is missing of it."""
+    run = client.get_run(run_id)
+    if (model := find_model(client, run_id)) is None:
+        tags = {"ssl_ray.digest": made.digest}
+        model = client.create_logged_model(run.info.experiment_id, made.name, run_id, tags, model_type=made.kind)
+    if model.status != LoggedModelStatus.READY:
+        with TemporaryDirectory(prefix="ssl-ray-model-") as scratch:
+            folder = Path(scratch) / "model"
+            _write(folder, made, model.model_id, run_id)
+            client.log_model_artifacts(model.model_id, str(folder))
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    if model.model_id not in {one.model_id for one in run.outputs.model_outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, made.step)])
+
+
+def _write(folder: Path, made: NetworkFile, model_id: str, run_id: str) -> None:
+    """What MLflow keeps: `MLmodel`, `data/<weights>`, `code/ssl_ray`, an example, and what is to be installed."""
+    from mlflow.models import Model, ModelSignature  # not above: they take a second, and most runs have no model
+    from mlflow.pyfunc import save_model
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    example = np.linspace(-200, 300, 8**3, dtype=np.float32).reshape(8, 8, 8)
+    if made.channels > 1:
+        example = np.stack([example] * made.channels)
+    affine = np.diag([*made.spacing, 1.0]).ravel().tolist()
+    signature = ModelSignature(
+        Schema([TensorSpec(np.dtype(np.float32), (*example.shape[:-3], -1, -1, -1))]),
+        Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1)) if made.segments else TensorSpec(example.dtype, (-1,))]),
+        ParamSchema([ParamSpec("affine", "double", affine, (-1,))]),  # 4 x 4, row by row
+    )
+    save_model(
+        folder,
+        mlflow_model=Model(model_id=model_id, run_id=run_id),
+        loader_module=LOADER,
+        data_path=made.weights,
+        code_paths=[str(Path(__file__).parents[1])],
+        signature=signature,
+        input_example=example,
+        pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _NEEDS],
+    )
+
+
+def register(client: Client, name: str, about: str, run_id: str, description: str) -> None:
+    """Make the model of a run the best version of a registered model; nothing changes where it is that already."""
+    if (model := find_model(client, run_id)) is None:
+        return
+    try:
+        client.create_registered_model(name, description=about)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        client.update_registered_model(name, about)
+    known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")  # a run has one model
+    new = {"run_id": run_id, "description": description, "model_id": model.model_id}
+    found = known[0] if known else client.create_model_version(name, model.artifact_location, **new)
+    client.set_registered_model_alias(name, BEST, found.version)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, its first 16 digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

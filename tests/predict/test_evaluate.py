@@ -1,0 +1,118 @@
+"""Scores of anybody's label maps."""
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from volumes import oblique_affine, organ_labels, write_nifti
+
+from ssl_ray.cli.main import main
+from ssl_ray.errors import UserError
+from ssl_ray.evaluate.metrics import evaluate_original
+from ssl_ray.predict.evaluate import names_of, pairs_of
+
+AFFINE = oblique_affine((1.2, 1.1, 3.0), 20)
+SHAPE = (20, 18, 9)
+
+
+def maps(folder: Path, *names: str, seed: int = 0, values: tuple[int, ...] = (0, 1, 2)) -> None:
+    for number, name in enumerate(names):
+        labels = np.array(values, np.uint8)[organ_labels(SHAPE, len(values), seed + 10 * number)]
+        write_nifti(folder / f"{name}.nii.gz", labels, AFFINE)
+
+
+def test_scores_are_the_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same numbers to the last digit; organs by name; a table, CSV and JSON; the prediction in another layout."""
+    maps(tmp_path / "made", "a", "b", seed=1)
+    maps(tmp_path / "labels", "a", "b", "c", seed=3)
+    (tmp_path / "made" / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "liver"}}))
+    turned = nib.as_closest_canonical(nib.load(tmp_path / "made" / "a.nii.gz")).slicer[::-1]
+    nib.save(turned, tmp_path / "made" / "a.nii.gz")
+    assert main(["evaluate", str(tmp_path / "made"), str(tmp_path / "labels"), "--tolerance", "1.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "liver" in printed
+    assert "1 of the label maps in" in printed
+    tree = json.loads((tmp_path / "made" / "evaluation.json").read_text())
+    assert tree["labels"] == {"1": "liver", "2": "label 2"}
+    truths, made = ([organ_labels(SHAPE, 3, seed + 10 * number) for number in range(2)] for seed in (3, 1))
+    for case, truth, prediction in zip(tree["cases"], truths, made, strict=True):
+        expected = asdict(evaluate_original(case["case"], prediction, truth, AFFINE, 3, 1.5))
+        assert {key: case[key] for key in ("case", "original_dice", "false_positives")} == {
+            key: value if isinstance(value, str) else list(value)
+            for key, value in expected.items()
+            if key in ("case", "original_dice", "false_positives")
+        }
+        for key in ("original_hd95", "original_surface_dice"):
+            np.testing.assert_allclose(case[key], expected[key], rtol=1e-6)
+    dice = [score for case in tree["cases"] for score in case["original_dice"]]
+    assert tree["means"]["original_dice_foreground"] == pytest.approx(np.mean(dice))
+    rows = list(csv.DictReader((tmp_path / "made" / "evaluation.csv").open()))
+    assert [(row["case"], row["label"], row["organ"]) for row in rows][:2] == [
+        ("a", "1", "liver"),
+        ("a", "2", "label 2"),
+    ]
+    assert [float(row["dice"]) for row in rows] == dice
+
+
+def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever they are called, with labels that leave gaps; `--json` is all that is printed."""
+    maps(tmp_path, "one", values=(0, 3, 200))
+    maps(tmp_path, "other", values=(0, 3, 7))
+    capsys.readouterr()
+    out = str(tmp_path / "out")
+    assert main(["evaluate", str(tmp_path / "one.nii.gz"), str(tmp_path / "other.nii.gz"), "--json", "-o", out]) == 0
+    tree = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert tree["labels"] == {"3": "label 3", "7": "label 7", "200": "label 200"}
+    (case,) = tree["cases"]
+    assert case["original_dice"] == [1.0, 0.0, None]
+    assert case["original_hd95"] == [0.0, None, None]
+    assert case["false_positives"] == [None, None, True]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == tree
+
+
+def pairs(made: Path, labels: Path) -> dict[str, str]:
+    return {name: truth.name for name, (_, truth) in pairs_of(made, labels)[0].items()}
+
+
+def test_files_are_paired_by_name(tmp_path: Path) -> None:
+    """By the same one, by one that differs in words for image and label, or by the datalist of the images."""
+    maps(tmp_path / "made", "img01", "img02", "x/img02")
+    maps(tmp_path / "labels", "label01", "label02", "img02")
+    assert pairs(tmp_path / "made", tmp_path / "labels") == {"img01": "label01.nii.gz", "img02": "img02.nii.gz"}
+    assert [Path(path).name for path in pairs_of(tmp_path / "made", tmp_path / "labels")[1]] == ["img02.nii.gz"]
+    entry = {"image": "scans/s_0000.nii.gz", "label": "labels/label02.nii.gz"}
+    maps(tmp_path, "scans/s_0000")
+    (tmp_path / "list.json").write_text(json.dumps({"test": [entry], "labels": {"1": "liver"}}))
+    maps(tmp_path / "ours", "s")
+    assert pairs(tmp_path / "ours", tmp_path / "list.json") == {"s": "label02.nii.gz"}
+    assert names_of(tmp_path / "ours", tmp_path / "list.json") == {1: "liver"}
+    with pytest.raises(UserError, match="no two files of the same name among 1 and 3 label maps"):
+        pairs_of(tmp_path / "ours", tmp_path / "labels")
+
+
+def test_labels_that_mean_something_else_are_refused(tmp_path: Path) -> None:
+    """Where names are beside both, a value must be the same organ; nnU-Net writes them the other way round."""
+    for folder, labels in (("made", {"0": "background", "1": "liver", "2": "Spleen"}), ("labels", {"spleen": 2})):
+        maps(tmp_path / folder, "a")
+        (tmp_path / folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert names_of(tmp_path / "made", tmp_path / "labels")[1] == "liver"
+    (tmp_path / "labels" / "dataset.json").write_text(json.dumps({"labels": {"liver": 2}}))
+    with pytest.raises(UserError, match=r"label 2 is Spleen in .*made and liver in .*labels"):
+        names_of(tmp_path / "made", tmp_path / "labels")
+
+
+def test_one_bad_file_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is listed with the reason, and so is one without truth; the exit code says so."""
+    maps(tmp_path / "made", "a", "b", "c", "d")
+    maps(tmp_path / "labels", "a", "b", "c")
+    (tmp_path / "made" / "b.nii.gz").write_bytes(b"\x1f\x8b")
+    write_nifti(tmp_path / "made" / "c.nii.gz", organ_labels((5, 6, 7)), AFFINE)
+    assert main(["evaluate", str(tmp_path / "made"), str(tmp_path / "labels")]) == 2
+    printed = capsys.readouterr().out
+    for rule in ("b.nii.gz: ", "the prediction has shape (5, 6, 7)", "d.nii.gz: no label map of its name"):
+        assert rule in printed
+    assert len(json.loads((tmp_path / "made" / "evaluation.json").read_text())["cases"]) == 1

@@ -1,0 +1,64 @@
+"""Which volumes files, folders and datalists stand for, and under which names."""
+
+import json
+from pathlib import Path
+
+import pytest
+from volumes import touch
+
+from ssl_ray.errors import UserError
+from ssl_ray.predict.inputs import cases_of
+
+
+def names(*inputs: Path, channels: int = 1) -> dict[str, list[str]]:
+    return {case.id: [path.name for path in case.images] for case in cases_of(inputs, channels)[0]}
+
+
+def test_files_and_folders(tmp_path: Path) -> None:
+    """All images below a folder, each once; label maps are left out and named."""
+    touch(tmp_path, "imagesTs/a.nii.gz", "imagesTs/more/b.nii", "labelsTs/a.nii.gz", "readme.txt", "c_seg.nii.gz")
+    cases, left_out = cases_of([tmp_path, tmp_path / "imagesTs" / "a.nii.gz"], 1)
+    assert [case.id for case in cases] == ["a", "b"]
+    assert {Path(path).name for path in left_out} == {"a.nii.gz", "c_seg.nii.gz"}
+
+
+def test_nnunets_names(tmp_path: Path) -> None:
+    """Channels are one volume where the model takes several; the name goes without the channel."""
+    touch(tmp_path, "p_1_0000.nii.gz", "p_1_0001.nii.gz", "p_2_0001.nii.gz", "p_2_0000.nii.gz")
+    assert names(tmp_path, channels=2) == {
+        "p_1": ["p_1_0000.nii.gz", "p_1_0001.nii.gz"],
+        "p_2": ["p_2_0000.nii.gz", "p_2_0001.nii.gz"],
+    }
+    assert names(tmp_path / "p_1_0000.nii.gz") == {"p_1": ["p_1_0000.nii.gz"]}
+    with pytest.raises(UserError, match="the model takes 3 images a volume, got 2"):
+        names(tmp_path, channels=3)
+
+
+def test_a_datalist_says_what_belongs_together(tmp_path: Path) -> None:
+    """Its channels, and its parts; it may be of test volumes alone, which no training could be."""
+    touch(tmp_path, "t1.nii.gz", "t2.nii.gz", "u1.nii.gz", "u2.nii.gz")
+    pairs = {"test": [{"image": ["t1.nii.gz", "t2.nii.gz"]}], "validation": [{"image": ["u1.nii.gz", "u2.nii.gz"]}]}
+    (tmp_path / "list.json").write_text(json.dumps(pairs))
+    assert names(tmp_path / "list.json", channels=2).keys() == {"t1", "u1"}
+    assert [case.id for case in cases_of([tmp_path / "list.json"], 2, "test")[0]] == ["t1"]
+    with pytest.raises(UserError, match="the model takes 1 images a volume, got 2"):
+        names(tmp_path / "list.json")
+
+
+def test_equal_names_get_their_folders(tmp_path: Path) -> None:
+    """So that no output overwrites another one; what would is refused."""
+    touch(tmp_path, "p1/ct.nii.gz", "p2/ct.nii.gz", "p3/other.nii.gz")
+    assert names(tmp_path).keys() == {"p1/ct", "p2/ct", "other"}
+    touch(tmp_path, "p2/ct.nii")
+    with pytest.raises(UserError, match=r"would have the output p2/ct\.nii\.gz, as .*p2/ct"):
+        names(tmp_path)
+
+
+def test_what_is_no_volume_is_refused(tmp_path: Path) -> None:
+    """With what was found instead."""
+    touch(tmp_path, "labels/a.nii.gz", "a.dcm")
+    with pytest.raises(UserError, match=r"no volume in it; .*a\.nii\.gz: a label map"):
+        names(tmp_path / "labels" / "..")
+    for place in (tmp_path / "a.dcm", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"must be a folder, a \.nii or \.nii\.gz file, or a datalist"):
+            names(place)
