@@ -12,11 +12,12 @@ from matplotlib.lines import Line2D
 
 from ssl_ray.evaluate.planes import Pixels, Planes
 
-_WIDTH = 4.8
+WIDTH = 4.8
 """Inches. A picture of this width has letters of 11 pixels where it is shown 380 pixels wide, as on a telephone."""
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "text.color": "white",
+    "axes.labelcolor": "white",
     "figure.facecolor": "#101418",  # as on a radiologist's screen: it is read on a light page and on a dark one
     "savefig.facecolor": "#101418",
     "text.parse_math": False,  # a name may hold a dollar
@@ -31,7 +32,7 @@ def draw(planes: Sequence[Planes], organs: Sequence[str], titles: Sequence[str])
     """
     gap, heading = 0.06, 0.3
     widths = [max(one.size(plane)[1] for one in planes) for plane in range(3)]
-    scale = (_WIDTH - 4 * gap) / sum(widths)  # inches a mm
+    scale = (WIDTH - 4 * gap) / sum(widths)  # inches a mm
     heights = [scale * max(one.size(plane)[0] for plane in range(3)) for one in planes]
     shown = sorted({int(n) for one in planes for layers in one.layers for n in np.unique(layers[1:]) if n})
     handles = [Line2D([], [], color=_colour(n), label=organs[n - 1]) for n in shown]
@@ -40,14 +41,14 @@ def draw(planes: Sequence[Planes], organs: Sequence[str], titles: Sequence[str])
     columns = 3 if max((len(str(one.get_label())) for one in handles), default=0) < 14 else 2
     below = 0.1 + 0.21 * -(-len(handles) // columns)
     height = sum(heights) + len(planes) * (heading + gap) + below
-    with rc_context(_STYLE):
-        figure, top = Figure(figsize=(_WIDTH, height)), height
+    with rc_context(STYLE):
+        figure, top = Figure(figsize=(WIDTH, height)), height
         for one, title, tall in zip(planes, titles, heights, strict=True):
-            figure.text(gap / _WIDTH, (top - heading / 2) / height, title, va="center")
+            figure.text(gap / WIDTH, (top - heading / 2) / height, title, va="center")
             left, top = gap, top - heading
             for plane, width in enumerate(widths):
                 high, wide = (scale * mm for mm in one.size(plane))
-                axis = figure.add_axes((left / _WIDTH, (top - high) / height, wide / _WIDTH, high / height))
+                axis = figure.add_axes((left / WIDTH, (top - high) / height, wide / WIDTH, high / height))
                 _draw_plane(axis, one.layers[plane])
                 left += scale * width + gap
             top -= tall + gap

@@ -14,6 +14,9 @@ from scipy import ndimage
 Pixels = NDArray[np.uint8]
 PLANES = ("axial", "coronal", "sagittal")
 
+FILE = "planes.npz"
+"""In a trial's folder, and an artifact of its run: the planes of the volumes that it was scored on, by their ids."""
+
 
 @dataclass(frozen=True, eq=False)
 class Planes:

@@ -62,10 +62,10 @@ def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, f
     """Means over volumes by MLflow metric name; metrics that no volume has are left out.
 
     These are the metrics of this module's constants, and for every organ, a name of the classes 1, 2, ..., the mean
-    over the volumes that have it: `original_dice/<organ>`, `original_hd95/<organ>` (mm, where it was found),
-    `original_surface_dice/<organ>`, `original_miss_rate/<organ>`; and `original_false_positives/<organ>`, the share of
-    the volumes without it where it was predicted. Organs' names are those of `organ_keys`. The order of the cases
-    matters to `published_dice` alone.
+    over the volumes that have it: `dice/<organ>` on the canonical grid, `original_dice/<organ>`,
+    `original_hd95/<organ>` (mm, where it was found), `original_surface_dice/<organ>`, `original_miss_rate/<organ>`; and
+    `original_false_positives/<organ>`, the share of the volumes without it where it was predicted. Organs' names are
+    those of `organ_keys`. The order of the cases matters to `published_dice` alone.
     """
     canonical = _table(cases, "dice", len(organs) + 1)
     with_background = _mean(canonical, axis=1)
@@ -75,6 +75,8 @@ def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, f
         PUBLISHED_DICE: _mean(np.array(running)),
         DICE_FOREGROUND: _mean(_mean(canonical[:, 1:], axis=1)),
     }
+    keys = organ_keys(organs)
+    means |= {f"dice/{key}": mean for key, mean in zip(keys, _mean(canonical[:, 1:], axis=0), strict=True)}
     for name, field in (
         (ORIGINAL_DICE_FOREGROUND, "original_dice"),
         (ORIGINAL_HD95, "original_hd95"),
@@ -85,7 +87,7 @@ def aggregate(cases: Sequence[CaseScores], organs: Sequence[str]) -> dict[str, f
         original = _table(cases, field, len(organs))
         of_volumes = np.nansum(original, axis=1) if name == ORIGINAL_FALSE_POSITIVES else _mean(original, axis=1)
         means[name] = _mean(of_volumes)
-        of_organs = zip(organ_keys(organs), _mean(original, axis=0), strict=True)
+        of_organs = zip(keys, _mean(original, axis=0), strict=True)
         means |= {f"{name.removesuffix('_foreground')}/{key}": mean for key, mean in of_organs}
     return {name: float(mean) for name, mean in means.items() if not np.isnan(mean)}
 

@@ -3,7 +3,8 @@
 checkpoints/<step>/            training states, the newest two, each with the weights that did best until then
 faults/step_<n>.safetensors    what reproduces a step that was not finite, for the first three
 model.safetensors              the result: the weights that did best on validation, with all that prediction needs
-evaluation.json                and their scores, volume by volume
+planes.npz                     three planes of every test volume, or validation volume where there is no test part
+evaluation.json                the scores, volume by volume
 
 The driver imports this, too: MONAI takes seconds to load and is not here.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.store import Store, Volume
+from ssl_ray.evaluate.planes import FILE, Planes, to_npz
 from ssl_ray.networks.model_file import MODEL_FILE, Metadata, model_content
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
@@ -51,19 +53,28 @@ class TrialFolder:
         """Folder of the training states, by step."""
         return self.path / "checkpoints"
 
-    def keep_result(self, weights: Mapping[str, Tensor], evaluation: Mapping[str, Any], metadata: Metadata) -> None:
-        """Write `model.safetensors`, then `evaluation.json`; each appears complete or not at all."""
+    def keep_result(
+        self,
+        weights: Mapping[str, Tensor],
+        planes: Mapping[str, Planes],
+        evaluation: Mapping[str, Any],
+        metadata: Metadata,
+    ) -> None:
+        """Write `model.safetensors`, `planes.npz`, `evaluation.json`, in this order; each is whole or not there."""
         for name, content in (
             (MODEL_FILE, model_content(weights, metadata)),
+            (FILE, to_npz(planes)),
             ("evaluation.json", json.dumps(evaluation, indent=1).encode()),
         ):
             write_file(self.path / name, content)
             self.mirror.push(self.path / name)
 
-    def pull_evaluation(self) -> Path:
-        """The scores that the trial wrote, made on whatever machine, as a file on this one."""
-        self.mirror.pull(self.path / "evaluation.json")
-        return self.path / "evaluation.json"
+    def pull_evaluation(self) -> list[Path]:
+        """The scores and the planes that the trial wrote, made on whatever machine, as files on this one."""
+        paths = [self.path / name for name in ("evaluation.json", FILE)]
+        for path in paths:
+            self.mirror.pull(path)
+        return paths
 
     def clear(self) -> None:
         """Delete what a finished trial no longer needs."""

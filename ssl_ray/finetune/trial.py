@@ -16,6 +16,7 @@ from ssl_ray.data.patch import open_array
 from ssl_ray.data.store import Volume
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
+from ssl_ray.evaluate.planes import Planes, cut
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.finetune.job import Record, TrialJob
 from ssl_ray.finetune.learner import SegmentationLearner, precision_of
@@ -102,18 +103,20 @@ class Trial:
 
         Returns:
             `selected/step`, `selected/validation/<metric>` and, where the cohort has a test split,
-            `selected/test/<metric>`. The folder then holds `model.safetensors` and `evaluation.json`.
+            `selected/test/<metric>`. The folder then holds `model.safetensors`, `planes.npz` and `evaluation.json`.
         """
         data = self.job.data
         self.learner.network.load_state_dict(self.best_weights)
         threads = max(0, int(self.config.cpus_per_trial) - 1)
-        cases = list(ahead(self._score, self._predict(data.validation + data.test), threads))
+        scored = list(ahead(self._score, self._predict(data.validation + data.test), threads))
         known = len(data.validation)
+        planes = {case.case: one for case, one in scored[known:] or scored}
+        cases = [case for case, _ in scored]
         scores = {"validation": cases[:known], "test": cases[known:]}
         tree = {"step": self.best_step, "organs": list(data.organs)}
         tree |= {name: [asdict(case) for case in cases] for name, cases in scores.items()}
         means = {name: aggregate(cases, data.organs) for name, cases in scores.items()}
-        self.job.folder.keep_result(self.best_weights, tree, self._metadata(means))
+        self.job.folder.keep_result(self.best_weights, planes, tree, self._metadata(means))
         named = {f"selected/{name}/{key}": value for name, part in means.items() for key, value in part.items()}
         return {"selected/step": float(self.best_step)} | named
 
@@ -203,12 +206,14 @@ class Trial:
         stored = torch.from_numpy(np.array(image)).reshape(-1, *volume.shape)
         return volume, stored, torch.from_numpy(np.array(label))
 
-    def _score(self, case: tuple[Volume, Tensor, Tensor]) -> CaseScores:
-        """All scores of a case. The original labels are read only here, so that few of them are in memory at once."""
+    def _score(self, case: tuple[Volume, Tensor, Tensor]) -> tuple[CaseScores, Planes]:
+        """All scores of a case, and what a picture shows of it. The original labels are read only here: few at once."""
         volume, truth, prediction = case
         assert volume.label_source is not None
         original = read_label(Path(volume.label_source))
-        return evaluate(
+        image = open_array(self.job.data.store, volume.key).reshape(-1, *volume.shape)[0]
+        planes = cut(image, prediction.cpu().numpy(), truth.numpy(), np.array(volume.affine))
+        scores = evaluate(
             volume.id,
             prediction.cpu(),
             truth,
@@ -219,6 +224,7 @@ class Trial:
             tolerance=self.config.surface_tolerance,
             subject=volume.subject,
         )
+        return scores, planes
 
     def _save(self, step: int) -> None:
         older, newer = self.records

@@ -33,7 +33,7 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
 from ssl_ray.tracking.models import NetworkFile
 from ssl_ray.tracking.run import Run, ending
-from ssl_ray.tracking.tracker import NOTE, Tracker
+from ssl_ray.tracking.tracker import DEVICE, NOTE, Tracker
 from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
 from ssl_ray.training.meters import ObjectStore, as_system
 from ssl_ray.training.precision import settled
@@ -255,9 +255,11 @@ class _Collector:
                     return
                 kind, content = item
                 if kind == "started":
-                    self._run.started(content)
+                    step, device = content
+                    self._run.started(step)
+                    self._run.tags({DEVICE: device})
                     self._store.sample()  # what was spilled before is not this run's
-                    self._bar.update(content, again=True)
+                    self._bar.update(step, again=True)
                 elif kind == "record":
                     self._record(content)
                     self._bar.update(content["step"], progress(content))

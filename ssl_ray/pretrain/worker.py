@@ -20,7 +20,7 @@ from ssl_ray.pretrain.probe import Probe
 from ssl_ray.pretrain.stream import Batch, batches, segments
 from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.training.checkpoint import Saver, load_latest
-from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, peak_memory
+from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.parallel import whole_weights
@@ -42,7 +42,7 @@ def train_loop(job: Job) -> None:
     saved = time.monotonic()
 
     start = _restore(job, rank, learner, watch)
-    reporter.start(start)
+    reporter.start(start, device_name(learner.device))
     probe = Probe(learner, job.labelled, rank, world) if job.labelled else None
     found = {f"{name}_untrained": value for name, value in (probe.measure().items() if probe and not start else ())}
     totals = _Totals(world, flops, learner.device, learner.dtype)
@@ -176,14 +176,14 @@ class _Reporter:
     def __init__(self, job: Job, rank: int) -> None:
         self._put, self._rank, self._job = job.reports.actor.put_nowait.remote, rank, job  # the call returns at once
 
-    def start(self, step: int) -> None:
-        """Tell the step that training goes on from."""
+    def start(self, step: int, device: str) -> None:
+        """Tell the step that training goes on from, and on what."""
         if self._rank == 0:
             self._job.folder.mkdir(parents=True, exist_ok=True)
             self._job.mirror.pull(self._job.records)  # rank 0 may have been on another machine
             with self._job.records.open("ab") as file:
                 file.write(b"\n")  # ends a line that a killed worker may have left half written
-            self._put(("started", step))
+            self._put(("started", (step, device)))
 
     def record(self, record: dict[str, Any]) -> None:
         """Keep and send what happened since the record before."""

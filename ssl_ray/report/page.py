@@ -28,7 +28,7 @@ _MARKDOWN = MarkdownIt("zero", {"html": False}).enable(
 def literal(text: str) -> str:
     """Markdown that shows a text from outside, such as an organ's name or an error, as it is, on one line."""
     # An underscore between letters, as in kidney_left, means nothing to Markdown and stays readable.
-    return re.sub(r"([\\`*\[<]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]<]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
 
 
 def to_html(text: str, folder: Path, title: str) -> str:
@@ -42,15 +42,27 @@ def to_html(text: str, folder: Path, title: str) -> str:
 
 
 def _embed_pictures(tokens: list[Token], folder: Path) -> None:
-    """Make a paragraph that is a picture, a line break and an emphasised caption a figure that holds the PNG itself."""
+    """Make a paragraph that is a picture, a line break and an emphasised caption a figure that holds the PNG itself.
+
+    Where the picture has a twin for dark pages, named `<name>_dark.png`, it holds both.
+    """
     for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
         if token.children and token.children[0].type == "image":
-            picture, _, *caption = token.children
-            content = (folder / str(picture.attrs["src"])).read_bytes()
-            picture.attrs["src"] = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
+            image, _, *caption = token.children
+            path = folder / str(image.attrs["src"])
+            image.attrs["src"] = _embedded(path)
+            picture = [image]
+            if (dark := path.with_stem(f"{path.stem}_dark")).is_file():
+                attributes: dict[str, str | int | float] = {"srcset": _embedded(dark)}
+                source = Token("source", "source", 0, attrs=attributes | {"media": "(prefers-color-scheme: dark)"})
+                picture = [Token("picture_open", "picture", 1), source, image, Token("picture_close", "picture", -1)]
             before.tag = after.tag = "figure"
             caption[0].tag = caption[-1].tag = "figcaption"
-            token.children = [picture, *caption]
+            token.children = [*picture, *caption]
+
+
+def _embedded(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
 def _fold_listings(tokens: list[Token]) -> None:

@@ -1,15 +1,15 @@
 """The page of a search, from MLflow alone: what was tried, what mattered, and the best cell. It claims nothing."""
 
-import warnings
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
-from matplotlib import pyplot
-from optuna.distributions import CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
-from optuna.visualization.matplotlib import plot_parallel_coordinate
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from optuna.trial import FrozenTrial, TrialState
 
 from ssl_ray.config.loading import dump, parse
 from ssl_ray.config.schema import Study
@@ -19,6 +19,7 @@ from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
 from ssl_ray.report.page import TEMPLATES, literal, to_html
 from ssl_ray.report.results import newest_parent
 from ssl_ray.report.show import register_best
+from ssl_ray.report.style import GREY, end, legend_above, panels, save
 from ssl_ray.report.tables import Table
 from ssl_ray.report.write import Report
 from ssl_ray.search.cells import JOURNAL
@@ -45,14 +46,14 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     rows = [_row(trial, keys, trial == best) for trial in tried]
     table = Table(["number", "status", *keys, "last step", search.metric, "note"], rows, 2)
     values: dict[str, Any] = {"study": study, "search": search, "config": config, "best": best, "cells": table}
-    values |= {"statuses": list(map(status, tried)), "importances": {}, "test": None}
+    values |= {"keys": keys, "statuses": list(map(status, tried)), "importances": {}, "test": None}
     if len(finished) >= 20:
         values["importances"] = optuna.importance.get_param_importances(drawn, params=keys)
-    figures, more = [], []
+    figures, more = list[Path](), list[Path]()
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     if best:
-        figures, more = [folder / "figures" / "search.png"], [folder / "best.yaml"]
-        _draw(drawn, keys, search.metric, *figures)
+        more = [folder / "best.yaml"]
+        figures = save(partial(_draw, drawn, keys, search.metric), folder / "figures" / "search.png") if keys else []
         own = resolved(ran, best.user_attrs["cell"]).model_copy(update={"name": f"{study.name}-best"})
         values["yaml"] = dump(own)
         more[0].write_text(values["yaml"], encoding="utf-8")
@@ -64,29 +65,36 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     markdown, html = folder / "report.md", folder / "report.html"
     markdown.write_text(text, encoding="utf-8")
     html.write_text(to_html(text, folder, f"{study.name}: a search"), encoding="utf-8")
-    shown = [picture(run_id, f"report/figures/{path.name}", "what was tried, and what it scored") for path in figures]
+    shown = [
+        picture(run_id, f"report/figures/{path.name}", "what was tried, and what it scored") for path in figures[:1]
+    ]
     tracker.conclude(run_id, {}, {NOTE: "\n\n".join([*shown, str(table)])})
     for path in (markdown, html, *more, *figures):
         tracker.attach(run_id, path, "report/figures" if path in figures else "report")
     return Report(str(table), markdown, html, (*figures, *more))
 
 
-def _draw(drawn: optuna.Study, keys: list[str], metric: str, path: Path) -> None:
-    """Optuna's parallel coordinates of the cells that have a score; one axis says which of them were stopped."""
-    shown = optuna.create_study(direction=drawn.direction)
-    for trial in (one for one in drawn.get_trials() if one.value is not None):
-        params = trial.params | {"status": status(trial)}
-        kinds = trial.distributions | {"status": CategoricalDistribution(("finished", "stopped"))}
-        shown.add_trial(create_trial(value=trial.value, params=params, distributions=kinds))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is experimental, and an axis on which all have one value
-        axis = plot_parallel_coordinate(shown, params=[*keys, "status"], target_name=metric)
-    for lines in axis.collections:  # without the palest
-        lines.set_cmap("viridis_r")
-    axis.set_title("")
-    axis.figure.set_size_inches(11, 5)
-    axis.figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
-    pyplot.close(axis.figure)
+def _draw(drawn: optuna.Study, keys: Sequence[str], metric: str) -> Figure:
+    """The last score of each cell over what it had of a key, a panel a key; cells that do not read it are not there."""
+    rows = -(-len(keys) // 2)
+    figure, axes = panels(0.9 + 1.9 * rows, rows, 2, sharey=True)
+    markers = {"finished": ("o", "C1"), "stopped": ("x", GREY)}
+    for axis, key in zip(axes, keys, strict=False):
+        shown = [trial for trial in drawn.get_trials() if trial.value is not None and key in trial.user_attrs["cell"]]
+        numbers = all(isinstance(trial.user_attrs["cell"][key], int | float) for trial in shown)
+        for name, (marker, colour) in markers.items():
+            some = [trial for trial in shown if status(trial) == name]
+            x = [value if numbers else str(value) for value in (trial.user_attrs["cell"][key] for trial in some)]
+            axis.plot(x, [trial.value for trial in some], marker, color=colour, alpha=0.8)
+        if any(getattr(trial.distributions.get(key), "log", False) for trial in shown):
+            axis.set_xscale("log")
+        axis.set_title(key.rpartition(".")[2], loc="left")
+    end(axes, len(keys), 2)
+    figure.supylabel(metric, fontsize=10)
+    dots: dict[str, Any] = {"linestyle": ""}
+    handles = [Line2D([], [], label=name, marker=one[0], color=one[1], **dots) for name, one in markers.items()]
+    legend_above(figure, handles)
+    return figure
 
 
 def _row(trial: FrozenTrial, keys: list[str], best: bool) -> list[str]:

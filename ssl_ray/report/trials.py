@@ -90,8 +90,8 @@ def in_runs(trials: Sequence[Trial]) -> list[Trial]:
             folds[0],
             cell=cell,
             status=min((fold.status for fold in folds), key=("failed", "unfinished", "missing", "finished").index),
-            metrics=_means([fold.metrics for fold in folds]),
-            curve=_means([fold.curve for fold in folds]),
+            metrics=means([fold.metrics for fold in folds]),
+            curve=means([fold.curve for fold in folds]),
             cases={part: [case for fold in folds for case in fold.cases.get(part, ())] for part in get_args(Part)},
             nonfinite=any(fold.nonfinite for fold in folds),
         )
@@ -99,7 +99,8 @@ def in_runs(trials: Sequence[Trial]) -> list[Trial]:
     ]
 
 
-def _means(values: Sequence[Mapping[K, float]]) -> dict[K, float]:
+def means(values: Sequence[Mapping[K, float]]) -> dict[K, float]:
+    """Of what all of them have; there is at least one."""
     return {key: fmean(one[key] for one in values) for key in values[0] if all(key in one for one in values)}
 
 

@@ -3,16 +3,21 @@
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ssl_ray.config.schema import Study
 from ssl_ray.report.answers import answers, count_of, verdict
+from ssl_ray.report.effort import effort_table
+from ssl_ray.report.examples import read_examples
 from ssl_ray.report.figures import draw_figures
+from ssl_ray.report.measures import FOREGROUND
+from ssl_ray.report.organs import fall_table, read_curves
 from ssl_ray.report.page import TEMPLATES, literal, to_html
 from ssl_ray.report.results import Results, read_results
 from ssl_ray.report.show import register_networks, show_answer
-from ssl_ray.report.tables import cell_table, honest_table, organ_table, published_table, running_table
+from ssl_ray.report.tables import cell_table, honest_table, organ_table, over_runs, published_table, running_table
 from ssl_ray.text import without_password
 from ssl_ray.tracking.tracker import NOTE, Tracker
 
@@ -38,7 +43,8 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
             in different precisions.
     """
     results = read_results(study, tracker)
-    figures = draw_figures(results, folder / "figures")
+    curves, examples = read_curves(results, tracker), read_examples(results, tracker)
+    figures = draw_figures(results, curves, examples, folder / "figures")
     found, honest = answers(results), honest_table(results)
     values: dict[str, Any] = {
         "study": study,
@@ -50,6 +56,10 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         "running": running_table(results),
         "organs": {size: organ_table(results, size) for size in results.arms},
         "cells": cell_table(results),
+        "examples": examples,
+        "falls": fall_table(results, curves),
+        "effort": effort_table(results, tracker),
+        "dice_of": partial(over_runs, results, measure=FOREGROUND),
         "figures": {path.stem for path in figures},
     }
     values |= {function.__name__: function for function in (count_of, day, literal, without_password)}

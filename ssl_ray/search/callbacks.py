@@ -17,7 +17,7 @@ from ssl_ray.networks.model_file import MODEL_FILE
 from ssl_ray.search.cells import CELL, FAILURE, NONFINITE, RATE, STOPPED, Cell
 from ssl_ray.search.describe import datasets, describe
 from ssl_ray.tracking.models import NetworkFile
-from ssl_ray.tracking.tracker import NOTE, PRETRAINING_RUN, Run, Tracker
+from ssl_ray.tracking.tracker import DEVICE, NOTE, PRETRAINING_RUN, Run, Tracker
 from ssl_ray.tracking.view import DICE
 
 
@@ -84,10 +84,12 @@ class TrialCallback(tune.Callback):
         if "started_at" in metrics:  # the first record of every start
             run.started(step)
             run.params({"precision": result["precision"]})
+            run.tags({DEVICE: result["device"]})
         elif "selected/step" in metrics:
             if step not in run.logged("selected/step"):
                 self._result(run, *_of(trial), metrics, result["digest"], step)
-            run.artifact(_of(trial)[1].folder.pull_evaluation())
+            for path in _of(trial)[1].folder.pull_evaluation():
+                run.artifact(path)
         elif step not in run.logged("lr"):
             run.metrics(metrics, step)
 

@@ -50,6 +50,9 @@ _URI = "MLFLOW_TRACKING_URI"
 PRETRAINING_RUN = "ssl_ray.pretraining_run"
 """Tag of a trial that started from pretrained weights: the id of the run that made them."""
 
+DEVICE = "ssl_ray.device"
+"""Tag of a pretraining or a trial: the kind of GPU that it last ran on, or CPU."""
+
 
 class MissingExperiment(UserError):  # noqa: N818
     """MLflow answers, but has no experiment of that name."""
@@ -152,8 +155,12 @@ class Tracker:
 
     def history(self, run_id: str, metric: str) -> dict[int, float]:
         """Values of a metric by step, ascending."""
-        points: list[Any] = self._ask(lambda client, run: client.get_metric_history(run, metric), [], run_id)
-        return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
+        points = sorted(self.points(run_id, metric), key=lambda point: (point.step, point.timestamp))
+        return {point.step: point.value for point in points}
+
+    def points(self, run_id: str, metric: str) -> list[Metric]:
+        """Values of a metric, with their steps and times in ms, in no order."""
+        return self._ask(lambda client, run: list(client.get_metric_history(run, metric)), [], run_id)
 
     def files(self, run_id: str, folder: str | None = None) -> list[str]:
         """Paths of a run's artifacts in one folder, numbers in order."""

@@ -26,6 +26,11 @@ def peak_memory(device: torch.device) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
+def device_name(device: torch.device) -> str:
+    """The kind of a GPU, as its maker calls it, or `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def arithmetic_rate(flops: float, workers: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """FLOP/s of a worker as metrics; also as a share of its GPU's peak (MFU) where that is known.
 

@@ -26,9 +26,12 @@ from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 from ssl_ray.config.finetune import EncoderTuning
 from ssl_ray.config.schema import Study
 from ssl_ray.data.datalist import Case
+from ssl_ray.data.patch import open_array
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
+from ssl_ray.evaluate.planes import cut as cut_planes
+from ssl_ray.evaluate.planes import from_npz
 from ssl_ray.evaluate.scores import CaseScores
 from ssl_ray.finetune.job import Record, TrialData, TrialFolder, TrialJob
 from ssl_ray.finetune.trial import Trial
@@ -134,6 +137,23 @@ def whole(study: Study, data: TrialData, tmp_path_factory: pytest.TempPathFactor
     """Records and folder of the trial that nothing happens to."""
     folder = tmp_path_factory.mktemp("whole")
     return reports(study, data, folder), folder
+
+
+@pytest.mark.parametrize("tested", [True, False], ids=["test", "validation"])
+def test_planes_of_the_volumes_that_count_are_kept(study: Study, data: TrialData, tmp_path: Path, tested: bool) -> None:
+    """Of the test volumes, or the validation volumes where there is no test part: what the network sees, as it is."""
+    study = changed(study, steps=2, validate_every=2)
+    trial = make(study, data if tested else replace(data, test=()), tmp_path)
+    list(trial.train())
+    trial.evaluate()
+    (volume,) = data.test if tested else data.validation
+    ((name, planes),) = from_npz((tmp_path / "planes.npz").read_bytes()).items()
+    assert name == volume.id
+    label, image = (open_array(data.store, volume.key, one) for one in ("label", "image"))
+    prediction = trial.learner.predict(torch.from_numpy(np.array(image, np.float32))[None] / volume.levels).numpy()
+    expected = cut_planes(image, prediction, label, np.array(volume.affine))
+    for layers, same in zip(planes.layers, expected.layers, strict=True):
+        np.testing.assert_array_equal(layers, same)
 
 
 @pytest.mark.parametrize("minutes", [0, 1000], ids=["often", "rarely"])

@@ -61,7 +61,7 @@ def test_what_the_queue_lost_comes_from_the_file(tmp_path: Path, left: tuple[Any
     """The queue dies with its node, or its items with an earlier driver; half a line is of a worker that was killed."""
     lines = "\n".join(["", json.dumps(record(1)), json.dumps(record(2))[:9], "", json.dumps(record(2)), ""])
     lines += json.dumps(record(3)) + "\n" + json.dumps(record(2) | {"loss": 9.0}) + "\n"
-    run = collect(tmp_path, ("started", 0), *left, raising(ActorDiedError()), lines=lines)
+    run = collect(tmp_path, ("started", (0, "CPU")), *left, raising(ActorDiedError()), lines=lines)
     assert run.logged("loss") == {1, 2, 3}
     assert [entry["values"]["loss"] for entry in run.waiting if "loss" in entry["values"]] == [1, 1 / 2, 1 / 3]
 

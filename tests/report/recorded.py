@@ -12,6 +12,7 @@ from studies import small_study
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
+from ssl_ray.evaluate.planes import FILE, Planes, to_npz
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, ORIGINAL_DICE_FOREGROUND, CaseScores, aggregate
 from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.report.comparison import SELECTION
@@ -19,7 +20,7 @@ from ssl_ray.report.results import Results, conclude
 from ssl_ray.report.trials import Status, Trial
 from ssl_ray.search.cells import FAILURE, NONFINITE, Cell, cells
 from ssl_ray.study.parts import run_params, tracker_of
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
+from ssl_ray.tracking.tracker import DEVICE, PRETRAINING_RUN, Tracker
 from ssl_ray.tracking.view import DICE
 
 ORGANS = ("liver", "spleen")
@@ -59,6 +60,8 @@ class Outcome:
     curve: dict[int, float] = field(default_factory=lambda: {200: 0.4, 400: 0.5})
     selected: int = 200
     failure: str = ""
+    organ_curves: dict[str, dict[int, float]] = field(default_factory=dict)
+    planes: dict[str, Planes] = field(default_factory=dict)
     precision: str = "float32"
     nonfinite: bool = False
 
@@ -67,6 +70,8 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
     """Write a study into MLflow with the calls of `ssl_ray.pretrain.driver` and `ssl_ray.search.grid`."""
     tracker = tracker_of(study)
     run = tracker.open("pretraining", "p", "pretrain", run_params(study, "pretrain"))
+    run.started(0)
+    run.tags({DEVICE: "a GPU"})
     for step in range(20, 201, 20):
         validated = {"validation_loss": 2 / step, "validation_identity_loss": 0.2} if step % 40 == 0 else {}
         run.metrics({"loss": 3 / step} | validated, step)
@@ -88,8 +93,11 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
         params |= {"training_volumes": cell.size, "precision": outcome.precision}
         tags = lineage if cell.init == "pretrained" else {}
         run = tracker.open("trial", cell.name, cell.label, params, grid.id, tags)
+        run.started(0)
+        run.tags({DEVICE: "a [processor]"})
         for step, value in outcome.curve.items():
-            run.metrics({"loss": 1 - value, "lr": cell.lr, "validation/dice_foreground": value}, step)
+            organs = {f"validation/dice/{organ}": curve[step] for organ, curve in outcome.organ_curves.items()}
+            run.metrics({"loss": 1 - value, "lr": cell.lr, "validation/dice_foreground": value} | organs, step)
         if outcome.status == "FINISHED":
             parts = {"validation": outcome.validation, "test": outcome.test}
             metrics = {"selected/step": float(outcome.selected)}
@@ -105,6 +113,9 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
             home.mkdir(parents=True)
             (home / "evaluation.json").write_text(json.dumps(tree))
             run.artifact(home / "evaluation.json")
+            if outcome.planes:
+                (home / FILE).write_bytes(to_npz(outcome.planes))
+                run.artifact(home / FILE)
         if outcome.failure:
             run.tags({FAILURE: outcome.failure})
         if outcome.nonfinite:

@@ -11,10 +11,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from matplotlib.image import imread
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from recorded import Outcome, case, constant, flat, make_study, record
@@ -23,13 +26,18 @@ from studies import place_database
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
+from ssl_ray.evaluate.planes import Planes, cut
 from ssl_ray.report.answers import answer
+from ssl_ray.report.effort import effort_table
+from ssl_ray.report.examples import read_examples
+from ssl_ray.report.organs import differences
 from ssl_ray.report.results import read_results
 from ssl_ray.report.tables import honest_table, organ_table, published_table
 from ssl_ray.report.write import Report, write_report
 from ssl_ray.search.cells import Cell, cells
 from ssl_ray.study.parts import run_params, tracker_of
-from ssl_ray.tracking.tracker import Tracker
+from ssl_ray.tracking.client import Metric
+from ssl_ray.tracking.tracker import DEVICE, Tracker
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +59,15 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.open: list[str] = []
         self.text = ""
+        self.alternatives: list[str] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        if tag not in ("meta", "img", "br"):
+        self.alternatives += [value or "" for name, value in attrs if name == "alt"]
+        if tag not in ("meta", "img", "br", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -65,6 +75,13 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def small_planes() -> Planes:
+    """Of a volume in which something was missed."""
+    image, truth = np.random.default_rng(0).random((8, 9, 7)), np.zeros((8, 9, 7), np.uint8)
+    truth[2:5, 3:7, 2:4] = 2
+    return cut(image, np.zeros_like(truth), truth, np.diag([2.0, 2, 3, 1]))
 
 
 def test_tables_show_the_numbers_that_the_trials_logged(tmp_path: Path) -> None:
@@ -221,9 +238,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     place_database(folder / "mlflow.db")
     study = make_study(folder, lr=[1e-4], runs=3)
     random, outcomes = np.random.default_rng(0), {}
+    curves = {"liver": {200: 0.4, 400: 0.6}, "spleen": {200: 0.5, 400: 0.2}}
     for cell in cells(study.finetune):
         scores = flat(list(0.5 + (cell.init == "pretrained") * random.normal(0.1, 0.01, 8)))
-        outcomes[cell] = Outcome(scores[:2], scores)
+        planes = {one.case: small_planes() for one in scores}
+        outcomes[cell] = Outcome(scores[:2], scores, organ_curves=curves, planes=planes)
     tracker = record(study, outcomes, folder)
     return Written(study, tracker, report_on(study, folder / "report"))
 
@@ -236,12 +255,87 @@ def test_the_page_needs_nothing_beside_it(written: Written) -> None:
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.references
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
-    names = [path.stem for path in report.files]
-    assert names == ["label_efficiency", "organs", "finetuning", "pretraining", "restored"]
-    assert len(page.references) == page.tags.count("figcaption") == len(names)
+    names = ["label_efficiency", "finetuning", "organs", "organ_map", "organ_curves", "pretraining"]
+    pictures = ["examples_random", "examples_pretrained", "restored"]
+    assert {path.stem for path in report.files} == {*names, *(f"{name}_dark" for name in names), *pictures}
     links = re.findall(r"!\[.*?\]\((.*?)\)", report.markdown.read_text())
-    assert {report.markdown.parent / link for link in links} == set(report.files)
+    assert sorted(links) == sorted(f"figures/{name}.png" for name in [*names, *pictures])
     assert all(path.is_file() for path in report.files)
+    assert page.tags.count("img") == page.tags.count("figcaption") == len(links)
+    assert len(page.references) == len(report.files), "a dark twin for each figure, and none for what is dark itself"
+
+
+def test_every_picture_is_told_in_words_and_drawn_for_a_small_screen(written: Written) -> None:
+    """Alternative texts with numbers; letters of ten points in figures of 4.8 inches are 11 pixels high in 380."""
+    page = Page(written.report.html.read_text())
+    assert len(set(page.alternatives)) == page.tags.count("img")
+    assert min(len(text.split()) for text in page.alternatives) > 5
+    assert any(
+        re.search(r"with 6, random 0\.\d+ ± 0\.\d+, pretrained 0\.\d+ ± .*; with 12,", text)
+        for text in page.alternatives
+    )
+    widths = {path.stem: imread(path).shape[1] for path in written.report.files if path.stem != "restored"}
+    assert set(widths.values()) == {960}
+
+
+def test_examples_are_the_best_the_median_and_the_worst_patient(tmp_path: Path) -> None:
+    """By the mean over runs; of a patient with two volumes, the worse one; what a run did not keep is left out."""
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4], runs=2)
+    dice = {"a": (0.9, 0.1), "b": (0.6, 0.6), "c": (0.2, 0.6), "d": (0.8, 0.8), "e": (0.7, 0.7)}  # of two runs
+    outcomes = {}
+    for cell in cells(study.finetune):
+        scores = [
+            case(f"{name}{n}", [both[cell.run] + n / 10] * 2, subject=name)
+            for name, both in dice.items()
+            for n in (0, 1)
+        ]
+        planes = {one.case: small_planes() for one in scores if cell.init == "random" or one.subject != "d"}
+        outcomes[cell] = Outcome([], scores, planes=planes)
+    tracker = record(study, outcomes, tmp_path)
+    examples = read_examples(read_results(study, tracker), tracker)
+    ranks = [(one.rank, one.case, round(one.dice, 3)) for one in examples["random"]]
+    assert ranks == [("best", "d0", 0.85), ("median", "b0", 0.65), ("worst", "c0", 0.45)]
+    assert [one.rank for one in examples["pretrained"]] == ["median", "worst"]
+    assert {one.cell for one in examples["random"]} == {Cell.of(6, "random", 1e-4, 0).name}
+
+
+def test_an_organ_that_rose_and_fell_is_named(written: Written) -> None:
+    """In every run in which it did, with its best, and where it ended."""
+    text = written.report.markdown.read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| spleen +\| +\d+ +\| (random|pretrained) ", line)]
+    assert len(rows) == 12
+    assert all("0.500 at step 200" in row and row.rstrip(" |").endswith("0.200") for row in rows)
+    assert "In 12 cases **an organ's Dice on validation rose" in text
+
+
+def test_the_map_has_the_differences_of_the_tables(written: Written) -> None:
+    """Organs down, labelled volumes across."""
+    results = read_results(written.study, written.tracker)
+    found = [[f"{value:+.3f}" for value in row] for row in differences(results)]
+    assert found == [[organ_table(results, size).rows[place][4] for size in (6, 12)] for place in (0, 1)]
+
+
+def test_hours_are_those_in_which_a_training_ran(tmp_path: Path) -> None:
+    """What lies between a stop and the next start does not count; half a GPU for an hour is half a GPU hour."""
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
+    tracker = tracker_of(study)
+    trial = tracker.open("trial", "a", "a", {"finetune.gpus_per_trial": "0.5", "finetune.cpus_per_trial": "3.0"})
+    pretraining = tracker.open("pretraining", "p", "p", {"pretrain.gpu": "False", "pretrain.cpus_per_worker": "2.0"})
+    never = tracker.open("trial", "b", "b", {"finetune.gpus_per_trial": "0.0", "finetune.cpus_per_trial": "1.0"})
+    tracker.settle()
+    at = {"system/started_at": ((0, 0), (5, 1)), "lr": ((1, 10), (6, 20)), "selected/step": ((6.5, 20),)}
+    for run in (trial, pretraining):
+        run.tags({DEVICE: "some kind"})
+        points = [Metric(name, 4, int(hour * 3.6e6), step) for name, values in at.items() for hour, step in values]
+        tracker.client.log_batch(run.id, [*points, Metric("system/workers", 4, 0, 0)])
+    runs: Any = SimpleNamespace(
+        pretraining=[SimpleNamespace(run=tracker.client.get_run(pretraining.id))],
+        trials=[SimpleNamespace(run_id=one) for one in (trial.id, never.id, None)],
+    )
+    assert effort_table(runs, tracker).rows == [
+        ["pretraining", "some kind", "1", "2.50", "20.00 core hours"],
+        ["fine-tuning", "some kind", "1", "2.50", "1.25 GPU hours"],
+    ]
 
 
 def test_listings_are_folded_away_and_groups_of_rows_set_apart(written: Written) -> None:
@@ -335,12 +429,17 @@ def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> N
     study = make_study(tmp_path, sizes=[6], lr=[1e-4])
     secret = study.model_copy(update={"cache": "s3://user:secret@store/cache"})
     tracker = record(secret, constant(secret, 0.5, 0.6), tmp_path)
+    (grid,) = tracker.runs(kind="grid")
+    command = "a command --set cache=s3://user:secret@store/cache"
+    tracker.conclude(grid.info.run_id, {}, {"mlflow.source.name": command, "mlflow.source.git.commit": "c0ffee" * 5})
     report = report_on(secret, tmp_path / "report")
     for text in (report.markdown.read_text(), report.html.read_text()):
         assert all(
             run.info.run_id in text for kind in ("grid", "pretraining", "trial") for run in tracker.runs(kind=kind)
         )
         assert "conv3d_transpose.bias" in text
+        assert "a command --set cache=s3://store/cache" in text
+        assert f"commit {'c0ffee' * 5}" in text
         assert f"mlflow ui --backend-store-uri {tracker_of(study).uri}" in text
         assert "secret" not in text
     config = re.search(r"### Experiment \(resolved\)\n\n```\n(.*?)```", report.markdown.read_text(), re.DOTALL)

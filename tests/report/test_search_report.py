@@ -91,7 +91,8 @@ def test_the_best_cell_is_shown_without_a_verdict_and_can_be_run(tmp_path: Path)
     assert f"| {best.lr:.4g} |" in re.sub(" +", " ", text)
     for words in ("clear", "p <", "interval"):
         assert words not in text
-    _, yaml = written.files
+    *figures, yaml = written.files
+    assert [path.name for path in figures] == ["search.png", "search_dark.png"]
     own = load(yaml)
     assert (own.name, own.search) == ("fake-best", None)
     assert own == resolved(study, dict(best.overrides)).model_copy(update={"name": "fake-best"})

@@ -71,11 +71,13 @@ def test_a_trial_is_described_and_says_why_it_failed(nonfinite: bool) -> None:
     callback = callback_of(told)
     trial = trial_of(told, failure="why", nonfinite=nonfinite)
     callback.on_trial_start(0, [], trial)
-    callback.on_trial_result(0, [], trial, {"step": 0, "metrics": {"started_at": 0.0}, "precision": "bfloat16"})
+    callback.on_trial_result(
+        0, [], trial, {"step": 0, "metrics": {"started_at": 0.0}, "precision": "bfloat16", "device": "a GPU"}
+    )
     expected = {"size": 6, "init": "pretrained", "lr": 2e-3, "precision": "bfloat16"}
     expected |= {"training_volumes": 2, "validation_volumes": 1, "test_volumes": 0}
     assert expected.items() <= told.values.items()
-    expected = {"pretraining_run": "made by", "run": "1", "seed": "7"}
+    expected = {"pretraining_run": "made by", "run": "1", "seed": "7", "device": "a GPU"}
     assert {f"ssl_ray.{name}": value for name, value in expected.items()}.items() <= told.labels.items()
     assert told.read == [("training", 2), ("validation", 1)]
     assert not told.labels[NONFINITE], "of an earlier attempt"
