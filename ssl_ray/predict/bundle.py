@@ -22,12 +22,10 @@ from ssl_ray.data.resample import AXIS_CODES
 from ssl_ray.evaluate.metrics import MIDDLE
 from ssl_ray.networks.model_file import Metadata
 from ssl_ray.networks.registry import monai_segmentation
-from ssl_ray.predict.card import TEMPLATES, kind_of_scan, model_card
+from ssl_ray.predict.card import TEMPLATES, model_card
 from ssl_ray.predict.carried import carried_name, carry
 from ssl_ray.predict.model import Model
 from ssl_ray.storage.files import appearing, write_file
-
-SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 
 
 def write_bundle(model: Model, folder: Path, authors: str) -> None:
@@ -105,8 +103,7 @@ def _image(target: str, **arguments: Any) -> dict[str, Any]:
 
 def _inference(told: Metadata, network: dict[str, Any], before: list[Any], after: list[Any]) -> dict[str, Any]:
     """`configs/inference.json`; `before` and `after` are transforms around the resampling."""
-    tree: dict[str, Any] = json.loads(TEMPLATES.get_template("inference.json").render())
-    prepared, used = told.preparation, told.inference
+    tree, prepared, used = _template("inference.json"), told.preparation, told.inference
     tree["datalist"] = "$sorted(glob.glob(@dataset_dir + '/*.nii*'))"
     if prepared.channels > 1:  # named as nnU-Net does
         every = f"[one.replace('_0000.nii', '_%04d.nii' % number) for number in range({prepared.channels})]"
@@ -124,37 +121,33 @@ def _inference(told: Metadata, network: dict[str, Any], before: list[Any], after
 
 def _metadata(told: Metadata, authors: str, packages: list[str]) -> dict[str, Any]:
     """`configs/metadata.json`, with the keys of MONAI's schema, and the model's own metadata as `ssl_ray`."""
-    scan, shape = kind_of_scan(told), list(told.patch_size)
-    classes = {str(number): name for number, name in enumerate(("background", *told.organs))}
-    channels = {str(number): f"channel {number} of the scan" for number in range(told.preparation.channels)}
-    tensor = {"type": "image", "spatial_shape": shape, "dtype": "float32", "is_patch_data": True}
-    ends = list(told.preparation.normalise.storage.ends)
-    image = {"format": scan.format, "modality": scan.modality, "num_channels": len(channels), "value_range": ends}
-    pred = {"format": "segmentation", "num_channels": told.classes, "value_range": [], "channel_def": classes}
+    tree = _template("metadata.json")
     needed = ["nibabel", "pytorch-ignite", *packages, *(["einops"] if told.network.kind == "unetr" else [])]
-    return {
-        "schema": SCHEMA,
-        "version": "1.0.0",
-        "changelog": {"1.0.0": f"exported by ssl_ray {told.versions.get('ssl_ray', '')}".strip()},
-        "monai_version": version("monai"),
-        "pytorch_version": version("torch").partition("+")[0],
-        "numpy_version": version("numpy"),
-        "required_packages_version": {name: version(name) for name in needed},
-        "task": f"Segmentation of {', '.join(told.organs)} in {scan.name}",
-        "description": "Labels on the grid of the scan, by a sliding window over the resampled and normalised volume; "
-        "docs/README.md says what it was trained on and how well it did.",
-        "authors": authors or "not stated",
-        "copyright": f"Copyright (c) {authors}" if authors else "not stated",
-        "data_type": "nibabel",
-        "pred_classes": ", ".join(f"{number}: {name}" for number, name in classes.items()),
-        "eval_metrics": told.scores.get("test") or told.scores.get("validation", {}),
-        "intended_use": "Research. It is no medical device, and was not tested on patients of other sites.",
-        "network_data_format": {
-            "inputs": {"image": {**tensor, **image, "channel_def": channels}},
-            "outputs": {"pred": {**tensor, **pred}},
-        },
-        "ssl_ray": told.model_dump(mode="json"),
+    tree["required_packages_version"] = {name: version(name) for name in needed}
+    for key, package in (("monai", "monai"), ("pytorch", "torch"), ("numpy", "numpy")):
+        tree[f"{key}_version"] = version(package).partition("+")[0]
+    tree |= {"authors": authors, "copyright": f"Copyright (c) {authors}"} if authors else {}
+    tree["task"] = f"Segmentation of {', '.join(told.organs)}"
+    tree["eval_metrics"] = told.scores.get("test") or told.scores.get("validation", {})
+    prepared = told.preparation
+    kind = ("hounsfield", "CT") if prepared.normalise.kind == "window" else ("magnitude", "n/a")
+    image = {"format": kind[0], "modality": kind[1], "value_range": prepared.normalise.storage.ends}
+    classes = ["background", *told.organs]
+    tree["network_data_format"] = {
+        "inputs": {"image": _tensor(told, [f"channel {n} of the scan" for n in range(prepared.channels)]) | image},
+        "outputs": {"pred": _tensor(told, classes) | {"format": "segmentation", "value_range": []}},
     }
+    tree["ssl_ray"] = told.model_dump(mode="json")
+    return tree
+
+
+def _tensor(told: Metadata, channels: list[str]) -> dict[str, Any]:
+    shape = {"num_channels": len(channels), "spatial_shape": told.patch_size, "channel_def": dict(enumerate(channels))}
+    return {"type": "image", "dtype": "float32", "is_patch_data": True, **shape}
+
+
+def _template(name: str) -> dict[str, Any]:
+    return dict(json.loads(TEMPLATES.get_template(name).render()))
 
 
 def _literal(tree: Any) -> Any:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,39 +20,13 @@ TEMPLATES = Environment(
 TEMPLATES.filters["cell"] = lambda value: shown(value).replace("|", "\\|")
 
 _MEASURES = {
-    "Dice of the organs, grid of the file": (scores.ORIGINAL_DICE_FOREGROUND, "original_dice"),
-    "surface Dice of the organs": (scores.ORIGINAL_SURFACE_DICE, "original_surface_dice"),
-    "HD95 of the organs that were found, mm": (scores.ORIGINAL_HD95, "original_hd95"),
-    "share of organs missed": (scores.ORIGINAL_MISS_RATE, ""),
-    "Dice of the organs, prepared grid": (scores.DICE_FOREGROUND, "dice"),
+    "Dice of the organs, grid of the file": (scores.ORIGINAL_DICE_FOREGROUND, "original_dice", 0),
+    "surface Dice of the organs": (scores.ORIGINAL_SURFACE_DICE, "original_surface_dice", 0),
+    "HD95 of the organs that were found, mm": (scores.ORIGINAL_HD95, "original_hd95", 0),
+    "share of organs missed": (scores.ORIGINAL_MISS_RATE, "", 0),
+    "Dice of the organs, prepared grid": (scores.DICE_FOREGROUND, "dice", 1),
 }
-"""Name of the mean in the model's metadata, and of the field of a volume in `evaluation.json`."""
-
-
-class Scan(NamedTuple):
-    """What MONAI calls the scans of a normalisation: format and modality of its metadata, and a name for people."""
-
-    format: str
-    modality: str
-    name: str
-
-
-class Score(NamedTuple):
-    """A mean over volumes, and its 95 % interval over patients where there is one."""
-
-    mean: float
-    interval: tuple[float, float] | None
-
-    def __str__(self) -> str:
-        ends = f" ({self.interval[0]:.3f} to {self.interval[1]:.3f})" if self.interval else ""
-        return f"{self.mean:.3f}{ends}"
-
-
-def kind_of_scan(told: Metadata) -> Scan:
-    """CT where there is an absolute unit."""
-    if told.preparation.normalise.kind == "window":
-        return Scan("hounsfield", "CT", "CT")
-    return Scan("magnitude", "n/a", "scans without an absolute unit, such as MRI")
+"""Name of the mean in the model's metadata; field of a volume in `evaluation.json`, and its first organ there."""
 
 
 def model_card(model: Model, name: str, authors: str, scripts: bool) -> str:
@@ -62,28 +36,22 @@ def model_card(model: Model, name: str, authors: str, scripts: bool) -> str:
     volumes: dict[str, Any] = json.loads(beside.read_bytes()) if beside.is_file() else {}
     parts = {part: _scores(told, means, volumes.get(part, [])) for part, means in told.scores.items() if means}
     return TEMPLATES.get_template("card.md.j2").render(
-        name=shown(name),
-        authors=shown(authors),
-        told=told,
-        scan=kind_of_scan(told),
-        parts=parts,
-        scripts=scripts,
+        name=shown(name), authors=shown(authors), told=told, parts=parts, intervals=bool(volumes), scripts=scripts
     )
 
 
-def _scores(told: Metadata, means: dict[str, float], volumes: Sequence[dict[str, Any]]) -> dict[str, Score]:
+def _scores(told: Metadata, means: dict[str, float], volumes: Sequence[dict[str, Any]]) -> dict[str, str]:
     """By what a reader calls them: the measures of a part, then Dice by organ."""
     patients = [volume.get("subject") or volume["case"] for volume in volumes]
     found = {}
-    for title, (measure, field) in _MEASURES.items():
+    for title, (measure, field, first) in _MEASURES.items():
         if measure in means:
-            first = 1 if field == "dice" else 0  # with background
             of_volumes = [_mean(volume[field][first:]) for volume in volumes] if field else []
-            found[title] = Score(means[measure], _interval(of_volumes, patients))
+            found[title] = f"{means[measure]:.3f}{_interval(of_volumes, patients)}"
     for number, (organ, key) in enumerate(zip(told.organs, scores.organ_keys(told.organs), strict=True)):
         if (mean := means.get(f"original_dice/{key}")) is not None:
             of_volumes = [volume["original_dice"][number] for volume in volumes]
-            found[f"Dice, {organ}"] = Score(mean, _interval(of_volumes, patients))
+            found[f"Dice, {organ}"] = f"{mean:.3f}{_interval(of_volumes, patients)}"
     return found
 
 
@@ -92,14 +60,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _interval(values: Sequence[float | None], patients: Sequence[str]) -> tuple[float, float] | None:
+def _interval(values: Sequence[float | None], patients: Sequence[str]) -> str:
     """95 % interval of the mean by Student's t, from the deviations of patients, who may have several volumes each."""
     known = [(value, patient) for value, patient in zip(values, patients, strict=False) if value is not None]
-    groups = sorted({patient for _, patient in known})
+    groups = {patient for _, patient in known}
     if len(groups) < 2:
-        return None
+        return ""
     mean = float(np.mean([value for value, _ in known]))
     sums = [sum(value - mean for value, patient in known if patient == group) for group in groups]
     error = math.sqrt(len(groups) / (len(groups) - 1) * sum(one**2 for one in sums)) / len(known)
     half = float(stats.t.ppf(0.975, len(groups) - 1)) * error
-    return mean - half, mean + half
+    return f" ({max(mean - half, 0):.3f} to {mean + half:.3f})"

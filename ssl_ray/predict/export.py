@@ -70,11 +70,16 @@ def _onnx(model: Model, path: Path) -> Path:
     patches = torch.rand(2, told.preparation.channels, *told.patch_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = network(patches)
-    batch = {0: torch.export.Dim("batch", min=1)}
-    names = {"input_names": ["patches"], "output_names": ["logits"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MONAI's DynUNet, what its heads keep for a loss
-        program = torch.onnx.export(network, (patches,), dynamic_shapes=(batch,), verbose=False, **names)
+        program = torch.onnx.export(
+            network,
+            (patches,),
+            dynamic_shapes=(batch,),
+            input_names=["patches"],
+            output_names=["logits"],
+            verbose=False,
+        )
     assert program is not None
     graph = program.model_proto
     note = {**told.model_dump(mode="json"), "tolerance": TOLERANCE}
