@@ -1,4 +1,4 @@
-"""Verbs of a model: segment with it, score what was segmented, take its features."""
+"""Verbs of a model: segment with it, score what was segmented, take its features, give it away."""
 
 import json
 from pathlib import Path
@@ -142,6 +142,25 @@ def embed(
         rows, bad = embed_all(embedder, made_by, cases, output, tokens=tokens, device=device, workers=workers)
     say(f"{output}: {rows} rows of {embedder.encoder.hidden_size} features")
     _end(bad)
+
+
+@app.command(epilog="Example: ssl-ray export models:/demo-segmenter@best -o spleen_ct --authors 'Our Hospital'")
+def export(
+    model: Model,
+    output: Output,
+    form: Annotated[
+        Literal["bundle", "onnx", "safetensors"],
+        typer.Option("--format", help="For MONAI; the network alone; the file as it is, or an encoder's."),
+    ] = "bundle",
+    authors: Annotated[str, typer.Option(metavar="NAMES", help="For the bundle's card and copyright.")] = "",
+) -> None:
+    """Write a model for others: a MONAI bundle runs with MONAI alone, and writes the labels that `predict` writes."""
+    from ssl_ray.predict.export import export_model
+
+    with writable(output):
+        written = export_model(model, form, output, authors)
+    for path in written:
+        say(str(path))
 
 
 def _tell_left_out(left_out: dict[str, str]) -> None:

@@ -27,6 +27,10 @@ from torch import Tensor
 from ssl_ray.evaluate.scores import CaseScores, Scores
 from ssl_ray.evaluate.surface import Labels, surface_scores
 
+MIDDLE = 1e-6
+"""Voxels: an original voxel so close to the middle between two canonical ones takes the upper one. Otherwise rounding
+would decide, in its own way on every machine, and where one spacing is half the other, of every second voxel."""
+
 
 def evaluate_canonical(case: str, prediction: Tensor, truth: Tensor, classes: int) -> CaseScores:
     """Dice on the canonical grid only: cheap enough for every validation of a training."""
@@ -84,6 +88,7 @@ def to_original_grid(
     label. What lies outside the canonical grid is 0 (background). Orientation, rotation and spacing may all differ.
     """
     to_canonical = np.linalg.inv(np.asarray(canonical_affine, float)) @ np.asarray(original_affine, float)
+    to_canonical[:3, 3] += MIDDLE
     resampled: NDArray[np.uint8] = ndimage.affine_transform(
         prediction, to_canonical, output_shape=tuple(original_shape), order=0, mode="grid-constant", cval=0
     )

@@ -24,7 +24,7 @@ from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.model_file import Inference, Metadata, versions
 from ssl_ray.networks.registry import build_segmentation
-from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
+from ssl_ray.training.checkpoint import digest, load_latest, save_latest, snapshot
 from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
@@ -122,13 +122,14 @@ class Trial:
 
     def _metadata(self, scores: dict[str, dict[str, float]]) -> Metadata:
         """What the model file says of itself."""
-        config, flips = self.config, self.config.augmentation
+        config, flips, data = self.config, self.config.augmentation, self.job.data
+        parts = {"training": data.training, "validation": data.validation, "test": data.test}
         return Metadata(
             network=self.job.network,
             patch_size=config.patch_size,
             preparation=config.preparation,
             preparation_version=VERSION,
-            organs=self.job.data.organs,
+            organs=data.organs,
             flip_axes=flips.flip_axes if flips.flip_prob else (),
             inference=Inference(
                 overlap=config.sliding_window_overlap,
@@ -137,6 +138,7 @@ class Trial:
             ),
             surface_tolerance=config.surface_tolerance,
             versions=versions(),
+            data={name: (len(part), digest(*sorted(volume.key for volume in part))) for name, part in parts.items()},
             lineage={**self.job.lineage, "seed": self.job.seed, "step": self.best_step},
             scores=scores,
         )

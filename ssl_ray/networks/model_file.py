@@ -48,6 +48,7 @@ class Metadata(Section):
     flip_axes: axes of the canonical volume along which it was trained to see patches mirrored.
     surface_tolerance: mm, of the surface Dice that it was scored by.
     versions: of the packages that trained it.
+    data: number of the volumes for `training`, `validation` and `test`, and the digest of their keys in the store.
     lineage: study, cell, init, size, run, fold, lr, seed, pretraining (its key), step (selected on validation).
     scores: means over the volumes of `validation` and `test`, by name, as `evaluate.scores.aggregate` gives them.
     """
@@ -62,6 +63,7 @@ class Metadata(Section):
     inference: Inference
     surface_tolerance: PositiveFloat
     versions: dict[str, str]
+    data: dict[str, tuple[int, str]] = Field(default_factory=dict)
     lineage: dict[str, str | int | float | None]
     scores: dict[str, dict[str, float]]
 

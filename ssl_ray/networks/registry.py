@@ -25,5 +25,19 @@ def build_segmentation(network: Network, patch_size: Sequence[int], channels: in
     return _build("segmentation", network, patch_size, channels, classes)  # type: ignore[no-any-return]
 
 
+def monai_segmentation(
+    network: Network, patch_size: Sequence[int], channels: int, classes: int
+) -> tuple[str, dict[str, Any]] | None:
+    """The class of `monai.networks.nets` that is the same network to segment with, and its arguments; None: of none."""
+    module = _module(network)
+    if not hasattr(module, "MONAI_CLASS"):
+        return None
+    return module.MONAI_CLASS, module.monai_options(network, patch_size, channels, classes)
+
+
 def _build(what: str, network: Network, *arguments: Any) -> Any:
-    return getattr(import_module(f"ssl_ray.networks.{network.kind}.network"), f"build_{what}")(network, *arguments)
+    return getattr(_module(network), f"build_{what}")(network, *arguments)
+
+
+def _module(network: Network) -> Any:
+    return import_module(f"ssl_ray.networks.{network.kind}.network")

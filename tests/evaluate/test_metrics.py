@@ -132,6 +132,20 @@ def test_last_slice_beyond_the_last_canonical_centre_keeps_its_label() -> None:
         np.testing.assert_array_equal(to_original_grid(labels, canonical, (4, 4, 2), original)[..., 1], label)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_in_the_middle_between_two_voxels_no_rounding_decides(seed: int) -> None:
+    """With twice the spacing, every second voxel of an oblique scan lies there: the upper one wins, on any machine."""
+    original = oblique(seed, SPACING, (2, 0, 1))
+    canonical = original @ np.diag([2.0, 2, 2, 1])
+    labels = blobs(seed, 6)
+    shape = tuple(2 * side for side in SHAPE)
+    noise = 1e-9 * np.random.default_rng(seed).normal(size=(4, 4)) * [[1], [1], [1], [0]]
+    found = to_original_grid(labels, canonical, shape, original)
+    np.testing.assert_array_equal(found, to_original_grid(labels, canonical + noise, shape, original))
+    upper = np.minimum((np.indices(shape) + 1) // 2, np.array(SHAPE)[:, None, None, None])
+    np.testing.assert_array_equal(found, np.pad(labels, (0, 1))[tuple(upper)])
+
+
 def test_reoriented_grid_gives_back_every_label() -> None:
     """Labels that only changed their orientation return exactly, to the border."""
     original = oblique(3, SPACING, (2, 0, 1))

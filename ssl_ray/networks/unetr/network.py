@@ -85,17 +85,25 @@ def build_autoencoder(network: Unetr, patch_size: Sequence[int], channels: int) 
 
 def build_segmentation(network: Unetr, patch_size: Sequence[int], channels: int, classes: int) -> Segmentation:
     """A ViT and a convolutional decoder of the tokens after blocks 3, 6, 9 and 12."""
-    unetr = Segmentation(
-        **_vit(network, patch_size, channels),
-        out_channels=classes,
-        feature_size=network.feature_size,
-        norm_name="instance",
-        conv_block=True,
-        res_block=True,
-        dropout_rate=0.0,
-    )
+    unetr = Segmentation(**monai_options(network, patch_size, channels, classes))
     _make_ready(unetr.encoder, network, patch_size)
     return unetr
+
+
+MONAI_CLASS = "UNETR"
+
+
+def monai_options(network: Unetr, patch_size: Sequence[int], channels: int, classes: int) -> dict[str, Any]:
+    """What MONAI's class is built with."""
+    return {
+        **_vit(network, patch_size, channels),
+        "out_channels": classes,
+        "feature_size": network.feature_size,
+        "norm_name": "instance",
+        "conv_block": True,
+        "res_block": True,
+        "dropout_rate": 0.0,
+    }
 
 
 def _vit(network: Unetr, patch_size: Sequence[int], channels: int) -> dict[str, Any]:
