@@ -107,19 +107,11 @@ def write_datalists(
     held_out = {person(scan) for part in apart for scan in parts.get(part, ())}
     kept_back = [scan.image for one in held_out.intersection(unlabelled) for scan in unlabelled.pop(one)]
     found.left_out |= dict.fromkeys(sorted(kept_back), "an unlabelled scan of a patient who is held out")
-    free, shared = _parts(unlabelled, validation, []), False
+    free = _parts(unlabelled, validation, [])
     few = [scan.image for scan in free["validation"]]
     if not free["training"] and not folds:
-        for scan in parts["training"]:
-            unlabelled.setdefault(person(scan), []).append(replace(scan, label=None))
-        free = _parts(unlabelled, validation, [])
-        shared = bool(free["training"])
-    if shared:
-        found.notes.append(
-            f"too few scans without a label: unlabelled.json has the {len(parts['training'])} labelled training scans, "
-            "without their labels, and none that is held out for validation or test"
-        )
-    elif sizes:
+        free = _with_training(found, unlabelled, parts["training"], validation)
+    if sizes and not found.notes:
         beyond = [scan.image for scan in parts["training"][max(sizes) :]]
         found.left_out |= dict.fromkeys(beyond, "a labelled scan beyond the largest split")
     if free["training"]:
@@ -171,6 +163,21 @@ def _parts(people: dict[str, list[Scan]], validation: float, tested: Sequence[st
     held = max(1, round(validation * len(people)))
     parts = {"training": rest[held:], "validation": rest[:held]} | ({"test": list(tested)} if tested else {})
     return {part: [scan for one in ones for scan in people[one]] for part, ones in parts.items()}
+
+
+def _with_training(
+    found: Layout, unlabelled: dict[str, list[Scan]], training: Sequence[Scan], validation: float
+) -> dict[str, list[Scan]]:
+    """The parts of the unlabelled scans once the labelled training scans are among them, without their labels."""
+    for scan in training:
+        unlabelled.setdefault(person(scan), []).append(replace(scan, label=None))
+    parts = _parts(unlabelled, validation, [])
+    if parts["training"]:
+        found.notes.append(
+            f"too few scans without a label: unlabelled.json has the {len(training)} labelled training scans, without "
+            "their labels, and none that is held out for validation or test"
+        )
+    return parts
 
 
 def _too_few(folder: Path, asked: str, parts: dict[str, list[Scan]], people: dict[str, list[Scan]]) -> str:
