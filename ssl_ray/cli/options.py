@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ssl_ray.console import Bar
+
 
 def _experiments(incomplete: str) -> list[str]:
     """For the shell's completion: YAML files that begin so, in this folder or in one that begins so."""
@@ -20,3 +22,15 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", default_factory=list, show_default=False, help="Replace one value."),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", file_okay=False)]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Everything, for programs.")]
+
+
+def _be_quiet(value: bool) -> bool:
+    Bar.quiet = value
+    return value
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", metavar="", callback=_be_quiet, help="No progress: results, warnings and errors."),
+]

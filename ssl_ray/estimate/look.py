@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -102,7 +102,7 @@ def _look(part: str, case: Case, preparation: Preparation, classes: int) -> Look
 
 
 def findings(
-    looks: Sequence[Look], patches: Mapping[str, Sequence[float]], organs: Sequence[str], held_out: Sequence[str]
+    looks: Sequence[Look], patches: Mapping[str, Sequence[float]], organs: Sequence[str], held_out: Collection[str]
 ) -> list[Finding]:
     """What looks wrong: first what a run would refuse.
 
@@ -119,6 +119,11 @@ def in_mm(sides: Iterable[float]) -> str:
     return " x ".join(f"{side:.3g}" for side in sides) + " mm"
 
 
+def number(value: float) -> str:
+    """A volume or an intensity, in three digits or whole."""
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
 def _file(look: Look) -> str:
     return str(look.case.image)
 
@@ -130,7 +135,7 @@ def _refusal(look: Look) -> Finding:
     return Finding(place, why, True) if named else Finding(_file(look), look.refused, True)
 
 
-def _twice(looks: Sequence[Look], held_out: Sequence[str]) -> Iterator[Finding]:
+def _twice(looks: Sequence[Look], held_out: Collection[str]) -> Iterator[Finding]:
     """One scan under two names."""
     seen: dict[str, Look] = {}
     for look in looks:
@@ -171,7 +176,7 @@ def _odd_organs(looks: Sequence[Look], organs: Sequence[str]) -> Iterator[Findin
         for look in with_it if len(with_it) >= _ENOUGH else ():
             ratio = look.organs[value] / median
             if not 1 / _LARGER < ratio < _LARGER:
-                what = f"{organ} has {look.organs[value]:.3g} ml, where {median:.3g} are usual"
+                what = f"{organ} has {number(look.organs[value])} ml, where {number(median)} are usual"
                 yield Finding(str(look.case.label), f"{what}: another organ's label, or cut off?")
         clipped = float(np.mean([look.clipped[value] for look in with_it]))
         if clipped > _CLIPPED:
