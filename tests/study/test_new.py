@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 TINY = [
     *("network.hidden_size=48", "network.mlp_dim=64", "network.feature_size=4", "cluster.object_store_gigabytes=0.3"),
     *("pretrain.epochs=1", "finetune.steps=2", "finetune.validate_every=2", "finetune.runs=1"),
+    *("pretrain.probe=false", "finetune.sliding_window_overlap=0"),
 ]
 """What makes a run of minutes out of one of hours; nothing about the data."""
 FOLDS = ["finetune.cohort.folds=3", "finetune.grid.init=[pretrained]"]
@@ -165,7 +166,10 @@ def test_what_new_writes_is_checked_run_and_tidied_up(
     study = load("ct.yaml", settings)
     assert status_of(study, folders_of(study))["stage"] == "not begun"
     assert main(["run", "ct.yaml", "--quiet", *changes]) == 0
-    assert status_of(study, folders_of(study))["stage"] == "finished"
+    found = status_of(study, folders_of(study))
+    assert found["stage"] == "finished"
+    for stage in found["stages"].values():
+        assert stage["step"] == stage["steps"] > 0
     capsys.readouterr()
     assert main(["clean", "ct.yaml", "--yes", "--json", *changes]) == 0
     cleaned = json.loads(capsys.readouterr().out)
