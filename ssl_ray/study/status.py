@@ -77,12 +77,14 @@ def _finetuning(study: Study, folders: Folders, runs: Sequence[Logged], since: f
     config = study.finetune
     parents = [run for run in runs if run.kind in ("grid", "search")]
     mine, total = [run for run in runs if run.kind == "trial"], study.search.samples if study.search else 0
+    named = {run.key: run.name for run in mine}
     if not study.search:
         names = {cell.name for cell in cells(config)}
         path = folders.study / CELLS
         known = json.loads(path.read_bytes()) if path.is_file() else {}
-        keys = {key for name, key in known.get(parents[-1].key if parents else "", {}).items() if name in names}
-        mine, total = [run for run in mine if run.key in keys], len(names)
+        of_grid = known.get(parents[-1].key if parents else "", {})
+        named = {key: name for name, key in of_grid.items() if name in names}
+        mine, total = [run for run in mine if run.key in named], len(names)
     found = _together(mine, total, since)
     patches = config.volumes_per_step * config.patches_per_volume
     rates = [run.metrics.get(_RATE, 0.0) / patches for run in mine if _state(run, since) == "running"]
@@ -90,7 +92,7 @@ def _finetuning(study: Study, folders: Folders, runs: Sequence[Logged], since: f
     whole = _state(parents[-1], since) if parents else ""
     if whole in ("running", "interrupted") or (study.search and found["state"] != "failed"):
         found["state"] = whole or "not begun"  # between two cells, too; a search ends with its budget
-    failed = {run.name: run.tags.get(FAILURE, "") for run in mine if _state(run, since) == "failed"}
+    failed = {named[run.key]: run.tags.get(FAILURE, "") for run in mine if _state(run, since) == "failed"}
     return found | _pace(done, config.steps * total, rates) | {"failures": failed}
 
 

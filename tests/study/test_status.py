@@ -91,7 +91,7 @@ def test_failed_cells_are_named_with_the_cause(study: Study) -> None:
     begin(folders, "pretraining", "p", steps=1, run=0).close()
     names = begin_cells(study, folders)
     for name, key in names.items():
-        trial = begin(folders, "trial", key, name)
+        trial = begin(folders, "trial", key, "a name for people")
         if name == next(iter(names)):
             trial.tags({FAILURE: "no space left on device"})
             trial.close("FAILED")
