@@ -1,7 +1,7 @@
 """What a person sees in the terminal: progress, and lines that read well in a log file too."""
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from rich import progress as bars
 from rich.console import Console
@@ -22,7 +22,9 @@ def say(text: str) -> None:
 
 
 class Bar:
-    """Progress of one long piece of work: a bar on a terminal, now and then a line in a log."""
+    """Progress of one long piece of work: a bar on a terminal, now and then a line in a log, nothing where `quiet`."""
+
+    quiet: ClassVar[bool] = False
 
     def __init__(self, title: str, total: int) -> None:
         self._columns: list[bars.ProgressColumn] = [
@@ -41,7 +43,7 @@ class Bar:
         self._printed = self._progress.get_time()
 
     def __enter__(self) -> "Bar":
-        if console.is_terminal:
+        if console.is_terminal and not self.quiet:
             self._progress.start()
         return self
 
@@ -66,7 +68,8 @@ class Bar:
 
     def _line(self) -> None:
         self._printed = self._progress.get_time()
-        say(" ".join(str(column.render(self._task)).strip() for column in self._columns).rstrip())
+        if not self.quiet:
+            say(" ".join(str(column.render(self._task)).strip() for column in self._columns).rstrip())
 
 
 def track(title: str, items: Iterable[_Item], total: int) -> Iterator[_Item]:

@@ -13,8 +13,8 @@ from ssl_ray.cli import studies
 from ssl_ray.cli.main import main
 from ssl_ray.errors import UserError
 
-COMMANDS = ["run", "plan", "prepare", "pretrain", "finetune", "report", "phantom", "datalist"]
-COMMANDS += ["predict", "evaluate", "embed"]
+COMMANDS = ["run", "plan", "prepare", "pretrain", "finetune", "report", "check", "status", "clean", "ui"]
+COMMANDS += ["phantom", "datalist", "new", "predict", "evaluate", "embed", "export"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -40,6 +40,8 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
         ["predict", "x", "y"],
         ["predict", "x", "y", "-o", "z", "--overlap", "1"],
         ["evaluate", "x"],
+        ["new", "x", "--test", "1.5"],
+        ["clean", "x.yaml", "--keep", "some"],
     ],
 )
 def test_a_wrong_command_line_ends_in_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +155,18 @@ def test_the_driver_trains_nothing_and_loads_no_monai() -> None:
     code = "import sys, ssl_ray.study.runner\nassert 'monai' not in sys.modules, 'imported too early'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("quiet", "lines"), [([], 1), (["--quiet"], 0)])
+def test_quiet_leaves_results_and_no_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: list[str], lines: int
+) -> None:
+    """The command's last line is the same; a bar, or its line in a log, is only there without `--quiet`."""
+    numbers = ["--volumes", "3", "--labelled", "1", "--validation", "1", "--test", "1", "--splits", "1"]
+    assert main(["phantom", str(tmp_path), *numbers, *quiet]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].endswith("unlabelled.json, labelled_1.json")
+    assert sum("synthesizing volumes" in line for line in printed) == lines
 
 
 def test_phantom_then_datalist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

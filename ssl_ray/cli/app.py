@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from ssl_ray.console import Bar
 from ssl_ray.errors import UserError
 from ssl_ray.text import without_password
 
@@ -38,6 +39,8 @@ class _Commands(TyperGroup):
             _tell(f"raised at {frame.filename}:{frame.lineno}; {TRACEBACK}=1 shows the way there")
             _tell("finished work is kept, the same command goes on")
             raise typer.Exit(1) from error
+        finally:
+            Bar.quiet = False
 
 
 def _tell(message: str) -> None:

@@ -1,16 +1,20 @@
-"""Verbs of a cohort: lists of a folder's scans, and a synthetic one."""
+"""Verbs of a cohort: a study or lists for a folder's scans, and a synthetic one."""
 
 from typing import Annotated, Literal
 
 import typer
 
 from ssl_ray.cli.app import app
-from ssl_ray.cli.options import Folder, writable
+from ssl_ray.cli.options import Folder, Quiet, writable
 from ssl_ray.config.schema import PhantomCohort
 from ssl_ray.console import say
 
 Sizes = Annotated[str, typer.Option(metavar="N,N", help="Labelled training volumes of nested splits.")]
 Seed = Annotated[int, typer.Option(metavar="S")]
+Subject = Annotated[
+    str | None,
+    typer.Option(metavar="REGEX", help=r"The patient in a path below DIR, e.g. '(A-\d+)'; else by layout."),
+]
 
 
 @app.command(epilog="Example: ssl-ray phantom data/phantom --volumes 80 --splits 6,12")
@@ -22,6 +26,7 @@ def phantom(
     test: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled test volumes.")] = 8,
     splits: Sizes = "6,12,24",
     seed: Seed = 0,
+    quiet: Quiet = False,
     mri: Annotated[bool, typer.Option("--mri", help="T1- and T2-weighted MRI instead of CT.")] = False,
 ) -> None:
     """Write a synthetic labelled cohort with its datalists."""
@@ -41,15 +46,12 @@ def datalist(
     splits: Sizes = "",
     validation: Annotated[float, typer.Option(min=0, max=1, help="Share of the patients to hold out.")] = 0.2,
     test: Annotated[float, typer.Option(min=0, metavar="N|SHARE", help="Labelled patients to report on.")] = 0,
-    subject: Annotated[
-        str | None,
-        typer.Option(metavar="REGEX", help=r"The patient in a path below DIR, e.g. '(A-\d+)'; else by layout."),
-    ] = None,
+    subject: Subject = None,
     seed: Seed = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Write datalists for a folder of NIfTI files: nnU-Net, Decathlon, BIDS, TotalSegmentator or any other."""
-    if test > 1 and not test.is_integer():
-        raise typer.BadParameter(f"must be a share below 1 or a whole number, got {test:g}", param_hint="--test")
+    _check_test(test)
     from ssl_ray.data.listing import find_scans, summary, write_datalists
 
     with writable(folder):
@@ -58,6 +60,50 @@ def datalist(
             written = write_datalists(folder, found, _sizes(splits), validation, test, seed)
         finally:  # what was found explains what is missing
             say(summary(folder, found))
+    _say_lists(folder, written)
+
+
+@app.command(
+    epilog=r"Example: ssl-ray new my_ct --subject '(patient\d+)'; ssl-ray check my_ct.yaml; ssl-ray run my_ct.yaml"
+)
+def new(
+    folder: Folder,
+    study: Annotated[
+        Path | None, typer.Option(metavar="FILE", show_default=False, help="The YAML to write, else DIR's name here.")
+    ] = None,
+    subject: Subject = None,
+    test: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="N|SHARE", show_default=False, help="Labelled patients to report on; else by what there is."
+        ),
+    ] = None,
+    gpu: Annotated[
+        bool | None, typer.Option("--gpu/--cpu", show_default=False, help="What to train on, else what is here.")
+    ] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write datalists and a study for your own folder of NIfTI files, with comments where you have to decide."""
+    _check_test(test or 0)
+    from ssl_ray.study.new import new_study
+
+    if gpu is None:
+        import torch
+
+        gpu = torch.cuda.is_available()
+    path = study or Path(f"{folder.resolve().name}.yaml")
+    with _writable(folder):
+        _say_lists(folder, new_study(folder, path, subject, test, seed, gpu))
+    say(f"{path}: look for DECIDE in it; then ssl-ray check {path}, ssl-ray run {path}")
+
+
+def _check_test(test: float) -> None:
+    if test > 1 and not test.is_integer():
+        raise typer.BadParameter(f"must be a share below 1 or a whole number, got {test:g}", param_hint="--test")
+
+
+def _say_lists(folder: Path, written: dict[str, dict[str, int]]) -> None:
     for name, parts in written.items():
         say(f"{folder / name}: {', '.join(f'{count} {part}' for part, count in parts.items())} volumes")
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ssl_ray.console import Bar
 from ssl_ray.errors import UserError
 
 
@@ -24,6 +25,18 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", default_factory=list, show_default=False, help="Replace one value."),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", file_okay=False)]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Everything, for programs.")]
+
+
+def _be_quiet(value: bool) -> bool:
+    Bar.quiet = value
+    return value
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", metavar="", callback=_be_quiet, help="No progress: results, warnings and errors."),
+]
 
 
 @contextmanager

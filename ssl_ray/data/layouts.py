@@ -52,8 +52,8 @@ class Scan:
 class Layout:
     """What a folder holds.
 
-    `subjects` says how patients are told apart, `organs` names label values, `left_out` has a reason by file, and
-    `masks` the masks, by value, out of which a label map of `scans` is still to be made.
+    `subjects` says how patients are told apart, `organs` names label values, `left_out` has a reason by file, `masks`
+    the masks, by value, out of which a label map of `scans` is still to be made, and `notes` what else is to be known.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Layout:
     organs: dict[int, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     masks: dict[str, dict[int, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class _Dataset(BaseModel):

@@ -5,6 +5,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,7 +44,7 @@ def find_scans(folder: Path, subject: str | None = None) -> Layout:
 def summary(folder: Path, found: Layout) -> str:
     """What was found and what is left out, with the reason; what is too long for a screen is written to a file."""
     labelled = [scan for scan in found.scans if scan.label]
-    people = len({_person(scan) for scan in found.scans})
+    people = len({person(scan) for scan in found.scans})
     organs = [name for value, name in found.organs.items() if value]
     named = f", organs: {shown(', '.join(organs), 120)}" if organs else ""
     tested = sum(scan.test for scan in labelled)
@@ -51,6 +52,7 @@ def summary(folder: Path, found: Layout) -> str:
     lines = [
         f"{folder}: {found.name}: {len(found.scans)} images, {len(labelled)} of them with a label map{named}",
         f"{people} patients: {found.subjects} (--subject says otherwise)",
+        *found.notes,
     ]
     reasons: dict[str, list[str]] = defaultdict(list)
     for path, why in found.left_out.items():
@@ -66,14 +68,22 @@ def summary(folder: Path, found: Layout) -> str:
 
 
 def write_datalists(
-    folder: Path, found: Layout, sizes: Sequence[int], validation: float, test: float, seed: int
+    folder: Path,
+    found: Layout,
+    sizes: Sequence[int],
+    validation: float,
+    test: float,
+    seed: int,
+    folds: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Write `unlabelled.json` and, for each size, `labelled_<n>.json`, or `labelled.json` with all labelled volumes.
 
     Patients are held out whole: all labelled scans of one are in one part, and their unlabelled scans are in no list.
     Splits are nested: each has the first volumes of one order. A share `validation` of the patients is held out, at
     least one, and `test` likewise; from 1 on it is a number of patients, and 0 stands for those whom the layout keeps
-    for testing. Scans that get into no list are added to what `found` leaves out.
+    for testing. With `folds`, everybody with a label is scored in one of them, and so held out of `unlabelled.json`.
+    Where too few scans without a label are left, `unlabelled.json` has the labelled training scans, too, without their
+    labels, and a note in `found` says so. Scans that get into no list are added to what `found` leaves out.
 
     Returns:
         Per file written, how many volumes each of its parts has.
@@ -81,7 +91,7 @@ def write_datalists(
     Raises:
         UserError: where there are too few volumes for what is asked, or another list is there; none is written then.
     """
-    labelled, unlabelled = (_by_person(found, has_label, seed) for has_label in (True, False))
+    labelled, unlabelled = (_byperson(found, has_label, seed) for has_label in (True, False))
     if (sizes or test) and not labelled:
         raise UserError(f"{folder}: --splits and --test are about labelled volumes, but no image has a label")
     people = list(labelled)
@@ -93,18 +103,22 @@ def write_datalists(
         if not 0 < size <= len(parts["training"]):
             raise UserError(_too_few(folder, f"{size} labelled", parts, labelled))
         lists[f"labelled_{size}.json" if sizes else "labelled.json"] = parts | {"training": parts["training"][:size]}
-    beyond = [scan.image for scan in parts["training"][max(sizes) :]] if sizes else []
-    found.left_out |= dict.fromkeys(beyond, "a labelled scan beyond the largest split")
-    held_out = {_person(scan) for part in ("validation", "test") for scan in parts.get(part, ())}
+    apart = ("training", "validation", "test") if folds else ("validation", "test")
+    held_out = {person(scan) for part in apart for scan in parts.get(part, ())}
     kept_back = [scan.image for one in held_out.intersection(unlabelled) for scan in unlabelled.pop(one)]
     found.left_out |= dict.fromkeys(sorted(kept_back), "an unlabelled scan of a patient who is held out")
-    parts = _parts(unlabelled, validation, [])
-    if parts["training"]:
-        lists["unlabelled.json"] = parts
+    free = _parts(unlabelled, validation, [])
+    few = [scan.image for scan in free["validation"]]
+    if not free["training"] and not folds:
+        free = _with_training(found, unlabelled, parts["training"], validation)
+    if sizes and not found.notes:
+        beyond = [scan.image for scan in parts["training"][max(sizes) :]]
+        found.left_out |= dict.fromkeys(beyond, "a labelled scan beyond the largest split")
+    if free["training"]:
+        lists["unlabelled.json"] = free
     elif not lists:
-        raise UserError(_too_few(folder, "1 unlabelled", parts, unlabelled))
+        raise UserError(_too_few(folder, "1 unlabelled", free, unlabelled))
     else:
-        few = [scan.image for scan in parts["validation"]]
         found.left_out |= dict.fromkeys(few, "too few unlabelled scans for training and validation")
     _write(folder, lists, found.organs)
     return {file: {part: len(scans) for part, scans in parts.items()} for file, parts in lists.items()}
@@ -127,18 +141,18 @@ def _set_subjects(found: Layout, subject: str) -> None:
     found.subjects = f"by {subject}, e.g. {shown(found.scans[0].subject)} in {shown(found.scans[0].image)}"
 
 
-def _person(scan: Scan) -> str:
+def person(scan: Scan) -> str:
     """Whose scan it is; a scan that is there twice, compressed and not, is of one patient."""
     return scan.subject or str(PurePosixPath(scan.image).with_name(stem(PurePosixPath(scan.image))))
 
 
-def _by_person(found: Layout, labelled: bool, seed: int) -> dict[str, list[Scan]]:
+def _byperson(found: Layout, labelled: bool, seed: int) -> dict[str, list[Scan]]:
     """The scans with or without a label, by patient, in an order of all patients that the seed draws."""
-    order = sorted({_person(scan) for scan in found.scans})
+    order = sorted({person(scan) for scan in found.scans})
     random.Random(str(seed)).shuffle(order)
     people: dict[str, list[Scan]] = {one: [] for one in order}
     for scan in found.scans:
-        people[_person(scan)] += [scan] if bool(scan.label) == labelled else []
+        people[person(scan)] += [scan] if bool(scan.label) == labelled else []
     return {one: scans for one, scans in people.items() if scans}
 
 
@@ -151,8 +165,23 @@ def _parts(people: dict[str, list[Scan]], validation: float, tested: Sequence[st
     return {part: [scan for one in ones for scan in people[one]] for part, ones in parts.items()}
 
 
+def _with_training(
+    found: Layout, unlabelled: dict[str, list[Scan]], training: Sequence[Scan], validation: float
+) -> dict[str, list[Scan]]:
+    """The parts of the unlabelled scans once the labelled training scans are among them, without their labels."""
+    for scan in training:
+        unlabelled.setdefault(person(scan), []).append(replace(scan, label=None))
+    parts = _parts(unlabelled, validation, [])
+    if parts["training"]:
+        found.notes.append(
+            f"too few scans without a label: unlabelled.json has the {len(training)} labelled training scans, without "
+            "their labels, and none that is held out for validation or test"
+        )
+    return parts
+
+
 def _too_few(folder: Path, asked: str, parts: dict[str, list[Scan]], people: dict[str, list[Scan]]) -> str:
-    held_out = [_person(scan) for part in ("validation", "test") for scan in parts.get(part, ())]
+    held_out = [person(scan) for part in ("validation", "test") for scan in parts.get(part, ())]
     return (
         f"{folder}: {asked} training volumes asked for, but {len(parts['training'])} are left after holding out "
         f"{len(held_out)} volumes of {len(set(held_out))} of {len(people)} patients"

@@ -17,7 +17,7 @@ from ssl_ray.config import depends
 from ssl_ray.config.schema import Preparation
 from ssl_ray.console import track
 from ssl_ray.data.datalist import Case
-from ssl_ray.data.nifti import content_digest, on_image_grid, read_label, read_nifti
+from ssl_ray.data.nifti import Nifti, content_digest, on_image_grid, read_label, read_nifti
 from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
@@ -44,9 +44,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     time have not changed. A volume that cannot be used is a UserError, a store that cannot be read or written an
     OSError.
     """
-    further = {f"image.{number}": path for number, path in enumerate(case.others, 1)}
-    files = {"image": case.image, **further, **({"label": case.label} if case.label else {})}
-    digests, content = {}, {}
+    files, digests, content = _files(case), {}, {}
     for name, file in files.items():
         try:
             digests[name], content[name] = _read_source(file, store, verify)
@@ -61,10 +59,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
         return replace(found, **named), False
     if None in content.values():  # the sources are known, but the store has no volume of them
         return prepare_case(case, preparation, store, verify=True)
-    image, label = read_nifti(case.image, content["image"]), None
-    others = [on_image_grid(image, read_nifti(path, content[name]), path, "channel") for name, path in further.items()]
-    if case.label:
-        label = on_image_grid(image, read_label(case.label, content["label"]), case.label)
+    image, label, others = read_case(case, content)
     try:
         canonical = prepare(image, label, preparation, others)
     except ValueError as error:
@@ -144,6 +139,29 @@ def prepare_cohort(
 def usable(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:
     """The prepared volumes of cases, by image path as `prepare_cohort` gives them; bad ones are left out."""
     return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
+
+
+def read_case(case: Case, content: Mapping[str, bytes | None] | None = None) -> tuple[Nifti, Nifti | None, list[Nifti]]:
+    """Image, label and further channels of a case on the grid of its image; a UserError for what cannot be used.
+
+    `content` has the bytes of files that were read already, under their names in the key of the store.
+    """
+    known, files = content or {}, _files(case)
+    image, label = read_nifti(case.image, known.get("image")), None
+    others = [
+        on_image_grid(image, read_nifti(path, known.get(name)), path, "channel")
+        for name, path in files.items()
+        if name.startswith("image.")
+    ]
+    if case.label:
+        label = on_image_grid(image, read_label(case.label, known.get("label")), case.label)
+    return image, label, others
+
+
+def _files(case: Case) -> dict[str, Path]:
+    """The files of a case: `image`, `image.1`, ... for further channels, `label`."""
+    further = {f"image.{number}": path for number, path in enumerate(case.others, 1)}
+    return {"image": case.image, **further, **({"label": case.label} if case.label else {})}
 
 
 def _read_source(file: Path, store: Store, verify: bool) -> tuple[str, bytes | None]:

@@ -14,7 +14,7 @@ from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.consistency import check_lists
 from ssl_ray.data.datalist import Case, read_unlabelled
 from ssl_ray.data.resample import canonical_grid
-from ssl_ray.data.splits import read_labelled
+from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.data.store import VOLUME_JSON, Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import validation_share
@@ -58,8 +58,6 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
     splits = read_labelled(config.cohort, config.sizes)
     check_lists(training, validation, splits, config.preparation.channels)
-    labelled = {case.image: case for cases in splits.training.values() for case in cases}
-    sections = training, validation, tuple(labelled.values()), splits.validation, splits.test
     stored: dict[Any, Volume] = {}
     groups = {}
     # By source and preparation, as the store's own keys would need the sources' content.
@@ -68,10 +66,17 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
             volume = VOLUME_JSON.validate_json(path.read_bytes())
             how = volume.spacing, str(volume.normalise), volume.channels, bool(volume.label_source)
             stored[volume.image_source, *how] = volume
-    for name, cases in zip(_GROUPS, sections, strict=True):
+    for name, cases in sections(training, validation, splits).items():
         part = config if name.startswith("labelled") else study.pretrain
         groups[name] = _group(cases, part.preparation, stored, study.on_bad_volume == "skip")
     return groups
+
+
+def sections(training: Sequence[Case], validation: Sequence[Case], splits: Splits) -> dict[str, Sequence[Case]]:
+    """The cases of a study by section, each once: unlabelled ones to train and to validate on, and those of splits."""
+    labelled = {case.image: case for cases in splits.training.values() for case in cases}
+    parts = training, validation, tuple(labelled.values()), splits.validation, splits.test
+    return dict(zip(_GROUPS, parts, strict=True))
 
 
 def _group(cases: Sequence[Case], preparation: Preparation, stored: dict[Any, Volume], skip: bool) -> Group:

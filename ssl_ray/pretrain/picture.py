@@ -1,37 +1,57 @@
-"""The picture of one validation patch."""
+"""The picture of one patch: of a validation, or before a study begins."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
+# Seen as radiologists do: the patient's right on the left, anterior and superior up.
+_PLANES = {
+    "axial": lambda patch, x, y, z: patch[::-1, :, z],
+    "coronal": lambda patch, x, y, z: patch[::-1, y, :],
+    "sagittal": lambda patch, x, y, z: patch[x, :, :],
+}
 
-def draw_picture(path: Path, rows: Mapping[str, npt.NDArray[Any]], title: str) -> None:
+
+def draw_picture(
+    path: Path,
+    rows: Mapping[str, npt.NDArray[Any]],
+    title: str,
+    labels: npt.NDArray[np.uint8] | None = None,
+    organs: Sequence[str] = (),
+) -> None:
     """Save a picture of one patch in several states, a row each; columns axial, coronal, sagittal.
 
-    Patches are (X, Y, Z), axes in RAS order; the first gives the range from black to white, and NaN is blue.
+    Patches are (X, Y, Z), axes in RAS order; the first gives the range from black to white, and NaN is blue. `labels`
+    are drawn in colours over the last one; `organs` names the values 1, 2, ...
     """
-    from matplotlib import rc_context  # rank 0 only, and only when a picture is due
+    from matplotlib import colormaps, rc_context  # rank 0 only, and only when a picture is due
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     from ssl_ray.evaluate.overlay import STYLE, WIDTH
 
     truth = next(iter(rows.values()))
-    x, y, z = (side // 2 for side in truth.shape)
+    place = [side // 2 for side in truth.shape]
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.5 + 1.5 * len(rows)), layout="constrained")
         figure.suptitle(title, fontsize=10)
         axes = figure.subplots(len(rows), 3, squeeze=False)
-        for number, (name, patch) in enumerate(rows.items()):
-            planes = {"axial": patch[:, :, z], "coronal": patch[:, y, :], "sagittal": patch[x, :, :]}
-            for axis, (plane, pixels) in zip(axes[number], planes.items(), strict=True):
+        for row, (name, patch) in enumerate(rows.items()):
+            for axis, (plane, cut) in zip(axes[row], _PLANES.items(), strict=True):
                 axis.set_facecolor("#a9c9e8")  # white and black are bone and air
-                # Seen as radiologists do: the patient's right on the left, anterior left or up, superior up.
-                axis.imshow(pixels[::-1].T, cmap="gray", vmin=truth.min(), vmax=truth.max(), origin="lower")
+                axis.imshow(cut(patch, *place).T, cmap="gray", vmin=truth.min(), vmax=truth.max(), origin="lower")
+                if labels is not None and row == len(rows) - 1:
+                    shown = np.ma.masked_equal(cut(labels, *place).T, 0)
+                    axis.imshow((shown - 1) % 20, cmap="tab20", vmin=0, vmax=19, origin="lower", alpha=0.6)
                 axis.set(xticks=[], yticks=[])
-                if number == 0:
+                if row == 0:
                     axis.set_title(plane, fontsize=10)
-            axes[number][0].set_ylabel(name)
+            axes[row][0].set_ylabel(name)
+        if labels is not None and (values := [value for value in np.unique(labels).tolist() if value]):
+            handles = [Patch(color=colormaps["tab20"]((value - 1) % 20), label=organs[value - 1]) for value in values]
+            figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)

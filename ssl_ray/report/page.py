@@ -10,14 +10,20 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
-TEMPLATES = Environment(
-    loader=PackageLoader("ssl_ray.report"),
-    autoescape=select_autoescape(["html.j2"]),
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
+
+def templates(package: str) -> Environment:
+    """The templates in a package's folder `templates`."""
+    return Environment(
+        loader=PackageLoader(package),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+TEMPLATES = templates("ssl_ray.report")
 
 # Only what the report uses. Neither HTML nor links: an organ's name or an error message cannot reach out of the page.
 _MARKDOWN = MarkdownIt("zero", {"html": False}).enable(

@@ -1,15 +1,11 @@
-"""A study's name stands for one configuration and, at a time, one process.
+"""A study's name stands for one configuration.
 
 What a result depends on (`ssl_ray.config.depends`) is also in its key, so that nothing wrong is ever taken up. Here the
 user is told, with the difference, instead of seeing a stage start again from zero under another key.
 """
 
-import fcntl
-import os
-import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import yaml
@@ -79,31 +75,6 @@ def set_aside(study: Study, folders: Folders) -> str | None:
     renamed = rename_experiment(study.tracking, folders, kept)
     moved = folders.output.move(folders.study, folders.study.with_name(kept))
     return kept if renamed or moved else None
-
-
-@contextmanager
-def only_one(folders: Folders) -> Iterator[None]:
-    """Keep a second process on this machine, or on this shared disk, off the study.
-
-    Raises:
-        UserError: when another process is working on it, with its host and number, or nothing can be written there.
-    """
-    path = folders.study.parent / f".{folders.name}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a+")
-    except OSError as error:
-        raise UserError(f"output: {error.filename}: {error.strerror}") from error
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system even if the process is killed
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(f"{folders.study}: another process works on this study: {file.read().strip()}") from error
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}")
-        file.flush()
-        yield
 
 
 def _begun(folders: Folders, stage: Stage) -> dict[str, Any] | None:

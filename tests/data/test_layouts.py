@@ -347,6 +347,7 @@ def test_a_test_part_of_the_folder_is_kept(tmp_path: Path, tested: str) -> None:
     assert write_datalists(tmp_path, found, [3], 0.2, 0, seed=0)["labelled_3.json"]["test"] == 2
     listed = json.loads((tmp_path / "labelled_3.json").read_text())
     assert [entry["image"] for entry in listed["test"]] in ([places[-2], places[-1]], [places[-1], places[-2]])
+    (tmp_path / "unlabelled.json").unlink()  # the training images, which are others now
     assert write_datalists(tmp_path, found, [2], 0.2, 3, seed=0)["labelled_2.json"]["test"] == 3
 
 

@@ -16,7 +16,7 @@ from ssl_ray.config.schema import LabelledCohort, Source
 from ssl_ray.data.consistency import check_lists
 from ssl_ray.data.datalist import Case, read_datalist, read_unlabelled
 from ssl_ray.data.layouts import Scan
-from ssl_ray.data.listing import _parts, find_scans, write_datalists
+from ssl_ray.data.listing import _parts, find_scans, summary, write_datalists
 from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.errors import UserError
 
@@ -81,7 +81,8 @@ def test_no_patient_is_on_both_sides(
     if "unlabelled.json" in written:
         free = read_datalist(root, "unlabelled.json", labelled=False)
         assert not people(free.training) & people(free.validation)
-        assert len(free.training) + len(free.validation) + len(kept_back) == len(names[0])
+        shared = [case for case in drawn.training if found.notes]  # too few others were left
+        assert len(free.training) + len(free.validation) + len(kept_back) == len(names[0]) + len(shared)
         assert written["unlabelled.json"] == {"training": len(free.training), "validation": len(free.validation)}
         cohort = LabelledCohort(root=str(root), classes=3, splits={len(drawn.training): "labelled.json"})
         check_lists(free.training, free.validation, read_labelled(cohort, tuple(cohort.splits)))
@@ -180,20 +181,49 @@ def test_too_few_volumes_are_refused(
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_one_unlabelled_volume_is_no_list(tmp_path: Path) -> None:
-    """It is named as left out, and the labelled volumes are listed."""
-    found = find_scans(folder_of(tmp_path, ["s1_0"], visits(range(50, 55), 1)), SUBJECT)
-    assert list(write_datalists(tmp_path, found, [2], 0.2, 0, seed=0)) == ["labelled_2.json"]
-    beyond = [name for name, why in found.left_out.items() if why == "a labelled scan beyond the largest split"]
-    assert len(beyond) == 5 - 1 - 2
-    rest = {name: why for name, why in found.left_out.items() if name not in beyond}
-    assert rest == {"images/s1_0.nii.gz": "too few unlabelled scans for training and validation"}
+@pytest.mark.parametrize("unlabelled", [[], ["s1_0"], ["s50_9"]])
+def test_where_all_are_labelled_the_training_images_are_pretrained_on(tmp_path: Path, unlabelled: list[str]) -> None:
+    """Without their labels, all of them whatever the splits, and nobody who is held out; it is said, and a study runs.
+
+    So too where a scan or two have no label. A patient's other scan is listed if the patient trains.
+    """
+    root = folder_of(tmp_path, unlabelled, visits(range(50, 65), 1))
+    found = find_scans(root, SUBJECT)
+    assert set(write_datalists(root, found, [2, 4], 0.2, 0.2, seed=0)) == {
+        "labelled_2.json", "labelled_4.json", "unlabelled.json"
+    }  # fmt: skip
+    entries = json.loads((root / "unlabelled.json").read_text())
+    assert not any("label" in entry for part in ("training", "validation") for entry in entries[part])
+    cohort = LabelledCohort(root=str(root), classes=3, splits={4: "labelled_4.json"})
+    splits = read_labelled(cohort, (4,))
+    held_out = people(splits.validation) | people(splits.test)
+    training, validation = read_unlabelled([Source(root=str(root), datalist="unlabelled.json")])
+    assert not people((*training, *validation)) & held_out
+    others = {name.split("_")[0] for name in unlabelled}
+    assert people((*training, *validation)) == ({f"s{number}" for number in range(50, 65)} | others) - held_out
+    check_lists(training, validation, splits)
+    (note,) = found.notes
+    assert note in summary(root, found)
+    assert "without their labels, and none that is held out" in note
+
+
+def test_folds_score_everybody_so_nobody_with_a_label_is_pretrained_on(tmp_path: Path) -> None:
+    """Neither are other scans of theirs; where nothing else is there, there is no list to pretrain on."""
+    both = folder_of(tmp_path / "both", [*visits(range(4), 1), "s50_8"], visits(range(50, 55), 1))
+    found = find_scans(both, SUBJECT)
+    written = write_datalists(both, found, [], 0.2, 0, 0, folds=True)
+    assert sum(written["unlabelled.json"].values()) == 4
+    assert found.left_out == {"images/s50_8.nii.gz": "an unlabelled scan of a patient who is held out"}
+    cohort = LabelledCohort(root=str(both), classes=3, pool="labelled.json", sizes=(1,), folds=3)
+    check_lists(*read_unlabelled([Source(root=str(both), datalist="unlabelled.json")]), read_labelled(cohort, (1,)))
+    alone = folder_of(tmp_path / "alone", [], visits(range(50, 55), 1))
+    assert list(write_datalists(alone, find_scans(alone, SUBJECT), [], 0.2, 0, 0, folds=True)) == ["labelled.json"]
 
 
 @pytest.mark.parametrize("sizes", [[], [2], [2, 4]])
 def test_labelled_scans_beyond_the_largest_split_are_named(tmp_path: Path, sizes: list[int]) -> None:
     """Every labelled scan is in a list or left out by name."""
-    found = find_scans(folder_of(tmp_path, [], visits(range(8), 1)), SUBJECT)
+    found = find_scans(folder_of(tmp_path, visits(range(20, 24), 1), visits(range(8), 1)), SUBJECT)
     written = write_datalists(tmp_path, found, sizes, 0.2, 0, seed=0)
     listed = {
         entry["image"] for name in written for part in ("training", "validation")

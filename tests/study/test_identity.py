@@ -1,6 +1,5 @@
 """A name stands for one configuration: a changed one is refused with the difference, `--fresh` keeps the old."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from runs import write
 from ssl_ray.cli.main import main
 from ssl_ray.config import depends
 from ssl_ray.errors import UserError
-from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
@@ -158,13 +156,3 @@ def test_fresh_does_not_rename_what_others_share(begun: Path) -> None:
     study = load(begun, ["tracking.experiment=ours"])
     with pytest.raises(UserError, match="may hold other studies"):
         identity.set_aside(study, folders_of(study))
-
-
-def test_the_second_on_a_study_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
-    """Another study in the same folder is not kept waiting; the lock ends with the work."""
-    folders, others = Folders.of("a", str(tmp_path)), Folders.of("b", str(tmp_path))
-    refused = pytest.raises(UserError, match=f"another process works on this study: .*process {os.getpid()}")
-    with identity.only_one(folders), identity.only_one(others), refused, identity.only_one(folders):
-        pass
-    with identity.only_one(folders):
-        pass

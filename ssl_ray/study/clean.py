@@ -1,0 +1,118 @@
+"""`ssl-ray clean`: what a study has on disk, and what neither a result nor an unfinished training needs any more."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rich.filesize import decimal
+
+from ssl_ray.config.schema import Study
+from ssl_ray.evaluate.scores import DICE_FOREGROUND
+from ssl_ray.search.cells import STOPPED
+from ssl_ray.storage.folders import Folders
+from ssl_ray.storage.object_store import Place
+from ssl_ray.tracking.logged import Logged, read_logged
+
+Keep = Literal["best", "all"]
+_SELECTED = f"selected/validation/{DICE_FOREGROUND}"
+_WHAT = {
+    "pretrain-": "weights, pictures and records of a pretraining",
+    "finetune-trials": "weights and scores of the cells",
+    "ray": "Ray's own files, of what is not finished",
+    "journal": "what was logged for MLflow",
+    "report": "the report",
+    "figures": "the report",
+    "check": "what ssl-ray check has found",
+}
+"""What lies in a study's folder and stays, by the beginning of its name."""
+_WORD = {True: "stays ", False: "can go"}
+
+
+class Item(NamedTuple):
+    """A file or folder of a study, its bytes, what it is, and whether it is needed."""
+
+    path: Path
+    bytes: int
+    what: str
+    needed: bool = True
+
+
+def inventory(study: Study, folders: Folders, keep: Keep = "all") -> list[Item]:
+    """What lies in a study's folder, and beside it what is shared with other studies or was set aside by `--fresh`.
+
+    All that an unfinished training has is needed, and so is all of whose training no journal on this machine tells.
+    With `keep` best, of the finished cells of each size and initialisation only one has its weights kept: the one that
+    did best on validation.
+    """
+    output, runs = folders.output, read_logged(folders)
+    files = output.kept(folders.study).list()
+    sizes: dict[Item, int] = {}
+    for name, size in files.items():
+        place, why = _unneeded(name, files, runs, keep)
+        top = name.partition("/")[0]
+        what = why or next((what for start, what in _WHAT.items() if top.startswith(start)), "")
+        item = Item(folders.study / (place or top), 0, what, not why)
+        sizes[item] = sizes.get(item, 0) + size
+    beside = {"cache": (Place.parse(folders.cache), "prepared volumes, which other studies may share")}
+    beside |= {name: (output.kept(output.folder / name), "of MLflow, shared") for name in ("artifacts", "mlflow.db")}
+    for name in sorted(output.names(output.folder)):
+        if name.startswith(f"{study.name}-until-"):
+            beside[name] = output.kept(output.folder / name), "an old study that --fresh has set aside"
+    items = [item._replace(bytes=size) for item, size in sizes.items()]
+    shared = [Item(Path(str(place)), sum(place.list().values()), what) for place, what in beside.values()]
+    return sorted(items, key=lambda item: (item.needed, item.path)) + [item for item in shared if item.bytes]
+
+
+def remove(folders: Folders, items: Sequence[Item]) -> int:
+    """Remove what is not needed, here and where it is kept -> bytes. Only the one process on the study may do it."""
+    gone = [item for item in items if not item.needed]
+    for item in gone:
+        folders.output.drop(item.path)
+    return sum(item.bytes for item in gone)
+
+
+def render(items: Sequence[Item]) -> str:
+    """A line each, and what can go in all."""
+    lines = [
+        f"{'stays  ' if item.needed else 'can go '} {decimal(item.bytes):>9}  {item.path}  {item.what}"
+        for item in items
+    ]
+    return "\n".join([*lines, f"can go: {decimal(sum(item.bytes for item in items if not item.needed))}"])
+
+
+def _unneeded(name: str, files: Mapping[str, int], runs: Sequence[Logged], keep: Keep) -> tuple[str, str]:
+    """The folder, or file, in the study's folder that may be removed with the file `name`, and why; empty if none."""
+    by_key = {(run.kind, run.key): run for run in runs}
+    match name.split("/"):
+        case [folder, "checkpoints", *_] if folder.startswith("pretrain-"):
+            # Without its weights a pretraining goes back to its states, to find them again.
+            whole = _over(by_key.get(("pretraining", folder.removeprefix("pretrain-"))))
+            if whole and f"{folder}/best.safetensors" in files:
+                return f"{folder}/checkpoints", "training states of a finished pretraining"
+        case ["finetune-trials", cell, part, *_]:
+            run = next((run for run in runs if run.kind == "trial" and run.key[:8] == cell[-8:]), None)
+            if _over(run) and part in ("checkpoints", "faults"):
+                return f"finetune-trials/{cell}/{part}", "training states of finished cells"
+            if keep == "best" and run and part.endswith(".safetensors") and _surpassed(run, runs):
+                return f"finetune-trials/{cell}/{part}", "weights of cells that are not the best on validation"
+        case ["ray", folder, *_]:
+            stage, _, key = folder.partition("-")
+            kinds = ["pretraining"] if stage == "pretrain" else ["grid", "search"]
+            trained = [run for run in runs if run.kind in ("trial", "pretraining")]
+            if all(map(_over, trained)) and any(_over(by_key.get((kind, key))) for kind in kinds):
+                return f"ray/{folder}", "Ray's own files of a finished training, logs included"
+    return "", ""
+
+
+def _over(run: Logged | None) -> bool:
+    """Whether nothing goes on from what a training has left."""
+    return run is not None and (run.status == "FINISHED" or (run.status == "KILLED" and bool(run.tags.get(STOPPED))))
+
+
+def _surpassed(run: Logged, runs: Sequence[Logged]) -> bool:
+    """Whether a finished cell, of which MLflow has everything, did worse on validation than another of its arm."""
+    arm = run.params.get("size"), run.params.get("init")
+    rivals = [one for one in runs if one.kind == "trial" and one.status == "FINISHED"]
+    rivals = [one for one in rivals if (one.params.get("size"), one.params.get("init")) == arm]
+    best = max(rivals, key=lambda one: one.metrics.get(_SELECTED, 0.0), default=run)
+    return run.status == "FINISHED" and run.delivered and run.key != best.key

@@ -1,0 +1,163 @@
+"""`ssl-ray new`: for somebody's own folder the datalists, and a study that can be run as it is."""
+
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from ssl_ray.config.loading import parse
+from ssl_ray.console import say, track
+from ssl_ray.data.datalist import Case, read_datalist, subject_of
+from ssl_ray.data.layouts import Layout
+from ssl_ray.data.listing import find_scans, person, summary, write_datalists
+from ssl_ray.data.nifti import Nifti, read_label
+from ssl_ray.data.normalisations.intensities import measure
+from ssl_ray.data.normalisations.window.settings import Window
+from ssl_ray.data.prepare import read_case
+from ssl_ray.errors import UserError
+from ssl_ray.estimate.look import sided
+from ssl_ray.report.page import templates
+from ssl_ray.storage.files import write_file
+from ssl_ray.text import reason, shown
+
+_SOFT_TISSUE = (-175.0, 250.0)
+"""HU window of the recipe; it is widened where organs lie outside."""
+_FEW = 30
+"""With fewer labelled patients a part set aside for a test tells little: folds score all of them."""
+_HEADERS, _IMAGES = 1000, 24
+"""The most headers, and labelled images, that are read."""
+
+
+def new_study(
+    folder: Path, path: Path, subject: str | None, test: float | None, seed: int, gpu: bool
+) -> dict[str, dict[str, int]]:
+    """Write the datalists of `folder`, and a study on them as `path` -> volumes of each part, by list.
+
+    `subject` and `test` are as for `find_scans` and `write_datalists`. Without `test`, a test part that the folder has
+    is kept; otherwise a few patients are scored in folds, and of many a fifth is held out. With `gpu`, the study is the
+    recipe of MONAI's tutorial at the scans' own spacing; without, a small one on larger voxels.
+
+    Raises:
+        UserError: when `path` exists, when there are too few patients, and when lists of other content are there.
+    """
+    if path.exists():
+        raise UserError(f"{path}: is there already; name another file with --study, or move it away")
+    found = find_scans(folder, subject)
+    try:
+        folds, share = _held_out(folder, found, test)
+        written = write_datalists(folder, found, [], 0.2, share, seed, folds=folds > 0)
+    finally:  # what was found explains what is missing
+        say(summary(folder, found))
+    if "unlabelled.json" not in written:
+        raise UserError(f"{folder}: too few scans are left to pretrain on; give fewer to --test")
+    labelled = read_datalist(folder, "labelled.json", labelled=True)
+    unlabelled = read_datalist(folder, "unlabelled.json", labelled=False)
+    every = (*labelled.training, *labelled.validation, *labelled.test)
+    images = dict.fromkeys(case.image for case in (*every, *unlabelled.training, *unlabelled.validation))
+    facts = _grid(list(images), gpu) | _contents(every, found.organs)
+    people = len({subject_of(case) for case in (every if folds else labelled.training)})
+    pool = people - sum(-(-(people - n) // folds) for n in (0, 1)) if folds else people
+    sizes = sorted({max(1, pool // part) for part in ((1, 2, 4) if pool < 64 else (1, 4, 16))})
+    facts |= {"folds": folds, "sizes": sizes, "shared": bool(found.notes)}
+    # As JSON, which YAML reads: a folder may be called 2024, or hold a colon.
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", path.stem).lstrip("._-") or "study"
+    facts |= {"name": json.dumps(name), "root": json.dumps(str(folder), ensure_ascii=False)}
+    text = templates("ssl_ray.study").get_template("experiment.yaml.j2").render(facts, gpu=gpu, seed=seed)
+    parse(text, str(path))
+    write_file(path, text.encode())
+    return written
+
+
+def _held_out(folder: Path, found: Layout, test: float | None) -> tuple[int, float]:
+    """Number of folds, or 0, and what is asked of `write_datalists` as the test part."""
+    labelled = {person(scan) for scan in found.scans if scan.label}
+    free = {person(scan) for scan in found.scans} - labelled
+    own = any(scan.test for scan in found.scans)
+    least = 3 if len(free) > 1 else 4
+    if len(labelled) < least:
+        rule = f"a study needs labels of {least} patients, to train, to validate and to test on"
+        raise UserError(f"{folder}: {rule}; there are {len(labelled)} (`ssl-ray datalist` lists any folder)")
+    if test is None and not own and len(free) > 1 and len(labelled) < _FEW:
+        return min(5, len(labelled)), 0
+    return 0, test if test is not None else 0 if own else 0.2
+
+
+def _grid(images: Sequence[Path], gpu: bool) -> dict[str, Any]:
+    """Median spacing in RAS order, by headers; the study's, and a patch that fits into nine of ten scans."""
+    spacings, extents = [], []
+    for path in images[:: 1 + len(images) // _HEADERS]:
+        try:
+            header: Any = nib.load(path)
+        except Exception as error:  # nibabel's, zlib's and the system's; `check` and `run` name every such file
+            say(f"left out of the median spacing: {path}: {reason(error)}")
+            continue
+        axes = nib.io_orientation(header.affine)[:, 0].argsort()
+        spacings.append(nib.affines.voxel_sizes(header.affine)[axes])
+        extents.append(spacings[-1] * np.array(header.shape[:3])[axes])
+    if not spacings:
+        raise UserError(f"{images[0].parent}: no header can be read")
+    median, most = np.median(spacings, axis=0), 96 if gpu else 32
+    # Without a GPU, four patches of 32 voxels span a scan: that is what a small network can learn in hours.
+    spacing = median if gpu else np.maximum(median, np.median(extents, axis=0) / (4 * most))
+    spacing = [float(f"{side:.3g}") for side in spacing]
+    room = np.percentile(extents, 10, axis=0) / spacing
+    patch = [16 * max(1, min(most, int(side)) // 16) for side in room]
+    return {"median": [round(float(side), 3) for side in median], "spacing": spacing, "patch": patch, "most": most}
+
+
+class _Labelled(NamedTuple):
+    """Values of a label map and, of its image, why it is no CT in HU, and what holds 99 % of the labelled voxels."""
+
+    values: list[int]
+    no_ct: str = ""
+    ends: tuple[float, float] | None = None
+
+
+def _contents(cases: Sequence[Case], organs: dict[int, str]) -> dict[str, Any]:
+    """Classes by all label maps, and by some of the images a normalisation that holds what is labelled."""
+    some = {case.image for case in cases[:: 1 + len(cases) // _IMAGES]}
+    with ThreadPoolExecutor(4) as pool:
+        seen = list(track("reading labels", pool.map(lambda case: _read(case, case.image in some), cases), len(cases)))
+    good = [one for one in seen if not isinstance(one, str)]
+    for line in [one for one in seen if isinstance(one, str)][:5]:
+        say(f"not read: {line}")
+    largest = max((value for one in good for value in one.values), default=0)
+    if not largest:
+        raise UserError(f"{cases[0].place.partition(': ')[0]}: no label map of it can be read and has an organ")
+    ends, foreign = [one.ends for one in good if one.ends], [one.no_ct for one in good if one.no_ct]
+    window, classes = None, 1 + max([largest, *organs])
+    if len(foreign) <= len(ends) // 2:
+        low, high = np.percentile(ends, 10, axis=0)[0], np.percentile(ends, 90, axis=0)[1]
+        window = [int(5 * (min(low, _SOFT_TISSUE[0]) // 5)), int(-5 * (-max(high, _SOFT_TISSUE[1]) // 5))]
+    names = [shown(organs.get(value, f"label {value}")) for value in range(1, classes)]
+    facts = {"classes": classes, "organs": names, "named": bool(organs), "window": window}
+    return facts | {"sided": sided(names), "no_ct": shown(foreign[0]) if not window else ""}
+
+
+def _read(case: Case, with_image: bool) -> _Labelled | str:
+    """What a labelled case shows, or why it cannot be used."""
+    assert case.label
+    try:
+        if not with_image:
+            return _Labelled(_values(read_label(case.label)))
+        image, label, _ = read_case(case)
+        assert label
+    except UserError as error:
+        return str(error)
+    inside, no_ct = image.voxels[label.voxels > 0], ""
+    try:
+        measure(image.voxels, Window(hu_window=_SOFT_TISSUE))
+    except UserError as error:
+        no_ct = str(error)
+    ends = np.percentile(inside[:: 1 + inside.size // 100_000], (0.5, 99.5)).tolist() if inside.size else _SOFT_TISSUE
+    return _Labelled(_values(label), no_ct, tuple(ends))
+
+
+def _values(label: Nifti) -> list[int]:
+    found: list[int] = np.bincount(label.voxels.astype(np.uint8).ravel()).nonzero()[0].tolist()
+    return found

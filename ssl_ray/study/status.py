@@ -1,0 +1,158 @@
+"""`ssl-ray status`: how far a study is, read from what it writes; the process that works on it notices nothing.
+
+Torch, Ray and MLflow are not loaded, so that the answer takes a second.
+"""
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from ssl_ray.config.schema import Study
+from ssl_ray.search.cells import CELLS, FAILURE, STOPPED, cells
+from ssl_ray.storage.folders import Folders
+from ssl_ray.study.lock import holder
+from ssl_ray.tracking.logged import Logged, ask_logged, read_logged
+
+Facts = dict[str, Any]
+_RATE = "system/patches_per_second"
+_GRAIN, _QUIET_SECONDS = 2.0, 600.0
+"""Seconds that two clocks may differ, and that a training elsewhere may be silent before it counts as cut off."""
+
+
+def status_of(study: Study, folders: Folders) -> Facts:
+    """What there is of a study.
+
+    `stage` is `prepare`, `pretrain`, `finetune` or `report` while a process works on it, otherwise `not begun`,
+    `finished`, `failed` (with cells that the same command tries again) or `interrupted`.
+    """
+    there, runs = holder(folders), read_logged(folders)
+    since = there[1] - _GRAIN if there else math.inf
+    if not runs and not there and (study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        runs = ask_logged(study.tracking, folders)  # the journals may be on another machine, with the process
+        if runs and time.time() - max(run.heard for run in runs) < _QUIET_SECONDS:
+            there, since = ("on another machine, as MLflow hears", 0.0), 0.0
+    stages = {"finetune": _finetuning(study, folders, runs, since)}
+    if study.pretrains:
+        stages = {"pretrain": _pretraining(study, folders, runs, since), **stages}
+    states = [stage["state"] for stage in stages.values()]
+    stage = next((name for name, found in stages.items() if found["state"] == "running"), "")
+    if there and not stage:
+        stage = "report" if set(states) == {"finished"} else "prepare"
+    if not there:
+        ends = "finished" if set(states) == {"finished"} else "failed" if "failed" in states else "interrupted"
+        stage = ends if runs else "not begun"
+    page = folders.study / "report.html"
+    return {
+        "study": study.name,
+        "stage": stage,
+        "process": there[0] if there else None,
+        "heard_seconds": round(time.time() - max(run.heard for run in runs), 1) if runs else None,
+        "stages": stages,
+        "report": str(page) if page.exists() else None,
+    }
+
+
+def _pretraining(study: Study, folders: Folders, runs: Sequence[Logged], since: float) -> Facts:
+    """All pretrainings of the study together; a search makes as many as its cells need."""
+    config = study.pretrain
+    mine = [run for run in runs if run.kind == "pretraining"]
+    if not study.search:
+        mine = list({run.params.get("run"): run for run in mine}.values())  # the newest of each
+    total = len(mine) if study.search else config.pretrainings
+    found = _together(mine, total, since)
+    rates = [run.metrics.get(_RATE, 0.0) / config.batch_size for run in mine if _state(run, since) == "running"]
+    steps = max((int(run.params.get("steps", 0)) for run in mine), default=0)
+    saved = [folders.study / f"pretrain-{run.key}" / "checkpoints" for run in mine if _state(run, since) != "finished"]
+    return found | _pace(sum(run.step for run in mine), steps * total, rates) | _saved(saved)
+
+
+def _finetuning(study: Study, folders: Folders, runs: Sequence[Logged], since: float) -> Facts:
+    """All cells of the grid, or of the search, together; those of a former, larger grid do not count."""
+    config = study.finetune
+    parents = [run for run in runs if run.kind in ("grid", "search")]
+    mine, total = [run for run in runs if run.kind == "trial"], study.search.samples if study.search else 0
+    named = {run.key: run.name for run in mine}
+    if not study.search:
+        names = {cell.name for cell in cells(config)}
+        path = folders.study / CELLS
+        known = json.loads(path.read_bytes()) if path.is_file() else {}
+        of_grid = known.get(parents[-1].key if parents else "", {})
+        named = {key: name for name, key in of_grid.items() if name in names}
+        mine, total = [run for run in mine if run.key in named], len(names)
+    found = _together(mine, total, since)
+    patches = config.volumes_per_step * config.patches_per_volume
+    rates = [run.metrics.get(_RATE, 0.0) / patches for run in mine if _state(run, since) == "running"]
+    done = sum(config.steps if _state(run, since) in ("finished", "stopped") else run.step for run in mine)
+    whole = _state(parents[-1], since) if parents else ""
+    if whole in ("running", "interrupted") or (study.search and found["state"] != "failed"):
+        found["state"] = whole or "not begun"  # between two cells, too; a search ends with its budget
+    failed = {named[run.key]: run.tags.get(FAILURE, "") for run in mine if _state(run, since) == "failed"}
+    return found | _pace(done, config.steps * total, rates) | {"failures": failed}
+
+
+def _state(run: Logged, since: float) -> str:
+    """`since` is when the process began that works on the study: what was open before was cut off."""
+    if run.status == "KILLED" and run.tags.get(STOPPED):
+        return "stopped"
+    ends = {"FINISHED": "finished", "FAILED": "failed"}
+    return ends.get(run.status) or ("running" if run.status == "RUNNING" and run.opened >= since else "interrupted")
+
+
+def _together(runs: Sequence[Logged], total: int, since: float) -> Facts:
+    counts = Counter(_state(run, since) for run in runs)
+    over = counts["finished"] + counts["stopped"]
+    state = "finished" if over >= total > 0 else "not begun"
+    for one in ("interrupted", "failed", "running"):  # the last one that there is says most
+        state = one if counts[one] else state
+    if state == "not begun" and over:
+        state = "interrupted"
+    return {"state": state, "total": total, **counts}
+
+
+def _pace(step: int, steps: int, rates: Sequence[float]) -> Facts:
+    rate = sum(rates)
+    left = (steps - step) / rate if rate else None
+    return {"step": step, "steps": steps, "steps_per_second": rate or None, "seconds_left": left}
+
+
+def _saved(folders: Sequence[Path]) -> Facts:
+    """Where a pretraining that was cut off goes on."""
+    steps = [int(path.parent.name) for folder in folders for path in folder.glob("[0-9]*/manifest.json")]
+    return {"checkpoint": max(steps, default=0)}
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The same in a few lines."""
+    who = f" ({facts['process']})" if facts["process"] else ""
+    heard = facts["heard_seconds"]
+    told = f"; last record {timedelta(seconds=round(heard))} ago" if heard is not None and facts["process"] else ""
+    lines = [f"{facts['study']}: {facts['stage']}{who}{told}"]
+    for name, found in facts["stages"].items():
+        lines.append(f"  {name:<9} {', '.join(_words(found))}")
+        lines += [f"    FAILED {cell}: {why}" for cell, why in found.get("failures", {}).items()]
+    if facts["report"]:
+        lines.append(f"  report    {facts['report']}")
+    if facts["stage"] in ("failed", "interrupted"):
+        lines.append("the same `ssl-ray run` goes on from the last checkpoints")
+    return "\n".join(lines)
+
+
+def _words(found: Mapping[str, Any]) -> Iterator[str]:
+    yield found["state"]
+    yield f"{found.get('finished', 0)} of {found['total']} finished"
+    for state in ("running", "stopped", "failed", "interrupted"):
+        if found.get(state) and found["total"] > 1:
+            yield f"{found[state]} {state}"
+    if found["state"] not in ("not begun", "finished"):
+        yield f"step {found['step']:,} of {found['steps']:,}"
+    if found["steps_per_second"]:
+        yield f"{found['steps_per_second']:.3g} steps/s"
+        yield f"{timedelta(seconds=round(found['seconds_left']))} left"
+    if found["state"] in ("interrupted", "failed") and found.get("checkpoint"):
+        yield f"goes on from step {found['checkpoint']:,}"

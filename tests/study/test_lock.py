@@ -1,0 +1,48 @@
+"""One process at a time works on a study, and another one can ask which."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ssl_ray.errors import UserError
+from ssl_ray.storage.folders import Folders
+from ssl_ray.study.lock import holder, only_one
+
+
+def test_the_second_on_a_study_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+    """Another study in the same folder is not kept waiting; the lock ends with the work."""
+    folders, others = Folders.of("a", str(tmp_path)), Folders.of("b", str(tmp_path))
+    refused = pytest.raises(UserError, match=f"another process works on this study: .*process {os.getpid()}")
+    with only_one(folders), only_one(others), refused, only_one(folders):
+        pass
+    with only_one(folders):
+        pass
+
+
+def test_whoever_asks_is_told_and_does_not_disturb(tmp_path: Path) -> None:
+    """Host, number and beginning of the process; nothing after it was killed, although its file is still there."""
+    folders, before = Folders.of("a", str(tmp_path)), time.time()
+    assert holder(folders) is None
+    code = (
+        "import time\nfrom ssl_ray.storage.folders import Folders\nfrom ssl_ray.study.lock import only_one\n"
+        f"with only_one(Folders.of('a', {str(tmp_path)!r})):\n    print('there', flush=True)\n    time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"there\n"
+            found = holder(folders)
+            assert found
+            assert found[0].endswith(f"process {process.pid}")
+            assert before - 2 < found[1] < time.time() + 2
+            assert holder(folders) == found
+        finally:
+            process.kill()
+    assert holder(folders) is None
+    assert (tmp_path / ".a.lock").read_text(), "a killed process leaves its name"
+    with only_one(folders):
+        assert holder(folders)
