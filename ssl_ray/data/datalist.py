@@ -100,13 +100,10 @@ class _Json(BaseModel):
 
 
 def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool) -> Datalist:
-    """Read and check one list; an error names file, entry, rule and value.
+    """Read and check one list, in or below `root`, which none of its paths may leave; errors name file, entry and rule.
 
-    Args:
-        root: folder that the paths in the list are relative to; none may lead out of it.
-        datalist: the JSON file; a relative path is meant from `root`.
-        labelled: whether training and validation entries need a label. Test entries without one are left out, as
-            the published BTCV list names test images whose labels are not public.
+    `labelled`: training and validation entries need a label, and test entries without one are left out, as the
+    published BTCV list names test images whose labels are not public.
     """
     base = Path(os.path.abspath(root))
     path = base / datalist

@@ -77,9 +77,8 @@ def pretrain(
 
     `name` is that of its run in MLflow, which gets `params`. `labelled` is for its probe, and no weight depends on it.
 
-    Raises:
-        RuntimeError: when workers failed more often than `max_failures` allows.
-        FloatingPointError: when more steps in a row were not finite than `on_nonfinite` and `max_skipped` allow.
+    Workers that failed more often than `max_failures` are a RuntimeError; more steps in a row that were not finite than
+    `on_nonfinite` and `max_skipped` allow a FloatingPointError.
     """
     key, training = pretraining_key(recipe, training, validation), draw_volumes(recipe, training)
     folder = folders.study / f"pretrain-{key}"
