@@ -124,7 +124,7 @@ def _rewind(job: Job) -> None:
     Going on from a later one would give back the weights of another step under the same key.
     """
     folder, mirror = job.checkpoints, job.mirror
-    state = None if mirror.kept(job.weights).exists() else load_latest(folder, job.key, mirror)
+    state = None if mirror.kept(job.weights).list() else load_latest(folder, job.key, mirror)
     best = state["best"] if state else math.inf
     if math.isinf(best):  # nothing was selected yet
         return
@@ -160,7 +160,7 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
     steps = job.training.table.steps
     with Bar("pretraining", steps) as bar, _Collector(job, run, bar) as collector:
         _fit(trainer)
-    selected = job.mirror.kept(job.weights).exists()
+    selected = bool(job.mirror.kept(job.weights).list())
     if collector.fatal:
         raise FloatingPointError(
             "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped)"
