@@ -20,7 +20,6 @@ from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw, draws_of
 from ssl_ray.pretrain.tasks.restoration.settings import Corruption
-from ssl_ray.training import compile as compiled
 from ssl_ray.training import gpu
 from ssl_ray.training.precision import autocast
 
@@ -176,21 +175,6 @@ def test_a_held_step_changes_nothing(tmp_path: Path) -> None:
     assert np.isfinite(loss)
     assert same(made.state()["model"], before["model"])
     assert same(made.state()["optimizer"]["state"], before["optimizer"]["state"])
-
-
-def test_without_a_compiler_it_goes_on_with_one_warning(
-    tmp_path: Path, no_compiler: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where compiling fails, the losses are those of a run that never tried."""
-    expected = steps(make(tmp_path), 0, 3)
-
-    with caplog.at_level(logging.WARNING, compiled.__name__):
-        made = make(tmp_path, compile=True)
-    assert not made.compiled
-    assert [record.name for record in caplog.records] == [compiled.__name__]
-    assert "no compiler" in caplog.text
-    assert steps(made, 0, 3) == expected
-    assert all(parameter.grad is None for parameter in made.network.parameters())
 
 
 def test_where_a_step_cannot_be_recorded_it_goes_on_with_one_warning(
