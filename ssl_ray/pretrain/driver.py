@@ -209,8 +209,7 @@ def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed
 class _Collector:
     """Takes what workers tell to MLflow, which gets no step twice, and to the progress bar, in a thread of its own.
 
-    Records come through Ray's queue. Those that were lost with it, or with the driver before, are in the job's file,
-    which is read at the beginning and at the end.
+    What Ray's queue lost, or the driver before, is in the job's file, which is read at the beginning and at the end.
     """
 
     def __init__(self, job: Job, run: Run, bar: Bar) -> None:

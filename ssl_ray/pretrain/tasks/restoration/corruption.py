@@ -91,11 +91,10 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     """Corrupted view of every patch, on the patches' device; the input stays as it is.
 
     In-painting replaces the voxels inside the boxes, out-painting those outside all of them, by uniform noise between
-    the patch's minimum and maximum. Where the sample has `shuffle`, the voxels inside each shuffle box are then
-    permuted, one box after the other. On a GPU nothing waits for the device.
+    the patch's minimum and maximum. Then the voxels inside each shuffle box are permuted, one box after the other.
 
     `patches` are (B, C, X, Y, Z) float32, `draws` those of the same samples and patch size, on the same device. All
-    channels have the same boxes, and noise of their own.
+    channels have the same boxes, and noise of their own. On a GPU nothing waits for the device.
     """
     channels, volumes = patches.shape[1], patches.flatten(0, 1).contiguous()
     if channels > 1:
