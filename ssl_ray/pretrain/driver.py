@@ -239,8 +239,12 @@ class _Collector:
                         self._record(json.loads(line))
 
     def _collect(self) -> None:
-        try:
-            while item := self._job.reports.get():
+        told = False
+        while True:
+            try:
+                item = self._job.reports.get()
+                if item is None:
+                    return
                 kind, content = item
                 if kind == "started":
                     self._run.started(content)
@@ -253,8 +257,13 @@ class _Collector:
                     say(f"WARNING: not finite, skipped: {content}")
                 else:
                     self.fatal.append(content)
-        except ray.exceptions.RayError as error:
-            say(f"WARNING: {first_error(str(error)) or error}; metrics follow at the end from {self._job.records}")
+            except ray.exceptions.RayError as error:
+                say(f"WARNING: {first_error(str(error)) or error}; metrics follow at the end from {self._job.records}")
+                return
+            except Exception as error:  # one record that cannot be logged must not end the logging of the others
+                if not told:
+                    say(f"WARNING: a metric is not logged: {reason(error)}")
+                told = True
 
     def _record(self, record: dict[str, Any]) -> None:
         step, picture = int(record["step"]), record.get("picture")
