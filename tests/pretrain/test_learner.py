@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,14 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, poison: float
     assert same(after["optimizer"]["state"], before["optimizer"]["state"])
     assert all(parameter.grad is None for parameter in made.network.parameters())
     assert steps(made, 2, 4) == steps(other, 2, 4)
+
+
+def test_compiled_steps_are_the_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses to 1e-5 and weights under the same names; traced alone, without writing C++."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    eager, fast = make(tmp_path / "eager"), make(tmp_path / "fast", compile=True)
+    assert steps(fast, 0, 2) == pytest.approx(steps(eager, 0, 2), rel=1e-5)
+    assert weights(fast).keys() == weights(eager).keys()
 
 
 def test_a_held_step_changes_nothing(tmp_path: Path) -> None:
