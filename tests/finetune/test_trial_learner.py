@@ -88,7 +88,7 @@ def test_automatic_precision_gives_the_same_gradients_every_time(patch_size: lis
         rubbish = [torch.full((10**power,), torch.nan) for power in (3, 4, 5, 6)]
         del rubbish
         made.network.zero_grad()
-        made._backward(images, labels)
+        made.objective(images, labels).backward()
         found = [parameter.grad for parameter in made.network.parameters() if parameter.grad is not None]
         gradients.append([gradient.clone() for gradient in found])
     for first, *others in zip(*gradients, strict=True):
