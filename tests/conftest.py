@@ -81,16 +81,3 @@ def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
             assert main(["pretrain", str(write(folder, cohort))]) == 0
             (folder / "done").touch()
         return outcome(folder / "faults.yaml")
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.compile` as it is on a machine without a compiler: it fails when a compiled module is called."""
-
-    def refuse(self: torch.nn.Module, **_: Any) -> None:
-        def call(*_: Any) -> None:
-            raise RuntimeError("no compiler")
-
-        self._compiled_call_impl = call
-
-    monkeypatch.setattr(torch.nn.Module, "compile", refuse)

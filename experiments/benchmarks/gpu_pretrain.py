@@ -256,7 +256,7 @@ def step(bench: Bench) -> None:
                 if bench.device.type == "cuda":
                     row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
                     row["graph"] = made._graph is not None
-                    row["compiled"] = made.compiled
+                    row["compiled"] = made.config.compile
                 bench.put(kind, str(batch), value=row)
 
             bench.attempt(kind, str(batch), call=run)
@@ -290,7 +290,7 @@ def masked(bench: Bench) -> None:
                 torch.cuda.reset_peak_memory_stats()
             warm(call, bench)
             peaks[name] = {"peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9} if cuda else {}
-            peaks[name] |= {"compiled": made.compiled, "graph": made._graph is not None}
+            peaks[name] |= {"compiled": made.config.compile, "graph": made._graph is not None}
             return call
 
         names = [name for name in kinds if batch < 64 or name != "restoration, primus"]

@@ -1,5 +1,6 @@
 """Verbs of a cohort: a study or lists for a folder's scans, and a synthetic one."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -93,7 +94,7 @@ def new(
 
         gpu = torch.cuda.is_available()
     path = study or Path(f"{folder.resolve().name}.yaml")
-    with _writable(folder):
+    with writable(folder):
         _say_lists(folder, new_study(folder, path, subject, test, seed, gpu))
     say(f"{path}: look for DECIDE in it; then ssl-ray check {path}, ssl-ray run {path}")
 

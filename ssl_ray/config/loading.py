@@ -19,10 +19,8 @@ from ssl_ray.text import shown, without_password
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
     """Read and validate the YAML of the file `name`.
 
-    Each of `overrides` replaces or adds one value, as `key.of.value=yaml`, e.g. `pretrain.optimizer.lr=2e-4`.
-
-    Raises:
-        UserError: with a line for each mistake: file, key, rule and value; for an unknown key, the nearest valid one.
+    Each of `overrides` replaces or adds one value, as `key.of.value=yaml`, e.g. `pretrain.optimizer.lr=2e-4`. A
+    UserError has a line for each mistake: file, key, rule and value; for an unknown key, the nearest valid one.
     """
     tree = _read_yaml(text, f"{name}: not valid YAML")
     if not isinstance(tree, dict):
@@ -37,14 +35,7 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
 
 def dump(experiment: BaseModel) -> str:
     """The experiment as YAML, every default written out; `parse` of it gives the same study, but for passwords."""
-    return yaml.dump(experiment.model_dump(mode="json"), Dumper=_Clean, sort_keys=False)
-
-
-class _Clean(yaml.SafeDumper):
-    """Writes every text without passwords."""
-
-
-_Clean.add_representer(str, lambda dumper, text: dumper.represent_str(without_password(text)))
+    return without_password(yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
 
 
 def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -39,6 +39,6 @@ class Stage(Section):
     preparation: Preparation
     patch_size: PatchSize = (96, 96, 96)
     precision: Precision = "auto"
-    compile: bool = Field(False, description="torch.compile; where that fails, it says so and goes on without")
+    compile: bool = Field(False, description="by torch.compile, which needs a C++ compiler")
     on_nonfinite: OnNonfinite = "skip"
     max_skipped: PositiveInt = Field(10, description="steps in a row whose loss or gradient is not finite")

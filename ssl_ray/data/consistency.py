@@ -17,10 +17,9 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
     in the lists. Labelled training patients may be among the unlabelled ones, their labels are what is asked about,
     unless they are scored in some fold.
 
-    Raises:
-        UserError: naming lists, entries and both values, when a patient or scan is held out in one list and trained on
-            in another, when two lists give an image different labels, patients or further channels, or when a volume
-            has not as many images as `channels`.
+    A UserError names lists, entries and both values, where a patient or scan is held out in one list and trained on in
+    another, two lists give an image different labels, patients or further channels, or a volume has more or fewer
+    images than `channels`.
     """
     labelled = [case for cases in splits.training.values() for case in cases]
     for case in (*training, *validation, *labelled, *splits.validation, *splits.test):

@@ -106,14 +106,10 @@ class _AnyPart(_Json):
 
 
 def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool, any_part: bool = False) -> Datalist:
-    """Read and check one list; an error names file, entry, rule and value.
+    """Read and check one list, in or below `root`, which none of its paths may leave; errors name file, entry and rule.
 
-    Args:
-        root: folder that the paths in the list are relative to; none may lead out of it.
-        datalist: the JSON file; a relative path is meant from `root`.
-        labelled: whether training and validation entries need a label. Test entries without one are left out, as
-            the published BTCV list names test images whose labels are not public.
-        any_part: whether the list may be without training volumes.
+    `labelled`: training and validation entries need a label, and test entries without one are left out, as the
+    published BTCV list names test images whose labels are not public. `any_part`: it may be without training volumes.
     """
     base = Path(os.path.abspath(root))
     path = base / datalist

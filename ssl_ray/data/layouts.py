@@ -92,9 +92,8 @@ def organs_of(path: Path) -> dict[int, str]:
 def read_layout(folder: Path) -> Layout:
     """What `folder` holds, by the first layout that fits; no voxels are read.
 
-    Raises:
-        UserError: when there is no image in it, with what there is instead, when a dataset.json cannot be understood,
-            and when there is one further down, as label values of two data sets need not mean the same.
+    A UserError where there is no image, with what there is instead; where a dataset.json cannot be understood; and
+    where there is one further down, as label values of two data sets need not mean the same.
     """
     files, left_out = usable_files(folder)
     dataset = read_json(path, _Dataset) if (path := folder / "dataset.json").is_file() else None

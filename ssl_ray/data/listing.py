@@ -25,10 +25,8 @@ def find_scans(folder: Path, subject: str | None = None) -> Layout:
     """The scans below a folder, each with its label and its patient; label maps are made where there are only masks.
 
     `subject` is a regular expression, whose first group that matches (or whole match) in an image's path below the
-    folder is the patient; None: by the layout.
-
-    Raises:
-        UserError: when the folder holds no scan, or an image's path does not match `subject`.
+    folder is the patient; None: by the layout. A path that it does not match, and a folder without scans, is a
+    UserError.
     """
     found = read_layout(folder)
     if subject is not None:
@@ -85,11 +83,8 @@ def write_datalists(
     Where too few scans without a label are left, `unlabelled.json` has the labelled training scans, too, without their
     labels, and a note in `found` says so. Scans that get into no list are added to what `found` leaves out.
 
-    Returns:
-        Per file written, how many volumes each of its parts has.
-
-    Raises:
-        UserError: where there are too few volumes for what is asked, or another list is there; none is written then.
+    Returns how many volumes each part of each file has. A UserError where there are too few for what is asked, or where
+    another list is there; none is written then.
     """
     labelled, unlabelled = (_byperson(found, has_label, seed) for has_label in (True, False))
     if (sizes or test) and not labelled:

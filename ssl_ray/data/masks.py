@@ -21,10 +21,8 @@ from ssl_ray.storage.files import write_file
 def merge_masks(folder: Path, masks: Mapping[str, Mapping[int, str]], organs: Mapping[int, str]) -> dict[str, str]:
     """Write each label map of `masks` that is not there yet: its path below `folder` -> the mask of each value.
 
-    A voxel of several organs gets the largest value. Returns why a label map could not be made, by its path.
-
-    Raises:
-        UserError: when the folder of label maps has those of other organs, and when a byte cannot hold all values.
+    A voxel of several organs gets the largest value. Returns why a label map could not be made, by its path. A
+    UserError where the folder of label maps has those of other organs, or a byte cannot hold all values.
     """
     if max(organs) > 255:
         raise UserError(f"{folder}: {max(organs)} masks a scan, but a label map holds at most 255 organs")

@@ -67,8 +67,7 @@ class Nifti:
 def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
     """Read a .nii or .nii.gz file, or `content` if the caller has read its bytes already.
 
-    Raises:
-        UserError: when the file is not a whole, finite 3D volume with an invertible affine.
+    What is not a whole, finite 3D volume with an invertible affine is a UserError.
     """
     place = shown(path, 5000)
     try:

@@ -91,13 +91,8 @@ def prepare_cohort(
 ) -> tuple[dict[str, Volume], list[BadVolume], int]:
     """Prepare all cases in parallel on the Ray cluster, one volume a CPU at a time, as `prepare_case` does.
 
-    `classes` is None for unlabelled cases; labels must be in 0..classes-1.
-
-    Returns:
-        Volumes by image path, the volumes that cannot be used, and how many were prepared now.
-
-    Raises:
-        UserError: when the store cannot be read or written.
+    `classes` is None for unlabelled cases; labels must be in 0..classes-1. Returns volumes by image path, those that
+    cannot be used, and how many were prepared now. A store that cannot be read or written is a UserError.
     """
     import ray  # not above: it takes a second, and `prepare_case` does without
 

@@ -79,9 +79,8 @@ def resample(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Interpolate `voxels` (X, Y, Z) linearly on the grid; beyond the source's edge its last voxel is repeated.
 
-    Returns:
-        A box of the resampled volume, and the grid's index of its first voxel (3). Margins that hold no value above
-        `above` may be left out of it, none where `above` is None; the box is empty where no value is above.
+    Returns a box of the resampled volume, and the grid's index of its first voxel (3). Margins that hold no value above
+    `above` may be left out of it, none where `above` is None; the box is empty where no value is above.
     """
     data = torch.from_numpy(voxels.T)  # a NIfTI's x is the fastest axis in memory
     reach = [(0, side) for side in data.shape] if above is None else _reach(data, above)

@@ -34,10 +34,8 @@ _BASIS = (
 def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_probe: bool = True) -> Figures:
     """Read what is needed and time a few steps; nothing is written or started. `basis` tells where figures come from.
 
-    `gpu` is a key of `DEVICES`: estimate for this kind, one a worker, instead of timing steps on what is here.
-
-    Raises:
-        UserError: for all that a run would refuse before it prepares volumes, and for unreadable headers.
+    `gpu` is a key of `DEVICES`: estimate for this kind, one a worker, instead of timing steps on what is here. What a
+    run would refuse before it prepares volumes is a UserError here, too.
     """
     groups = survey(study, folders)
     if study.finetune.weights:

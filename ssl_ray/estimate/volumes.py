@@ -46,8 +46,7 @@ class Group:
 def survey(study: Study, folders: Folders) -> dict[str, Group]:
     """Read the datalists with all the checks of a run, then manifests and headers; counts alone if not made yet.
 
-    Raises:
-        UserError: for anything that is wrong with the lists, and for a header that cannot be read.
+    What is wrong with the lists, and a header that cannot be read, is a UserError.
     """
     made, config = study.phantom, study.finetune
     if made and not (Path(made.root) / "unlabelled.json").is_file():

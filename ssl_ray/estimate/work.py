@@ -34,9 +34,6 @@ def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
     share = len(table.rank_samples(0, 0, world))
     # A worker holds a block, the next is fetched and one waits; the next segment opens before the last has ended.
     in_flight = min(2 * 3 * world * block_steps * share, table.steps * config.batch_size)
-    # By rings, DDP reduces gradients and spreads them; FSDP gathers weights for each pass forward and backward, and
-    # reduces gradients.
-    rings = 2 * math.ceil(share / (config.microbatch or share)) + 1 if config.shard else 2
     per_step = config.batch_size * cost.training
     return {
         "workers": world,
@@ -48,7 +45,6 @@ def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
         "weights_bytes": cost.weights_bytes,  # with `shard`, divided among the workers like the next
         "optimizer_bytes": 2 * cost.trained_bytes,  # Adam's two moments
         "object_store_bytes": in_flight * math.prod(config.patch_size) * voxel_bytes,
-        "exchanged_bytes_per_step": rings * (world - 1) * cost.trained_bytes // world,  # by each worker
     }
 
 

@@ -14,7 +14,6 @@ from ssl_ray.networks.protocol import Encoder
 from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.networks.transfer import permute, transfer
 from ssl_ray.networks.weight_files import load_metadata, load_weights
-from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.gpu import StepGraph, record
 from ssl_ray.training.optimizer import build_optimizer, first_gradient, take_step
 from ssl_ray.training.precision import autocast, resolve
@@ -59,7 +58,8 @@ class SegmentationLearner:
         self.thaw(0)
         # Only the objective is compiled. Prediction calls the network itself, because its windows have other shapes.
         self.objective = _Objective(self.network, config.loss, device, self.dtype)
-        self.compiled = config.compile and compile_or_not([self.objective], self._try, "finetune.compile")
+        if config.compile:
+            self.objective.compile(dynamic=False)
 
     def thaw(self, step: int) -> None:
         """Train the encoder in step `step`, or not yet; Adam begins with it when it is first trained."""
@@ -98,20 +98,9 @@ class SegmentationLearner:
         )
 
     def _step(self, images: Tensor, labels: Sequence[Tensor], lr: float | Tensor) -> tuple[Tensor, Tensor]:
-        loss = self._backward(images, *labels)
-        return loss.detach(), take_step(self.optimizer, self.config.optimizer, lr)
-
-    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = self.objective(images, labels)
+        loss: Tensor = self.objective(images, *labels)
         loss.backward(first_gradient(loss, self._go))
-        return loss
-
-    def _try(self) -> None:
-        """A forward and backward pass in the shapes of a training step, which leaves no gradients behind."""
-        patches = self.config.volumes_per_step * self.config.patches_per_volume
-        images = torch.zeros(patches, self.config.preparation.channels, *self.config.patch_size, device=self.device)
-        self._backward(images, images[:, :1].to(torch.uint8))
-        self.network.zero_grad(set_to_none=True)
+        return loss.detach(), take_step(self.optimizer, self.config.optimizer, lr)
 
 
 def layer_scales(encoder: Encoder, decay: float) -> dict[nn.Parameter, float]:

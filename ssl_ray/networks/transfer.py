@@ -44,9 +44,8 @@ def transfer(
     encoder may be a part of a larger network, all its keys with one prefix, such as `model.`; the other parts are
     left out. Without `patch_size` in the metadata, a grid of tokens that does not fit is taken as cubic.
 
-    Raises:
-        UserError: naming the source, for a network without encoder, NaN or infinite weights, encoder keys that are
-            missing, unexpected or of another shape, several encoders, settings that differ, or an unknown token grid.
+    A UserError names the `source`, and what does not match: a network without encoder, NaN or infinite weights, keys
+    that are missing, unexpected or of another shape, several encoders, other settings, an unknown grid of tokens.
     """
     metadata, vit = metadata or {}, network if isinstance(network, Encoder) else getattr(network, "encoder", None)
     if not isinstance(vit, Encoder):

@@ -80,10 +80,7 @@ def write_cohort(cohort: PhantomCohort) -> None:
     `images/` and `labels/` hold the volumes, `unlabelled.json` (one in eight, at least two, held out for validation)
     and `labelled_<n>.json` (n of `splits`) the Decathlon datalists, `phantom.json` the parameters. The training volumes
     of a smaller split are the first of a larger one; all share the validation and test volumes; no volume with labels
-    is among the unlabelled.
-
-    Raises:
-        UserError: when a number is out of its range, or the root holds a cohort of other parameters.
+    is among the unlabelled. A number out of its range, and a root with a cohort of other parameters, is a UserError.
     """
     root, splits = Path(cohort.root), sorted(set(cohort.splits))
     if cohort.unlabelled < 3:

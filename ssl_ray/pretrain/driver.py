@@ -79,9 +79,8 @@ def pretrain(
 
     `name` is that of its run in MLflow, which gets `params`. `labelled` is for its probe, and no weight depends on it.
 
-    Raises:
-        RuntimeError: when workers failed more often than `max_failures` allows.
-        FloatingPointError: when more steps in a row were not finite than `on_nonfinite` and `max_skipped` allow.
+    Workers that failed more often than `max_failures` are a RuntimeError; more steps in a row that were not finite than
+    `on_nonfinite` and `max_skipped` allow a FloatingPointError.
     """
     key, training = pretraining_key(recipe, training, validation), draw_volumes(recipe, training)
     folder = folders.study / f"pretrain-{key}"
@@ -131,7 +130,7 @@ def _rewind(job: Job) -> None:
     Going on from a later one would give back the weights of another step under the same key.
     """
     folder, mirror = job.checkpoints, job.mirror
-    state = None if mirror.kept(job.weights).exists() else load_latest(folder, job.key, mirror)
+    state = None if mirror.kept(job.weights).list() else load_latest(folder, job.key, mirror)
     best = state["best"] if state else math.inf
     if math.isinf(best):  # nothing was selected yet
         return
@@ -167,7 +166,7 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
     steps = job.training.table.steps
     with Bar("pretraining", steps) as bar, _Collector(job, run, bar) as collector:
         _fit(trainer)
-    selected = job.mirror.kept(job.weights).exists()
+    selected = bool(job.mirror.kept(job.weights).list())
     if collector.fatal:
         raise FloatingPointError(
             "pretraining stopped after too many steps in a row that were not finite (on_nonfinite, max_skipped)"
@@ -216,8 +215,7 @@ def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed
 class _Collector:
     """Takes what workers tell to MLflow, which gets no step twice, and to the progress bar, in a thread of its own.
 
-    Records come through Ray's queue. Those that were lost with it, or with the driver before, are in the job's file,
-    which is read at the beginning and at the end.
+    What Ray's queue lost, or the driver before, is in the job's file, which is read at the beginning and at the end.
     """
 
     def __init__(self, job: Job, run: Run, bar: Bar) -> None:

@@ -23,7 +23,6 @@ from ssl_ray.pretrain.samples import Sample
 from ssl_ray.pretrain.start import start_from
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.registry import build_task
-from ssl_ray.training.compile import compile_or_not
 from ssl_ray.training.gpu import StepGraph, Upload, record, to_device
 from ssl_ray.training.optimizer import build_optimizer, first_gradient, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
@@ -46,7 +45,9 @@ class PretrainingLearner:
             use_fast_attention(self.network)
         if self.dtype != torch.float32:
             use_patch_products(self.network)
-        self.compiled = self.config.compile and compile_or_not(self.task.parts, self._try, "pretrain.compile")
+        # Part by part: a ViT's blocks share one graph, and DDP can exchange the gradients of one block during the next.
+        for part in self.task.parts if self.config.compile else ():
+            part.compile(dynamic=False)
         self.model = parallel(self.task, self.task.blocks, device, self.config.shard)
         self.optimizer = build_optimizer(self.config.optimizer, self.network.parameters())
         self.best = math.inf
@@ -172,16 +173,6 @@ class PretrainingLearner:
         draw_picture(path, shown, f"step {step}, L1 {error:.4f}")
         self.job.mirror.push(path)
         return str(path)
-
-    def _try(self) -> None:  # forward and backward pass in the shapes of a training step; no gradient is left
-        _, size = self._shares(self.config.worker_range[0])
-        clean = torch.zeros(size, self.config.preparation.channels, *self.config.patch_size, device=self.device)
-        drawn = (self.task.draw(0, np.arange(size), view) for view in range(self.task.views))
-        seen = self.task.see(clean, [to_device(table, self.device) for table in drawn])
-        with autocast(self.device, self.dtype):
-            total = self.task(seen, clean)[1]
-        total.backward()
-        self.network.zero_grad(set_to_none=True)
 
 
 def _settled(job: Job, device: torch.device) -> Pretrain:

@@ -18,13 +18,10 @@ def check_start(recipe: Recipe, weights: Path) -> dict[str, Any]:
 
 
 def start_from(weights: Path, task: Task) -> dict[str, Any]:
-    """Load the file's encoder, the whole of it or nothing, into a task; what was done, by name.
+    """Load the file's encoder, the whole of it or nothing, into a task; what was done, by name. Raises as `transfer`.
 
     What the task has beside the encoder is loaded if the file has all that the task trains, in the same shapes;
     otherwise it stays new. `decoder` says which.
-
-    Raises:
-        UserError: as `transfer` does.
     """
     state = load_weights(weights)
     report = transfer(state, task.encoder, str(weights), load_metadata(weights))

@@ -168,10 +168,7 @@ class _Totals:
 
 
 class _Reporter:
-    """Tells the driver; rank 0, whose records are those of all ranks, writes them to `job.records` first.
-
-    The driver reads that file whenever it begins and ends: no record is lost with a driver, a queue or a worker.
-    """
+    """Tells the driver; rank 0, whose records are those of all ranks, writes them to `job.records` first."""
 
     def __init__(self, job: Job, rank: int) -> None:
         self._put, self._rank, self._job = job.reports.actor.put_nowait.remote, rank, job  # the call returns at once

@@ -33,11 +33,7 @@ from ssl_ray.training.checkpoint import digest
 
 
 def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[str, Any]:
-    """The report of a weight transfer into the network of a fine-tuning, before any trial starts.
-
-    Raises:
-        UserError: when anything of the encoder does not match.
-    """
+    """The report of a weight transfer into the network of a fine-tuning, before any trial starts; raises as it does."""
     from ssl_ray.networks.registry import build_segmentation
     from ssl_ray.networks.transfer import transfer  # MONAI takes seconds to load: only where it is needed
 
@@ -61,10 +57,8 @@ def finetune(
 
     `seed` is the study's. `volumes` are the prepared ones by image path; a case that is not among them was skipped as
     bad. Cells that are not `init: random` start from the one of `pretrained`, or from that of their run; it is empty
-    where the grid has no such cell. The grid's MLflow run keeps `config_yaml`, and every run gets `params`.
-
-    Raises:
-        UserError: when the pretrained weights do not match, or the cluster cannot hold a trial.
+    where the grid has no such cell. The grid's MLflow run keeps `config_yaml`, and every run gets `params`. Weights
+    that do not match, and a cluster that cannot hold a trial, are a UserError.
     """
     key, jobs = trial_jobs(config, network, seed, splits, volumes, pretrained, folders)
     counts = {"pool_subjects": str(splits.pool_size(volumes))} if splits.pool else {}

@@ -58,12 +58,11 @@ class Mirror:
 
     def move(self, path: Path, target: Path) -> bool:
         """Give a file or folder another name, here and where it is kept; returns whether it was kept."""
-        found = self.kept(path).exists()
-        if found:
+        if found := self.kept(path).list():
             self.kept(path).move(self.kept(target))
         if self.origin and path.exists():
             path.rename(target)
-        return found
+        return bool(found)
 
     def names(self, path: Path) -> set[str]:
         """Names of the files and folders that are kept in a folder."""

@@ -157,11 +157,6 @@ class Place:
         files = [info for info in found if info.type == fs.FileType.File]
         return {PurePosixPath(info.path).relative_to(self.path).as_posix(): int(info.size) for info in files}
 
-    def exists(self) -> bool:
-        """Whether there is a file or folder."""
-        with _naming(self):
-            return bool(self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound)
-
     def remove(self) -> None:
         """Remove a file, or a folder with all that is in it; nothing happens where there is nothing."""
         with _naming(self), suppress(FileNotFoundError):  # another process may be faster

@@ -58,7 +58,7 @@ def save_latest(folder: Path, state: Mapping[str, Any], mirror: Mirror, keep: in
     mirror.push(path)
     names = {old.name for old in folder.iterdir()} | mirror.names(folder)
     until = sorted((name for name in names if name.isdecimal() and int(name) <= state["step"]), key=int)
-    whole = [name for name in until if mirror.kept(folder / name / MANIFEST).exists()]
+    whole = [name for name in until if mirror.kept(folder / name / MANIFEST).list()]
     for name in set(until) - set(whole[-keep:]):
         mirror.drop(folder / name)
     remove_stale(folder, ".*", seconds=3600)

@@ -1,6 +1,7 @@
 """What a running training uses, as metrics under MLflow's prefix `system/`, which its UI shows on a page of its own."""
 
 import logging
+import math
 import resource
 import sys
 import time
@@ -9,7 +10,6 @@ from collections.abc import Mapping
 import torch
 
 from ssl_ray.cluster.private import object_store_statistics
-from ssl_ray.console import say
 from ssl_ray.training.devices import known_device
 from ssl_ray.training.precision import named
 
@@ -56,14 +56,12 @@ class ObjectStore:
 
     def __init__(self) -> None:
         self._next = 0.0  # no sample before this time
-        self._said_spilling = self._said_silent = False
         self._spilled_before: float | None = None
 
     def sample(self) -> dict[str, float]:
         """Use of all nodes' object stores together, and what they spilled to disk since the first sample.
 
-        Empty when the last sample is less than ten seconds ago, and for a minute after Ray gave no answer. The first
-        spilling prints a warning that names the setting to change.
+        Empty when the last sample is less than ten seconds ago, and for good once Ray gave no answer.
         """
         if time.monotonic() < self._next:
             return {}
@@ -71,23 +69,13 @@ class ObjectStore:
         try:
             found = object_store_statistics()
         except Exception as error:  # whatever a later version of Ray raises, a training must not stop for its metrics
-            if not self._said_silent:
-                logging.getLogger(__name__).warning("no figures of the object store: %s", error)
-            self._said_silent, self._next = True, time.monotonic() + 60
+            logging.getLogger(__name__).warning("no figures of the object store: %s", error)
+            self._next = math.inf
             return {}
-        used, capacity, spilled = found["used"], found["capacity"], found["spilled"]
         if self._spilled_before is None:
-            self._spilled_before = spilled
-        spilled -= self._spilled_before
-        if spilled > 0 and not self._said_spilling:
-            self._said_spilling = True
-            say(
-                f"WARNING: Ray's object store ({capacity / 1e9:.3g} GB) is too small and spills to disk, which slows "
-                "the feed: raise cluster.object_store_gigabytes (on a cluster that is there already, `ray start "
-                "--object-store-memory`), or lower pretrain.block_megabytes"
-            )
+            self._spilled_before = found["spilled"]
         return {
-            f"{PREFIX}object_store_usage_megabytes": used / 1e6,
-            f"{PREFIX}object_store_usage_percentage": 100 * used / capacity if capacity else 0.0,
-            f"{PREFIX}object_store_spilled_megabytes": spilled / 1e6,
+            f"{PREFIX}object_store_usage_megabytes": found["used"] / 1e6,
+            f"{PREFIX}object_store_usage_percentage": 100 * found["used"] / max(found["capacity"], 1),
+            f"{PREFIX}object_store_spilled_megabytes": (found["spilled"] - self._spilled_before) / 1e6,
         }

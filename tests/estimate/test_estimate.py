@@ -95,19 +95,6 @@ def test_memory_is_that_of_the_networks_and_their_optimizers(cohort: Path, tmp_p
         assert moments == sum(moment.nbytes for moment in held)
 
 
-@pytest.mark.parametrize(("microbatch", "passes"), [(None, 1), (1, 4)])
-def test_sharded_weights_are_exchanged_in_every_pass(
-    cohort: Path, tmp_path: Path, microbatch: int | None, passes: int
-) -> None:
-    """Beside the gradients of DDP: weights are gathered for a pass forward and again for the one backward."""
-    sizes = []
-    for shard in (False, True):
-        own = {"batch_size": 8, "workers": 2, "microbatch": microbatch, "shard": shard}
-        found = estimate_pretraining(*study_of(write(tmp_path, cohort, pretrain=own)))
-        sizes.append(found["exchanged_bytes_per_step"])
-    assert sizes[1] / sizes[0] == pytest.approx((2 * passes + 1) / 2)
-
-
 def test_trials_that_run_at_once_share_the_time(cohort: Path, tmp_path: Path) -> None:
     """Four trials on two CPUs are two rounds, on one four."""
     study, volumes = study_of(write(tmp_path, cohort))

@@ -166,7 +166,7 @@ def test_gradients_in_bfloat16_come_out_of_nothing_but_the_patch(network: Networ
         rubbish = [torch.full((10**power,), torch.nan) for power in (3, 4, 5, 6)]
         del rubbish
         made.network.zero_grad()
-        made._backward(images, labels)
+        made.objective(images, labels).backward()
         gradients.append([p.grad.clone() for p in made.network.parameters() if p.grad is not None])
     for first, *others in zip(*gradients, strict=True):
         assert torch.isfinite(first).all()

@@ -11,9 +11,9 @@ that the sixth in-painting box has a mean side of 31.6 voxels. Here every side i
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,49 +25,24 @@ from ssl_ray.random import words_of
 from ssl_ray.text import reason
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Everything random about the views of B samples, in one (B, 3 + 6 K + 3 S) int64 tensor that travels as a whole.
+class Draws(NamedTuple):
+    """All that is random about the views of B samples: K painted boxes and S shuffle boxes each, corners in voxels.
 
-    `boxes` is K, the number of painted boxes. There are S shuffle boxes with sides of `shuffle_size` voxels.
+    table: (B, 3 + 6 K + 3 S) int64, the parts below as one tensor, which travels to the device as a whole.
+    key: (B,) int64, any 64 bits; the noise is a hash of it.
+    outpaint, shuffle: (B,) bool. False is in-painting, and leaves the shuffle boxes alone.
+    start, stop: (B, K, 3); box k covers start <= voxel < stop, and an unused one covers nothing.
+    shuffle_start: (B, S, 3), of boxes with sides of `shuffle_size`.
     """
 
     table: Tensor
-    boxes: int
+    key: Tensor
+    outpaint: Tensor
+    shuffle: Tensor
+    start: Tensor
+    stop: Tensor
+    shuffle_start: Tensor
     shuffle_size: int
-
-    @property
-    def key(self) -> Tensor:
-        """(B,) int64, any 64 bits; the noise is a hash of it."""
-        return self.table[:, 0].contiguous()
-
-    @property
-    def outpaint(self) -> Tensor:
-        """(B,) bool, False is in-painting."""
-        return self.table[:, 1] != 0
-
-    @property
-    def shuffle(self) -> Tensor:
-        """(B,) bool, False leaves the shuffle boxes alone."""
-        return self.table[:, 2] != 0
-
-    @property
-    def start(self) -> Tensor:
-        """(B, K, 3) voxels; box k covers start <= voxel < stop, and an unused one covers nothing."""
-        return self._corners(3, 3 + 3 * self.boxes)
-
-    @property
-    def stop(self) -> Tensor:
-        """(B, K, 3) voxels."""
-        return self._corners(3 + 3 * self.boxes, 3 + 6 * self.boxes)
-
-    @property
-    def shuffle_start(self) -> Tensor:
-        """(B, S, 3) voxels."""
-        return self._corners(3 + 6 * self.boxes, self.table.shape[1])
-
-    def _corners(self, first: int, last: int) -> Tensor:
-        return self.table[:, first:last].view(len(self.table), -1, 3)
 
 
 def draw(config: Corruption, patch_size: Sequence[int], seed: int, indices: NDArray[np.int64], view: int = 0) -> Draws:
@@ -101,7 +76,11 @@ def draw(config: Corruption, patch_size: Sequence[int], seed: int, indices: NDAr
 
 def draws_of(config: Corruption, table: Tensor) -> Draws:
     """What `draw` put into this table, or into some of its rows, on whatever device it is now."""
-    return Draws(table, max(config.inpaint_boxes, config.outpaint_boxes), config.shuffle_size)
+    boxes = max(config.inpaint_boxes, config.outpaint_boxes)
+    key, outpaint, shuffle = table[:, :3].unbind(1)
+    start, stop, shuffle_start = table[:, 3:].unflatten(1, (-1, 3)).split([boxes, boxes, config.shuffle_boxes], 1)
+    flags = outpaint != 0, shuffle != 0
+    return Draws(table, key.contiguous(), *flags, start, stop, shuffle_start, config.shuffle_size)
 
 
 def _below(limit: NDArray[np.int64], uniform: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -112,18 +91,16 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     """Corrupted view of every patch, on the patches' device; the input stays as it is.
 
     In-painting replaces the voxels inside the boxes, out-painting those outside all of them, by uniform noise between
-    the patch's minimum and maximum. Where the sample has `shuffle`, the voxels inside each shuffle box are then
-    permuted, one box after the other. On a GPU nothing waits for the device.
+    the patch's minimum and maximum. Then the voxels inside each shuffle box are permuted, one box after the other.
 
     `patches` are (B, C, X, Y, Z) float32, `draws` those of the same samples and patch size, on the same device. All
-    channels have the same boxes, and noise of their own.
+    channels have the same boxes, and noise of their own. On a GPU nothing waits for the device.
     """
     channels, volumes = patches.shape[1], patches.flatten(0, 1).contiguous()
     if channels > 1:
-        table = draws.table.repeat_interleave(channels, 0)  # (B * C, width)
-        offsets = torch.arange(channels, device=table.device) * _signed(0xD1B54A32D192ED03)  # any odd number
-        table[:, 0] += offsets.repeat(len(patches))
-        draws = replace(draws, table=table)
+        table, key, *parts = (part.repeat_interleave(channels, 0) for part in draws[:-1])
+        offsets = torch.arange(channels, device=key.device) * _signed(0xD1B54A32D192ED03)  # any odd number
+        draws = Draws(table, key + offsets.repeat(len(patches)), *parts, draws.shuffle_size)
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
