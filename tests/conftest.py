@@ -6,6 +6,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # a server of the person who runs the tests
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# How soon Ray notices what the tests do: every start, fault and end of a training waits until Ray Train looks again,
+# and a node that was killed is lost after five checks, one every half second. A slow answer still has ten seconds.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+os.environ.setdefault("RAY_health_check_period_ms", "500")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +26,19 @@ keep_freed()
 torch.set_num_threads(1)
 settings.register_profile("ssl_ray", deadline=None, print_blob=True)
 settings.load_profile("ssl_ray")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks for a Ray is slow, as to start one takes ten seconds by itself; files with slow tests come first.
+
+    Two processes then share the many short files that are left, and end at about the same time.
+    """
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -4,14 +4,30 @@ Imports are read from the source, those inside functions and under TYPE_CHECKING
 """
 
 import ast
+import itertools
 import sys
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 PACKAGE = "ssl_ray"
-FILE_LINES, FUNCTION_LINES = 300, 60
+FILE_LINES, FUNCTION_LINES, HOPS = 300, 60, 6
+WAYS = {
+    way: f"{told} > tracking.run.Run.metrics > tracking.run.Run.append | tracking.delivery.Delivery._deliver"
+    for way, told in {
+        "pretraining": "pretrain.worker.train_loop > pretrain.worker._Reporter.record | "
+        "pretrain.driver._Collector._collect",
+        "trial": "finetune.trial.Trial.train | search.grid.tune_cells.trainable | "
+        "search.callbacks.TrialCallback.on_trial_result",
+    }.items()
+}
+"""The functions that a loss passes between where it becomes a number and where `log_batch` is called.
+
+`>` is a call; at `|` it is handed over in another way: yielded, or through a queue to another process or thread.
+"""
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,21 @@ def circles(graph: Mapping[str, frozenset[str]]) -> list[list[str]]:
     return found
 
 
+def without_exceptions(modules: Mapping[str, Module], checkout: Path) -> dict[str, Module]:
+    """The modules without the imports that the contracts in the checkout's pyproject.toml name as no climb upward."""
+    contracts = tomllib.loads((checkout / "pyproject.toml").read_text())["tool"].get("importlinter", {})
+    excepted = {line for contract in contracts.get("contracts", []) for line in contract.get("ignore_imports", [])}
+    patterns = [tuple(line.split(" -> ")) for line in excepted]
+
+    def counts(module: str, other: str) -> bool:
+        return not any(fnmatchcase(module, above) and fnmatchcase(other, below) for above, below in patterns)
+
+    return {
+        name: replace(module, imports=frozenset(other for other in module.imports if counts(name, other)))
+        for name, module in modules.items()
+    }
+
+
 def rooms(modules: Mapping[str, Module]) -> dict[str, frozenset[str]]:
     """Imports between rooms."""
     graph: dict[str, set[str]] = defaultdict(set)
@@ -117,10 +148,24 @@ def long_functions(module: Module) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if size > FUNCTION_LINES}
 
 
+def hops(modules: Mapping[str, Module], way: str) -> list[str]:
+    """The functions on a loss's way to MLflow; a LookupError names one that is gone or does not call the next."""
+    names = WAYS[way].replace("|", ">").split(" > ")
+    for name, following in itertools.pairwise([*names, ""]):
+        file = max((module for module in modules if f"{PACKAGE}.{name}.".startswith(f"{module}.")), key=len)
+        scope: ast.AST = modules[file].tree
+        for part in f"{PACKAGE}.{name}".removeprefix(f"{file}.").split("."):
+            scope = next((node for node in ast.walk(scope) if getattr(node, "name", None) == part), ast.Pass())
+        called = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(scope)}
+        if isinstance(scope, ast.Pass) or (f"{name} > {following}" in WAYS[way] and _last(following) not in called):
+            raise LookupError(f"{name} is not there or does not call {following}")
+    return names
+
+
 def describe(checkout: Path) -> str:
     """The whole layout as text."""
     modules = read_modules(checkout)
-    graph = rooms(modules)
+    graph = rooms(without_exceptions(modules, checkout))
     level = levels(graph)
     lines, files = Counter[str](), Counter[str]()
     for module in modules.values():
@@ -144,7 +189,16 @@ def describe(checkout: Path) -> str:
     text += [f"over {FILE_LINES} lines: {module.path} {module.lines}" for module in modules.values() if _long(module)]
     for module in modules.values():
         text += [f"over {FUNCTION_LINES} lines: {module.path} {n} {size}" for n, size in long_functions(module).items()]
+    for way in WAYS:
+        try:
+            text.append(f"hops from the loss of a {way} to MLflow: {len(hops(modules, way))}")
+        except LookupError as error:
+            text.append(f"hops from the loss of a {way} to MLflow: another way than today's ({error})")
     return "\n".join(text)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _long(module: Module) -> bool:

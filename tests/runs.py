@@ -54,8 +54,8 @@ def start(
     """
     out = (log or path.with_suffix(".log")).open("ab")
     environment = {**os.environ, "RAY_ADDRESS": address, "SSL_RAY_TRACEBACK": "1"}
-    imports = "import sys\nfrom ssl_ray import cli\nfrom ssl_ray.pretrain import driver as train"
-    patched = f"{imports}\n{patch}\nsys.exit(cli.main())"
+    imports = "import sys\nfrom ssl_ray.cli.main import main\nfrom ssl_ray.pretrain import driver as train"
+    patched = f"{imports}\n{patch}\nsys.exit(main())"
     program = ["-c", patched] if patch else ["-m", "ssl_ray"]
     return subprocess.Popen(
         [sys.executable, *program, "pretrain", str(path), *more],
@@ -66,10 +66,17 @@ def start(
     )
 
 
+def session() -> str:
+    """Address of the Ray that the fixture `ray_cluster` has started; a driver there waits for none of its own."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def kill(driver: subprocess.Popen[bytes]) -> None:
     """SIGKILL to a driver; its Ray notices some seconds later, and its workers go on writing until then."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        family = psutil.Process(driver.pid).children(recursive=True)
+        family = psutil.Process(driver.pid).children(recursive=True) + workers()
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
         psutil.wait_procs(family, timeout=60)
@@ -109,7 +116,9 @@ def assert_same(found: Outcome, expected: Outcome, starts: int = 2) -> None:
 def assert_close(found: Outcome, expected: Outcome) -> None:
     """Another number of workers adds up in another order: the same samples, so the same losses but for rounding."""
     assert list(found.losses) == list(range(1, STEPS + 1))
-    assert all(abs(found.losses[step] - expected.losses[step]) < 1e-3 for step in expected.losses)
+    differences = {step: abs(found.losses[step] - loss) for step, loss in expected.losses.items()}
+    assert all(differences[step] < 1e-4 * expected.losses[step] for step in range(1, 21)), "not yet added up"
+    assert max(differences.values()) < 1e-3
     for name, tensor in expected.weights.items():
         assert torch.allclose(found.weights[name], tensor, atol=2e-2), name
 

@@ -63,17 +63,15 @@ def write_study(path: Path, tree: Mapping[str, Any]) -> Path:
 
 
 def place_database(path: Path) -> None:
-    """Put MLflow's SQLite with its tables, and nothing in them, where a study will look for it, if none is there.
-
-    MLflow takes seconds of the processor to make them: once a test process is enough.
-    """
+    """Put MLflow's SQLite with its tables, and nothing in them, where a study will look for it, if none is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        shutil.copyfile(_empty_database(), path)
+        shutil.copyfile(empty_database(), path)
 
 
 @functools.cache
-def _empty_database() -> Path:
+def empty_database() -> Path:
+    """MLflow's tables take it seconds of the processor: once a test process is enough."""
     from ssl_ray.tracking.client import Client
 
     path = Path(tempfile.mkdtemp()) / "mlflow.db"

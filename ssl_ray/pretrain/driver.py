@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,10 +223,11 @@ class _Collector:
         self._known = run.logged("lr")
         self._store = ObjectStore()
         self.fatal: list[str] = []  # what workers said about the steps that ended the training
-        self._thread = threading.Thread(target=self._collect, daemon=True)
+        sent = iter(job.reports.get, None)
+        self._thread = threading.Thread(target=self._collect, args=[sent], daemon=True)
 
     def __enter__(self) -> "_Collector":
-        self._read_file()
+        self._collect(self._kept())
         self._thread.start()
         return self
 
@@ -234,37 +235,43 @@ class _Collector:
         with suppress(ray.exceptions.RayError):  # the queue is an actor, and may be gone
             self._job.reports.put(None)
         self._thread.join()
-        self._read_file()
+        self._collect(self._kept())
         self._job.reports.shutdown()
 
-    def _read_file(self) -> None:
+    def _kept(self) -> Iterator[tuple[str, Any]]:
         with suppress(OSError):  # the object store may be away; every later start reads the file again
             if self._job.mirror.pull(self._job.records):
                 for line in self._job.records.read_bytes().split(b"\n"):
                     with suppress(ValueError):  # a killed worker's last line, or one that is being written
-                        self._record(json.loads(line))
+                        yield "record", json.loads(line)
 
-    def _collect(self) -> None:
+    def _collect(self, items: Iterator[tuple[str, Any]]) -> None:
         told = False
+        end: tuple[str, Any] = "end", None
         while True:
             try:
-                item = self._job.reports.get()
-                if item is None:
-                    return
-                kind, content = item
-                if kind == "started":
-                    step, device = content
-                    self._run.started(step)
-                    self._run.tags({DEVICE: device})
-                    self._store.sample()  # what was spilled before is not this run's
-                    self._bar.update(step, again=True)
-                elif kind == "record":
-                    self._record(content)
-                    self._bar.update(content["step"], progress(content))
-                elif kind == "skipped":
-                    say(f"WARNING: not finite, skipped: {content}")
-                else:
-                    self.fatal.append(content)
+                kind, content = next(items, end)
+                match kind:
+                    case "end":
+                        return
+                    case "started":
+                        step, device = content
+                        self._run.started(step)
+                        self._run.tags({DEVICE: device})
+                        self._store.sample()  # what was spilled before is not this run's
+                        self._bar.update(step, again=True)
+                    case "record":
+                        step, picture = int(content["step"]), content.pop("picture", None)
+                        if step not in self._known:
+                            numbers = {name: value for name, value in content.items() if name != "step"}
+                            self._run.metrics(as_system(numbers) | self._store.sample(), step)
+                            self._known.add(step)
+                            self._log_picture(picture)
+                        self._bar.update(step, progress(content))
+                    case "skipped":
+                        say(f"WARNING: not finite, skipped: {content}")
+                    case "fatal":
+                        self.fatal.append(content)
             except ray.exceptions.RayError as error:
                 say(f"WARNING: {first_error(str(error)) or error}; metrics follow at the end from {self._job.records}")
                 return
@@ -273,13 +280,7 @@ class _Collector:
                     say(f"WARNING: a metric is not logged: {reason(error)}")
                 told = True
 
-    def _record(self, record: dict[str, Any]) -> None:
-        step, picture = int(record["step"]), record.get("picture")
-        if step in self._known:
-            return
-        numbers = {name: value for name, value in record.items() if name not in ("step", "picture")}
-        self._run.metrics(as_system(numbers) | self._store.sample(), step)
-        self._known.add(step)
+    def _log_picture(self, picture: str | None) -> None:
         # Without its picture a run goes on; a fault of the object store is raised where it matters.
         with suppress(OSError):
             if picture and (Path(picture).is_file() or self._job.mirror.pull(Path(picture))):

@@ -30,6 +30,7 @@ SMALL = [
     "phantom.splits=[2]",
     "finetune.cohort.pool=labelled_2.json",
     "finetune.cohort.sizes=[2]",
+    "finetune.runs=1",
     "finetune.steps=4",
     "finetune.validate_every=4",
     "finetune.optimizer.warmup_steps=0",
@@ -54,7 +55,9 @@ def head() -> Iterator[Head]:
     port, dashboard = free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the paths of Ray's sockets must stay short
     token = secrets.token_hex(32)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_") or "health" in name.lower()
+    }
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "PATH": f"{BIN}:{os.environ['PATH']}"}
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
     command += [

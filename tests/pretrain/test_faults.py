@@ -10,7 +10,21 @@ from subprocess import Popen
 import psutil
 import pytest
 import torch
-from runs import SAVED, STEPS, Outcome, assert_close, assert_same, kill, outcome, saved, start, wait_for, workers, write
+from runs import (
+    SAVED,
+    STEPS,
+    Outcome,
+    assert_close,
+    assert_same,
+    kill,
+    outcome,
+    saved,
+    session,
+    start,
+    wait_for,
+    workers,
+    write,
+)
 from safetensors import safe_open
 from tiny_learner import MASKED, PRIMUS
 
@@ -24,11 +38,11 @@ def run(path: Path) -> None:
 
 
 def worker_of(driver: "Popen[bytes]") -> psutil.Process:
-    """A training worker of a driver, one that lives."""
+    """A training worker of the only driver that there is, one that lives."""
 
     def alive() -> list[psutil.Process]:
         assert driver.poll() is None, "the run has ended already"
-        return [found for found in workers(psutil.Process(driver.pid)) if found.status() != psutil.STATUS_ZOMBIE]
+        return [found for found in workers() if found.status() != psutil.STATUS_ZOMBIE]
 
     found: psutil.Process = wait_for(alive, "a training worker")[0]
     return found
@@ -53,11 +67,11 @@ def kill_when(driver: "Popen[bytes]", seen: Callable[[], bool], pause: float = 0
         worker.resume()
 
 
-def kill_a_reading_task(driver: "Popen[bytes]") -> None:
+def kill_a_reading_task() -> None:
     """SIGKILL to a process that reads patches right now, as its title says."""
 
     def reading() -> psutil.Process | None:
-        for process in psutil.Process(driver.pid).children(recursive=True):
+        for process in psutil.Process().children(recursive=True):
             try:
                 if "_read_block" in " ".join(process.cmdline()):
                     process.suspend()
@@ -86,13 +100,13 @@ def in_a_checkpoint(folder: Path) -> Callable[[], bool]:
     return unfinished
 
 
-def test_workers_and_a_data_task_killed(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:
+def test_workers_and_a_data_task_killed(undisturbed: Outcome, cohort: Path, tmp_path: Path, ray_cluster: None) -> None:
     """SIGKILL to the worker in mid-epoch, in a validation and between a checkpoint's content and its manifest, and to
     a process that reads patches, after which the training does not even start again: all ends as without."""
     path = write(tmp_path, cohort, max_failures=3)
-    driver = start(path)
+    driver = start(path, session())
     try:
-        kill_a_reading_task(driver)
+        kill_a_reading_task()
         kill_when(driver, lambda: bool(saved(tmp_path)))
         kill_when(driver, in_a_validation(tmp_path))
         kill_when(driver, in_a_checkpoint(tmp_path), pause=0.001)
@@ -110,7 +124,7 @@ def test_a_sharded_run(cohort: Path, tmp_path: Path, ray_cluster: None) -> None:
     network, task = {"network": PRIMUS | {"token": 8}}, MASKED["task"]
     run(alone := write(tmp_path / "alone", cohort, network, task=task))
     path = write(tmp_path, cohort, network, task=task, workers=2, shard=True)
-    driver = start(path)
+    driver = start(path, session())
     try:
         kill_when(driver, in_a_validation(tmp_path))
         assert driver.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
@@ -159,11 +173,13 @@ Tracker.settle = hold
     assert_same(outcome(path), undisturbed)
 
 
-def test_the_driver_killed_and_its_checkpoint_torn(undisturbed: Outcome, cohort: Path, tmp_path: Path) -> None:
+def test_the_driver_killed_and_its_checkpoint_torn(
+    undisturbed: Outcome, cohort: Path, tmp_path: Path, ray_cluster: None
+) -> None:
     """After SIGKILL, and with its newest checkpoint cut off, the same command goes on from the one before; MLflow has
     every step once, those before the kill too."""
     path = write(tmp_path, cohort)
-    first = start(path)
+    first = start(path, session())
     wait_for(lambda: len(saved(tmp_path)) == 2, "two checkpoints")
     kill(first)
     before, last = saved(tmp_path)[-2:]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from studies import small_study
+from studies import place_database, small_study
 
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
@@ -68,6 +68,7 @@ class Outcome:
 
 def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Sequence[dict[str, str]] = ()) -> Tracker:
     """Write a study into MLflow with the calls of `ssl_ray.pretrain.driver` and `ssl_ray.search.grid`."""
+    place_database(Path(str(study.tracking.uri).removeprefix("sqlite:///")))
     tracker = tracker_of(study)
     run = tracker.open("pretraining", "p", "pretrain", run_params(study, "pretrain"))
     run.started(0)

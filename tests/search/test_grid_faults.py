@@ -315,37 +315,41 @@ def driver(path: Path) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
-def test_the_driver_ends_and_is_started_again(
-    undisturbed: Outcome, experiment: Callable[..., Path], capfd: pytest.CaptureFixture[str], number: signal.Signals
-) -> None:
-    """With one cell finished and the other in mid-training. Open runs end as killed where the driver can still do so;
-    the same command, given again, goes on from the checkpoint and leaves the finished cell alone."""
-    path = experiment(b=["pause"])
-    process = driver(path)
-    log = path.parent / "driver.log"
+def end_the_driver(path: Path, number: signal.Signals) -> int:
+    """A signal to a driver whose second cell is in mid-training, and the end of that trial -> the driver's code."""
     paused = folders_of(load(path)).study / "plan" / "paused"
+    paused.unlink(missing_ok=True)
+    process = driver(path)
     try:
         wait_for(lambda: process.poll() is not None or (paused.is_file() and paused.read_text()), "the second cell")
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None, (path.parent / "driver.log").read_text()
         process.send_signal(number)
-        code = process.wait(60)
+        return process.wait(60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    wait_for(lambda: not psutil.pid_exists(int(paused.read_text())), "Ray ends the trial of a driver that is gone")
+        wait_for(lambda: not psutil.pid_exists(int(paused.read_text())), "Ray ends the trial of a driver that is gone")
+
+
+def test_the_driver_ends_and_is_started_again(
+    undisturbed: Outcome, experiment: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By Ctrl-C, then by SIGKILL, with one cell finished and the other in mid-training. Open runs end as killed where
+    the driver can still do so; the same command goes on from the checkpoint and leaves the finished cell alone."""
+    path = experiment(b=["pause", "pause"])
+    assert end_the_driver(path, signal.SIGINT) == 1
+    log = (path.parent / "driver.log").read_text()
+    assert "the same command goes on" in log
+    assert "Traceback" not in log
     finished, open_run = runs_of(path)[A], runs_of(path)[B]
-    assert finished.info.status == "FINISHED"
     (grid_run,) = tracker_of(load(path)).runs(kind="grid")
-    if number != signal.SIGKILL:
-        assert code == 1
-        assert (open_run.info.status, grid_run.info.status) == ("KILLED", "KILLED")
-        assert "the same command goes on" in log.read_text()
-        assert "Traceback" not in log.read_text()
+    assert finished.info.status == "FINISHED"
+    assert (open_run.info.status, grid_run.info.status) == ("KILLED", "KILLED")
+    end_the_driver(path, signal.SIGKILL)
 
     assert main(["finetune", str(path)]) == 0
     assert "1 cells trained now, 1 were done already" in capfd.readouterr().out
-    assert starts(path, B) == [0, 4]
+    assert starts(path, B) == [0, 4, 4]
     again = runs_of(path)[A]
     assert (again.info.run_id, again.info.end_time, again.data.metrics) == (
         finished.info.run_id,

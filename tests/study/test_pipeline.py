@@ -17,7 +17,7 @@ from studies import place_database, small_tree, write_study
 from ssl_ray.cli.main import main
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
+from ssl_ray.tracking.tracker import PRETRAINING_RUN
 
 pytestmark = pytest.mark.slow
 
@@ -54,13 +54,6 @@ def carried_out(ray_cluster: None, cohort: Path, tmp_path_factory: pytest.TempPa
     with redirect_stdout(printed):
         assert main(["run", str(path)]) == 0
     return path, printed.getvalue()
-
-
-def losses(tracker: Tracker, name: str = "loss") -> dict[int, float]:
-    (run,) = tracker.runs(kind="pretraining")
-    history = tracker.client.get_metric_history(run.info.run_id, name)
-    assert len({point.step for point in history}) == len(history), "no step is logged twice"
-    return {point.step: point.value for point in sorted(history, key=lambda point: point.step)}
 
 
 def test_run_answers_and_a_second_run_does_nothing_again(
@@ -101,16 +94,6 @@ def test_run_answers_and_a_second_run_does_nothing_again(
     assert report.is_file()
     after = {run.info.run_id: run.info.end_time for kind in ("pretraining", "trial") for run in tracker.runs(kind=kind)}
     assert after == ends
-
-
-def test_two_workers_give_the_losses_of_one(experiment: Experiment, carried_out: tuple[Path, str]) -> None:
-    """With the same global batch, the losses of 20 steps do not depend on the number of workers."""
-    plain = losses(tracker_of(load(carried_out[0])))
-    path = experiment(workers=2, cpus_per_worker=0.5)
-    assert main(["pretrain", str(path)]) == 0
-    two = losses(tracker_of(load(path)))
-    assert list(plain) == list(two) == list(range(1, 21))
-    np.testing.assert_allclose(list(two.values()), list(plain.values()), rtol=1e-4)
 
 
 def test_a_failing_worker_ends_in_one_message_and_code_1(

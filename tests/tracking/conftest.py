@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mlflow.tracking import MlflowClient
 from outside import Said, Server
+from studies import place_database
 
 from ssl_ray.config.schema import Tracking
 from ssl_ray.storage.folders import Folders
@@ -15,9 +15,9 @@ from ssl_ray.tracking.tracker import Tracker
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database of MLflow's, which takes seconds to make."""
+    """An empty database of MLflow's."""
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
+    place_database(path)
     return path
 
 
