@@ -266,7 +266,7 @@ class _Collector:
                             numbers = {name: value for name, value in content.items() if name != "step"}
                             self._run.metrics(as_system(numbers) | self._store.sample(), step)
                             self._known.add(step)
-                            self._log_picture(picture)
+                            self._log_picture(picture, numbers)
                         self._bar.update(step, progress(content))
                     case "skipped":
                         say(f"WARNING: not finite, skipped: {content}")
@@ -280,7 +280,7 @@ class _Collector:
                     say(f"WARNING: a metric is not logged: {reason(error)}")
                 told = True
 
-    def _log_picture(self, picture: str | None) -> None:
+    def _log_picture(self, picture: str | None, numbers: Mapping[str, float]) -> None:
         # Without its picture a run goes on; a fault of the object store is raised where it matters.
         with suppress(OSError):
             if picture and (Path(picture).is_file() or self._job.mirror.pull(Path(picture))):
