@@ -75,7 +75,7 @@ def _onnx(model: Model, path: Path) -> Path:
         program = torch.onnx.export(
             network,
             (patches,),
-            dynamic_shapes=(batch,),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             input_names=["patches"],
             output_names=["logits"],
             verbose=False,
