@@ -109,12 +109,9 @@ class _Objective(nn.Module):
 
     def forward(self, decoded: Tensor, order: Tensor, clean: Tensor) -> Tensor:
         """(B, N, width), places (B, N), patches -> mean loss."""
-        voxels, dropped = tokens_of(clean, self.network.encoder.token), order[:, self.kept :, None]
-        decoded, voxels = (all.gather(1, dropped.expand(-1, -1, all.shape[2])) for all in (decoded, voxels))
-        if self.settings.normalise:
-            mean, scale = self.units(voxels)
-            voxels = (voxels - mean) / scale
-        return self.error(self.network.predict(decoded), voxels).mean()
+        voxels = tokens_of(clean, self.network.encoder.token)
+        mean, scale = self.units(voxels)
+        return self.loss(self.network.predict(decoded), (voxels - mean) / scale, order).mean()
 
     def units(self, voxels: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """The values that are 0, and 1 more than that, for the loss: of each token (B, N, 1), or of all."""
@@ -124,12 +121,9 @@ class _Objective(nn.Module):
 
     def loss(self, made: Tensor, targets: Tensor, order: Tensor) -> Tensor:
         """(B, N, P), twice -> mean over the voxels of each dropped token, (B, N - n)."""
-        return self.error(made, targets).gather(1, order[:, self.kept :])
-
-    def error(self, made: Tensor, targets: Tensor) -> Tensor:
-        """(B, N, P), twice -> mean over the voxels of each token, (B, N)."""
         error = made - targets
-        return (error.abs() if self.settings.loss == "l1" else error.square()).mean(dim=2)
+        error = error.abs() if self.settings.loss == "l1" else error.square()
+        return error.mean(dim=2).gather(1, order[:, self.kept :])
 
 
 def tokens_of(patches: Tensor, token: int) -> Tensor:

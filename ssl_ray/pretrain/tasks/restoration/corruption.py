@@ -98,9 +98,10 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     """
     channels, volumes = patches.shape[1], patches.flatten(0, 1).contiguous()
     if channels > 1:
-        table, key, *parts = (part.repeat_interleave(channels, 0) for part in draws[:-1])
-        offsets = torch.arange(channels, device=key.device) * _signed(0xD1B54A32D192ED03)  # any odd number
-        draws = Draws(table, key + offsets.repeat(len(patches)), *parts, draws.shuffle_size)
+        tables: dict[str, Any] = {name: part for name, part in draws._asdict().items() if isinstance(part, Tensor)}
+        draws = draws._replace(**{name: part.repeat_interleave(channels, 0) for name, part in tables.items()})
+        offsets = torch.arange(channels, device=draws.key.device) * _signed(0xD1B54A32D192ED03)  # any odd number
+        draws = draws._replace(key=draws.key + offsets.repeat(len(patches)))
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
