@@ -7,6 +7,7 @@ one of them ignores it.
 
 import json
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
 
 from ssl_ray.tracking.client import KIND, STUDY
@@ -40,18 +41,18 @@ def run_link(run_id: str, text: str) -> str:
 
 
 def _comparison(study: str) -> Mapping[str, object]:
-    charts: list[dict[str, object]] = [
+    charts: list[dict[str, Any]] = [
         {"type": "PARALLEL", "selectedParams": [_SPLIT, _INIT, _RATE], "selectedMetrics": [DICE], "showAllRuns": True},
         {"type": "BAR", "metricKey": DICE},
         *({"type": "LINE", "metricKey": name, "selectedMetricKeys": [name]} for name in (_CURVE, "loss")),
     ]
-    line: dict[str, object] = {
+    line: dict[str, Any] = {
         "xAxisKey": "step",
         "useGlobalXaxisKey": True,
         "xAxisScaleType": "linear",
         "scaleType": "linear",
     }
-    shared: dict[str, object] = {"deleted": False, "isGenerated": False, "runsCountToCompare": 100, "range": {}}
+    shared: dict[str, Any] = {"deleted": False, "isGenerated": False, "runsCountToCompare": 100, "range": {}}
     parts = [f"The trials of {study}", "Scores and curves"]
     sections: list[dict[str, object]] = [
         {"uuid": f"{study}-{name}", "name": name, "display": True, "isReordered": True} for name in parts
