@@ -25,7 +25,7 @@ def experiment_tags(study: str) -> dict[str, str]:
 
 def link(server: str, experiment_id: str, study: str) -> str:
     """The comparison of a study's trials, on MLflow's server at this address."""
-    view = f"compareRunsMode=CHART&viewStateShareKey={quote(study)}"
+    view = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={quote(study)}"
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{view}"
 
 
@@ -46,14 +46,20 @@ def _comparison(study: str) -> Mapping[str, object]:
         *({"type": "LINE", "metricKey": name, "selectedMetricKeys": [name]} for name in (_CURVE, "loss")),
     ]
     line = {"xAxisKey": "step", "useGlobalXaxisKey": True, "xAxisScaleType": "linear", "scaleType": "linear"}
-    shared = {"metricSectionId": study, "deleted": False, "isGenerated": False, "runsCountToCompare": 100, "range": {}}
+    shared = {"deleted": False, "isGenerated": False, "runsCountToCompare": 100, "range": {}}
+    parts = [f"The trials of {study}", "Scores and curves"]
+    sections: list[dict[str, object]] = [
+        {"uuid": f"{study}-{name}", "name": name, "display": True, "isReordered": True} for name in parts
+    ]
+    sections[0]["columns"] = 1  # the axes need the width
+    places = [{"uuid": f"{study}-{n}", "metricSectionId": sections[min(n, 1)]["uuid"]} for n in range(len(charts))]
     return {
         "searchFilter": f"tags.`{KIND}` = 'trial' and tags.`{STUDY}` = '{study}'",
         "orderByKey": f"metrics.`{DICE}`",
         "orderByAsc": False,
         "runsHiddenMode": "SHOW_ALL",
         "selectedColumns": [f"metrics.`{DICE}`", *(f"params.`{name}`" for name in (_SPLIT, _INIT, _RATE))],
-        "compareRunCharts": [line | shared | {"uuid": f"{study}-{n}"} | one for n, one in enumerate(charts)],
-        "compareRunSections": [{"uuid": study, "name": f"The trials of {study}", "display": True, "isReordered": True}],
+        "compareRunCharts": [line | shared | place | one for place, one in zip(places, charts, strict=True)],
+        "compareRunSections": sections,
         "isAccordionReordered": True,
     }

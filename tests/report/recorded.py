@@ -82,7 +82,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
         run.artifact(path, "pictures")
     run.close()
     lineage = {PRETRAINING_RUN: run.id}
-    grid = tracker.open("grid", "g", "grid", run_params(study, "finetune"))
+    grid = tracker.open("grid", "g", "fake: does pretraining help?", run_params(study, "finetune"))
     grid.text(dump(study), "experiment.yaml")
     transfer = {"share": 1.0, "loaded": 150, "interpolated": [], "missing": [], "unexpected": ["conv3d_transpose.bias"]}
     grid.text(json.dumps(transfer), "weight_transfer.json")
