@@ -25,7 +25,7 @@ from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.model_file import Inference, Metadata, versions
 from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.training.checkpoint import digest, load_latest, save_latest, snapshot
-from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, peak_memory
+from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, device_name, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.precision import named, settle, settled
@@ -54,6 +54,11 @@ class Trial:
         self.watch = Watch[int](self.config.on_nonfinite, self.config.max_skipped)
         self.records: tuple[list[Record], list[Record]] = [], []  # before and since the newest checkpoint
         self.saved = time.monotonic()
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What it computes in, and on."""
+        return {"precision": self.config.precision, "device": device_name(self.learner.device)}
 
     def train(self) -> Iterator[Record]:
         """Take every optimizer step that is left, and yield `(step, metrics)` on the way.

@@ -190,7 +190,6 @@ def tune_cells(
         import torch
 
         from ssl_ray.finetune.trial import Trial  # the trial's process loads MONAI, the driver does not
-        from ssl_ray.training.meters import device_name
 
         torch.set_num_threads(max(1, int(config.cpus_per_trial)))
         device = torch.device("cuda" if config.gpus_per_trial else "cpu")
@@ -203,9 +202,8 @@ def tune_cells(
             tune.report({"failure": str(error)})
             return
         try:
-            facts = {"precision": trial.config.precision, "device": device_name(device)}
             for step, metrics in trial.train():
-                tune.report({"step": step, "metrics": metrics, **facts})
+                tune.report({"step": step, "metrics": metrics, **trial.facts})
             found = trial.evaluate()
             digest = weights_digest(job.folder.path / MODEL_FILE)
             tune.report({"step": job.config.steps, "metrics": found, "digest": digest})

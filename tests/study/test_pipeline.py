@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -83,6 +84,13 @@ def test_run_answers_and_a_second_run_does_nothing_again(
     assert pictures
     assert "weight_transfer.json" in [item.path for item in tracker.client.list_artifacts(grid.info.run_id)]
     report = folders_of(study).study / "report.html"
+    page = report.with_suffix(".md").read_text()
+    pictures = set(re.findall(r"\(figures/(\w+)\.png\)", page))
+    assert {"examples_random", "examples_pretrained", "organ_map", "organ_curves", "restored"} <= pictures
+    assert re.findall(r"^\| (pretraining|fine-tuning) +\| CPU +\| +(\d) ", page, re.MULTILINE) == [
+        ("pretraining", "1"),
+        ("fine-tuning", "4"),
+    ]
     ends = {run.info.run_id: run.info.end_time for run in (pretraining, *trials)}
     report.unlink()
 
