@@ -25,7 +25,9 @@ set -euo pipefail
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')  # for this job alone; srun hands it on
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300  # s; Python may start slowly from a shared folder
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# This script runs on the job's first machine, the head. Not by its name, which on itself may mean 127.0.1.1.
+# site: another of its addresses, where the first is not the fast network.
+read -r head _ < <(hostname --all-ip-addresses)
 address="$head:$((20000 + SLURM_JOB_ID % 10000))"
 
 # Without --cpus-per-task, srun does not know what sbatch was asked for; Ray does not, either.

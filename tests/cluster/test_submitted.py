@@ -167,14 +167,15 @@ def test_a_slurm_job_on_two_machines(cohort: Path, tmp_path: Path) -> None:
             lines += [f'{" ".join(there)} "$@" &', 'pids+=" $!"']
         lines += ["code=0", 'for pid in $pids; do wait "$pid" || code=$?; done', 'exit "$code"']
         program(programs / "srun", *lines)
-        program(programs / "scontrol", '[[ "$*" == "show hostnames node[1-2]" ]] && printf "%s\\n" node1 node2')
-        variables = {"JOB_ID": "4711", "JOB_NODELIST": "node[1-2]", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "1"}
+        program(programs / "hostname", f'[[ "$*" == --all-ip-addresses ]] && echo "{nodes[0].address} 192.0.2.1 "')
+        variables = {"JOB_ID": "4711", "JOB_NUM_NODES": "2", "CPUS_PER_TASK": "1"}
         given = clean_environment() | {f"SLURM_{name}": value for name, value in variables.items()}
         given["PATH"] = f"{programs}:{given['PATH']}"
         given["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # a minute, after which the second machine ends its Ray
         script = ["bash", str(ROOT / "experiments" / "cluster" / "slurm.sh"), "pretrain", str(path)]
-        done = subprocess.run(script, env=given, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+        with (tmp_path / "slurm.log").open("wb") as log:
+            done = subprocess.run(script, env=given, cwd=tmp_path, stdout=log, stderr=log, timeout=200)
+    assert done.returncode == 0, (tmp_path / "slurm.log").read_text()
     found = outcome(path)
     assert set(found.workers) == {2}
 
