@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,10 +98,9 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     """
     channels, volumes = patches.shape[1], patches.flatten(0, 1).contiguous()
     if channels > 1:
-        tables: dict[str, Any] = {name: part for name, part in draws._asdict().items() if isinstance(part, Tensor)}
-        draws = draws._replace(**{name: part.repeat_interleave(channels, 0) for name, part in tables.items()})
-        offsets = torch.arange(channels, device=draws.key.device) * _signed(0xD1B54A32D192ED03)  # any odd number
-        draws = draws._replace(key=draws.key + offsets.repeat(len(patches)))
+        wide = {name: getattr(draws, name).repeat_interleave(channels, 0) for name in Draws._fields[:-1]}
+        offsets = torch.arange(channels, device=patches.device) * _signed(0xD1B54A32D192ED03)  # any odd number
+        draws = draws._replace(**wide | {"key": wide["key"] + offsets.repeat(len(patches))})
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
