@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.slow
 
 
 QUICK = {
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # instead of a minute
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # instead of a minute, for workers on a node that is gone
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",  # instead of half a minute, for a worker that is suspended
@@ -26,18 +26,27 @@ QUICK = {
 """How soon Ray notices what the tests do."""
 
 
+@contextmanager
+def head_of(cpus: int) -> Iterator[Any]:
+    """A cluster of one node, to which others can be added."""
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 150 * 10**6, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, **small})
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head of one CPU, to which each test adds the nodes that it needs; Ray starts once for all of them."""
-    from ray.cluster_utils import Cluster
-
     with pytest.MonkeyPatch.context() as patch:
         for name, value in QUICK.items():
             patch.setenv(name, value)
-        small = {"object_store_memory": 150 * 10**6, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
-        yield cluster
-        cluster.shutdown()
+        with head_of(1) as cluster:
+            yield cluster
 
 
 def add_node(cluster: Any) -> None:
@@ -151,21 +160,23 @@ def test_a_node_announced_to_leave(undisturbed, cohort, tmp_path, cluster):
     assert_close(found, undisturbed)
 
 
-def test_the_head_killed(undisturbed, cohort, tmp_path, cluster, ray_cluster):
+def test_the_head_killed(undisturbed, cohort, tmp_path, monkeypatch, ray_cluster):
     """Ray does not survive it and ends the driver with one line; the same command goes on on a new cluster."""
+    # Not before this process is connected: it would end as well, since it has clients of the dead head.
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # instead of a minute
     path = write(tmp_path, cohort)
-    driver = start(path, with_nodes(cluster, 1))
-    try:
-        wait_for(lambda: saved(tmp_path), "a checkpoint")
-        processes = [raylet(node) for node in cluster.list_all_nodes()]
-        family = [*processes, *(child for one in processes for child in one.children(recursive=True))]
-        (server,) = cluster.head_node.all_processes["gcs_server"]
-        for process in (server.process.pid, family[0].pid):
-            psutil.Process(process).kill()
-        assert driver.wait(120) == 1
-        psutil.wait_procs(family, timeout=60)
-    finally:
-        kill(driver)
+    with head_of(2) as cluster:
+        driver = start(path, cluster.address)
+        try:
+            wait_for(lambda: saved(tmp_path), "a checkpoint")
+            family = [raylet(cluster.head_node), *raylet(cluster.head_node).children(recursive=True)]
+            (server,) = cluster.head_node.all_processes["gcs_server"]
+            for process in (server.process.pid, family[0].pid):
+                psutil.Process(process).kill()
+            assert driver.wait(120) == 1
+            psutil.wait_procs(family, timeout=60)
+        finally:
+            kill(driver)
     text = path.with_suffix(".log").read_text()
     assert "GCS may have been killed" in text
     assert "Traceback" not in text
