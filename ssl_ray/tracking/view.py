@@ -58,7 +58,9 @@ def _comparison(study: str) -> Mapping[str, object]:
         {"uuid": f"{study}-{name}", "name": name, "display": True, "isReordered": True} for name in parts
     ]
     sections[0]["columns"] = 1  # the axes need the width
-    places = [{"uuid": f"{study}-{n}", "metricSectionId": sections[min(n, 1)]["uuid"]} for n in range(len(charts))]
+    places: list[dict[str, object]] = [
+        {"uuid": f"{study}-{n}", "metricSectionId": sections[min(n, 1)]["uuid"]} for n in range(len(charts))
+    ]
     return {
         "searchFilter": f"tags.`{KIND}` = 'trial' and tags.`{STUDY}` = '{study}'",
         "orderByKey": f"metrics.`{DICE}`",
