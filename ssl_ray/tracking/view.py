@@ -44,7 +44,8 @@ def _comparison(study: str) -> Mapping[str, object]:
     charts: list[dict[str, Any]] = [
         {"type": "PARALLEL", "selectedParams": [_SPLIT, _INIT, _RATE], "selectedMetrics": [DICE], "showAllRuns": True},
         {"type": "BAR", "metricKey": DICE},
-        *({"type": "LINE", "metricKey": name, "selectedMetricKeys": [name]} for name in (_CURVE, "loss")),
+        {"type": "LINE", "metricKey": _CURVE, "selectedMetricKeys": [_CURVE]},
+        {"type": "LINE", "metricKey": "loss", "selectedMetricKeys": ["loss"]},
     ]
     line: dict[str, Any] = {
         "xAxisKey": "step",

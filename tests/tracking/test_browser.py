@@ -83,7 +83,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 def test_the_printed_link_is_the_comparison_of_the_trials(browser: Browser) -> None:
     """In a browser that is new to the server: parallel coordinates over split, start and rate, to the reported Dice."""
-    page = browser.see(browser.tracker.link(browser.server), "comparison", "The trials of fake", " dice ")
+    page = browser.see(
+        browser.tracker.link(browser.server), "comparison", "The trials of fake", "Parallel Coordinates", " init "
+    )
     assert "Model training" in page
     assert "Evaluation runs" not in page, "of the pages for generative AI"
     _, _, chart = page.partition("Parallel")
