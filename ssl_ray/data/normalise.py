@@ -103,8 +103,11 @@ def prepare(
 
 def _stored(voxels: Any, found: Intensities, kept: Storage) -> Any:
     """Float32 intensities as integers, by the operations of MONAI's `ScaleIntensityRange`, to round as it does."""
-    scaled = np.clip((voxels - np.float32(found.zero)) / np.float32(found.one - found.zero), *kept.ends)
-    return (scaled * np.float32(kept.levels)).round().astype(kept.dtype, order="C")
+    scaled = np.asarray(voxels - np.float32(found.zero))
+    scaled /= np.float32(found.one - found.zero)
+    np.clip(scaled, *kept.ends, out=scaled)
+    scaled *= np.float32(kept.levels)
+    return scaled.round(out=scaled).astype(kept.dtype, order="C")
 
 
 def _slices(start: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> tuple[slice, ...]:

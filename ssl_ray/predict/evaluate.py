@@ -56,9 +56,9 @@ class Evaluation:
 
     def table(self) -> str:
         """Means over the volumes that have an organ, or lack it, and over all organs of a volume, for people."""
-        rows = self.rows().drop(columns="label").astype({"missed": float, "false_positives": float})
-        means = rows.groupby("organ", sort=False).mean(numeric_only=True)
-        means.loc["all organs"] = rows.groupby("case").mean(numeric_only=True).mean()
+        rows = self.rows().set_index(["case", "label", "organ"]).astype(float)  # a column may hold None alone
+        means = rows.groupby("organ", sort=False).mean()
+        means.loc["all organs"] = rows.groupby("case").mean().mean()
         return str(means.to_string(float_format="%.3f", na_rep="-"))
 
 
@@ -75,8 +75,8 @@ def evaluate_all(pairs: Pairs, names: Mapping[int, str], tolerance: float) -> tu
             made = on_image_grid(true, read_label(prediction), prediction, "prediction")
         except UserError as error:
             return error
-        voxels = (one.voxels.astype(np.uint8, order="C") for one in (made, true))
-        return evaluate_original(name, *voxels, true.affine, _LABELS, tolerance)
+        predicted, voxels = (one.voxels.astype(np.uint8, order="C") for one in (made, true))
+        return evaluate_original(name, predicted, voxels, true.affine, _LABELS, tolerance)
 
     threads = min(_THREADS, len(os.sched_getaffinity(0))) - 1
     outcomes = list(track("scoring", ahead(score, pairs.items(), threads), len(pairs)))
@@ -96,7 +96,8 @@ def _occurs(case: CaseScores, value: int) -> bool:
 def _only(case: CaseScores, values: Iterable[int]) -> CaseScores:
     """The scores of these labels."""
     fields = ("original_dice", "original_hd95", "original_surface_dice", "false_positives")
-    return replace(case, **{name: [getattr(case, name)[value - 1] for value in values] for name in fields})
+    kept: dict[str, Any] = {name: [getattr(case, name)[value - 1] for value in values] for name in fields}
+    return replace(case, **kept)
 
 
 def pairs_of(predictions: Path, labels: Path) -> tuple[Pairs, dict[str, str], int]:

@@ -41,7 +41,8 @@ def over_cases(
     gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     cpus = max(1, min(_CPUS, max(nodes), sum(nodes) // (workers or gpus or 1)))
-    count = min(workers or gpus or sum(node // cpus for node in nodes) or 1, len(cases))
+    room = gpus or sum(node // cpus for node in nodes) or 1
+    count = min(workers or room, room, len(cases))
     in_hand = 2 if gpus else 1
     rows = [{"case": pickle.dumps(case)} for case in cases]
     outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map(

@@ -87,8 +87,8 @@ class Cell:
     @property
     def lineage(self) -> dict[str, str | int | float | None]:
         """For the metadata of the model that it makes."""
-        told = {"cell": self.name, "size": self.size, "init": self.init, "lr": self.lr}
-        return {**told, "run": self.run, "fold": self.fold}
+        told: dict[str, str | int | float | None] = {"cell": self.name, "size": self.size, "init": self.init}
+        return told | {"lr": self.lr, "run": self.run, "fold": self.fold}
 
     @property
     def label(self) -> str:

@@ -40,19 +40,27 @@ def run_link(run_id: str, text: str) -> str:
 
 
 def _comparison(study: str) -> Mapping[str, object]:
-    charts = [
+    charts: list[dict[str, object]] = [
         {"type": "PARALLEL", "selectedParams": [_SPLIT, _INIT, _RATE], "selectedMetrics": [DICE], "showAllRuns": True},
         {"type": "BAR", "metricKey": DICE},
-        *({"type": "LINE", "metricKey": name, "selectedMetricKeys": [name]} for name in (_CURVE, "loss")),
+        {"type": "LINE", "metricKey": _CURVE, "selectedMetricKeys": [_CURVE]},
+        {"type": "LINE", "metricKey": "loss", "selectedMetricKeys": ["loss"]},
     ]
-    line = {"xAxisKey": "step", "useGlobalXaxisKey": True, "xAxisScaleType": "linear", "scaleType": "linear"}
-    shared = {"deleted": False, "isGenerated": False, "runsCountToCompare": 100, "range": {}}
+    line: dict[str, object] = {
+        "xAxisKey": "step",
+        "useGlobalXaxisKey": True,
+        "xAxisScaleType": "linear",
+        "scaleType": "linear",
+    }
+    shared: dict[str, object] = {"deleted": False, "isGenerated": False, "runsCountToCompare": 100, "range": {}}
     parts = [f"The trials of {study}", "Scores and curves"]
     sections: list[dict[str, object]] = [
         {"uuid": f"{study}-{name}", "name": name, "display": True, "isReordered": True} for name in parts
     ]
     sections[0]["columns"] = 1  # the axes need the width
-    places = [{"uuid": f"{study}-{n}", "metricSectionId": sections[min(n, 1)]["uuid"]} for n in range(len(charts))]
+    places: list[dict[str, object]] = [
+        {"uuid": f"{study}-{n}", "metricSectionId": sections[min(n, 1)]["uuid"]} for n in range(len(charts))
+    ]
     return {
         "searchFilter": f"tags.`{KIND}` = 'trial' and tags.`{STUDY}` = '{study}'",
         "orderByKey": f"metrics.`{DICE}`",

@@ -30,7 +30,7 @@ def test_scores_are_the_reports(tmp_path: Path, capsys: pytest.CaptureFixture[st
     maps(tmp_path / "made", "a", "b", seed=1)
     maps(tmp_path / "labels", "a", "b", "c", seed=3)
     (tmp_path / "made" / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "liver"}}))
-    turned = nib.as_closest_canonical(nib.load(tmp_path / "made" / "a.nii.gz")).slicer[::-1]
+    turned = nib.load(tmp_path / "made" / "a.nii.gz").as_reoriented([[2, -1], [0, 1], [1, -1]])
     nib.save(turned, tmp_path / "made" / "a.nii.gz")
     assert main(["evaluate", str(tmp_path / "made"), str(tmp_path / "labels"), "--tolerance", "1.5"]) == 0
     printed = capsys.readouterr().out

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,11 +18,13 @@ from ssl_ray.cli.main import main
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
+from ssl_ray.errors import UserError
 from ssl_ray.finetune.job import TrialData, TrialFolder, TrialJob
 from ssl_ray.finetune.trial import Trial
 from ssl_ray.predict.case import LABELS
 from ssl_ray.predict.model import read_model
 from ssl_ray.predict.run import SIZES
+from ssl_ray.predict.workers import over_cases
 from ssl_ray.storage.mirror import Mirror
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -139,3 +142,34 @@ def test_features_as_parquet(trial: Path, tmp_path: Path, capsys: pytest.Capture
     bad.write_bytes(b"")
     assert main(["embed", str(trial), str(bad), "-o", str(tmp_path / "none.parquet")]) == 2
     assert "bad.nii.gz" in capsys.readouterr().out
+
+
+def test_a_volume_that_kills_its_worker_is_a_bad_one() -> None:
+    """As one does that the memory does not hold: the others are done all the same, and it is named."""
+    cases = [Case(name, Path(f"{name}.nii.gz")) for name in "abcd"]
+
+    def make(device: torch.device) -> Any:
+        return lambda case: os.kill(os.getpid(), 9) if case.id == "b" else case.id * 2
+
+    found = {case.id: outcome for case, outcome in over_cases("killing", cases, make, "cpu", 1)}
+    assert {name: found[name] for name in "acd"} == {"a": "aa", "c": "cc", "d": "dd"}
+    assert "b.nii.gz: its worker was killed twice" in str(found["b"])
+
+
+def test_a_volume_that_raises_is_a_bad_one() -> None:
+    """Whatever it raises; but an output that cannot be written ends the run."""
+    cases = [Case(name, Path(f"{name}.nii.gz")) for name in "ab"]
+
+    def make(error: Exception) -> Any:
+        def work(case: Case) -> str:
+            if case.id == "b":
+                raise error
+            return case.id
+
+        return lambda device: work
+
+    found = {case.id: outcome for case, outcome in over_cases("raising", cases, make(MemoryError("huge")), "cpu", 1)}
+    assert found["a"] == "a"
+    assert str(found["b"]) == "b.nii.gz: MemoryError: huge"
+    with pytest.raises(UserError, match=r"cannot write the output: .*No space left"):
+        list(over_cases("raising", cases, make(OSError(28, "No space left on device")), "cpu", 1))
