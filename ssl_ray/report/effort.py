@@ -7,8 +7,8 @@ from itertools import pairwise
 from ssl_ray.report.page import literal
 from ssl_ray.report.results import Results
 from ssl_ray.report.tables import Table
-from ssl_ray.tracking.client import MlflowRun
-from ssl_ray.tracking.tracker import DEVICE, Tracker
+from ssl_ray.tracking.client import DEVICE, MlflowRun
+from ssl_ray.tracking.tracker import Tracker
 
 _STARTED, _RECORDED = "system/started_at", ("lr", "selected/step")
 

@@ -16,8 +16,9 @@ from ssl_ray.finetune.job import TrialJob
 from ssl_ray.networks.model_file import MODEL_FILE
 from ssl_ray.search.cells import CELL, FAILURE, NONFINITE, RATE, STOPPED, Cell
 from ssl_ray.search.describe import datasets, describe
+from ssl_ray.tracking.client import DEVICE
 from ssl_ray.tracking.models import NetworkFile
-from ssl_ray.tracking.tracker import DEVICE, NOTE, PRETRAINING_RUN, Run, Tracker
+from ssl_ray.tracking.tracker import NOTE, PRETRAINING_RUN, Run, Tracker
 from ssl_ray.tracking.view import DICE
 
 

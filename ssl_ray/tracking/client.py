@@ -48,6 +48,8 @@ getLogger("mlflow.store.db.utils").setLevel(CRITICAL)
 MlflowRun: TypeAlias = Run
 _ONE_TIMEOUT = Lock()  # the setting is the whole process's
 KEY, KIND, PARENT, STUDY = "ssl_ray.key", "ssl_ray.kind", "mlflow.parentRunId", "ssl_ray.study"
+DEVICE = "ssl_ray.device"
+"""Tag of a pretraining or a trial: the kind of GPU that it last ran on, or CPU."""
 NOTE = "mlflow.note.content"
 """Tag: the description of a run or experiment, in Markdown."""
 

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -49,9 +50,6 @@ _URI = "MLFLOW_TRACKING_URI"
 """Environment variable of MLflow's own; a study that names a server does not read it."""
 PRETRAINING_RUN = "ssl_ray.pretraining_run"
 """Tag of a trial that started from pretrained weights: the id of the run that made them."""
-
-DEVICE = "ssl_ray.device"
-"""Tag of a pretraining or a trial: the kind of GPU that it last ran on, or CPU."""
 
 
 class MissingExperiment(UserError):  # noqa: N818
@@ -155,8 +153,7 @@ class Tracker:
 
     def history(self, run_id: str, metric: str) -> dict[int, float]:
         """Values of a metric by step, ascending."""
-        points = sorted(self.points(run_id, metric), key=lambda point: (point.step, point.timestamp))
-        return {point.step: point.value for point in points}
+        return {one.step: one.value for one in sorted(self.points(run_id, metric), key=attrgetter("step", "timestamp"))}
 
     def points(self, run_id: str, metric: str) -> list[Metric]:
         """Values of a metric, with their steps and times in ms, in no order."""

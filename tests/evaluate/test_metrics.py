@@ -364,7 +364,7 @@ def test_metrics_have_their_names_and_are_finite() -> None:
     fields = ("original_dice", "original_hd95", "original_surface_dice")
     names = {"dice_with_background", "published_dice", "dice_foreground", "original_dice_foreground"}
     names |= {"original_hd95", "original_surface_dice", "original_miss_rate", "original_false_positives"}
-    by_organ = {*fields, "original_miss_rate", "original_false_positives"}
+    by_organ = {*fields, "dice", "original_miss_rate", "original_false_positives"}
     names |= {f"{name}/{organ}" for name in by_organ for organ in ORGANS} - {"original_hd95/Leber"}
     assert set(means) == names
     assert np.isfinite(list(means.values())).all()
@@ -383,7 +383,10 @@ def test_metrics_have_their_names_and_are_finite() -> None:
 
 def test_nothing_measured_is_left_out() -> None:
     """Without original-grid scores, and without cases, no metric is nan: it is not there."""
-    assert set(aggregate(canonical_cases(), ORGANS)) == {"dice_with_background", "published_dice", "dice_foreground"}
+    names = {"dice_with_background", "published_dice", "dice_foreground", *(f"dice/{organ}" for organ in ORGANS)}
+    means, canonical = aggregate(canonical_cases(), ORGANS), np.array([numbers(one.dice) for one in canonical_cases()])
+    assert set(means) == names
+    assert [means[f"dice/{organ}"] for organ in ORGANS] == pytest.approx(np.nanmean(canonical[:, 1:], axis=0))
     assert set(aggregate([CaseScores("empty", (1.0, None, None))], ["a", "b"])) == {
         "dice_with_background",
         "published_dice",

@@ -556,7 +556,7 @@ def test_records_tell_what_a_trial_uses(study: Study, data: TrialData, tmp_path:
     clock: dict[str, list[float]] = {name: [] for name in names}
     for step, metrics in make(study, data, tmp_path).train():
         system = {name for name in metrics if name.startswith("system/")}
-        assert len(system) == (4 if step else 0)
+        assert len(system) == (5 if step else 0)
         for name, values in clock.items() if step else ():
             values.append(metrics[name])
         if step:

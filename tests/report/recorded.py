@@ -20,7 +20,8 @@ from ssl_ray.report.results import Results, conclude
 from ssl_ray.report.trials import Status, Trial
 from ssl_ray.search.cells import FAILURE, NONFINITE, Cell, cells
 from ssl_ray.study.parts import run_params, tracker_of
-from ssl_ray.tracking.tracker import DEVICE, PRETRAINING_RUN, Tracker
+from ssl_ray.tracking.client import DEVICE
+from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker
 from ssl_ray.tracking.view import DICE
 
 ORGANS = ("liver", "spleen")

@@ -36,8 +36,8 @@ from ssl_ray.report.tables import honest_table, organ_table, published_table
 from ssl_ray.report.write import Report, write_report
 from ssl_ray.search.cells import Cell, cells
 from ssl_ray.study.parts import run_params, tracker_of
-from ssl_ray.tracking.client import Metric
-from ssl_ray.tracking.tracker import DEVICE, Tracker
+from ssl_ray.tracking.client import DEVICE, Metric
+from ssl_ray.tracking.tracker import Tracker
 
 
 @pytest.fixture(autouse=True)
