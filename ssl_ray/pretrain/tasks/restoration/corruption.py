@@ -98,9 +98,9 @@ def corrupt(patches: Tensor, draws: Draws) -> Tensor:
     """
     channels, volumes = patches.shape[1], patches.flatten(0, 1).contiguous()
     if channels > 1:
-        table, key, *parts = (part.repeat_interleave(channels, 0) for part in draws[:-1])
-        offsets = torch.arange(channels, device=key.device) * _signed(0xD1B54A32D192ED03)  # any odd number
-        draws = Draws(table, key + offsets.repeat(len(patches)), *parts, draws.shuffle_size)
+        wide = {name: getattr(draws, name).repeat_interleave(channels, 0) for name in Draws._fields[:-1]}
+        offsets = torch.arange(channels, device=patches.device) * _signed(0xD1B54A32D192ED03)  # any odd number
+        draws = draws._replace(**wide | {"key": wide["key"] + offsets.repeat(len(patches))})
     if volumes.is_cuda and (paint := fused_paint()):
         views = paint(volumes, draws.key, draws.outpaint, draws.start, draws.stop)
     else:
