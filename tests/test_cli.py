@@ -114,7 +114,7 @@ def test_libraries_log_no_password(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        ("ssl-ray p", ["plan", "prepare", "pretrain", "phantom"]),
+        ("ssl-ray p", ["plan", "prepare", "pretrain", "predict", "phantom"]),
         ("ssl-ray run stud", ["studies/a.yaml", "study.yaml"]),
         ("ssl-ray plan study.yaml --gpu h2", ["h200"]),
         ("ssl-ray run study.yaml --fr", ["--fresh"]),

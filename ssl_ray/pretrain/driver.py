@@ -32,8 +32,7 @@ from ssl_ray.random import number
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
 from ssl_ray.tracking.client import DEVICE
-from ssl_ray.tracking.models import NetworkFile
-from ssl_ray.tracking.run import Run, ending
+from ssl_ray.tracking.run import NetworkFile, Run, ending
 from ssl_ray.tracking.tracker import NOTE, Tracker
 from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
 from ssl_ray.training.meters import ObjectStore, as_system

@@ -17,7 +17,7 @@ from ssl_ray.networks.model_file import MODEL_FILE
 from ssl_ray.search.cells import CELL, FAILURE, NONFINITE, RATE, STOPPED, Cell
 from ssl_ray.search.describe import datasets, describe
 from ssl_ray.tracking.client import DEVICE
-from ssl_ray.tracking.models import NetworkFile
+from ssl_ray.tracking.run import NetworkFile
 from ssl_ray.tracking.tracker import NOTE, PRETRAINING_RUN, Run, Tracker
 from ssl_ray.tracking.view import DICE
 

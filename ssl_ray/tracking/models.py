@@ -7,7 +7,6 @@ The weights are a safetensors file and the code is this package as it is install
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +24,7 @@ from ssl_ray.tracking.client import (
     LoggedModelStatus,
     MlflowException,
 )
+from ssl_ray.tracking.run import NetworkFile
 
 _NEEDS = (
     *("torch", "monai", "einops", "numpy", "scipy", "nibabel", "isal"),
@@ -47,32 +47,6 @@ class Stored(Protocol):
     @property
     def subject(self) -> str:
         """The patient, or empty."""
-
-
-@dataclass(frozen=True)
-class NetworkFile:
-    """A file of weights that a run has made, as the journal refers to it.
-
-    name: of the model.
-    digest: of the file, as `file_digest` gives it.
-    step: at which the weights were selected.
-    segments: whether `predict(array, params)` gives labels on the grid of the array; if not, it gives a vector.
-    channels: of the array, (X, Y, Z) or (C, X, Y, Z), of intensities as scanned.
-    spacing: mm, along RAS axes, of an array that comes without an affine.
-    """
-
-    name: str
-    weights: str
-    digest: str
-    step: int
-    segments: bool
-    channels: int
-    spacing: tuple[float, float, float]
-
-    @property
-    def kind(self) -> str:
-        """`segmenter` or `encoder`."""
-        return "segmenter" if self.segments else "encoder"
 
 
 def told(context: str, name: str, source: str, volumes: Sequence[Stored]) -> dict[str, Any]:

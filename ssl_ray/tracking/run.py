@@ -15,7 +15,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Condition
 from typing import Any
@@ -23,7 +23,6 @@ from typing import Any
 from ssl_ray.console import say
 from ssl_ray.storage.files import appearing
 from ssl_ray.text import without_password
-from ssl_ray.tracking.models import NetworkFile
 
 Record = dict[str, Any]
 REFERENCE = "ssl-ray:"
@@ -34,6 +33,32 @@ _VALUES = 1000
 
 FILE_TRIES = 10
 """So often, in about two minutes, does a process try a file that cannot be stored although MLflow answers."""
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A file of weights that a run has made, as the journal refers to it.
+
+    name: of the model.
+    digest: of the file, as `file_digest` gives it.
+    step: at which the weights were selected.
+    segments: whether `predict(array, params)` gives labels on the grid of the array; if not, it gives a vector.
+    channels: of the array, (X, Y, Z) or (C, X, Y, Z), of intensities as scanned.
+    spacing: mm, along RAS axes, of an array that comes without an affine.
+    """
+
+    name: str
+    weights: str
+    digest: str
+    step: int
+    segments: bool
+    channels: int
+    spacing: tuple[float, float, float]
+
+    @property
+    def kind(self) -> str:
+        """`segmenter` or `encoder`."""
+        return "segmenter" if self.segments else "encoder"
 
 
 class Run:

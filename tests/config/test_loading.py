@@ -17,7 +17,7 @@ from ssl_ray.pretrain.tasks.restoration.settings import Restoration
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").rglob("*.yaml"))
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 
 STUDY = """
 name: small

@@ -13,8 +13,8 @@ from mlflow.models import Model
 from outside import Proxy, Said, Server
 
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.models import NetworkFile, file_digest, told
-from ssl_ray.tracking.run import Run
+from ssl_ray.tracking.models import file_digest, told
+from ssl_ray.tracking.run import NetworkFile, Run
 from ssl_ray.tracking.tracker import Tracker
 
 Track = Callable[..., Tracker]
