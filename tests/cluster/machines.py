@@ -27,6 +27,8 @@ LAPTOP = f"{NETWORK}.254"
 """Address of what is on the network and no node: the person's own machine, the object store."""
 
 _ISOLATED = ["--net", "--mount", "--uts", "--ipc", "--pid"]
+_INIT = ["bash", "-c", "sleep infinity & wait"]
+"""The first process of a machine, which has to take leave of processes whose parents are gone; `sleep` would not."""
 _TMP = Path("/tmp/ray")
 
 
@@ -94,11 +96,9 @@ def machines(folder: Path, *names: str) -> Iterator[tuple[Machine, list[Machine]
         for name, address in addresses.items():
             tmp = folder / name
             tmp.mkdir()
-            holders.append(
-                subprocess.Popen(["unshare", *_ISOLATED, "--fork", "--mount-proc", "--kill-child", "sleep", "infinity"])
-            )
+            holders.append(subprocess.Popen(["unshare", *_ISOLATED, "--fork", "--mount-proc", "--kill-child", *_INIT]))
             holder = psutil.Process(holders[-1].pid)
-            (init,) = wait_for(lambda holder=holder: [p for p in holder.children() if p.name() == "sleep"], name, 10)
+            (init,) = wait_for(lambda holder=holder: [p for p in holder.children() if p.name() == "bash"], name, 10)
             made.append(Machine(name, address, tmp, init.pid))
             _configure(
                 laptop,
