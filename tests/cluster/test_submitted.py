@@ -119,7 +119,7 @@ def test_a_study_submitted_stopped_and_submitted_again(
     assert cluster.ask("stop", "first").returncode == 0
     assert first.wait(60) == 0
     assert "the same command goes on from the last checkpoints" in (tmp_path / "first.log").read_text()
-    assert "STOPPED" in cluster.ask("status", "first").stdout
+    assert "stopped" in cluster.ask("status", "first").stdout.lower()
 
     second = cluster.submit(tmp_path / "second.log", "second", *command)
     assert second.wait(300) == 0, (tmp_path / "second.log").read_text()
