@@ -26,7 +26,7 @@ from ssl_ray.tracking.run import NetworkFile
 
 ALONE = """
 import json, sys
-sys.path = [place for place in sys.path if not place.startswith(sys.argv[3])]
+sys.path = [place for place in sys.path if place != sys.argv[3]]
 sys.meta_path = [one for one in sys.meta_path if "editable" not in getattr(one, "__name__", "")]
 import mlflow.pyfunc, numpy as np
 model = mlflow.pyfunc.load_model(sys.argv[1])
@@ -86,7 +86,7 @@ def test_an_encoder_gives_the_mean_of_its_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_mlflow_loads_it_without_our_sources(model_file: Path, tmp_path: Path) -> None:
-    """In a process whose path has no checkout, the code beside the weights gives the same labels."""
+    """In a process that does not find the checkout, the code beside the weights gives the same labels."""
     grid = read_model(str(model_file)).metadata.preparation
     network = NetworkFile("n02", str(model_file), file_digest(model_file), 1, True, 1, grid.spacing)
     _write(tmp_path / "model", network, "m-1", "r-1")
