@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +32,7 @@ from ssl_ray.cli.main import main
 from ssl_ray.search.cells import CELL, FAILURE
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
+from ssl_ray.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 wait_for = partial(runs.wait_for, seconds=120)
@@ -189,8 +190,14 @@ def runs_of(path: Path) -> dict[str, Any]:
     return by_name
 
 
+@lru_cache
+def reader(path: Path) -> Tracker:
+    """Of a study that has ended: one for all metrics, of which every organ has some."""
+    return tracker_of(load(path), create=False)
+
+
 def history(path: Path, run: Any, metric: str) -> list[tuple[int, float]]:
-    points = tracker_of(load(path)).client.get_metric_history(run.info.run_id, metric)
+    points = reader(path).client.get_metric_history(run.info.run_id, metric)
     return [(point.step, point.value) for point in sorted(points, key=lambda point: point.timestamp)]
 
 
