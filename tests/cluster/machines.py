@@ -84,7 +84,7 @@ def machines(folder: Path, *names: str) -> Iterator[tuple[Machine, list[Machine]
     try:
         holders.append(subprocess.Popen(["unshare", "--net", "sleep", "infinity"]))
         laptop = Machine("laptop", LAPTOP, _TMP, holders[0].pid, ("--net",))
-        wait_for(lambda: "sleep" in psutil.Process(laptop.pid).cmdline()[0], "a network", 10)
+        wait_for(lambda: psutil.Process(laptop.pid).cmdline()[:1] == ["sleep"], "a network", 10)
         _configure(
             laptop,
             "ip link set lo up",
