@@ -373,7 +373,7 @@ def node() -> Iterator[Callable[[], list[int]]]:
     address = ray.get_runtime_context().gcs_address
     options = ["--num-cpus=2", "--object-store-memory=100000000", "--block"]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", *options]
-    before = len(alive())
+    before = alive()  # one that was killed may still count
     starter = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def kill() -> list[int]:
@@ -386,16 +386,16 @@ def node() -> Iterator[Callable[[], list[int]]]:
         return [process.pid for process in processes]
 
     try:
-        wait_for(lambda: len(alive()) > before, "the new node")
+        wait_for(lambda: alive() - before, "the new node")
         yield kill
     finally:
         if starter.poll() is None:
             kill()
-        wait_for(lambda: len(alive()) <= before, "the end of the node")
+        wait_for(lambda: not alive() - before, "the end of the node")
 
 
-def alive() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
+def alive() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def test_a_trial_whose_node_is_lost_goes_on_at_another(undisturbed: Outcome, experiment: Callable[..., Path]) -> None:
