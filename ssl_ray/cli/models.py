@@ -129,15 +129,15 @@ def embed(
     """Write the encoder's features of whole volumes, the mean over their tokens."""
     from ssl_ray.cluster.connect import connect
     from ssl_ray.config.schema import LocalCluster
-    from ssl_ray.networks.weight_files import weights_digest
     from ssl_ray.predict.embed import embed_all, read_embedder
     from ssl_ray.predict.inputs import cases_of
+    from ssl_ray.storage.files import file_digest
 
     embedder, path = read_embedder(model)
     cases, left_out = cases_of(inputs, embedder.preparation.channels, part)
     _tell_left_out(left_out)
     connect(LocalCluster())
-    made_by = weights_digest(path)
+    made_by = file_digest(path)
     with writable(output.parent):
         rows, bad = embed_all(embedder, made_by, cases, output, tokens=tokens, device=device, workers=workers)
     say(f"{output}: {rows} rows of {embedder.encoder.hidden_size} features")

@@ -4,7 +4,6 @@ A file of weights may come from anywhere. Reading it runs no pickled code and ta
 long. The driver reads metadata before it needs any network: MONAI takes seconds to import and is not here.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -74,12 +73,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     return _plain(content, str(path))
-
-
-def weights_digest(path: Path) -> str:
-    """What a key holds of a file of weights that a user gives: its content."""
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def load_metadata(path: Path) -> dict[str, str]:

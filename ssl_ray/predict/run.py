@@ -12,12 +12,11 @@ import torch
 
 from ssl_ray.data.datalist import Case
 from ssl_ray.errors import UserError
-from ssl_ray.networks.weight_files import weights_digest
 from ssl_ray.predict.case import LABELS, OrganSize, Outputs, predict_case
 from ssl_ray.predict.model import Model
 from ssl_ray.predict.segment import Manner, Segmenter
 from ssl_ray.predict.workers import Device, Work, over_cases
-from ssl_ray.storage.files import write_file
+from ssl_ray.storage.files import file_digest, write_file
 
 TOLD, SIZES = "dataset.json", "organs.csv"
 """In the output: names of the labels and how they were made, and the organs' sizes in every case."""
@@ -69,7 +68,7 @@ def _told(models: Sequence[Model], manner: Manner, outputs: Outputs) -> dict[str
     """Names of the labels, as datalists have them, and all that the labels depend on beside the scans."""
     organs = models[0].metadata.organs
     made = {
-        "models": [{"sha256": weights_digest(model.path), **model.metadata.lineage} for model in models],
+        "models": [{"sha256": file_digest(model.path), **model.metadata.lineage} for model in models],
         "keep_largest": [organs[number - 1] for number in outputs.largest],
         "probabilities": outputs.probabilities,
         **asdict(manner),

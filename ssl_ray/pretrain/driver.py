@@ -22,13 +22,14 @@ from ssl_ray.cluster.connect import check_resources, first_error
 from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.networks.weight_files import load_metadata, weights_digest
+from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.pretrain.describe import datasets, describe
 from ssl_ray.pretrain.entry import work
 from ssl_ray.pretrain.job import Job, Labelled, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.random import number
+from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
 from ssl_ray.tracking.client import DEVICE
@@ -60,7 +61,7 @@ class Pretrained:
 def pretraining_key(recipe: Recipe, training: Sequence[Volume], validation: Sequence[Volume]) -> str:
     """Digest of everything that the pretrained weights depend on; `training` is what their volumes are drawn from."""
     volumes = [[volume.key for volume in part] for part in (draw_volumes(recipe, training), validation)]
-    started = [weights_digest(recipe.weights)] if recipe.weights else []
+    started = [file_digest(recipe.weights)] if recipe.weights else []
     return digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes, *started)
 
 
@@ -110,7 +111,7 @@ def pretrain(
         facts = load_metadata(job.weights)
         run.artifact(job.weights)
         selected, grid = int(facts["step"]), recipe.settings.preparation
-        made = str(job.weights), weights_digest(job.weights), selected, False, grid.channels, grid.spacing
+        made = str(job.weights), file_digest(job.weights), selected, False, grid.channels, grid.spacing
         run.model(NetworkFile(f"encoder-{key[:6]}", *made))
         best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
         run.metrics(best, steps, {})

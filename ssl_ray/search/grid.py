@@ -20,12 +20,12 @@ from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.finetune.job import TrialData, TrialFolder, TrialJob
 from ssl_ray.networks.model_file import MODEL_FILE
-from ssl_ray.networks.weight_files import load_metadata, load_weights, weights_digest
+from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.pretrain.driver import Pretrained
 from ssl_ray.random import run_seed
 from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
-from ssl_ray.storage.files import write_file
+from ssl_ray.storage.files import file_digest, write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.run import Run, ending
 from ssl_ray.tracking.tracker import Tracker
@@ -205,7 +205,7 @@ def tune_cells(
             for step, metrics in trial.train():
                 tune.report({"step": step, "metrics": metrics, **trial.facts})
             found = trial.evaluate()
-            digest = weights_digest(job.folder.path / MODEL_FILE)
+            digest = file_digest(job.folder.path / MODEL_FILE)
             tune.report({"step": job.config.steps, "metrics": found, "digest": digest})
         except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})

@@ -1,6 +1,7 @@
 """Reading files that others wrote, with a bound on their size; writing our own, so that each appears whole."""
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -46,6 +47,12 @@ def read_file(path: Path, most: int | None = None) -> bytes:
     """The content of a regular file; arguments and errors as for `open_file`."""
     with open_file(path, most) as file:
         return file.read()
+
+
+def file_digest(path: Path) -> str:
+    """What a file is known by in keys, metadata and MLflow: the first 16 digits of its content's SHA-256."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:

@@ -11,11 +11,11 @@ from ssl_ray.console import say
 from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
 from ssl_ray.networks.model_file import versions
-from ssl_ray.networks.weight_files import weights_digest
 from ssl_ray.pretrain.driver import Pretrained, pretrain
 from ssl_ray.report.write import write_report
 from ssl_ray.search.cells import cells
 from ssl_ray.search.grid import check_transfer, finetune
+from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
@@ -109,12 +109,12 @@ def _make_weights(
     """The weights that `init: pretrained` starts from: those given, or the study's own, unless a search makes them."""
     if given := study.finetune.weights:
         say(f"pretrained weights are given: {given}")
-        return [Pretrained(Path(given).absolute(), weights_digest(Path(given)))]
+        return [Pretrained(Path(given).absolute(), file_digest(Path(given)))]
     if not prepared.training or not prepared.validation:
         raise UserError("pretrain.sources: no usable volume is left for training or validation")
     parts = {"training": prepared.training, "validation": prepared.validation}
     content = {f"unlabelled {part} volumes": identity.told(volumes) for part, volumes in parts.items()}
-    content["weights to go on from"] = weights_digest(Path(given)) if (given := study.pretrain.weights) else "none"
+    content["weights to go on from"] = file_digest(Path(given)) if (given := study.pretrain.weights) else "none"
     identity.record(study, folders, "pretrain", content)
     params, resolved, made = run_params(study, "pretrain"), dump(study), []
     for number in range(0 if by_cell else study.pretrain.pretrainings):

@@ -15,9 +15,10 @@ from threading import Condition, Thread
 from typing import TypeVar
 
 from ssl_ray.console import say
+from ssl_ray.storage.files import file_digest
 from ssl_ray.text import without_password
 from ssl_ray.tracking.client import KEY, KIND, Away, Client, Metric, Param, Refused, RunTag, is_refusal, why
-from ssl_ray.tracking.models import dataset_input, file_digest, find_model, log_model
+from ssl_ray.tracking.models import dataset_input, find_model, log_model
 from ssl_ray.tracking.run import FILE_TRIES, REFERENCE, NetworkFile, Record, Run
 
 T = TypeVar("T")

@@ -131,9 +131,3 @@ def register(client: Client, name: str, about: str, run_id: str, description: st
     new = {"run_id": run_id, "description": description, "model_id": model.model_id}
     found = known[0] if known else client.create_model_version(name, model.artifact_location, **new)
     client.set_registered_model_alias(name, BEST, found.version)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, its first 16 digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

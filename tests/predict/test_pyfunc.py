@@ -21,7 +21,8 @@ from ssl_ray.predict.embed import read_embedder
 from ssl_ray.predict.model import read_model
 from ssl_ray.predict.pyfunc import ScanSegmenter, _load_pyfunc
 from ssl_ray.predict.segment import Segmenter, manner_of
-from ssl_ray.tracking.models import _write, file_digest
+from ssl_ray.storage.files import file_digest
+from ssl_ray.tracking.models import _write
 from ssl_ray.tracking.run import NetworkFile
 
 ALONE = """

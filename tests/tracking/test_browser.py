@@ -16,8 +16,8 @@ from recorded import constant, make_study, record
 from studies import place_database
 
 from ssl_ray.report.write import write_report
+from ssl_ray.storage.files import file_digest
 from ssl_ray.study.parts import folders_of
-from ssl_ray.tracking.models import file_digest
 from ssl_ray.tracking.run import NetworkFile
 from ssl_ray.tracking.server import serving
 from ssl_ray.tracking.tracker import Tracker

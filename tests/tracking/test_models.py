@@ -12,8 +12,9 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.models import Model
 from outside import Proxy, Said, Server
 
+from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.models import file_digest, told
+from ssl_ray.tracking.models import told
 from ssl_ray.tracking.run import NetworkFile, Run
 from ssl_ray.tracking.tracker import Tracker
 
