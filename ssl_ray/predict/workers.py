@@ -1,5 +1,6 @@
 """Cases over all GPUs or CPUs of the cluster, by workers that each load the models once."""
 
+import gc
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
@@ -56,7 +57,7 @@ def over_cases(
         ),
         num_cpus=cpus,
         num_gpus=1 if gpus else 0,
-        ray_remote_args_fn=_restarts,
+        max_task_retries=1,  # Ray Data would try a volume that kills its workers for ever
     )
     outcomes.context.max_errored_blocks = -1  # a volume that kills its workers must not end the others
     missing = {case.id: case for case in cases}
@@ -66,13 +67,10 @@ def over_cases(
             raise UserError(f"cannot write the output: {outcome}") from outcome
         del missing[case.id]
         yield case, outcome
+    if missing:
+        gc.collect()  # the traceback of its end holds a worker, and with it the CPUs that the next work waits for
     for case in missing.values():
         yield case, UserError(f"{case.image}: its worker was killed twice: is it too large for this machine's memory?")
-
-
-def _restarts() -> dict[str, Any]:
-    """Ray Data would try a volume that kills its workers for ever."""
-    return {"max_restarts": -1, "max_task_retries": 1}
 
 
 class _Worker:
