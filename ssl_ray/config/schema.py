@@ -36,6 +36,7 @@ class PhantomCohort(Section):
     test: PositiveInt
     splits: tuple[PositiveInt, ...]
     seed: Seed = 0
+    organs: tuple[str, ...] | None = Field(None, min_length=1, description="to label, in this order; else all of BTCV")
     modality: Literal["CT", "MRI"] = Field("CT", description="MRI: two channels, T1- and T2-weighted, of no unit")
 
 

@@ -5,6 +5,7 @@
 
 import gzip
 import json
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -31,12 +32,18 @@ _STORED_AXES = ("RAS", "LAS", "LPS", "RPS", "LPI", "PIR", "ASL")
 
 
 def synthesize(
-    seed: int, index: int, *, spacing: float | None = None, modality: Literal["CT", "MRI"] = "CT"
+    seed: int,
+    index: int,
+    *,
+    spacing: float | None = None,
+    modality: Literal["CT", "MRI"] = "CT",
+    organs: Sequence[str] = ORGANS,
 ) -> tuple[nib.Nifti1Image, ...]:
     """Volume `index` of the cohort `seed`, a pure function of both: int16 HU, and uint8 labels on the same grid.
 
     `spacing` is an isotropic voxel size in mm, instead of the volume's own (3.3 to 4.3 mm in plane, 4 to 6 mm along the
-    body). The patient, the pose and the stored axes stay the same. MRI has an image for each of `CONTRASTS`.
+    body). The patient, the pose and the stored axes stay the same. MRI has an image for each of `CONTRASTS`. The first
+    of `organs` has label 1, and so on; the others are background.
     """
     streams = np.random.SeedSequence([seed, index]).spawn(4)
     scanner, patient, noise, coil = (np.random.default_rng(stream) for stream in streams)
@@ -55,6 +62,8 @@ def synthesize(
     pose = Rotation.from_euler("xyz", scanner.normal(0, (3, 3, 7)), degrees=True).as_matrix()
     shift = scanner.normal((0, -4, (head + foot) / 2), (4, 4, 0))
     hu, label = draw(patient, axes, np.diag(1 / scale) @ pose.T @ gantry, shift, fat)
+    numbers = [organs.index(name) + 1 if name in organs else 0 for name in ORGANS]
+    label = np.array([0, *numbers], np.uint8)[label]
 
     grain = scanner.uniform((0.45, 0.45, 0.2), (0.9, 0.9, 0.5))
     grainy = gaussian_filter(noise.standard_normal(hu.shape, np.float32), grain)
@@ -85,6 +94,9 @@ def write_cohort(cohort: PhantomCohort) -> None:
     root, splits = Path(cohort.root), sorted(set(cohort.splits))
     if cohort.unlabelled < 3:
         raise UserError(f"phantom: unlabelled must be at least 3, got {cohort.unlabelled}")
+    organs = cohort.organs or ORGANS
+    if not set(organs) <= set(ORGANS) or len(set(organs)) < len(organs):
+        raise UserError(f"phantom: organs must be of {', '.join(ORGANS)}, each once, got {', '.join(organs)}")
     if not splits or splits[-1] > cohort.labelled:
         raise UserError(f"phantom: splits must lie between 1 and labelled = {cohort.labelled}, got {splits}")
     numbers = cohort.model_dump(exclude={"root", "seed", "splits"}, exclude_defaults=True)
@@ -107,7 +119,7 @@ def write_cohort(cohort: PhantomCohort) -> None:
     tests, validations, trainings, rest = (cases[a:b] for a, b in pairwise(ends))
     held_out = validation_share(cohort.unlabelled)
     lists: dict[str, Any] = {"unlabelled": {"training": rest[:-held_out], "validation": rest[-held_out:]}}
-    shared = {"labels": dict(enumerate(("background", *ORGANS))), "validation": validations, "test": tests}
+    shared = {"labels": dict(enumerate(("background", *organs))), "validation": validations, "test": tests}
     lists |= {f"labelled_{n}": {**shared, "training": trainings[:n]} for n in splits}
     for name, content in lists.items():
         if not (path := root / f"{name}.json").exists():
@@ -130,5 +142,6 @@ def _write_volumes(cohort: PhantomCohort, cases: list[dict[str, Any]]) -> None:
 
 
 def _write_volume(cohort: PhantomCohort, index: int, names: list[str]) -> None:
-    for name, nifti in zip(names, synthesize(cohort.seed, index, modality=cohort.modality), strict=False):
+    volumes = synthesize(cohort.seed, index, modality=cohort.modality, organs=cohort.organs or ORGANS)
+    for name, nifti in zip(names, volumes, strict=False):
         write_file(Path(cohort.root) / name, gzip.compress(nifti.to_bytes(), 6, mtime=0))

@@ -87,6 +87,18 @@ def test_image_and_label_share_a_grid_and_hold_all_organs(volumes: list[Volume],
         assert set(np.unique(label.dataobj)) == {0, *LABEL.values()}
 
 
+def test_the_organs_to_label_can_be_chosen() -> None:
+    """Their labels count from 1 in the order asked for; the patient stays the same, the others are background."""
+    (image, label), (again, every) = (
+        synthesize(5, 2, spacing=8, **more) for more in ({"organs": ("liver", "aorta")}, {})
+    )
+    assert image.to_bytes() == again.to_bytes()
+    chosen, whole = np.asarray(label.dataobj), np.asarray(every.dataobj)
+    np.testing.assert_array_equal(chosen == 1, whole == LABEL["liver"])
+    np.testing.assert_array_equal(chosen == 2, whole == LABEL["aorta"])
+    assert chosen.max() == 2
+
+
 def test_volumes_differ_in_stored_axes_spacing_and_obliqueness(native: list[Volume]) -> None:
     """A cohort has several orientations, anisotropic spacings that vary, and both oblique and straight affines."""
     images = [image for image, _ in native]
@@ -196,6 +208,8 @@ def test_other_parameters_are_refused(cohort: Path) -> None:
         ({"splits": (0, 3)}, "greater than 0"),
         ({"splits": ()}, r"got \[\]"),
         ({"unlabelled": 2}, "unlabelled must be at least 3, got 2"),
+        ({"organs": ("liver", "hart")}, "organs must be of spleen, .*, got liver, hart"),
+        ({"organs": ("liver", "liver")}, "each once, got liver, liver"),
     ],
 )
 def test_counts_out_of_range_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
