@@ -37,14 +37,17 @@ def literal(text: str) -> str:
     return re.sub(r"([\\`*\[\]<]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
 
 
-def to_html(text: str, folder: Path, title: str) -> str:
-    """The page of a report in Markdown, whose pictures, all PNG, are relative to `folder`."""
+def to_html(text: str, folder: Path, title: str, refresh: int | None = None) -> str:
+    """The page of a report in Markdown, whose pictures, all PNG, are relative to `folder`.
+
+    A browser loads it again every so many seconds if `refresh` says so.
+    """
     tokens = _MARKDOWN.parse(text)
     _embed_pictures(tokens, folder)
     _fold_listings(tokens)
     _mark_groups(tokens)
     body = _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})
-    return TEMPLATES.get_template("page.html.j2").render(title=title, body=Markup(body))
+    return TEMPLATES.get_template("page.html.j2").render(title=title, body=Markup(body), refresh=refresh)
 
 
 def _embed_pictures(tokens: list[Token], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from ssl_ray.cluster.connect import connect, hardware
@@ -18,8 +19,9 @@ from ssl_ray.search.grid import check_transfer, finetune
 from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
-from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
+from ssl_ray.study.cohorts import Cohorts, PreparedCohorts, prepare_cohorts, read_cohorts
 from ssl_ray.study.experiment import Step
+from ssl_ray.study.live import LivePage
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.text import without_password
 from ssl_ray.tracking.server import PORT
@@ -48,6 +50,14 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         from ssl_ray.pretrain.start import check_start  # MONAI takes seconds to load: only where it is needed
 
         say(f"pretraining goes on from {given}; {check_start(recipe_of(study), Path(given))['decoder']}")
+    with LivePage(study, folders) if last == "report" else nullcontext():
+        failed = _carry_out(study, folders, cohorts, last, verify)
+    if last == "report":
+        report(study, folders)
+    return failed
+
+
+def _carry_out(study: Study, folders: Folders, cohorts: Cohorts, last: Step, verify: bool) -> tuple[str, ...]:
     connect(study.cluster)
     prepared = prepare_cohorts(study, folders, cohorts, verify)
     if last == "prepare":
@@ -57,16 +67,12 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     tracker.facts |= {"ssl_ray.hardware": hardware()}
     try:
         by_cell = study.search is not None and last != "pretrain"
-        pretrained = _make_weights(study, folders, tracker, prepared, by_cell) if needs_weights else []
-        if last == "pretrain":
-            return ()
-        failed = _fine_tune(study, folders, tracker, prepared, pretrained)
+        needed = "pretrained" in study.finetune.grid.init
+        pretrained = _make_weights(study, folders, tracker, prepared, by_cell) if needed else []
+        return () if last == "pretrain" else _fine_tune(study, folders, tracker, prepared, pretrained)
     finally:
         tracker.settle()
         tracker.stop()
-    if last == "report":
-        report(study, folders)
-    return failed
 
 
 def check_places(study: Study) -> Folders:

@@ -1,0 +1,57 @@
+"""`report.html` while a study runs for the first time: how far it is, the newest picture, and scores so far."""
+
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from ssl_ray.config.schema import Study
+from ssl_ray.report.page import TEMPLATES, literal, to_html
+from ssl_ray.storage.files import write_file
+from ssl_ray.storage.folders import Folders
+from ssl_ray.study.status import render, status_of
+from ssl_ray.tracking.logged import read_logged
+
+_SECONDS = 5.0
+
+
+class LivePage:
+    """Writes the page from a thread until it is left. A study that has a report keeps that until the next is ready."""
+
+    def __init__(self, study: Study, folders: Folders) -> None:
+        self._study, self._folders, self._ended = study, folders, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        if not (self._folders.study / "report.md").exists():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.ident:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_SECONDS):
+            with suppress(OSError, ValueError):  # a journal that is being written; the next time comes soon
+                write_live(self._study, self._folders)
+
+
+def write_live(study: Study, folders: Folders) -> Path:
+    """Write the page as things stand now."""
+    pictures = sorted(folders.study.glob("pretrain-*/pictures/*.png"), key=lambda path: path.stat().st_mtime)
+    trials = [run for run in read_logged(folders) if run.kind == "trial"]
+    values = {
+        "study": study,
+        "status": render(status_of(study, folders) | {"report": None}),
+        "trials": trials,
+        "picture": pictures[-1].relative_to(folders.study) if pictures else None,
+        "now": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "literal": literal,
+    }
+    page = folders.study / "report.html"
+    text = TEMPLATES.get_template("live.md.j2").render(values)
+    write_file(page, to_html(text, folders.study, f"{study.name}: running", refresh=10).encode())
+    return page

@@ -1,0 +1,62 @@
+"""The page of a study that is still running."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from journals import begin, begin_cells, train
+from studies import small_study
+
+from ssl_ray.config.schema import Study
+from ssl_ray.pretrain.picture import draw_picture
+from ssl_ray.study import live
+from ssl_ray.study.live import LivePage
+from ssl_ray.study.lock import only_one
+from ssl_ray.study.parts import folders_of
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    cohort = {"splits": {2: "a.json", 4: "b.json"}}
+    return small_study(tmp_path, pretrain={"batch_size": 4}, finetune={"cohort": cohort, "steps": 100})
+
+
+def test_it_grows_with_the_study(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step of the pretraining, its newest picture, every training with its scores: the page has what there is."""
+    monkeypatch.setattr(live, "_SECONDS", 0.05)
+    folders = folders_of(study)
+    page = folders.study / "report.html"
+
+    def shows(*words: str) -> None:
+        deadline = time.monotonic() + 20
+        while not page.exists() or not all(word in page.read_text() for word in words):
+            assert time.monotonic() < deadline, words
+            time.sleep(0.05)
+
+    with only_one(folders), LivePage(study, folders):
+        weights = begin(folders, "pretraining", "p", steps=200, run=0)
+        train(weights, 50, rate=40)
+        shows("step 50 of 200", 'http-equiv="refresh"')
+        patch = np.zeros((8, 8, 8), np.float32)
+        draw_picture(folders.study / "pretrain-p/pictures/patch_0000050.png", {"truth": patch}, "step 50")
+        shows("data:image/png;base64,")
+        weights.close()
+        trials = [begin(folders, "trial", key, name) for key, name in begin_cells(study, folders).items()]
+        train(trials[0], 100, rate=40)
+        trials[0].metrics({"validation/dice_foreground": 0.512, "dice": 0.487}, 100)
+        shows("0.512", "0.487", "running")
+    for trial in trials:
+        trial.close()
+
+
+def test_a_report_stays_until_there_is_a_new_one(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that is carried on, e.g. with more runs, does not lose its answer meanwhile."""
+    monkeypatch.setattr(live, "_SECONDS", 0.01)
+    folders = folders_of(study)
+    folders.study.mkdir(parents=True)
+    for name in ("report.md", "report.html"):
+        (folders.study / name).write_text("the answer")
+    with LivePage(study, folders):
+        time.sleep(0.3)
+    assert (folders.study / "report.html").read_text() == "the answer"
