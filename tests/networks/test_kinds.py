@@ -173,7 +173,7 @@ def test_gradients_in_bfloat16_come_out_of_nothing_but_the_patch(network: Networ
         assert all(torch.equal(first, other) for other in others)
 
 
-STUDY = Path(__file__).parents[2] / "experiments" / "demo.yaml"
+STUDY = Path(__file__).parents[2] / "experiments" / "real_ct.yaml"
 
 
 def refusal(*overrides: str) -> str:
