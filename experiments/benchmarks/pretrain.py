@@ -4,7 +4,7 @@
 
 Both read the same NIfTI files, train the same network on the same recipe (one view, MONAI's growing boxes) with one
 training process of one thread, and have the second core for their data. Rates are those from the first logged step to
-the last, validations between them included; neither preparation nor start-up counts, which prepare.py and start.py have.
+the last, validations between them included; neither preparation nor start-up counts: prepare.py, start.py.
 The ceiling is our own step on patches that lie in memory.
 """
 
