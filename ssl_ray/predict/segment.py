@@ -92,7 +92,7 @@ class Segmenter:
 
     def __init__(self, models: Sequence[Model], manner: Manner, device: torch.device) -> None:
         self.metadata, self.manner, self.device = models[0].metadata, manner, device
-        networks = [model.network() for model in models]
+        networks = [model.network for model in models]
         dtypes = [_dtype(model.metadata, device) for model in models]
         for network in networks:
             place(network, device)

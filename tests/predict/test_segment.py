@@ -30,7 +30,7 @@ def stored(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 def monais(models: list[Model], image: NDArray[np.uint8], manner: Manner, flips: list[list[int]]) -> Tensor:
     """Means (classes, X, Y, Z) of MONAI's sliding window, of probabilities where there are several."""
-    networks = [model.network().eval() for model in models]
+    networks = [model.network.eval() for model in models]
 
     def mean(windows: Tensor) -> Tensor:
         views = [net(windows.flip(axes)).flip(axes) for net in networks for axes in flips]
