@@ -66,7 +66,7 @@ def _grouped(files: Sequence[Path], channels: int) -> list[Case]:
     for path in dict.fromkeys(Path(os.path.abspath(file)) for file in files):
         match = _CHANNEL.fullmatch(stem(path)) if channels > 1 else None
         groups[path.with_name(match["name"]) if match else path].append(path)
-    return [Case(stem(one[0]), one[0], others=tuple(one[1:])) for one in map(sorted, groups.values())]
+    return [Case(stem(one[0]), one[0], others=tuple(one[1:])) for one in (sorted(group) for group in groups.values())]
 
 
 def named(cases: Sequence[Case]) -> list[Case]:
