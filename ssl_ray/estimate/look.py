@@ -1,7 +1,6 @@
 """`ssl-ray check`: what the volumes of a study show, one by one, and what looks wrong with them."""
 
 import os
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,12 +24,6 @@ _COARSER, _LARGER, _CLIPPED = 3, 10, 0.25
 """What is told: voxels so many times the median, organs so many times theirs, and the share that a window clips."""
 _ENOUGH = 5
 """Volumes that an organ's median is taken of, at least."""
-_SIDED = re.compile(r"(?i)(^|[^a-z])(left|right|l|r|lt|rt|sin|dex)([^a-z]|$)")
-
-
-def sided(organs: Sequence[str]) -> list[str]:
-    """The organs whose names say that they are on one side, which a flip would turn into the other."""
-    return [name for name in organs if _SIDED.search(name)]
 
 
 @dataclass(frozen=True)

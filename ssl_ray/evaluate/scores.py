@@ -30,6 +30,8 @@ ORIGINAL_FALSE_POSITIVES = "original_false_positives"
 """Original grid: mean over volumes of the number of absent organs that were predicted."""
 
 Scores = Sequence[float | None]
+_SIDED = re.compile(r"(?i)(?<!c)left|(?<!b)right|(?<![a-z])(l|r|lt|rt|sin|dex)(?![a-z])")
+"""Names of organs of which there are two: kidney_left, LeftKidney, R lung, lt kidney."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ def organ_keys(organs: Sequence[str]) -> list[str]:
     """
     keys = [re.sub(r"[^\w\- ]", "_", organ) for organ in organs]
     return [key if keys.count(key) == 1 else f"{key}_{number}" for number, key in enumerate(keys, start=1)]
+
+
+def sided(organs: Sequence[str]) -> list[str]:
+    """The organs whose names say that they are on one side, which a flip would turn into the other."""
+    return [name for name in organs if _SIDED.search(name)]
 
 
 def _table(cases: Sequence[CaseScores], field: str, columns: int) -> NDArray[np.float64]:

@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from ssl_ray.training.precision import autocast
 
@@ -49,16 +48,20 @@ def predict(
         (X, Y, Z) uint8 on the image's device.
     """
     device, training = next(model.parameters()).device, model.training
-    missing = [max(side - size, 0) for side, size in zip(patch_size, image.shape[1:], strict=True)]
-    before = [voxels // 2 for voxels in missing]
-    sides = [n for low, both in zip(before[::-1], missing[::-1], strict=True) for n in (low, both - low)]
-    padded = pad(image, sides) if any(sides) else image  # `pad` always copies
-    size, own = padded.shape[1:], tuple(slice(n, n + side) for n, side in zip(before, image.shape[1:], strict=True))
+    padded, own = centred(image, [max(sides) for sides in zip(patch_size, image.shape[1:], strict=True)])
+    size = padded.shape[1:]
     axis = max(range(3), key=lambda axis: size[axis])
     windows = sorted(sliding_windows(size, patch_size, overlap), key=lambda window: window[axis].start)
-    weights = compute_importance_map(tuple(patch_size), weighting) if weighting != "constant" else None
     unit = torch.tensor(float(levels), device=device)  # by a number, CUDA would multiply with its rounded inverse
-    slab = _Slab(size, axis, windows, image.device, weights, keep and _inside(own, keep))
+
+    def kept(planes: slice, means: Tensor) -> None:
+        if keep:
+            box = [slice(0, side) for side in image.shape[1:]]
+            box[axis] = slice(planes.start, min(planes.stop, box[axis].stop))
+            # `own` is less than these planes only where the volume is less than a window: then they are all there are.
+            keep(tuple(box), means.movedim(1, axis + 1)[:, *own])
+
+    slab = _Slab(size, axis, compute_importance_map(tuple(patch_size), weighting).to(image.device), kept)
     model.eval()
     with torch.inference_mode(), autocast(device, dtype):
         for first in range(0, len(windows), sliding_window_batch):
@@ -72,18 +75,15 @@ def predict(
     return slab.labels[own]
 
 
-def _inside(own: Window, keep: Callable[[Window, Tensor], None]) -> Callable[[Window, Tensor], None]:
-    """`keep` for boxes of the padded volume: it gets what of them lies in the volume itself, at `own`."""
-
-    def cropped(box: Window, means: Tensor) -> None:
-        pairs = list(zip(box, own, strict=True))
-        ends = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in pairs]
-        if all(first < last for first, last in ends):
-            part = (slice(first - a.start, last - a.start) for (first, last), (a, _) in zip(ends, pairs, strict=True))
-            place = (slice(first - b.start, last - b.start) for (first, last), (_, b) in zip(ends, pairs, strict=True))
-            keep(tuple(place), means[:, *part])
-
-    return cropped
+def centred(image: Tensor, size: Sequence[int]) -> tuple[Tensor, Window]:
+    """An image (C, X, Y, Z) in the middle of zeros (C, *size), and its box there; itself where it has this size."""
+    before = [(side - length) // 2 for side, length in zip(size, image.shape[1:], strict=True)]
+    own = tuple(slice(first, first + length) for first, length in zip(before, image.shape[1:], strict=True))
+    if image.shape[1:] == tuple(size):
+        return image, own
+    padded = image.new_zeros(len(image), *size)
+    padded[:, *own] = image
+    return padded, own
 
 
 def sliding_windows(size: Sequence[int], patch_size: Sequence[int], overlap: float) -> list[Window]:
@@ -94,66 +94,48 @@ def sliding_windows(size: Sequence[int], patch_size: Sequence[int], overlap: flo
 
 
 class _Slab:
-    """Sums of logits for the planes that windows still reach, and the labels of those before.
+    """Sums of weighted logits for the planes that windows still reach, and the labels of those before.
 
     It is as deep as a window, and plane n of the volume is kept at n % depth: a window covers every kept plane once.
+    `keep` is given planes along the axis and the mean logits there, (classes, planes, the other two axes).
     """
 
-    def __init__(
-        self,
-        size: Sequence[int],
-        axis: int,
-        windows: Sequence[Window],
-        device: torch.device,
-        weights: Tensor | None,
-        keep: Callable[[Window, Tensor], None] | None,
-    ) -> None:
-        self.axis, self.depth, self.done = axis, windows[0][axis].stop - windows[0][axis].start, 0
-        self.weights, self.keep = None if weights is None else weights.to(device), keep
-        self.labels = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.sums = torch.zeros(0)
-        # How many windows cover a voxel is the product of how many distinct intervals cover it along each axis.
-        self.counts = [torch.zeros(length, device=device) for length in size]
-        for along, counts in enumerate(self.counts):
-            for start, stop in {(window[along].start, window[along].stop) for window in windows}:
-                counts[start:stop] += 1
+    def __init__(self, size: Sequence[int], axis: int, weights: Tensor, keep: Callable[[slice, Tensor], None]) -> None:
+        self.axis, self.depth, self.done, self.keep = axis, weights.shape[axis], 0, keep
+        self.weights, self.sums = self._front(weights), torch.zeros(0)
+        self.labels = torch.zeros(size, dtype=torch.uint8, device=weights.device)
 
     def add(self, window: Window, logits: Tensor) -> None:
         """Add the logits (classes, *patch_size) of a window; later windows do not begin before it along the axis."""
-        start = window[self.axis].start
-        self.finish(start)
-        if self.weights is not None:  # their sums are kept beside those of the classes
-            logits = torch.cat([logits * self.weights, self.weights[None]])
-        if not len(self.sums):
+        planes, beside = window[self.axis], (*window[: self.axis], *window[self.axis + 1 :])
+        self.finish(planes.start)
+        if not len(self.sums):  # the sums of the weights are kept behind those of the classes
             size = list(self.labels.shape)
             size[self.axis] = self.depth
-            self.sums = torch.zeros(len(logits), *size, device=logits.device)
-        for planes, kept in self._kept(start, start + self.depth):
-            own = slice(planes.start - start, planes.stop - start)
-            self.sums[:, *self._at(kept, window)] += logits[:, *self._at(own)]
+            self.sums = self._front(torch.zeros(len(logits) + 1, *size, device=logits.device))
+        weighted = self._front(logits) * self.weights
+        for some, place in self._places(planes.start, planes.stop):
+            part = slice(some.start - planes.start, some.stop - planes.start)
+            self.sums[:-1, place, *beside] += weighted[:, part]
+            self.sums[-1, place, *beside] += self.weights[part]
 
     def finish(self, stop: int) -> None:
         """Label the planes before `stop`, which no later window reaches, and make their room free."""
-        x, y, z = self.counts
-        for planes, kept in self._kept(self.done, stop):
-            sums, here = self.sums[:, *self._at(kept)], self._at(planes)
+        for planes, place in self._places(self.done, stop):
+            sums = self.sums[:, place]
             # The division matters where it makes two sums equal, of which the first then wins, as in MONAI.
-            if self.weights is None:
-                means = sums.div_(x[here[0], None, None] * y[here[1], None] * z[here[2]])
-            else:
-                means = sums[:-1].div_(sums[-1:])
+            means = sums[:-1].div_(sums[-1:])
             # `max` takes a third of the time that `argmax` takes on a CPU.
-            self.labels[here] = means.max(0).indices.to(torch.uint8)
-            if self.keep:
-                self.keep(self._at(planes, tuple(slice(0, side) for side in self.labels.shape)), means)
+            self._front(self.labels)[planes] = means.max(0).indices
+            self.keep(planes, means)
             sums.zero_()
         self.done = stop
 
-    def _at(self, planes: slice, window: Window = (slice(None),) * 3) -> Window:
-        """The window with other planes along the axis."""
-        return (*window[: self.axis], planes, *window[self.axis + 1 :])
+    def _front(self, volume: Tensor) -> Tensor:
+        """The volume, the last three axes, with the axis of the planes as its first."""
+        return volume.movedim(self.axis - 3, -3)
 
-    def _kept(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+    def _places(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
         """Planes of the volume, at most `depth`, and where they are kept; in two parts where the end lies between."""
         cut = min((start // self.depth + 1) * self.depth, stop)
         for first, last in ((start, cut), (cut, stop)):

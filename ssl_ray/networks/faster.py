@@ -28,7 +28,6 @@ def use_fast_attention(module: nn.Module) -> None:
     """
     for block in module.modules():
         if isinstance(block, SABlock):
-            block.use_flash_attention = True
             block.__class__ = _FastAttention
 
 

@@ -10,7 +10,9 @@ Its labels are those of `ssl-ray predict`, but for voxels whose two best classes
 """
 
 import json
+import re
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +25,25 @@ from ssl_ray.evaluate.metrics import MIDDLE
 from ssl_ray.networks.model_file import Metadata
 from ssl_ray.networks.registry import monai_segmentation
 from ssl_ray.predict.card import TEMPLATES, model_card
-from ssl_ray.predict.carried import carried_name, carry
 from ssl_ray.predict.model import Model
 from ssl_ray.storage.files import appearing, write_file
+
+Monai = tuple[str, dict[str, Any]] | None
+"""The class of MONAI that is the same network, and its arguments."""
 
 
 def write_bundle(model: Model, folder: Path, authors: str) -> None:
     """Write the bundle into a folder, the metadata last."""
     told = model.metadata
-    network, network_modules = _network(told)
+    monai = monai_segmentation(told.network, told.patch_size, told.preparation.channels, told.classes)
+    network, network_modules = _network(told, monai)
     before, after, normalise_modules = _normalisation(told)
     modules = network_modules + normalise_modules
     (folder / "models").mkdir(parents=True)
     with appearing(folder / "models" / "model.pt") as part:
-        torch.save(_monai_state(model.network(), told), part)
+        torch.save(_monai_state(model.network, monai), part)
     if modules:
-        carry(modules, folder)
+        _carry(modules, folder)
     write_file(folder / "docs" / "README.md", model_card(model, folder.resolve().name, authors, bool(modules)).encode())
     configs = {"inference": _inference(told, network, before, after)}
     configs["metadata"] = _literal(_metadata(told, authors, ["pydantic"] if modules else []))
@@ -46,34 +51,28 @@ def write_bundle(model: Model, folder: Path, authors: str) -> None:
         write_file(folder / "configs" / f"{name}.json", f"{json.dumps(tree, indent=4)}\n".encode())
 
 
-def _network(told: Metadata) -> tuple[dict[str, Any], list[str]]:
+def _network(told: Metadata, monai: Monai) -> tuple[dict[str, Any], list[str]]:
     """The network as MONAI's configuration builds it, and our modules that it needs."""
-    if found := _monai(told):
-        return {"_target_": found[0], **found[1]}, []
-    settings, modules = _settings("networks", told.network)
+    if monai:
+        return {"_target_": monai[0], **monai[1]}, []
+    module = f"ssl_ray.networks.{told.network.kind}.network"
     shapes = {"patch_size": told.patch_size, "channels": told.preparation.channels, "classes": told.classes}
-    modules.append(f"ssl_ray.networks.{told.network.kind}.network")
-    build = f"{carried_name(modules[-1])}.build_segmentation"
-    return {"_target_": build, "network": settings, **shapes}, modules
+    network = {"network": _settings("networks", told.network), **shapes}
+    return {"_target_": f"{_carried(module)}.build_segmentation", **network}, [module]
 
 
-def _monai(told: Metadata) -> tuple[str, dict[str, Any]] | None:
-    return monai_segmentation(told.network, told.patch_size, told.preparation.channels, told.classes)
+def _settings(room: str, settings: Any) -> dict[str, Any]:
+    """A section of settings as MONAI's configuration builds it."""
+    module = _carried(f"ssl_ray.{room}.{settings.kind}.settings")
+    return {"_target_": f"{module}.{type(settings).__name__}", **settings.model_dump(mode="json")}
 
 
-def _settings(room: str, settings: Any) -> tuple[dict[str, Any], list[str]]:
-    """A section of settings as MONAI's configuration builds it, and its module."""
-    module = f"ssl_ray.{room}.{settings.kind}.settings"
-    target = f"{carried_name(module)}.{type(settings).__name__}"
-    return {"_target_": target, **settings.model_dump(mode="json")}, [module]
-
-
-def _monai_state(network: nn.Module, told: Metadata) -> dict[str, Tensor]:
+def _monai_state(network: nn.Module, monai: Monai) -> dict[str, Tensor]:
     """The weights under all names that the bundle's network has for them: MONAI's DynUNet has two for most."""
     state: dict[str, Tensor] = network.state_dict()
-    if not (found := _monai(told)):
+    if not monai:
         return state
-    plain: nn.Module = getattr(nets, found[0])(**found[1])
+    plain: nn.Module = getattr(nets, monai[0])(**monai[1])
     plain.load_state_dict(state, strict=False)
     named = plain.state_dict(keep_vars=True)
     given = {id(named[name]) for name in state}
@@ -90,9 +89,9 @@ def _normalisation(told: Metadata) -> tuple[list[Any], list[Any], list[str]]:
         cropped = [_image("CropForegroundd", source_key="image")] if crop else []
         as_stored = _image("Lambdad", func=f"$lambda image: torch.round(image * {levels}) / {levels}")
         return [], [_image("ScaleIntensityRanged", **ends), *cropped, as_stored], []
-    settings, modules = _settings("data.normalisations", normalise)
-    modules += [f"ssl_ray.data.normalisations.{normalise.kind}.normalisation", "ssl_ray.predict.transforms"]
-    ours = carried_name(modules[-1])
+    settings = _settings("data.normalisations", normalise)
+    modules = [f"ssl_ray.data.normalisations.{normalise.kind}.normalisation", "ssl_ray.predict.transforms"]
+    ours = _carried(modules[-1])
     measured = _image(f"{ours}.MeasureIntensitiesd", settings=settings)
     return [measured], [_image(f"{ours}.ApplyIntensitiesd", settings=settings, crop=crop)], modules
 
@@ -157,3 +156,24 @@ def _literal(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [_literal(value) for value in tree]
     return f" {tree}" if isinstance(tree, str) and tree.startswith(("$", "@", "%")) else tree
+
+
+def _carried(module: str) -> str:
+    """What a module of ours is called in a bundle, whose own code MONAI can import as the package `scripts`."""
+    return f"scripts{module.removeprefix('ssl_ray')}"
+
+
+def _carry(modules: list[str], folder: Path) -> None:
+    """Copy modules of ours, all others of ours that they import, and their packages, into a bundle's folder."""
+    todo, done = set(modules), set[str]()
+    while todo:
+        module = todo.pop()
+        done.add(module)
+        spec = find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        source = Path(spec.origin).read_text()
+        todo |= {module.rpartition(".")[0], *re.findall(r"^\s*from (ssl_ray[\w.]*) import", source, re.M)} - {*done, ""}
+        path = folder.joinpath(*_carried(module).split("."))
+        path = path / "__init__.py" if spec.submodule_search_locations else path.with_suffix(".py")
+        write_file(path, re.sub(r"\bssl_ray\.", "scripts.", source).encode())

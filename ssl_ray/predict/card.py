@@ -20,13 +20,13 @@ TEMPLATES = Environment(
 TEMPLATES.filters["cell"] = lambda value: shown(value).replace("|", "\\|")
 
 _MEASURES = {
-    "Dice of the organs, grid of the file": (scores.ORIGINAL_DICE_FOREGROUND, "original_dice", 0),
-    "surface Dice of the organs": (scores.ORIGINAL_SURFACE_DICE, "original_surface_dice", 0),
-    "HD95 of the organs that were found, mm": (scores.ORIGINAL_HD95, "original_hd95", 0),
-    "share of organs missed": (scores.ORIGINAL_MISS_RATE, "", 0),
-    "Dice of the organs, prepared grid": (scores.DICE_FOREGROUND, "dice", 1),
+    scores.ORIGINAL_DICE_FOREGROUND: "Dice of the organs, grid of the file",
+    scores.ORIGINAL_SURFACE_DICE: "surface Dice of the organs",
+    scores.ORIGINAL_HD95: "HD95 of the organs that were found, mm",
+    scores.ORIGINAL_MISS_RATE: "share of organs missed",
+    scores.DICE_FOREGROUND: "Dice of the organs, prepared grid",
 }
-"""Name of the mean in the model's metadata; field of a volume in `evaluation.json`, and its first organ there."""
+"""What a reader calls the means in a model's metadata."""
 
 
 def model_card(model: Model, name: str, authors: str, scripts: bool) -> str:
@@ -43,26 +43,19 @@ def model_card(model: Model, name: str, authors: str, scripts: bool) -> str:
 def _scores(told: Metadata, means: dict[str, float], volumes: Sequence[dict[str, Any]]) -> dict[str, str]:
     """By what a reader calls them: the measures of a part, then Dice by organ."""
     patients = [volume.get("subject") or volume["case"] for volume in volumes]
-    found = {}
-    for title, (measure, field, first) in _MEASURES.items():
-        if measure in means:
-            of_volumes = [_mean(volume[field][first:]) for volume in volumes] if field else []
-            found[title] = f"{means[measure]:.3f}{_interval(of_volumes, patients)}"
-    for number, (organ, key) in enumerate(zip(told.organs, scores.organ_keys(told.organs), strict=True)):
-        if (mean := means.get(f"original_dice/{key}")) is not None:
-            of_volumes = [volume["original_dice"][number] for volume in volumes]
-            found[f"Dice, {organ}"] = f"{mean:.3f}{_interval(of_volumes, patients)}"
-    return found
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    of_volumes = [scores.aggregate([scores.CaseScores(**volume)], told.organs) for volume in volumes]
+    keys = zip(scores.organ_keys(told.organs), told.organs, strict=True)
+    titles = _MEASURES | {f"original_dice/{key}": f"Dice, {organ}" for key, organ in keys}
+    return {
+        title: f"{means[measure]:.3f}{_interval([volume.get(measure) for volume in of_volumes], patients)}"
+        for measure, title in titles.items()
+        if measure in means
+    }
 
 
 def _interval(values: Sequence[float | None], patients: Sequence[str]) -> str:
     """95 % interval of the mean by Student's t, from the deviations of patients, who may have several volumes each."""
-    known = [(value, patient) for value, patient in zip(values, patients, strict=False) if value is not None]
+    known = [(value, patient) for value, patient in zip(values, patients, strict=True) if value is not None]
     groups = {patient for _, patient in known}
     if len(groups) < 2:
         return ""

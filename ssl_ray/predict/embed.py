@@ -12,14 +12,12 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from torch import Tensor
-from torch.nn.functional import pad
 
 from ssl_ray.config.schema import Network, Preparation
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.normalise import CanonicalVolume
 from ssl_ray.errors import UserError
-from ssl_ray.evaluate.sliding_window import sliding_windows
+from ssl_ray.evaluate.sliding_window import centred, sliding_windows
 from ssl_ray.networks.model_file import MODEL_FILE
 from ssl_ray.networks.protocol import Encoder
 from ssl_ray.networks.registry import build_encoder
@@ -58,33 +56,26 @@ class Embedder:
 
         return self.tokens(read_prepared(case, self.preparation)[0])
 
+    @torch.inference_mode()
     def tokens(self, prepared: CanonicalVolume) -> Tokens:
         """The tokens that reach into a volume, which lies in the middle of as many whole patches as it takes."""
         encoder, size = self.encoder, prepared.image.shape[-3:]
         patch = [side * encoder.token for side in encoder.grid]
-        missing = [-length % side for length, side in zip(size, patch, strict=True)]
-        before = [voxels // 2 for voxels in missing]
-        sides = [n for low, both in zip(before[::-1], missing[::-1], strict=True) for n in (low, both - low)]
-        image = pad(torch.from_numpy(prepared.image).reshape(-1, *size), sides)
-        windows = sliding_windows(image.shape[1:], patch, 0)
-        inside = np.indices(encoder.grid).reshape(3, -1).T  # z fastest, as the tokens
+        whole = [length + -length % side for length, side in zip(size, patch, strict=True)]
+        image, own = centred(torch.from_numpy(prepared.image).reshape(-1, *size), whole)
+        windows, device = sliding_windows(whole, patch, 0), next(encoder.parameters()).device
         features = []
         for first in range(0, len(windows), _BATCH):
             some = torch.stack([image[:, *window] for window in windows[first : first + _BATCH]])
-            features.append(self._encode(some, prepared.levels))
-        places = [inside + [side.start // encoder.token for side in window] for window in windows]
-        place = np.concatenate(places)
-        voxel = place * encoder.token - before  # the first one of a token, in the volume
+            tokens = encoder.encode(encoder.embed((some.float() / prepared.levels).to(device)))
+            features.append(tokens.flatten(0, 1).float().cpu())
+        inside = np.indices(encoder.grid).reshape(3, -1).T  # z fastest, as the tokens
+        place = np.concatenate([inside + [side.start // encoder.token for side in window] for window in windows])
+        voxel = place * encoder.token - [side.start for side in own]  # the first one of a token, in the volume
         reach = ((voxel + encoder.token > 0) & (voxel < size)).all(axis=1)
         centre = voxel[reach] + (encoder.token - 1) / 2
         centres = centre @ prepared.affine[:3, :3].T + prepared.affine[:3, 3]
         return Tokens(torch.cat(features).numpy()[reach], place[reach].astype(np.int32), centres)
-
-    @torch.inference_mode()
-    def _encode(self, stored: Tensor, levels: int) -> Tensor:
-        """Patches (B, C, X, Y, Z) as stored -> tokens (B * N, width) on the CPU."""
-        device = next(self.encoder.parameters()).device
-        return self.encoder.encode(self.encoder.embed((stored.float() / levels).to(device))).flatten(0, 1).float().cpu()
 
 
 def read_embedder(place: str) -> tuple[Embedder, Path]:
@@ -97,7 +88,7 @@ def read_embedder(place: str) -> tuple[Embedder, Path]:
     entry = read_entry(path)
     if "format" in entry:
         model = read_model(str(path))
-        encoder = getattr(model.network(), "encoder", None)
+        encoder = getattr(model.network, "encoder", None)
         if not isinstance(encoder, Encoder):
             raise UserError(f"{path}: a {model.metadata.network.kind} has no encoder of tokens to take features from")
         return Embedder(encoder.eval(), model.metadata.preparation), path

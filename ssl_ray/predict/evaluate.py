@@ -47,12 +47,13 @@ class Evaluation:
     def rows(self) -> pd.DataFrame:
         """A row for each case and organ."""
         names = ["original_dice", "original_surface_dice", "original_hd95", "missed", "false_positives"]
-        tables = []
-        for case in self.cases:
-            scores = {name.removeprefix("original_"): getattr(case, name) for name in names}
-            named = {"case": case.case, "label": self.organs.keys(), "organ": self.organs.values()}
-            tables.append(pd.DataFrame(named | scores))
-        return pd.concat(tables)
+        organs = {"label": self.organs.keys(), "organ": self.organs.values()}
+        return pd.concat(
+            pd.DataFrame(
+                {"case": case.case, **organs, **{name.removeprefix("original_"): getattr(case, name) for name in names}}
+            )
+            for case in self.cases
+        )
 
     def table(self) -> str:
         """Means over the volumes that have an organ, or lack it, and over all organs of a volume, for people."""
@@ -83,14 +84,9 @@ def evaluate_all(pairs: Pairs, names: Mapping[int, str], tolerance: float) -> tu
     made = [str(prediction) for prediction, _ in pairs.values()]
     bad = {path: str(one) for path, one in zip(made, outcomes, strict=True) if isinstance(one, UserError)}
     scored = [one for one in outcomes if isinstance(one, CaseScores)]
-    there = {value for value in range(1, _LABELS) if any(_occurs(case, value) for case in scored)}
+    there = {n for case in scored for n, extra in enumerate(case.false_positives or (), 1) if extra is not False}
     organs = {value: names.get(value, f"label {value}") for value in sorted({*there, *names} - {0})}
     return Evaluation(organs, tuple(_only(case, organs) for case in scored), tolerance), bad
-
-
-def _occurs(case: CaseScores, value: int) -> bool:
-    scores, extra = case.original_dice or (), case.false_positives or ()
-    return scores[value - 1] is not None or bool(extra[value - 1])
 
 
 def _only(case: CaseScores, values: Iterable[int]) -> CaseScores:

@@ -66,7 +66,7 @@ def _onnx(model: Model, path: Path) -> Path:
     import onnx
     import onnxruntime
 
-    told, network = model.metadata, model.network().eval()
+    told, network = model.metadata, model.network.eval()
     patches = torch.rand(2, told.preparation.channels, *told.patch_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = network(patches)

@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 from ssl_ray.data.datalist import Case, is_nifti, read_datalist, stem
@@ -66,29 +66,18 @@ def _grouped(files: Sequence[Path], channels: int) -> list[Case]:
     for path in dict.fromkeys(Path(os.path.abspath(file)) for file in files):
         match = _CHANNEL.fullmatch(stem(path)) if channels > 1 else None
         groups[path.with_name(match["name"]) if match else path].append(path)
-    cases = []
-    for image, *others in (sorted(group) for group in groups.values()):
-        cases.append(Case(stem(image), image, others=tuple(others)))
-    return cases
+    return [Case(stem(one[0]), one[0], others=tuple(one[1:])) for one in (sorted(group) for group in groups.values())]
 
 
 def named(cases: Sequence[Case]) -> list[Case]:
     """Each case once, under the name of its output: its file's, with its folders where several are called the same."""
     cases = list({case.image: case for case in cases}.values())
-    names = [_name(case.image) for case in cases]
-    count = Counter(names)
+    names = [stem(case.image).removesuffix("_0000") for case in cases]
+    count, found = Counter(names), dict[str, Case]()
     base = Path(os.path.commonpath([case.image.parent for case in cases])) if cases else Path()
-    folders = [case.image.parent.relative_to(base).as_posix() for case in cases]
-    names = [
-        name if count[name] == 1 else str(PurePosixPath(folder, name))
-        for name, folder in zip(names, folders, strict=True)
-    ]
-    first: dict[str, Case] = {}
     for name, case in zip(names, cases, strict=True):
-        if (other := first.setdefault(name, case)) is not case:
-            raise UserError(f"{case.image}: would have the output {name}.nii.gz, as {other.image} has")
-    return [replace(case, id=name) for name, case in zip(names, cases, strict=True)]
-
-
-def _name(image: Path) -> str:
-    return stem(image).removesuffix("_0000")
+        own = name if count[name] == 1 else (case.image.parent.relative_to(base) / name).as_posix()
+        if own in found:
+            raise UserError(f"{case.image}: would have the output {own}.nii.gz, as {found[own].image} has")
+        found[own] = replace(case, id=own)
+    return [*found.values()]

@@ -3,11 +3,11 @@
 import atexit
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ssl_ray.errors import UserError
 from ssl_ray.networks.model_file import MODEL_FILE, Metadata, read_metadata
@@ -19,31 +19,27 @@ _REMOTE = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 @dataclass(frozen=True)
 class Model:
-    """A segmentation model: its file, what that says of the weights, and the weights themselves once they are read."""
+    """A segmentation model: its file, and what that says of the weights."""
 
     path: Path
     metadata: Metadata
-    weights: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
-    def loaded(self) -> "Model":
-        """With its weights, for machines that do not see the file."""
-        return replace(self, weights=load_weights(self.path))
-
+    @cached_property
     def network(self) -> nn.Module:
-        """The network with these weights, all of them or a UserError: from patches to logits, on the CPU."""
+        """From patches to logits, with all weights or a UserError; once read, it goes along to other machines."""
         from ssl_ray.networks.registry import build_segmentation  # MONAI takes seconds to load
 
         told = self.metadata
         network = build_segmentation(told.network, told.patch_size, told.preparation.channels, told.classes)
         try:
-            network.load_state_dict(load_weights(self.path) if self.weights is None else self.weights)
+            network.load_state_dict(load_weights(self.path))
         except RuntimeError as error:
             raise UserError(f"{self.path}: not the weights of its {told.network.kind}: {shown(error)}") from error
         return network
 
 
 def read_model(place: str) -> Model:
-    """The model at a place, whose metadata are checked; its weights are read when the network is built.
+    """The model at a place, whose metadata are checked; its weights are read when its network is asked for.
 
     `place`: a file, a folder with one model in it (a cell's), `runs:/<id>/<path>`, `models:/<name>@<alias>`.
 

@@ -41,13 +41,12 @@ def predict_all(
         UserError: where models disagree, and where the output holds what this run would overwrite or mix with.
     """
     told = models[0].metadata
-    loaded = [model.loaded() for model in models]
-    Segmenter(loaded, manner, torch.device("cpu"))  # weights that do not fit are told before any worker starts
+    Segmenter(models, manner, torch.device("cpu"))  # weights that do not fit are told before any worker starts
     done = _begin(outputs, _told(models, manner, outputs), resume)
     waiting = [case for case in cases if case.id not in done]
 
     def make(on: torch.device) -> Work[tuple[list[OrganSize], float]]:
-        segmenter = Segmenter(loaded, manner, on)
+        segmenter = Segmenter(models, manner, on)
         return lambda case: predict_case(case, segmenter, outputs)
 
     bad: dict[str, str] = {}

@@ -1,6 +1,5 @@
 """Segments prepared volumes with one model or several, as they were scored or in another manner."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
@@ -13,15 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssl_ray.errors import UserError
+from ssl_ray.evaluate.scores import sided
 from ssl_ray.evaluate.sliding_window import Weighting, Window, predict
 from ssl_ray.networks.faster import place
 from ssl_ray.networks.model_file import Metadata
 from ssl_ray.predict.model import Model
 from ssl_ray.text import shown
 from ssl_ray.training.precision import autocast, resolve
-
-_SIDED = re.compile(r"(?i)left|right|(?<![a-z])[lr](?![a-z])|(?<![a-z])[lr]t(?![a-z])")
-"""Names of organs of which there are two: kidney_left, R lung, lt kidney."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,13 @@ def manner_of(
         return chosen, notes
     if not told.flip_axes:
         raise UserError("--tta: the model was not trained on mirrored patches, so that it would see them wrongly")
-    sided = [organ for organ in told.organs if _SIDED.search(organ)]
+    apart = sided(told.organs)
     # Axis 0 runs from left to right or back, unless the scans were left in whatever orientation they had.
-    flips = tuple(axis for axis in told.flip_axes if not sided or (told.preparation.orientation and axis))
-    apart = f"left and right are different labels ({shown(sided[0], 60)})" if sided else ""
+    flips = tuple(axis for axis in told.flip_axes if not apart or (told.preparation.orientation and axis))
+    why = f"left and right are different labels ({shown(apart[0], 60)})" if apart else ""
     if not flips:
-        raise UserError(f"--tta: {apart}, and along no other axis was the model trained on mirrored patches")
-    kept_out = f", not along x, as {apart}" if len(flips) < len(told.flip_axes) else ""
+        raise UserError(f"--tta: {why}, and along no other axis was the model trained on mirrored patches")
+    kept_out = f", not along x, as {why}" if len(flips) < len(told.flip_axes) else ""
     axes = " and ".join("xyz"[axis] for axis in flips)
     notes.append(f"the mean of {2 ** len(flips)} views, mirrored along {axes}{kept_out}; scored by one")
     return replace(chosen, flips=flips), notes
@@ -95,7 +92,7 @@ class Segmenter:
 
     def __init__(self, models: Sequence[Model], manner: Manner, device: torch.device) -> None:
         self.metadata, self.manner, self.device = models[0].metadata, manner, device
-        networks = [model.network() for model in models]
+        networks = [model.network for model in models]
         dtypes = [_dtype(model.metadata, device) for model in models]
         for network in networks:
             place(network, device)

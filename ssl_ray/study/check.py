@@ -18,8 +18,9 @@ from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.estimate.look import Finding, Look, findings, in_mm, look_at, number, sided
+from ssl_ray.estimate.look import Finding, Look, findings, in_mm, look_at, number
 from ssl_ray.estimate.volumes import sections
+from ssl_ray.evaluate.scores import sided
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.pretrain.samples import SampleTable

@@ -20,7 +20,7 @@ from ssl_ray.data.normalisations.intensities import measure
 from ssl_ray.data.normalisations.window.settings import Window
 from ssl_ray.data.prepare import read_case
 from ssl_ray.errors import UserError
-from ssl_ray.estimate.look import sided
+from ssl_ray.evaluate.scores import sided
 from ssl_ray.report.page import templates
 from ssl_ray.storage.files import write_file
 from ssl_ray.text import reason, shown

@@ -11,7 +11,7 @@ from volumes import AFFINE, PREPARATION, SHAPE, make_case, oblique_affine, organ
 
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.normalisations.intensities import sampled
-from ssl_ray.estimate.look import Finding, findings, look_at, sided
+from ssl_ray.estimate.look import Finding, findings, look_at
 
 TRAINING, TEST, FREE = "labelled training", "labelled test", "unlabelled training"
 ORGANS = ("liver", "spleen", "kidney")
@@ -134,11 +134,3 @@ def test_classes_windows_and_patches_are_told_of_the_study(tmp_path: Path) -> No
     told = findings(looks, patches, (*ORGANS, "aorta"), {TEST})
     assert [one.place for one in told if "nothing learns it" in one.what] == ["class 4, aorta"]
     assert sum("less than a patch of 500 x 500 x 500 mm" in one.what for one in told) == len(chosen)
-
-
-@pytest.mark.parametrize(
-    ("name", "has_side"),
-    [("kidney_left", True), ("Left lung", True), ("Parotid L", True), ("liver", False), ("clefts", False)],
-)
-def test_organs_of_one_side_are_known_by_their_names(name: str, has_side: bool) -> None:
-    assert sided([name]) == ([name] if has_side else [])

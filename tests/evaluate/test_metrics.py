@@ -20,7 +20,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from ssl_ray.evaluate.metrics import confusion, dice, evaluate, evaluate_canonical, to_original_grid
-from ssl_ray.evaluate.scores import PUBLISHED_DICE, CaseScores, Scores, aggregate, organ_keys
+from ssl_ray.evaluate.scores import PUBLISHED_DICE, CaseScores, Scores, aggregate, organ_keys, sided
 from ssl_ray.evaluate.surface import surface_scores
 
 SHAPE = (30, 26, 14)
@@ -403,6 +403,12 @@ def test_any_organ_name_becomes_a_metric_name_of_its_own() -> None:
         assert not re.search("[/:.]", key)
         _validate_metric_name(f"original_dice/{key}")
     assert organ_keys(ORGANS) == ORGANS
+
+
+def test_organs_of_one_side_are_known_by_their_names() -> None:
+    """Whole words, their short forms and Latin ones; not what only holds such letters."""
+    one_side = ["kidney_left", "Left lung", "LeftKidney", "Parotid L", "kidney_L", "lung-r", "Rt lung", "A. dex"]
+    assert sided([*one_side, "liver", "clefts", "portal vein", "sinus"]) == one_side
 
 
 def test_scores_survive_json() -> None:

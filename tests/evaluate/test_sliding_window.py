@@ -136,16 +136,6 @@ def test_memory_does_not_grow_with_the_longest_axis(axis: int) -> None:
     assert peaks[1] < 1.1 * slab + 2 * windows
 
 
-def test_prediction_of_a_voxelwise_model_needs_no_windows() -> None:
-    """A 1x1x1 convolution gives the same labels in windows as on the whole volume."""
-    torch.manual_seed(1)
-    model = Counting(classes=4, kernel=1).eval()
-    image = torch.rand(21, 18, 30)
-    labels = predict(model, image[None], (16, 16, 16), sliding_window_batch=2, overlap=0.5)
-    with torch.no_grad():
-        assert torch.equal(labels.long(), model(image[None, None])[0].argmax(0))
-
-
 def test_prediction_repeats_itself_and_leaves_the_mode(model: Counting) -> None:
     """Dropout is off in prediction, and a model in training mode is in training mode afterwards."""
     image = torch.rand(20, 20, 20)

@@ -37,7 +37,7 @@ def test_tokens_are_the_encoders(tmp_path: Path, case: Case) -> None:
     missing = [-length % side for length, side in zip(image.shape, (32, 16, 16), strict=True)]
     before = [extra // 2 for extra in missing]
     padded = np.pad(image, [(low, extra - low) for low, extra in zip(before, missing, strict=True)])
-    encoder = model.network().eval().encoder
+    encoder = model.network.eval().encoder
     assert tokens.features.shape == (len(tokens.places), 48)
     assert len({tuple(place) for place in tokens.places}) == len(tokens.places)
     for feature, place, centre in zip(tokens.features, tokens.places, tokens.centres, strict=True):

@@ -188,7 +188,7 @@ def test_onnx_gives_the_logits_of_torch(tmp_path: Path, kind: str) -> None:
     for count in (1, 3):
         patches = torch.randn(count, 1, 32, 32, 32)
         with torch.inference_mode():
-            expected = model.network().eval()(patches).numpy()
+            expected = model.network.eval()(patches).numpy()
         (found,) = session.run(["logits"], {"patches": patches.numpy()})
         np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max(), rtol=0)
     graph = onnx.load(path)

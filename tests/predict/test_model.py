@@ -24,7 +24,7 @@ def test_a_model_is_found_by_its_file_its_folder_and_a_folder_above(tmp_path: Pa
     for place in (tmp_path / "cell" / MODEL_FILE, tmp_path / "cell", tmp_path):
         found = read_model(str(place))
         assert found.metadata == metadata()
-        state = found.network().state_dict()
+        state = found.network.state_dict()
         assert all(torch.equal(state[name], value) for name, value in load_file(model.path).items())
     write_model(tmp_path / "other")
     with pytest.raises(UserError, match=r"there are 2: cell/model\.safetensors, other/model\.safetensors"):
@@ -86,7 +86,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     for changed in (load_file(path) | {"more": torch.ones(1)}, dict([*load_file(path).items()][1:])):
         path.write_bytes(save(changed, {"ssl_ray": json.dumps(json.loads(metadata().model_dump_json()))}))
         with pytest.raises(UserError, match="not the weights of its unetr"):
-            read_model(str(path)).network()
+            assert read_model(str(path)).network
 
 
 def test_another_training_may_start_from_a_model(tmp_path: Path) -> None:
@@ -107,4 +107,4 @@ def test_networks_of_other_kinds_are_models_too(tmp_path: Path) -> None:
     primus = Primus(token=8, hidden_size=48, layers=2, num_heads=4)
     model = write_model(tmp_path, network=primus)
     assert model.metadata.network == primus
-    assert model.network()(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 4, 16, 16, 16)
+    assert model.network(torch.zeros(1, 1, 16, 16, 16)).shape == (1, 4, 16, 16, 16)

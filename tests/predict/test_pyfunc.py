@@ -19,7 +19,7 @@ from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.predict.embed import read_embedder
 from ssl_ray.predict.model import read_model
-from ssl_ray.predict.pyfunc import ScanSegmenter, _load_pyfunc
+from ssl_ray.predict.pyfunc import _load_pyfunc
 from ssl_ray.predict.segment import Segmenter, manner_of
 from ssl_ray.storage.files import file_digest
 from ssl_ray.tracking.models import _write
@@ -59,7 +59,7 @@ def test_an_array_is_segmented_as_its_file_would_be(model_file: Path) -> None:
     segmenter = Segmenter([model], manner_of(model.metadata)[0], torch.device("cpu"))
     labels = segmenter(canonical.image, canonical.levels)
     expected = to_original_grid(labels, canonical.affine, scan.shape, OBLIQUE)
-    found = ScanSegmenter(model).predict(scan, {"affine": OBLIQUE.ravel().tolist()})
+    found = _load_pyfunc(str(model_file)).predict(scan, {"affine": OBLIQUE.ravel().tolist()})
     assert found.dtype == np.uint8
     assert len(np.unique(found)) > 1
     np.testing.assert_array_equal(found, expected)
@@ -69,7 +69,7 @@ def test_an_array_is_segmented_as_its_file_would_be(model_file: Path) -> None:
 def test_what_is_no_scan_is_refused(model_file: Path, scan: np.ndarray) -> None:
     """With the shape that it must have."""
     with pytest.raises(UserError, match=r"must have shape \(X, Y, Z\) and be finite, got"):
-        ScanSegmenter(read_model(str(model_file))).predict(scan)
+        _load_pyfunc(str(model_file)).predict(scan)
 
 
 def test_an_encoder_gives_the_mean_of_its_tokens(tmp_path: Path) -> None:
@@ -103,6 +103,6 @@ def test_mlflow_loads_it_without_our_sources(model_file: Path, tmp_path: Path) -
     source, loaded = json.loads(done.stdout.splitlines()[-1])
     assert source.startswith(str(tmp_path / "model" / "code"))
     assert not loaded, "what trains is not needed"
-    expected = ScanSegmenter(read_model(str(model_file))).predict(scan, {"affine": OBLIQUE.ravel().tolist()})
+    expected = _load_pyfunc(str(model_file)).predict(scan, {"affine": OBLIQUE.ravel().tolist()})
     np.testing.assert_array_equal(np.load(tmp_path / "scan.npz.labels.npy"), expected)
     assert np.load(tmp_path / "scan.npz.example.npy").shape == (8, 8, 8)
