@@ -9,8 +9,7 @@ import numpy as np
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
 from ssl_ray.report.measures import FOREGROUND, Measure
-from ssl_ray.report.multiplier import Multiplier, multiplier
-from ssl_ray.report.statistics import Array, Estimate, Verdict, estimate, holm, judge
+from ssl_ray.report.statistics import Array, Estimate, Multiplier, Verdict, estimate, holm, judge, multiplier
 from ssl_ray.report.trials import Part, Status, Trial
 
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"
@@ -126,8 +125,6 @@ class Comparison:
     verdict: Verdict
     worth: Multiplier | None
     """What pretraining is worth in labels; None where more labels did not help, or nothing finished at all sizes."""
-    unhelped: bool
-    """Whether that is None because more labels did not help random initialisation."""
 
 
 def compare(
@@ -149,17 +146,16 @@ def compare(
         one = found[size]
         p = np.nan if np.isnan(one.p) else float(adjusted[size])
         verdict = judge(one, differences.shape, p, margin)
-        comparisons[size] = Comparison(differences, one, p, verdict, *_worth(arms, size, part))
+        comparisons[size] = Comparison(differences, one, p, verdict, _worth(arms, size, part))
     return comparisons
 
 
-def _worth(arms: Mapping[int, Mapping[str, Arm]], size: int, part: Part) -> tuple[Multiplier | None, bool]:
-    """`Comparison.worth` and `.unhelped`, over what pretrained at `size` and all finished random arms share."""
+def _worth(arms: Mapping[int, Mapping[str, Arm]], size: int, part: Part) -> Multiplier | None:
+    """`Comparison.worth`, over what pretrained at `size` and all finished random arms share."""
     pretrained = arms[size]["pretrained"]
     random = {count: pair["random"] for count, pair in arms.items() if pair["random"].trials}
     over = shared([pretrained, *random.values()], part)
     if len(random) < 2 or not over.runs or not over.patients:
-        return None, False
+        return None
     levels = np.stack([matrix(arm, over, part, FOREGROUND) for arm in random.values()])
-    worth = multiplier(matrix(pretrained, over, part, FOREGROUND), levels, [*random], size)
-    return worth, worth is None
+    return multiplier(matrix(pretrained, over, part, FOREGROUND), levels, [*random], size)
