@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,18 @@ import numpy as np
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
+from ssl_ray.evaluate.scores import organ_keys
 from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, compare, matrix, shared
 from ssl_ray.report.measures import Measure
 from ssl_ray.report.statistics import Array
-from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, read_pretraining, read_trial
-from ssl_ray.search.cells import BAD_VOLUMES, CELLS, cells
+from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, means, read_pretraining, read_trial
+from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
 from ssl_ray.text import without_password
 from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import KEY, Tracker
+
+Curves = Sequence[Mapping[Cell, Mapping[int, float]]]
+"""Dice on validation, canonical grid, by step, of the runs of the chosen learning rates: an organ each."""
 
 
 @dataclass(frozen=True)
@@ -163,3 +167,15 @@ def conclude(study: Study, grid: MlflowRun, trials: Sequence[Trial], **more: Any
     comparisons = compare(arms, common, part, study.finetune.margin)
     controls = {size: choose(found) for size in arms if (found := by_arm[size, "permuted"])}
     return Results(study, grid, trials, arms, controls, part, common, comparisons, **more)
+
+
+def read_curves(results: Results, tracker: Tracker) -> Curves:
+    """Means over the folds of a run, where it has some; without the runs that have not logged them."""
+    cells = [trial.cell for arm in results.chosen for trial in arm.trials.values()]
+    ids = {cell: [one.run_id for one in results.trials if replace(one.cell, fold=None) == cell] for cell in cells}
+    curves = []
+    for key in organ_keys(results.organs):
+        metric = f"validation/dice/{key}"
+        found = {cell: means([tracker.history(str(run_id), metric) for run_id in ids[cell]]) for cell in cells}
+        curves.append({cell: curve for cell, curve in found.items() if curve})
+    return curves
