@@ -55,11 +55,6 @@ class NetworkFile:
     channels: int
     spacing: tuple[float, float, float]
 
-    @property
-    def kind(self) -> str:
-        """`segmenter` or `encoder`."""
-        return "segmenter" if self.segments else "encoder"
-
 
 class Run:
     """One MLflow run that is being written: nothing here waits for MLflow, and nothing raises for it.

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.image import imread
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from recorded import Outcome, case, constant, flat, make_study, record
@@ -35,7 +36,7 @@ from ssl_ray.report.tables import effort_table, honest_table, organ_table, publi
 from ssl_ray.report.write import Report, write_report
 from ssl_ray.search.cells import Cell, cells
 from ssl_ray.study.parts import run_params, tracker_of
-from ssl_ray.tracking.client import DEVICE, Metric
+from ssl_ray.tracking.client import DEVICE
 from ssl_ray.tracking.tracker import Tracker
 
 
