@@ -2,8 +2,7 @@
 
 import math
 
-from ssl_ray.report.comparison import Arm, Comparison
-from ssl_ray.report.measures import FOREGROUND
+from ssl_ray.report.comparison import FOREGROUND, Arm, Comparison
 from ssl_ray.report.results import Results
 from ssl_ray.report.statistics import MOST_PATIENTS, MOST_RUNS, Multiplier, Verdict, needed
 from ssl_ray.report.tables import over_runs

@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ssl_ray.report.answers import is_clear
+from ssl_ray.report.comparison import FOREGROUND
 from ssl_ray.report.examples import Example, draw_examples
-from ssl_ray.report.measures import FOREGROUND
 from ssl_ray.report.results import Curves, Results
-from ssl_ray.report.statistics import Array, estimate
+from ssl_ray.report.statistics import estimate
 from ssl_ray.report.style import COLOUR, GREY, LINE, MARKER, end, ink, legend_above, panels, save
 from ssl_ray.report.trials import PretrainingRun
 
@@ -149,20 +149,10 @@ def _pretraining(pretraining: PretrainingRun) -> Figure:
     return figure
 
 
-def differences(results: Results) -> Array:
-    """Dice on the original grid, pretrained minus random: (organs, sizes), nan where an arm has no score."""
-    found = np.full((len(results.organs), len(results.arms)), np.nan)
-    for column, size in enumerate(results.arms):
-        for row in range(len(results.organs)):
-            scores = results.scores(size, FOREGROUND.organ(row))
-            if len(scores) == 2 and not np.isnan(scores["random"]).all():
-                found[row, column] = np.nanmean(scores["pretrained"] - scores["random"])
-    return found
-
-
 def _organ_map(results: Results) -> Figure:
-    """Their difference, organs down and labelled volumes across: orange where random is better, blue pretrained."""
-    values = differences(results)
+    """Difference in Dice, organs down, labelled volumes across: orange where random is better, blue pretrained."""
+    measures = [FOREGROUND.organ(number) for number in range(len(results.organs))]
+    values = np.array([[results.difference(size, one) for size in results.arms] for one in measures])
     figure, (axis,) = panels(0.8 + 0.27 * len(values))
     most = max(0.05, float(np.nanmax(np.abs(values), initial=0)))
     colours = LinearSegmentedColormap.from_list("", [COLOUR["random"], axis.get_facecolor(), COLOUR["pretrained"]])

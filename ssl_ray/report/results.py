@@ -1,6 +1,7 @@
 """What MLflow knows of a study, and what can be concluded from it."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,7 @@ from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import organ_keys
-from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, compare, matrix, shared
-from ssl_ray.report.measures import Measure
+from ssl_ray.report.comparison import Arm, Comparison, Measure, Shared, check_precision, choose, compare, matrix, shared
 from ssl_ray.report.statistics import Array
 from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, means, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
@@ -109,6 +109,13 @@ class Results:
         found = {init: self.matrix(size, init, measure) for init, arm in self.arms[size].items() if arm.trials}
         missing = np.isnan(sum(found.values()))
         return {init: np.where(missing, np.nan, values) for init, values in found.items()}
+
+    def difference(self, size: int, measure: Measure) -> float:
+        """Mean of pretrained minus random; nan where an arm has no score."""
+        scores = self.scores(size, measure)
+        if len(scores) < 2 or np.isnan(scores["random"]).all():
+            return math.nan
+        return float(np.nanmean(scores["pretrained"] - scores["random"]))
 
 
 def newest_parent(study: Study, tracker: Tracker, kind: str) -> tuple[MlflowRun, str]:

@@ -2,15 +2,24 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND, ORIGINAL_HD95, ORIGINAL_SURFACE_DICE, PUBLISHED_DICE
-from ssl_ray.report.comparison import SELECTION, matrix
-from ssl_ray.report.measures import FALSE_POSITIVES, FOREGROUND, HD95, MISSED, SURFACE_DICE, WITH_BACKGROUND, Measure
+from ssl_ray.report.comparison import (
+    FALSE_POSITIVES,
+    FOREGROUND,
+    HD95,
+    MISSED,
+    SELECTION,
+    SURFACE_DICE,
+    WITH_BACKGROUND,
+    Measure,
+    matrix,
+)
 from ssl_ray.report.page import literal
 from ssl_ray.report.results import Curves, Results
 from ssl_ray.report.statistics import Array, estimate
@@ -92,8 +101,8 @@ def organ_table(results: Results, size: int) -> Table:
             found = {init: results.matrix(size, init, one) for init in inits if arms[init].trials}
             row += [_mean(one, found[init]) if init in found else arms[init].hole for init in inits]
             if measure is FOREGROUND and len(inits) == 2:
-                means = [float(np.nanmean(values)) for values in found.values() if not np.isnan(values).all()]
-                row.append(measure.signed(means[1] - means[0]) if len(means) == 2 else _NONE)
+                difference = results.difference(size, one)
+                row.append(_NONE if np.isnan(difference) else measure.signed(difference))
         rows.append(row)
     return Table(header, rows, 1)
 
@@ -196,17 +205,17 @@ def _compared(results: Results, size: int, measure: Measure) -> list[str]:
     common = results.common[size]
     patients = len(common.patients) + (len(common.healthy) if measure.absent else 0)
     shown = [over_runs(results, size, init, measure) for init in ("random", "pretrained")]
-    row = [str(len(common.runs)), str(patients), *shown, _difference(measure, results.scores(size, measure))]
+    row = [str(len(common.runs)), str(patients), *shown, _difference(results, size, measure)]
     if control := results.controls.get(size):
         lost = [str(run) for run in common.runs if run not in control.trials]
         row += [f"no run {', '.join(lost)}" if lost else _mean(measure, matrix(control, common, results.part, measure))]
     return row
 
 
-def _difference(measure: Measure, scores: Mapping[str, Array]) -> str:
+def _difference(results: Results, size: int, measure: Measure) -> str:
     """Pretrained minus random; with its interval where the matrix has no holes."""
-    if len(scores) < 2 or np.isnan(scores["random"]).all():
+    if np.isnan(difference := results.difference(size, measure)):
         return _NONE
-    differences = scores["pretrained"] - scores["random"]
-    found, mean = estimate(differences), measure.signed(float(np.nanmean(differences)))
+    scores, mean = results.scores(size, measure), measure.signed(difference)
+    found = estimate(scores["pretrained"] - scores["random"])
     return mean if np.isnan(found.low) else f"{mean} ({measure.signed(found.low)} to {measure.signed(found.high)})"

@@ -13,10 +13,9 @@ from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
 from ssl_ray.report.answers import answers, count_of, verdict
-from ssl_ray.report.comparison import SELECTION
+from ssl_ray.report.comparison import FOREGROUND, SELECTION
 from ssl_ray.report.examples import read_examples
 from ssl_ray.report.figures import draw_figures
-from ssl_ray.report.measures import FOREGROUND
 from ssl_ray.report.page import TEMPLATES, literal, write_page
 from ssl_ray.report.results import Results, read_curves, read_results
 from ssl_ray.report.tables import (

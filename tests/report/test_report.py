@@ -30,7 +30,6 @@ from ssl_ray.errors import UserError
 from ssl_ray.evaluate.planes import Planes, cut
 from ssl_ray.report.answers import answer
 from ssl_ray.report.examples import read_examples
-from ssl_ray.report.figures import differences
 from ssl_ray.report.results import read_results
 from ssl_ray.report.tables import effort_table, honest_table, organ_table, published_table
 from ssl_ray.report.write import Report, write_report
@@ -306,13 +305,6 @@ def test_an_organ_that_rose_and_fell_is_named(written: Written) -> None:
     assert len(rows) == 12
     assert all("0.500 at step 200" in row and row.rstrip(" |").endswith("0.200") for row in rows)
     assert "In 12 cases **an organ's Dice on validation rose" in text
-
-
-def test_the_map_has_the_differences_of_the_tables(written: Written) -> None:
-    """Organs down, labelled volumes across."""
-    results = read_results(written.study, written.tracker)
-    found = [[f"{value:+.3f}" for value in row] for row in differences(results)]
-    assert found == [[organ_table(results, size).rows[place][4] for size in (6, 12)] for place in (0, 1)]
 
 
 def test_hours_are_those_in_which_a_training_ran(tmp_path: Path) -> None:
