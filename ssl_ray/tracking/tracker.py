@@ -139,7 +139,7 @@ class Tracker:
     def finished(self, kind: str, key: str) -> str | None:
         """Id of the finished run of a key; by the journal where MLflow is away or has not heard of the run yet."""
         run = self._delivery.runs.get(_name(kind, key))
-        done = run.id if run and run.status == "FINISHED" else None
+        done = run.id if run and run.summary.status == "FINISHED" else None
         if run and done and (run.waiting or run.run_id is None):
             return done
         try:
