@@ -17,7 +17,7 @@ def datasets(recipe: Recipe, training: Sequence[Volume], validation: Sequence[Vo
     roots = [Path(source.root) for source in recipe.settings.sources]
     name, place = " and ".join(root.name for root in roots), " ".join(str(root.absolute()) for root in roots)
     parts = ("pretraining", f"{name} pretraining", training), ("validation", f"{name} held out", validation)
-    return [told(context, of, place, volumes) for context, of, volumes in parts]
+    return [told(context, of, place, [(one.key, one.subject) for one in read]) for context, of, read in parts]
 
 
 def describe(job: Job, run_id: str, path: str, numbers: Mapping[str, float]) -> str:

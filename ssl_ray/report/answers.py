@@ -2,11 +2,9 @@
 
 import math
 
-from ssl_ray.report.comparison import Comparison
-from ssl_ray.report.measures import FOREGROUND
-from ssl_ray.report.multiplier import Multiplier
+from ssl_ray.report.comparison import FOREGROUND, Arm, Comparison
 from ssl_ray.report.results import Results
-from ssl_ray.report.statistics import MOST_PATIENTS, MOST_RUNS, Needed, Verdict, needed
+from ssl_ray.report.statistics import MOST_PATIENTS, MOST_RUNS, Multiplier, Verdict, needed
 from ssl_ray.report.tables import over_runs
 
 
@@ -46,10 +44,10 @@ def answer(results: Results, size: int) -> str:
     if len(arms) == 1:
         ((init, arm),) = arms.items()
         dice = over_runs(results, size, init, FOREGROUND)
-        reached = f"{init} initialisation reaches foreground Dice {dice}" if arm.trials else _hole(results, size, init)
+        reached = f"{init} initialisation reaches foreground Dice {dice}" if arm.trials else _hole(init, arm)
         return f"{start}, {reached}; the grid has nothing to compare it with."
     if found is None:
-        if not (why := " and ".join(_hole(results, size, init) for init, arm in arms.items() if not arm.trials)):
+        if not (why := " and ".join(_hole(init, arm) for init, arm in arms.items() if not arm.trials)):
             scored = f"no {results.subjects} with an organ was scored in every run"
             why = scored if results.common[size].runs else "no run was finished by both"
         text = f"{start} there is **no answer**: {why}."
@@ -65,13 +63,9 @@ def answer(results: Results, size: int) -> str:
     return " ".join([text, *_notes(results, size)])
 
 
-def _hole(results: Results, size: int, init: str) -> str:
+def _hole(init: str, arm: Arm) -> str:
     """Why an arm has no result."""
-    cells = [trial for trial in results.trials if (trial.cell.size, trial.cell.init) == (size, init)]
-    statuses = {trial.status for trial in cells}
-    if statuses == {"failed"}:
-        return f"every {init} run failed"
-    return f"{init} was not trained" if statuses == {"missing"} else f"no {init} run is finished"
+    return f"no {init} run is finished ({arm.hole})"
 
 
 def _undecided(results: Results, found: Comparison) -> str:
@@ -111,7 +105,7 @@ def _notes(results: Results, size: int) -> list[str]:
     found, common = results.comparisons.get(size), results.common[size]
     notes = []
     if found and found.verdict is Verdict.UNKNOWN:
-        notes.append(_settled(needed(found.differences, results.study.finetune.margin), results))
+        notes.append(_settled(found, results))
     # With the most labels, "at least 1 times" would only say that random was not measured with more.
     if found and (worth := found.worth) and (worth.edges[1] > 1 or min(worth.point, worth.low) < 1):
         notes.append(f"Here pretraining is worth {_times(worth)}.")
@@ -130,9 +124,10 @@ def _notes(results: Results, size: int) -> list[str]:
     return notes
 
 
-def _settled(more: Needed, results: Results) -> str:
+def _settled(found: Comparison, results: Results) -> str:
     """Like `About 9 runs, or about 120 patients, would settle it (80 % power for 0.02).`"""
-    asked = (more.runs, MOST_RUNS, "runs"), (more.patients, MOST_PATIENTS, f"{results.subjects}s")
+    runs, patients = needed(found.differences, results.study.finetune.margin)
+    asked = (runs, MOST_RUNS, "runs"), (patients, MOST_PATIENTS, f"{results.subjects}s")
     able = [f"{f'more than {most}' if n > most else f'about {n}'} {noun}" for n, most, noun in asked if n is not None]
     unable = [noun for n, _, noun in asked if n is None]
     power = f"(80 % power for {results.study.finetune.margin:g})"

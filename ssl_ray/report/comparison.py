@@ -1,20 +1,64 @@
-"""From trials to the claim: which learning rate, which runs and patients, and what their differences say."""
+"""From trials to the claim: which measure, learning rate, runs and patients, and what their differences say."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
 from ssl_ray.errors import UserError
-from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores
-from ssl_ray.report.measures import FOREGROUND, Measure
-from ssl_ray.report.multiplier import Multiplier, multiplier
-from ssl_ray.report.statistics import Array, Estimate, Verdict, estimate, holm, judge
+from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, Scores
+from ssl_ray.report.statistics import Array, Estimate, Multiplier, Verdict, estimate, holm, judge, multiplier
 from ssl_ray.report.trials import Part, Status, Trial
 
 SELECTION = f"selected/validation/{DICE_FOREGROUND}"
 """The metric by which a trial selects its checkpoint (`ssl_ray.finetune.trial`), and the report a learning rate."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A mean over the classes that a volume has, or their sum; `ssl_ray.evaluate.scores` defines the scores."""
+
+    classes: Callable[[CaseScores], Scores]
+    """The scores of one volume, one a class; None for a class that it lacks."""
+    factor: float = 1.0
+    """What a score is multiplied by for print."""
+    digits: int = 3
+    total: bool = False
+    """Whether a volume's score is the sum over its classes, which is 0 where it has none of them."""
+    absent: bool = False
+    """Whether it is about organs that a volume lacks, so that patients without any organ count too."""
+
+    def of(self, case: CaseScores) -> float | None:
+        """Score of one volume; None where it has none of the classes, unless they are added up."""
+        known = [float(score) for score in self.classes(case) if score is not None]
+        return sum(known) / (1 if self.total else len(known)) if known or self.total else None
+
+    def organ(self, number: int) -> "Measure":
+        """The mean for one organ alone, the class after the one of this number; in percent where organs are counted."""
+
+        def one(case: CaseScores) -> Scores:
+            return self.classes(case)[number : number + 1]
+
+        return Measure(one, 100, 1, absent=self.absent) if self.total else Measure(one, self.factor, self.digits)
+
+    def value(self, number: float) -> str:
+        """Like `0.658`."""
+        return f"{number * self.factor:.{self.digits}f}"
+
+    def signed(self, number: float) -> str:
+        """Like `-0.012`; `+0.000` where the digits shown are all zero."""
+        text = f"{number * self.factor:+.{self.digits}f}"
+        return text.replace("-", "+") if float(text) == 0 else text
+
+
+WITH_BACKGROUND = Measure(attrgetter("dice"), factor=100, digits=2)  # percent
+FOREGROUND = Measure(attrgetter("original_dice"))
+HD95 = Measure(attrgetter("original_hd95"), digits=1)  # mm, over the organs that were found
+SURFACE_DICE = Measure(attrgetter("original_surface_dice"))
+MISSED = Measure(attrgetter("missed"), factor=100, digits=1)  # percent of the organs that a volume has
+FALSE_POSITIVES = Measure(attrgetter("false_positives"), digits=2, total=True, absent=True)  # organs
 
 
 @dataclass(frozen=True)
@@ -126,8 +170,6 @@ class Comparison:
     verdict: Verdict
     worth: Multiplier | None
     """What pretraining is worth in labels; None where more labels did not help, or nothing finished at all sizes."""
-    unhelped: bool
-    """Whether that is None because more labels did not help random initialisation."""
 
 
 def compare(
@@ -149,17 +191,16 @@ def compare(
         one = found[size]
         p = np.nan if np.isnan(one.p) else float(adjusted[size])
         verdict = judge(one, differences.shape, p, margin)
-        comparisons[size] = Comparison(differences, one, p, verdict, *_worth(arms, size, part))
+        comparisons[size] = Comparison(differences, one, p, verdict, _worth(arms, size, part))
     return comparisons
 
 
-def _worth(arms: Mapping[int, Mapping[str, Arm]], size: int, part: Part) -> tuple[Multiplier | None, bool]:
-    """`Comparison.worth` and `.unhelped`, over what pretrained at `size` and all finished random arms share."""
+def _worth(arms: Mapping[int, Mapping[str, Arm]], size: int, part: Part) -> Multiplier | None:
+    """`Comparison.worth`, over what pretrained at `size` and all finished random arms share."""
     pretrained = arms[size]["pretrained"]
     random = {count: pair["random"] for count, pair in arms.items() if pair["random"].trials}
     over = shared([pretrained, *random.values()], part)
     if len(random) < 2 or not over.runs or not over.patients:
-        return None, False
+        return None
     levels = np.stack([matrix(arm, over, part, FOREGROUND) for arm in random.values()])
-    worth = multiplier(matrix(pretrained, over, part, FOREGROUND), levels, [*random], size)
-    return worth, worth is None
+    return multiplier(matrix(pretrained, over, part, FOREGROUND), levels, [*random], size)

@@ -7,7 +7,7 @@ import numpy as np
 
 from ssl_ray.evaluate.overlay import draw
 from ssl_ray.evaluate.planes import FILE, Planes, from_npz
-from ssl_ray.report.measures import FOREGROUND
+from ssl_ray.report.comparison import FOREGROUND
 from ssl_ray.report.results import Results
 from ssl_ray.tracking.tracker import Tracker
 

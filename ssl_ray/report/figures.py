@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ssl_ray.report.answers import is_clear
+from ssl_ray.report.comparison import FOREGROUND
 from ssl_ray.report.examples import Example, draw_examples
-from ssl_ray.report.measures import FOREGROUND
-from ssl_ray.report.organs import Curves, draw_curves, draw_levels, draw_map
-from ssl_ray.report.results import Results
+from ssl_ray.report.results import Curves, Results
 from ssl_ray.report.statistics import estimate
 from ssl_ray.report.style import COLOUR, GREY, LINE, MARKER, end, ink, legend_above, panels, save
 from ssl_ray.report.trials import PretrainingRun
@@ -32,12 +32,10 @@ def draw_figures(
     if results.chosen:
         figures["label_efficiency"] = partial(_label_efficiency, results)
         figures["finetuning"] = partial(_finetuning, results)
-        if results.organs:
-            figures["organs"] = partial(draw_levels, results)
-        if results.organs and len(results.comparisons) > 1:
-            figures["organ_map"] = partial(draw_map, results)
-        if any(any(organs) for organs in curves.values()):
-            figures["organ_curves"] = partial(draw_curves, results, curves)
+        if results.organs and results.comparisons:
+            figures["organ_map"] = partial(_organ_map, results)
+        if any(curves):
+            figures["organ_curves"] = partial(_organ_curves, results, curves)
     for pretraining in results.pretraining:
         figures[f"pretraining{pretraining.suffix}"] = partial(_pretraining, pretraining)
         pictures[f"restored{pretraining.suffix}"] = pretraining.picture
@@ -149,3 +147,44 @@ def _pretraining(pretraining: PretrainingRun) -> Figure:
     axis.set_ylim(bottom=0)
     axis.legend(loc="upper right")
     return figure
+
+
+def _organ_map(results: Results) -> Figure:
+    """Difference in Dice, organs down, labelled volumes across: orange where random is better, blue pretrained."""
+    measures = [FOREGROUND.organ(number) for number in range(len(results.organs))]
+    values = np.array([[results.difference(size, one) for size in results.arms] for one in measures])
+    figure, (axis,) = panels(0.8 + 0.27 * len(values))
+    most = max(0.05, float(np.nanmax(np.abs(values), initial=0)))
+    colours = LinearSegmentedColormap.from_list("", [COLOUR["random"], axis.get_facecolor(), COLOUR["pretrained"]])
+    image = axis.imshow(values, cmap=colours, vmin=-most, vmax=most, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        text = "n/a" if np.isnan(value) else FOREGROUND.signed(value)
+        brightness = np.dot(image.to_rgba(value)[:3], (0.3, 0.59, 0.11))
+        colour = ink() if np.isnan(value) else "black" if brightness > 0.5 else "white"
+        axis.text(column, row, text, ha="center", va="center", color=colour)
+    axis.set_xticks(range(len(results.arms)), [str(size) for size in results.arms])
+    axis.set_yticks(range(len(values)), [_shortened(organ) for organ in results.organs])
+    axis.set_xlabel(f"{results.labelled}s")
+    axis.grid(visible=False)
+    return figure
+
+
+def _organ_curves(results: Results, curves: Curves) -> Figure:
+    """Dice on validation over steps at the primary number of labelled volumes: a panel an organ, a line a run."""
+    rows = -(-len(curves) // 2)
+    figure, axes = panels(0.8 + 1.15 * rows, rows, 2, sharex=True, sharey=True)
+    for axis, organ, by_cell in zip(axes, results.organs, curves, strict=False):
+        for cell, curve in by_cell.items():
+            if cell.size == results.primary:
+                axis.plot(*zip(*curve.items(), strict=True), linewidth=1.4, **LINE[cell.init])
+        axis.set_title(_shortened(organ), loc="left")
+        axis.set(ylim=(0, 1), yticks=[0, 0.5, 1])
+        axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    end(axes, len(curves), 2)
+    figure.supxlabel("step", fontsize=10)
+    legend_above(figure, [Line2D([], [], label=init, **LINE[init]) for init in results.inits])
+    return figure
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 22 else f"{name[:21]}…"

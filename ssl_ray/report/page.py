@@ -2,8 +2,9 @@
 
 import base64
 import re
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markdown_it import MarkdownIt
@@ -45,9 +46,17 @@ def to_html(text: str, folder: Path, title: str, refresh: int | None = None) -> 
     tokens = _MARKDOWN.parse(text)
     _embed_pictures(tokens, folder)
     _fold_listings(tokens)
-    _mark_groups(tokens)
     body = _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {})
     return TEMPLATES.get_template("page.html.j2").render(title=title, body=Markup(body), refresh=refresh)
+
+
+def write_page(template: str, values: Mapping[str, Any], folder: Path, title: str) -> tuple[Path, Path]:
+    """Write what a template gives as `report.md`, and as `report.html`, into the folder -> both."""
+    text = TEMPLATES.get_template(template).render(values)
+    markdown, html = folder / "report.md", folder / "report.html"
+    markdown.write_text(text, encoding="utf-8")
+    html.write_text(to_html(text, folder, title), encoding="utf-8")
+    return markdown, html
 
 
 def _embed_pictures(tokens: list[Token], folder: Path) -> None:
@@ -80,17 +89,3 @@ def _fold_listings(tokens: list[Token]) -> None:
         tokens[place - 3].tag = tokens[place - 1].tag = "summary"
         tokens.insert(place + 1, Token("details_close", "details", -1, block=True))
         tokens.insert(place - 3, Token("details_open", "details", 1, block=True))
-
-
-def _mark_groups(tokens: list[Token]) -> None:
-    """Mark the rows with which another group begins, where a table's first column says the same in several rows."""
-    rows: list[tuple[Token, str]] = []
-    for number, token in enumerate(tokens):
-        if token.type == "tbody_open":
-            rows = []
-        elif token.type == "tr_open":
-            rows.append((token, tokens[number + 2].content))  # the cell's opening lies between
-        elif token.type == "tbody_close" and len({first for _, first in rows}) < len(rows):
-            for (_, above), (row, first) in pairwise(rows):
-                if first != above:
-                    row.attrSet("class", "group")

@@ -1,9 +1,10 @@
 """What MLflow knows of a study, and what can be concluded from it."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,17 @@ import numpy as np
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
-from ssl_ray.report.comparison import Arm, Comparison, Shared, check_precision, choose, compare, matrix, shared
-from ssl_ray.report.measures import Measure
+from ssl_ray.evaluate.scores import organ_keys
+from ssl_ray.report.comparison import Arm, Comparison, Measure, Shared, check_precision, choose, compare, matrix, shared
 from ssl_ray.report.statistics import Array
-from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, read_pretraining, read_trial
-from ssl_ray.search.cells import BAD_VOLUMES, CELLS, cells
+from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, means, read_pretraining, read_trial
+from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
 from ssl_ray.text import without_password
 from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import KEY, Tracker
+
+Curves = Sequence[Mapping[Cell, Mapping[int, float]]]
+"""Dice on validation, canonical grid, by step, of the runs of the chosen learning rates: an organ each."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,13 @@ class Results:
         missing = np.isnan(sum(found.values()))
         return {init: np.where(missing, np.nan, values) for init, values in found.items()}
 
+    def difference(self, size: int, measure: Measure) -> float:
+        """Mean of pretrained minus random; nan where an arm has no score."""
+        scores = self.scores(size, measure)
+        if len(scores) < 2 or np.isnan(scores["random"]).all():
+            return math.nan
+        return float(np.nanmean(scores["pretrained"] - scores["random"]))
+
 
 def newest_parent(study: Study, tracker: Tracker, kind: str) -> tuple[MlflowRun, str]:
     """The study's newest `grid` or `search`, rather one of this very experiment, and the YAML that it was run with."""
@@ -163,3 +174,15 @@ def conclude(study: Study, grid: MlflowRun, trials: Sequence[Trial], **more: Any
     comparisons = compare(arms, common, part, study.finetune.margin)
     controls = {size: choose(found) for size in arms if (found := by_arm[size, "permuted"])}
     return Results(study, grid, trials, arms, controls, part, common, comparisons, **more)
+
+
+def read_curves(results: Results, tracker: Tracker) -> Curves:
+    """Means over the folds of a run, where it has some; without the runs that have not logged them."""
+    cells = [trial.cell for arm in results.chosen for trial in arm.trials.values()]
+    ids = {cell: [one.run_id for one in results.trials if replace(one.cell, fold=None) == cell] for cell in cells}
+    curves = []
+    for key in organ_keys(results.organs):
+        metric = f"validation/dice/{key}"
+        found = {cell: means([tracker.history(str(run_id), metric) for run_id in ids[cell]]) for cell in cells}
+        curves.append({cell: curve for cell, curve in found.items() if curve})
+    return curves

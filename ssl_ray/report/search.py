@@ -16,12 +16,11 @@ from ssl_ray.config.schema import Study
 from ssl_ray.config.search import resolved
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
-from ssl_ray.report.page import TEMPLATES, literal, to_html
+from ssl_ray.report.page import literal, write_page
 from ssl_ray.report.results import newest_parent
-from ssl_ray.report.show import register_best
 from ssl_ray.report.style import GREY, end, legend_above, panels, save
 from ssl_ray.report.tables import Table
-from ssl_ray.report.write import Report
+from ssl_ray.report.write import Report, register_best
 from ssl_ray.search.cells import JOURNAL
 from ssl_ray.search.proposals import open_journal, status
 from ssl_ray.tracking.tracker import KEY, NOTE, Tracker
@@ -40,38 +39,34 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         kept = open_journal(path, parent.data.tags[KEY], ran.search.mode)
         drawn, search = optuna.create_study(direction=kept.direction), ran.search
         drawn.add_trials(trial for trial in kept.get_trials() if status(trial))
-    tried, finished = drawn.get_trials(), drawn.get_trials(states=[TrialState.COMPLETE])
+    trials, finished = drawn.get_trials(), drawn.get_trials(states=[TrialState.COMPLETE])
     best = drawn.best_trial if finished else None
     keys = [key for key, one in search.space.items() if len(*one.values()) > 1]
-    rows = [_row(trial, keys, trial == best) for trial in tried]
+    rows = [_row(trial, keys, trial == best) for trial in trials]
     table = Table(["number", "status", *keys, "last step", search.metric, "note"], rows, 2)
     values: dict[str, Any] = {"study": study, "search": search, "config": config, "best": best, "cells": table}
-    values |= {"keys": keys, "statuses": list(map(status, tried)), "importances": {}, "test": None}
+    values |= {"keys": keys, "statuses": list(map(status, trials)), "importances": {}, "test": None}
     if len(finished) >= 20:
         values["importances"] = optuna.importance.get_param_importances(drawn, params=keys)
-    figures, more = list[Path](), list[Path]()
+    files: list[Path] = []
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     if best:
-        more = [folder / "best.yaml"]
-        figures = save(partial(_draw, drawn, keys, search.metric), folder / "figures" / "search.png") if keys else []
+        if keys:
+            files = save(partial(_draw, drawn, keys, search.metric), folder / "figures" / "search.png")
         own = resolved(ran, best.user_attrs["cell"]).model_copy(update={"name": f"{study.name}-best"})
         values["yaml"] = dump(own)
-        more[0].write_text(values["yaml"], encoding="utf-8")
+        files.append(folder / "best.yaml")
+        files[-1].write_text(values["yaml"], encoding="utf-8")
         for run in tracker.runs(kind="trial", key=best.user_attrs["key"])[:1]:
             values["test"] = run.data.metrics.get(f"selected/test/{ORIGINAL_DICE_FOREGROUND}")
             chosen = f"best of {len(finished)} in a search, on validation: {search.metric} {best.value:.3f}"
             register_best(tracker, f"{study.name}-segmenter", run.info.run_id, chosen)
-    text = TEMPLATES.get_template("search.md.j2").render(values)
-    markdown, html = folder / "report.md", folder / "report.html"
-    markdown.write_text(text, encoding="utf-8")
-    html.write_text(to_html(text, folder, f"{study.name}: a search"), encoding="utf-8")
-    shown = [
-        picture(run_id, f"report/figures/{path.name}", "what was tried, and what it scored") for path in figures[:1]
-    ]
-    tracker.conclude(run_id, {}, {NOTE: "\n\n".join([*shown, str(table)])})
-    for path in (markdown, html, *more, *figures):
-        tracker.attach(run_id, path, "report/figures" if path in figures else "report")
-    return Report(str(table), markdown, html, (*figures, *more))
+    pages = write_page("search.md.j2", values, folder, f"{study.name}: a search")
+    for path in (*pages, *files):
+        tracker.attach(run_id, path, "report/figures" if path.suffix == ".png" else "report")
+    tried = [picture(run_id, "report/figures/search.png", "what was tried, and what it scored")] if files[1:] else []
+    tracker.conclude(run_id, {}, {NOTE: "\n\n".join([*tried, str(table)])})
+    return Report(str(table), *pages, tuple(files))
 
 
 def _draw(drawn: optuna.Study, keys: Sequence[str], metric: str) -> Figure:

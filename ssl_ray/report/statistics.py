@@ -1,4 +1,4 @@
-"""What a matrix of paired differences, runs x patients, says: interval, p, correction, verdict, what would settle it.
+"""What a matrix of paired differences, runs x patients, says: interval, p, verdict, what settles it, what it is worth.
 
 Both are samples: another training run and another patient would have given other numbers. So the model is a two-way
 layout without replication, both ways random: d[r, p] = delta + run r + patient p + rest (Scheffé, *The Analysis of
@@ -6,6 +6,7 @@ Variance*, 1959, chapter 7). `tests/report/test_statistics.py` holds how often i
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -21,6 +22,8 @@ LEAST = 3
 MOST_RUNS, MOST_PATIENTS = 50, 1000
 """Nobody trains more, or scores more, to settle one question."""
 _ENDLESS = 10**9
+_STEPS = 200
+"""Numbers of labels that are tried for what pretraining is worth, evenly in log."""
 
 Array = NDArray[np.float64]
 
@@ -118,19 +121,11 @@ def judge(found: Estimate, shape: tuple[int, int], adjusted: float, margin: floa
     return Verdict.UNCORRECTED if excludes and not agreed else Verdict.UNKNOWN
 
 
-@dataclass(frozen=True)
-class Needed:
-    """How many runs, or how many patients, would settle a question with 80 % power, the other staying as it is.
+def needed(differences: Array, margin: float) -> tuple[int | None, int | None]:
+    """How many runs, or patients, would show a difference of the margin with 80 % power, the other staying as it is.
 
     None: no number of them alone would do; `MOST_RUNS + 1` or `MOST_PATIENTS + 1`: more than that.
     """
-
-    runs: int | None
-    patients: int | None
-
-
-def needed(differences: Array, margin: float) -> Needed:
-    """The least numbers above those of (runs, patients) with which a difference of the margin would be seen."""
     runs, patients = differences.shape
     between, among, rest = map(float, mean_squares(differences))
     by_run, by_patient = max(0.0, (between - rest) / patients), max(0.0, (among - rest) / runs)
@@ -143,5 +138,70 @@ def needed(differences: Array, margin: float) -> Needed:
     enough = settle(more[0], patients), settle(runs, more[1])
     ever = patients >= LEAST and settle(_ENDLESS, patients), runs >= LEAST and settle(runs, _ENDLESS)
     most = MOST_RUNS + 1, MOST_PATIENTS + 1
-    least = [min(counts[seen], default=over) for counts, seen, over in zip(more, enough, most, strict=True)]
-    return Needed(*(int(count) if possible else None for count, possible in zip(least, ever, strict=True)))
+    by_runs, by_patients = (
+        int(min(counts[seen], default=over)) if possible else None
+        for counts, seen, over, possible in zip(more, enough, most, ever, strict=True)
+    )
+    return by_runs, by_patients
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """m with its 95 % interval, nan without one; what equals an edge may lie beyond it."""
+
+    point: float
+    low: float
+    high: float
+    edges: tuple[float, float]
+    """The fewest and the most labelled volumes of the grid, in multiples of those that are asked about."""
+
+
+def candidates(sizes: Sequence[int], size: int) -> Array:
+    """Multiples m of `size` within what was measured, ascending; every measured size is one of them."""
+    ends = np.log(np.array(sizes) / size)
+    many: Array = np.exp(np.unique(np.concatenate([np.linspace(ends[0], ends[-1], _STEPS), ends])))
+    return many
+
+
+def beyond(pretrained: Array, random: Array, sizes: Sequence[int], volumes: Array) -> Array:
+    """Pretrained (..., R, P) minus random (..., sizes, R, P) at other numbers of labels -> (..., volumes, R, P).
+
+    Between two measured sizes, random is interpolated linearly in the logarithm of the size.
+    """
+    weights = [np.interp(np.log(volumes), np.log(sizes), one) for one in np.eye(len(sizes))]
+    differences: Array = pretrained[..., None, :, :] - np.einsum("km,...krp->...mrp", weights, random)
+    return differences
+
+
+def multiplier(pretrained: Array, random: Array, sizes: Sequence[int], size: int) -> Multiplier | None:
+    """What pretraining is worth at `size` labelled volumes; None where more labels did not help the random arm.
+
+    The point is the smallest m at which random reaches the pretrained mean; the interval are all m whose difference
+    may be 0 (Fieller's way), `estimate` over runs and patients.
+
+    Args:
+        pretrained: score (runs, patients) at `size`.
+        random: score (sizes, runs, patients), the same runs and patients.
+        sizes: labelled volumes of the grid, ascending.
+        size: one of them.
+    """
+    levels = random.mean((-2, -1))
+    if levels[-1] <= levels[0]:
+        return None
+    many = candidates(sizes, size)
+    found = estimate(beyond(pretrained, random, sizes, many * size))
+    edges = float(many[0]), float(many[-1])
+    point = _first_zero(many, found.mean)
+    if np.isnan(found.low).all():
+        return Multiplier(point, np.nan, np.nan, edges)
+    possible = [point, *many[(found.low <= 0) & (found.high >= 0)]]
+    return Multiplier(point, float(min(possible)), float(max(possible)), edges)
+
+
+def _first_zero(many: Array, means: Array) -> float:
+    """Where the mean difference, linear in log m between candidates, first falls to 0; an edge if it does not."""
+    if not (below := np.flatnonzero(means <= 0)).size:
+        return float(many[-1])
+    if (after := below[0]) == 0:
+        return float(many[0])
+    return float(np.exp(np.interp(0, means[[after, after - 1]], np.log(many)[[after, after - 1]])))

@@ -1,18 +1,34 @@
 """The tables: numbers as text, and a word where a number is missing."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND, ORIGINAL_HD95, ORIGINAL_SURFACE_DICE, PUBLISHED_DICE
-from ssl_ray.report.comparison import SELECTION, matrix
-from ssl_ray.report.measures import FALSE_POSITIVES, FOREGROUND, HD95, MISSED, SURFACE_DICE, WITH_BACKGROUND, Measure
+from ssl_ray.report.comparison import (
+    FALSE_POSITIVES,
+    FOREGROUND,
+    HD95,
+    MISSED,
+    SELECTION,
+    SURFACE_DICE,
+    WITH_BACKGROUND,
+    Measure,
+    matrix,
+)
 from ssl_ray.report.page import literal
-from ssl_ray.report.results import Results
+from ssl_ray.report.results import Curves, Results
 from ssl_ray.report.statistics import Array, estimate
+from ssl_ray.tracking.client import DEVICE, MlflowRun
+from ssl_ray.tracking.tracker import Tracker
 
 _NONE = "n/a"
+_FOUND = 0.1
+"""Dice of an organ that was found at all: below it curves rise and fall by chance."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +101,8 @@ def organ_table(results: Results, size: int) -> Table:
             found = {init: results.matrix(size, init, one) for init in inits if arms[init].trials}
             row += [_mean(one, found[init]) if init in found else arms[init].hole for init in inits]
             if measure is FOREGROUND and len(inits) == 2:
-                means = [float(np.nanmean(values)) for values in found.values() if not np.isnan(values).all()]
-                row.append(measure.signed(means[1] - means[0]) if len(means) == 2 else _NONE)
+                difference = results.difference(size, one)
+                row.append(_NONE if np.isnan(difference) else measure.signed(difference))
         rows.append(row)
     return Table(header, rows, 1)
 
@@ -108,6 +124,57 @@ def cell_table(results: Results) -> Table:
     header += ["Dice, validation, resampled grid (selects)"]
     header += [f"{label}, {results.part}" for label in ("Dice", "HD95 (mm)", "surface Dice")]
     return Table(header, rows, 5)
+
+
+def fall_table(results: Results, curves: Curves) -> Table:
+    """Organs whose Dice on validation rose and ended at less than half of its best, a row for every run of such."""
+    chosen = {trial.cell: trial for arm in results.chosen for trial in arm.trials.values()}
+    rows = []
+    for organ, by_cell in zip(results.organs, curves, strict=True):
+        for cell, curve in by_cell.items():
+            best, last = max(curve, key=curve.__getitem__), max(curve)
+            if curve[best] >= _FOUND and curve[last] < curve[best] / 2:
+                selected = int(chosen[cell].metrics.get("selected/step", last))
+                row = [literal(organ), str(cell.size), cell.init, str(cell.run), f"{curve[best]:.3f} at step {best:,}"]
+                rows.append([*row, *(f"{curve[step]:.3f}" for step in (selected, last))])
+    header = ["organ", f"{results.labelled}s", "initialisation", "run", "best Dice", "where selected", "at the end"]
+    return Table(header, rows, 3)
+
+
+def effort_table(results: Results, tracker: Tracker) -> Table:
+    """Hours in which trainings ran: a row for each stage and kind of device, of the runs that the report is about."""
+    trials = {run.info.run_id: run for run in tracker.runs(kind="trial")}
+    runs = [("pretraining", one.run) for one in results.pretraining]
+    runs += [("fine-tuning", trials[one.run_id]) for one in results.trials if one.run_id]
+    found = defaultdict(list)
+    for stage, run in runs:
+        if hours := _hours(run, tracker):
+            unit, count = _units(run)
+            found[stage, run.data.tags.get(DEVICE, "not recorded"), unit].append((hours, hours * count))
+    rows = []
+    for (stage, device, unit), each in found.items():
+        hours, of_units = map(sum, zip(*each, strict=True))
+        rows.append([stage, literal(device), str(len(each)), f"{hours:.2f}", f"{of_units:.2f} {unit} hours"])
+    return Table(["what", "device", "trainings", "hours", "times GPUs, or else cores"], rows, 2)
+
+
+def _hours(run: MlflowRun, tracker: Tracker) -> float:
+    """From every start of a training to the last record before the next one: what lay between did not run."""
+    starts = sorted(point.timestamp for point in tracker.points(run.info.run_id, "system/started_at"))
+    times = [point.timestamp for name in ("lr", "selected/step") for point in tracker.points(run.info.run_id, name)]
+    within = [[time - start for time in times if start <= time < end] for start, end in pairwise([*starts, math.inf])]
+    return sum(max(since, default=0) for since in within) / 3.6e6
+
+
+def _units(run: MlflowRun) -> tuple[str, float]:
+    """What a training is counted in, and how many it had."""
+    params, workers = run.data.params, run.data.metrics.get("system/workers", 1.0)
+    if "finetune.gpus_per_trial" in params:
+        gpus, cores = (float(params[f"finetune.{kind}_per_trial"]) for kind in ("gpus", "cpus"))
+    else:
+        gpus = workers * (params.get("pretrain.gpu") == "True")
+        cores = workers * float(params.get("pretrain.cpus_per_worker", 1))
+    return ("GPU", gpus) if gpus else ("core", cores)
 
 
 def over_runs(results: Results, size: int, init: str, measure: Measure) -> str:
@@ -138,17 +205,17 @@ def _compared(results: Results, size: int, measure: Measure) -> list[str]:
     common = results.common[size]
     patients = len(common.patients) + (len(common.healthy) if measure.absent else 0)
     shown = [over_runs(results, size, init, measure) for init in ("random", "pretrained")]
-    row = [str(len(common.runs)), str(patients), *shown, _difference(measure, results.scores(size, measure))]
+    row = [str(len(common.runs)), str(patients), *shown, _difference(results, size, measure)]
     if control := results.controls.get(size):
         lost = [str(run) for run in common.runs if run not in control.trials]
         row += [f"no run {', '.join(lost)}" if lost else _mean(measure, matrix(control, common, results.part, measure))]
     return row
 
 
-def _difference(measure: Measure, scores: Mapping[str, Array]) -> str:
+def _difference(results: Results, size: int, measure: Measure) -> str:
     """Pretrained minus random; with its interval where the matrix has no holes."""
-    if len(scores) < 2 or np.isnan(scores["random"]).all():
+    if np.isnan(difference := results.difference(size, measure)):
         return _NONE
-    differences = scores["pretrained"] - scores["random"]
-    found, mean = estimate(differences), measure.signed(float(np.nanmean(differences)))
+    scores, mean = results.scores(size, measure), measure.signed(difference)
+    found = estimate(scores["pretrained"] - scores["random"])
     return mean if np.isnan(found.low) else f"{mean} ({measure.signed(found.low)} to {measure.signed(found.high)})"

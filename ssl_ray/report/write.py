@@ -1,6 +1,8 @@
 """From MLflow alone: does pretraining help, and at how many labelled volumes? One page in Markdown and in HTML."""
 
+import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -8,18 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from ssl_ray.config.schema import Study
+from ssl_ray.console import say
+from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
 from ssl_ray.report.answers import answers, count_of, verdict
-from ssl_ray.report.effort import effort_table
+from ssl_ray.report.comparison import FOREGROUND, SELECTION
 from ssl_ray.report.examples import read_examples
 from ssl_ray.report.figures import draw_figures
-from ssl_ray.report.measures import FOREGROUND
-from ssl_ray.report.organs import fall_table, read_curves
-from ssl_ray.report.page import TEMPLATES, literal, to_html
-from ssl_ray.report.results import Results, read_results
-from ssl_ray.report.show import register_networks, show_answer
-from ssl_ray.report.tables import cell_table, honest_table, organ_table, over_runs, published_table, running_table
-from ssl_ray.text import without_password
+from ssl_ray.report.page import TEMPLATES, literal, write_page
+from ssl_ray.report.results import Results, read_curves, read_results
+from ssl_ray.report.tables import (
+    Table,
+    cell_table,
+    effort_table,
+    fall_table,
+    honest_table,
+    organ_table,
+    over_runs,
+    published_table,
+    running_table,
+)
+from ssl_ray.text import reason, without_password
+from ssl_ray.tracking.client import MlflowException
 from ssl_ray.tracking.tracker import NOTE, Tracker
+from ssl_ray.tracking.view import picture, run_link
 
 
 @dataclass(frozen=True)
@@ -63,16 +76,34 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         "figures": {path.stem for path in figures},
     }
     values |= {function.__name__: function for function in (count_of, day, literal, without_password)}
-    markdown, html = folder / "report.md", folder / "report.html"
-    text = TEMPLATES.get_template("report.md.j2").render(values)
-    markdown.write_text(text, encoding="utf-8")
-    html.write_text(to_html(text, folder, f"{study.name}: does pretraining help?"), encoding="utf-8")
-    for path in (markdown, html, *figures):
+    pages = write_page("report.md.j2", values, folder, f"{study.name}: does pretraining help?")
+    for path in (*pages, *figures):
         tracker.attach(results.grid.info.run_id, path, "report/figures" if path in figures else "report")
-    _log_answers(results, tracker, show_answer(results, tracker, found, honest, folder))
-    register_networks(results, tracker)
+    _log_answers(results, tracker, _show_answer(results, tracker, found, honest, folder))
+    _register_networks(results, tracker)
     table = TEMPLATES.get_template("terminal.md.j2").render(values)
-    return Report(table.rstrip(), markdown, html, figures)
+    return Report(table.rstrip(), *pages, figures)
+
+
+def _show_answer(results: Results, tracker: Tracker, found: Sequence[str], table: Table, folder: Path) -> str:
+    """Log `answer.csv` and the figure with the grid's run, describe the experiment -> the run's description."""
+    run_id, figure = results.grid.info.run_id, folder / "figures" / "label_efficiency.png"
+    with (folder / "answer.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([table.header, *([cell.replace("*", "") for cell in row] for row in table.rows)])
+    tracker.attach(run_id, folder / "answer.csv")
+    text = ["\n".join(f"- {answer}" for answer in found)]
+    if figure.is_file():
+        tracker.attach(run_id, figure)
+        text.append(picture(run_id, figure.name, f"foreground Dice over {results.labelled}s"))
+    comparison = tracker.link("").lstrip("/")
+    whole = f"{comparison.partition('?')[0]}/{run_id}/artifacts/report/report.html"
+    links = [f"[the whole report]({whole})", f"[all trials compared]({comparison})"]
+    links += [
+        run_link(one.run.info.run_id, f"pretraining{one.suffix.replace('_', ' ')}") for one in results.pretraining
+    ]
+    text.append(" · ".join(links))
+    tracker.describe("\n\n".join([f"**Does pretraining help, and at how many {results.labelled}s?**", *text]))
+    return "\n\n".join([*text, str(table)])
 
 
 def _log_answers(results: Results, tracker: Tracker, description: str) -> None:
@@ -91,6 +122,33 @@ def _log_answers(results: Results, tracker: Tracker, description: str) -> None:
     tags |= {"answer": tags[f"answer/n{results.primary:02d}"], NOTE: description}
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     tracker.conclude(results.grid.info.run_id, known, tags)
+
+
+def _register_networks(results: Results, tracker: Tracker) -> None:
+    """Register the network and the encoder that did best on validation, under names of the study."""
+    study, part = results.study.name, f"selected/{results.part}/{ORIGINAL_DICE_FOREGROUND}"
+    trained = [trial for trial in results.finished if trial.run_id and SELECTION in trial.metrics]
+    if trained:
+        best = max(trained, key=lambda trial: trial.metrics[SELECTION])
+        score = f"foreground Dice {best.metrics.get(part, float('nan')):.3f} on {results.part}, original grid"
+        chosen = f"best of {len(trained)} on validation ({best.metrics[SELECTION]:.3f})"
+        register_best(tracker, f"{study}-segmenter", str(best.run_id), f"{best.cell.label}: {chosen}; {score}")
+    losses = {one.run.info.run_id: one.run.data.metrics.get("best_validation_loss") for one in results.pretraining}
+    known = {run_id: loss for run_id, loss in losses.items() if loss is not None}
+    if known:
+        run_id = min(known, key=known.__getitem__)
+        chosen = f"best of {len(known)} on validation: loss {known[run_id]:.4f}"
+        register_best(tracker, f"{study}-encoder", run_id, chosen)
+
+
+def register_best(tracker: Tracker, name: str, run_id: str, description: str) -> None:
+    """Make a run's model the best version of a registered one; a server without a registry is told, and no more."""
+    kind = "Segmentation networks" if name.endswith("segmenter") else "Pretrained encoders"
+    about = f"{kind} of the study {tracker.study}. The alias `best` is the one that did best on validation."
+    try:
+        tracker.register(name, about, run_id, description)
+    except MlflowException as error:
+        say(f"MLflow's registry does not take {name}: {reason(error)}")
 
 
 def day(milliseconds: int | None) -> str:

@@ -11,15 +11,15 @@ from ray import tune
 from ssl_ray.cluster.connect import first_error
 from ssl_ray.config.loading import flatten
 from ssl_ray.console import Bar, say
-from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
+from ssl_ray.evaluate.scores import DICE_FOREGROUND, ORIGINAL_DICE_FOREGROUND
 from ssl_ray.finetune.job import TrialJob
 from ssl_ray.networks.model_file import MODEL_FILE
 from ssl_ray.search.cells import CELL, FAILURE, NONFINITE, RATE, STOPPED, Cell
-from ssl_ray.search.describe import datasets, describe
 from ssl_ray.tracking.client import DEVICE
+from ssl_ray.tracking.models import told
 from ssl_ray.tracking.run import NetworkFile
 from ssl_ray.tracking.tracker import NOTE, PRETRAINING_RUN, Run, Tracker
-from ssl_ray.tracking.view import DICE
+from ssl_ray.tracking.view import DICE, run_link
 
 
 @dataclass(eq=False)
@@ -63,13 +63,13 @@ class TrialCallback(tune.Callback):
             CELL: cell.name,
             "ssl_ray.run": str(cell.run),
             "ssl_ray.seed": str(job.seed),
-            NOTE: describe(cell, job, self.parent),
+            NOTE: _describe(cell, job, self.parent),
         }
         tags |= {} if cell.fold is None else {"ssl_ray.fold": str(cell.fold)}
         if job.made_by:
             tags[PRETRAINING_RUN] = job.made_by
         run = self.tracker.open("trial", job.folder.key, cell.label, params, self.parent, tags)
-        run.datasets([*datasets(cell, job).values()])
+        run.datasets([*_datasets(cell, job).values()])
         self._open[trial.trial_id] = run
 
     def on_trial_result(
@@ -127,12 +127,12 @@ class TrialCallback(tune.Callback):
         name, weights, settings = cell.name.replace(".", "_"), job.folder.path / MODEL_FILE, job.config.preparation
         grid = settings.channels, settings.spacing
         run.model(NetworkFile(name, str(weights), digest, int(metrics["selected/step"]), True, *grid))
-        read = datasets(cell, job).items()
+        read = _datasets(cell, job).items()
         scored = {f"selected/{part}": (told["name"], told["digest"]) for part, told in read if part != "training"}
         dice = metrics.get(f"selected/{part}/{ORIGINAL_DICE_FOREGROUND}")
         reported = {} if dice is None else {DICE: dice}  # no volume has an organ
         run.metrics({**reported, **metrics}, step, {DICE: scored[f"selected/{part}"], **scored})
-        run.tags({NOTE: describe(cell, job, self.parent, metrics, part)})
+        run.tags({NOTE: _describe(cell, job, self.parent, metrics, part)})
 
     def abandon(self) -> None:
         """End the runs of trials that are still going, e.g. after Ctrl-C; the next command continues them."""
@@ -163,3 +163,32 @@ def _cause(trial: Any) -> tuple[str, str]:
         return cause, text
     died = "the trial's worker process died: " if re.search(r"The actor\b.*\b(died|unavailable)", text) else ""
     return died + " ".join(text.split())[:300], text
+
+
+def _datasets(cell: Cell, job: TrialJob) -> dict[str, dict[str, Any]]:
+    """The labelled volumes of a trial, by those of its parts that have some."""
+    root, found = Path(job.config.cohort.root), {}
+    for part in ("training", "validation", "test"):
+        name = f"{root.name} {part}" + (f" {cell.size}, run {cell.run}" if part == "training" else "")
+        if volumes := getattr(job.data, part):
+            found[part] = told(part, name, str(root.absolute()), [(one.key, one.subject) for one in volumes])
+    return found
+
+
+def _describe(
+    cell: Cell, job: TrialJob, parent: str, metrics: Mapping[str, float] | None = None, part: str = "test"
+) -> str:
+    """A trial in Markdown: what it scored on the `part` that is reported, what it started from, where the answer is."""
+    text = []
+    if metrics:
+        dice, selected = metrics.get(f"selected/{part}/{ORIGINAL_DICE_FOREGROUND}"), int(metrics["selected/step"])
+        score = "no organ to score" if dice is None else f"**foreground Dice {dice:.3f}**, original grid"
+        on = f"{len(getattr(job.data, part))} {part} volumes"
+        best = metrics.get(f"selected/validation/{DICE_FOREGROUND}", float("nan"))
+        text.append(f"{score}, on {on}. Weights of step {selected:,}, the best on validation ({best:.3f}).")
+    start = {"random": "random weights", "permuted": "pretrained weights, shuffled", "pretrained": "pretrained weights"}
+    lineage = start[cell.init] + (f" of {run_link(job.made_by, 'this pretraining')}" if job.made_by else "")
+    kind, volumes = job.network.kind.upper(), len(job.data.training)
+    text.append(f"{kind} trained on {volumes} labelled volumes for {job.config.steps:,} steps, from {lineage}.")
+    text.append(f"Answer, table and report: {run_link(parent, 'the run of all cells')}.")
+    return "\n\n".join(text)

@@ -5,6 +5,8 @@ Other modules of this package take MLflow's names from here, so that the setting
 
 import os
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from logging import CRITICAL, getLogger
@@ -21,22 +23,12 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # of every model it wo
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a model needs what it says, not what lies in this folder
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
+from mlflow import entities as entities
 from mlflow.artifacts import download_artifacts as download_artifacts
-from mlflow.entities import Dataset as Dataset
-from mlflow.entities import DatasetInput as DatasetInput
-from mlflow.entities import InputTag as InputTag
-from mlflow.entities import LoggedModel as LoggedModel
-from mlflow.entities import LoggedModelOutput as LoggedModelOutput
-from mlflow.entities import LoggedModelStatus as LoggedModelStatus
-from mlflow.entities import Metric as Metric
-from mlflow.entities import Param as Param
-from mlflow.entities import Run
-from mlflow.entities import RunTag as RunTag
 from mlflow.exceptions import MlflowException as MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.tracking.context.registry import resolve_tags as resolve_tags
+from mlflow.tracking.context.registry import resolve_tags
 from requests.exceptions import HTTPError
-from sqlalchemy import make_url
 
 from ssl_ray.errors import UserError
 from ssl_ray.text import without_password
@@ -45,7 +37,8 @@ from ssl_ray.text import without_password
 # a traceback whenever a database does not answer. If MLflow renames it, these lines appear in the terminal; no more.
 getLogger("mlflow.store.db.utils").setLevel(CRITICAL)
 
-MlflowRun: TypeAlias = Run
+MlflowRun: TypeAlias = entities.Run
+_GIT = "mlflow.source.git."
 _ONE_TIMEOUT = Lock()  # the setting is the whole process's
 KEY, KIND, PARENT, STUDY = "ssl_ray.key", "ssl_ray.kind", "mlflow.parentRunId", "ssl_ray.study"
 DEVICE = "ssl_ray.device"
@@ -71,10 +64,6 @@ class Client(MlflowClient):
 
             utils.MAX_RETRY_COUNT = 1  # instead of ten tries in 100 seconds: `Delivery` tries again by itself
         super().__init__(uri)
-        if uri.startswith("sqlite:") and "%" in uri:
-            # MLflow makes the folder of the URI as it is written, percent signs included, beside the one that is meant.
-            with suppress(OSError):  # not empty: it is the one that is meant
-                os.removedirs(Path(uri.removeprefix("sqlite:///")).parent)
 
     def find(self, experiment_id: str | None, **tags: str) -> list[MlflowRun]:
         """Runs whose tags (`kind`, `key`, `parent`) match, newest first."""
@@ -87,14 +76,6 @@ class Client(MlflowClient):
         """Steps of every metric of a run."""
         metrics = self.get_run(run_id).data.metrics
         return {metric: [point.step for point in self.get_metric_history(run_id, metric)] for metric in metrics}
-
-
-def database_uri(path: Path) -> str:
-    """The URI of an SQLite file; a UserError where this version of SQLAlchemy, which MLflow uses, has none for it."""
-    for text in (str(path), str(path).replace("%", "%25").replace("?", "%3F")):
-        if make_url(uri := f"sqlite:///{text}").database == str(path):
-            return uri
-    raise UserError(f"output: MLflow's database cannot lie at {path}: no ? and no %xx, or a server in tracking.uri")
 
 
 @contextmanager
@@ -126,3 +107,20 @@ def why(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     known = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(too many \d+ error responses)|(Read timed out)", text)
     return without_password(known[known.lastindex or 0] if known else text)[:200]
+
+
+def source() -> dict[str, str]:
+    """Tags of MLflow's own names: the command, who has given it, and the commit, if this package is in a checkout."""
+    program = Path(sys.argv[0]).name
+    command = shlex.join(["ssl-ray" if program == "__main__.py" else program, *sys.argv[1:]])
+    found: dict[str, str] = resolve_tags({"mlflow.source.name": command})
+    tags = {key: value for key, value in found.items() if not key.startswith(_GIT)}  # of what lies around the program
+    with suppress(Exception):  # no git, no checkout, or one that git does not trust
+        from git import Repo
+
+        repo = Repo(Path(__file__).parent, search_parent_directories=True)
+        if repo.git.ls_files(__file__):  # not a virtual environment inside of somebody's checkout
+            tags[f"{_GIT}commit"] = repo.head.commit.hexsha
+            if repo.is_dirty():
+                tags["ssl_ray.changed_since_commit"] = "true"
+    return tags

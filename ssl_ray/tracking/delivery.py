@@ -17,13 +17,15 @@ from typing import TypeVar
 from ssl_ray.console import say
 from ssl_ray.storage.files import file_digest
 from ssl_ray.text import without_password
-from ssl_ray.tracking.client import KEY, KIND, Away, Client, Metric, Param, Refused, RunTag, is_refusal, why
+from ssl_ray.tracking.client import KEY, KIND, Away, Client, Refused, entities, is_refusal, why
 from ssl_ray.tracking.models import dataset_input, find_model, log_model
 from ssl_ray.tracking.run import FILE_TRIES, REFERENCE, NetworkFile, Record, Run
 
 T = TypeVar("T")
 _PARAMS = 100
 """How many parameters MLflow takes in one request."""
+LONGEST_PAUSE = 30.0
+"""Seconds between two tries to reach MLflow, at most."""
 
 
 class Delivery(Thread):
@@ -38,20 +40,14 @@ class Delivery(Thread):
     """
 
     def __init__(
-        self,
-        uri: str,
-        folder: Path,
-        find_experiment: Callable[[Client], str],
-        fetch: Callable[[Path], bool],
-        longest_pause: float,
+        self, uri: str, folder: Path, find_experiment: Callable[[Client], str], fetch: Callable[[Path], bool]
     ) -> None:
-        """`find_experiment` asks MLflow for the experiment's id, or makes it; the pause is in seconds.
+        """`find_experiment` asks MLflow for the experiment's id, or makes it.
 
         `fetch` brings a file of weights onto this machine, whichever wrote it -> whether there is one.
         """
         super().__init__(daemon=True, name="ssl-ray-mlflow")
-        self._fetch = fetch
-        self._uri, self.folder, self._find_experiment, self._longest_pause = uri, folder, find_experiment, longest_pause
+        self._uri, self.folder, self._find_experiment, self._fetch = uri, folder, find_experiment, fetch
         self.place = without_password(uri)
         self.experiment_id: str | None = None
         self.away: str | None = None
@@ -121,7 +117,7 @@ class Delivery(Thread):
         failures = 0
         while not self._stopped:
             with self.wake:
-                self.wake.wait_for(lambda: self._stopped or self.away or self._due(), min(1, self._longest_pause))
+                self.wake.wait_for(lambda: self._stopped or self.away or self._due(), min(1, LONGEST_PAUSE))
             try:
                 if self.away and not self._stopped:
                     self.experiment_id = self._find_experiment(self.client)
@@ -135,7 +131,7 @@ class Delivery(Thread):
                 if failures == 2:  # a single failure is no news
                     say(f"MLflow at {self.place} does not answer ({self.away}); metrics are kept in {self.folder}")
                 with self.wake:
-                    self.wake.wait_for(lambda: self._stopped, self._pause(failures))
+                    self.wake.wait_for(lambda: self._stopped, _pause(failures))
             else:
                 failures = 0
                 self.set_away(None)
@@ -162,7 +158,7 @@ class Delivery(Thread):
                     self._find_experiment(self.client)  # raises where MLflow itself does not answer
                     run.tries += 1
                     if run.tries < FILE_TRIES:
-                        run.due = time.monotonic() + self._pause(run.tries)
+                        run.due = time.monotonic() + _pause(run.tries)
                         return
                 values = [(one, *value) for one in part for value in one.get("values", {}).items()]
                 if len(values) > 1:
@@ -170,9 +166,6 @@ class Delivery(Thread):
                 else:
                     refused.append((part[0], why(error)))
         run.delivered(batch, refused)
-
-    def _pause(self, failures: int) -> float:
-        return min(2.0**failures / 4, self._longest_pause)
 
     def _send(self, run: Run, part: Sequence[Record]) -> None:
         """Send records of metrics, or one of anything else."""
@@ -193,11 +186,11 @@ class Delivery(Thread):
             case "params":
                 # MLflow refuses to change a parameter; what does not affect the result may differ on taking up a run.
                 given = self.client.get_run(run_id).data.params
-                params = [Param(key, value) for key, value in values.items() if key not in given]
+                params = [entities.Param(key, value) for key, value in values.items() if key not in given]
                 for at in range(0, len(params), _PARAMS):
                     self.client.log_batch(run_id, params=params[at : at + _PARAMS])
             case "tags":
-                tags = [RunTag(key, self._resolved(value)) for key, value in values.items()]
+                tags = [entities.RunTag(key, self._resolved(value)) for key, value in values.items()]
                 self.client.log_batch(run_id, tags=tags)
             case "datasets":
                 self.client.log_inputs(run_id, [dataset_input(one) for one in record["values"].values()])
@@ -216,20 +209,24 @@ class Delivery(Thread):
             case "unreadable":
                 raise Refused("the record cannot be read")
 
-    def _points(self, run_id: str, part: Sequence[Record]) -> Iterator[Metric]:
+    def _points(self, run_id: str, part: Sequence[Record]) -> Iterator[entities.Metric]:
         """The points of records of metrics, tied to the run's model and its datasets where they are about them."""
         for record in part:
             model = find_model(self.client, run_id) if "of" in record else None
             for key, value in record["values"].items():
                 point = key, value, record["at"], record["step"]
                 about = [of for first, of in record.get("of", {}).items() if key.startswith(first)] if model else []
-                yield Metric(*point, *([model.model_id] if model else []), *(about[0] if about else []))
+                yield entities.Metric(*point, *([model.model_id] if model else []), *(about[0] if about else []))
 
     def _resolved(self, text: str) -> str:
         """A tag's value with MLflow's ids in place of the names that runs go by until they have one."""
         if text.startswith(REFERENCE):
             return _known(self.runs.get(text.removeprefix(REFERENCE)))
         return re.sub(f"{REFERENCE}([\\w.%-]+)", lambda name: _known(self.runs.get(name[1])), text)
+
+
+def _pause(failures: int) -> float:
+    return min(2.0**failures / 4, LONGEST_PAUSE)
 
 
 def _known(run: Run | None) -> str:

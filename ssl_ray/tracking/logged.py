@@ -1,37 +1,10 @@
 """What a study has logged, as another process reads it: from the journals on disk, without them from MLflow."""
 
-import json
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from threading import Condition
 
 from ssl_ray.config.schema import Tracking
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.run import Record
-
-
-@dataclass(frozen=True)
-class Logged:
-    """One MLflow run as its journal has it.
-
-    `status` is RUNNING, FINISHED, FAILED or KILLED, as logged last: a process that was killed leaves RUNNING. `opened`
-    and `heard` are seconds since 1970, of the last start and of the last record. `step` is the last that has metrics,
-    `metrics` has the last value of each. `delivered`: MLflow has all of it.
-    """
-
-    kind: str
-    key: str
-    name: str
-    status: str
-    opened: float
-    heard: float
-    step: int
-    metrics: Mapping[str, float]
-    params: Mapping[str, str]
-    tags: Mapping[str, str]
-    delivered: bool = True
+from ssl_ray.tracking.run import Logged, Run
 
 
 def read_logged(folders: Folders) -> list[Logged]:
@@ -39,8 +12,10 @@ def read_logged(folders: Folders) -> list[Logged]:
     runs: dict[str, Logged] = {}
     paths = [*(folders.study / "journal").glob("*/*/records.jsonl")]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):  # another MLflow server has journals of its own
-        if run := _read(path):
-            runs[path.parent.name] = run
+        run = Run(path.parent, Condition())
+        run.summary.delivered = not run.waiting
+        if run.summary.kind:
+            runs[run.name] = run.summary
     return sorted(runs.values(), key=lambda run: run.opened)
 
 
@@ -74,32 +49,3 @@ def ask_logged(settings: Tracking, folders: Folders) -> list[Logged]:
             )
         )
     return sorted(found, key=lambda run: run.opened)
-
-
-def _read(path: Path) -> Logged | None:
-    first: Record = {}
-    found: dict[str, Any] = {"status": "", "opened": 0.0, "heard": 0.0, "step": 0}
-    values: dict[str, Any] = {"metrics": {}, "params": {}, "tags": {}}
-    *lines, _ = path.read_bytes().split(b"\n")  # what has no end is being written
-    for line in lines:
-        with suppress(ValueError, TypeError, KeyError):
-            record: Record = dict(json.loads(line))
-            at = record.get("at", 0) / 1000
-            found["heard"] = max(found["heard"], at)
-            match record["do"]:
-                case "open":
-                    first = first or record
-                    found |= {"status": "RUNNING", "opened": at}
-                case "end":
-                    found["status"] = record["status"]
-                case "params":
-                    values["params"] = record["values"] | values["params"]
-                case "metrics" | "tags" as kind:
-                    values[kind] |= record["values"]
-                    found["step"] = max(found["step"], record["step"] if "lr" in record["values"] else 0)
-    sent = 0
-    with suppress(OSError, ValueError):
-        sent = int(json.loads(path.with_name("state.json").read_text())["sent"])
-    if not first:
-        return None
-    return Logged(first["kind"], first["key"], first["name"], **found, **values, delivered=sent >= len(lines))

@@ -10,20 +10,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from ssl_ray.tracking.client import (
-    Client,
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModel,
-    LoggedModelOutput,
-    LoggedModelStatus,
-    MlflowException,
-)
+from ssl_ray.tracking.client import Client, MlflowException, entities
 from ssl_ray.tracking.run import NetworkFile
 
 _NEEDS = (
@@ -37,38 +28,28 @@ BEST = "best"
 """Alias of the version of a registered model that did best on validation."""
 
 
-class Stored(Protocol):
-    """What is told of a volume that was read."""
+def told(context: str, name: str, source: str, volumes: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Volumes, each by its key and the patient or nothing, as a dataset of MLflow: `name`, digest, source, counts.
 
-    @property
-    def key(self) -> str:
-        """Digest of its content and preparation."""
-
-    @property
-    def subject(self) -> str:
-        """The patient, or empty."""
-
-
-def told(context: str, name: str, source: str, volumes: Sequence[Stored]) -> dict[str, Any]:
-    """Volumes as a dataset of MLflow: `name`, digest, source, counts; `context`: pretraining, training, ... ."""
-    identity = json.dumps([(volume.key, volume.subject) for volume in volumes])
+    `context`: pretraining, training, ...
+    """
     return {
         "context": context,
         "name": name,
-        "digest": hashlib.sha256(identity.encode()).hexdigest()[:16],
+        "digest": hashlib.sha256(json.dumps(volumes).encode()).hexdigest()[:16],
         "source": source,
-        "profile": {"volumes": len(volumes), "subjects": len({one.subject for one in volumes if one.subject})},
+        "profile": {"volumes": len(volumes), "subjects": len({subject for _, subject in volumes if subject})},
     }
 
 
-def dataset_input(one: Mapping[str, Any]) -> DatasetInput:
+def dataset_input(one: Mapping[str, Any]) -> entities.DatasetInput:
     """What `told` told, as MLflow takes it."""
     source, profile = json.dumps({"uri": one["source"]}), json.dumps(one["profile"])
-    dataset = Dataset(one["name"], one["digest"], "local", source, profile=profile)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", one["context"])])
+    dataset = entities.Dataset(one["name"], one["digest"], "local", source, profile=profile)
+    return entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", one["context"])])
 
 
-def find_model(client: Client, run_id: str) -> LoggedModel | None:
+def find_model(client: Client, run_id: str) -> entities.LoggedModel | None:
     """The model that a run has logged, whole or not; a run logs one."""
     experiment = client.get_run(run_id).info.experiment_id
     return next(iter(client.search_logged_models([experiment], f"source_run_id = '{run_id}'")), None)
@@ -78,16 +59,16 @@ def log_model(client: Client, run_id: str, made: NetworkFile) -> None:
     """Log the model with its run, or what is missing of it."""
     run = client.get_run(run_id)
     if (model := find_model(client, run_id)) is None:
-        tags = {"ssl_ray.digest": made.digest}
-        model = client.create_logged_model(run.info.experiment_id, made.name, run_id, tags, model_type=made.kind)
-    if model.status != LoggedModelStatus.READY:
+        tags, kind = {"ssl_ray.digest": made.digest}, "segmenter" if made.segments else "encoder"
+        model = client.create_logged_model(run.info.experiment_id, made.name, run_id, tags, model_type=kind)
+    if model.status != entities.LoggedModelStatus.READY:
         with TemporaryDirectory(prefix="ssl-ray-model-") as scratch:
             folder = Path(scratch) / "model"
             _write(folder, made, model.model_id, run_id)
             client.log_model_artifacts(model.model_id, str(folder))
-        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        client.finalize_logged_model(model.model_id, entities.LoggedModelStatus.READY)
     if model.model_id not in {one.model_id for one in run.outputs.model_outputs}:
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, made.step)])
+        client.log_outputs(run_id, [entities.LoggedModelOutput(model.model_id, made.step)])
 
 
 def _write(folder: Path, made: NetworkFile, model_id: str, run_id: str) -> None:

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Condition
 from typing import Any
@@ -55,10 +55,27 @@ class NetworkFile:
     channels: int
     spacing: tuple[float, float, float]
 
-    @property
-    def kind(self) -> str:
-        """`segmenter` or `encoder`."""
-        return "segmenter" if self.segments else "encoder"
+
+@dataclass
+class Logged:
+    """What a run has logged so far, as its journal or MLflow has it.
+
+    `status` is RUNNING, FINISHED, FAILED or KILLED, as logged last: a process that was killed leaves RUNNING. `opened`
+    and `heard` are seconds since 1970, of the last start and of the last record. `step` is the last that has a learning
+    rate, `metrics` has the last value of each. `delivered`: MLflow has all of it.
+    """
+
+    kind: str = ""
+    key: str = ""
+    name: str = ""
+    status: str = ""
+    opened: float = 0.0
+    heard: float = 0.0
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    delivered: bool = True
 
 
 class Run:
@@ -66,7 +83,7 @@ class Run:
 
     Attributes:
         run_id: MLflow's id of the run, None until MLflow has made it.
-        status: RUNNING, FINISHED, FAILED or KILLED, as logged last; None before anything was.
+        summary: what is in its journal; `delivered` is not kept up.
         waiting: records that MLflow has not got yet.
         tries: how often the oldest of them, a file, could not be stored although MLflow answers.
         due: when it is tried again, by the monotonic clock.
@@ -83,7 +100,7 @@ class Run:
             # A power cut may leave it empty: everything is sent again but the files, whose copies are gone.
             state = {}
         self.run_id: str | None = state.get("run_id")
-        self.status: str | None = None
+        self.summary = Logged()
         self.tries, self.due = 0, 0.0
         self.waiting: deque[Record] = deque()
         self._steps: dict[str, set[int]] = defaultdict(set)
@@ -104,14 +121,25 @@ class Run:
         self._sent -= len(aside)
 
     def _note(self, record: Record) -> None:
+        summary, at = self.summary, record.get("at", 0) / 1000
+        summary.heard = max(summary.heard, at)
         match record["do"]:
             case "metrics":
                 for metric in record["values"]:
                     self._steps[metric].add(record["step"])
-            case "open" | "end":
-                self.status = record.get("status", "RUNNING")
+                summary.metrics |= record["values"]
+                summary.step = max(summary.step, record["step"] if "lr" in record["values"] else 0)
+            case "params":
+                summary.params = record["values"] | summary.params
+            case "tags":
+                summary.tags |= record["values"]
+            case "open":
+                summary.status, summary.opened = "RUNNING", at
+                summary.kind, summary.key, summary.name = (record.get(part, "") for part in ("kind", "key", "name"))
                 for metric, steps in record.get("known", {}).items():
                     self._steps[metric].update(steps)
+            case "end":
+                summary.status = record["status"]
         self.waiting.append(record)
 
     @property

@@ -63,8 +63,8 @@ def serving(uri: str, artifacts: Path, port: int | None = None) -> Iterator[tupl
             while not _answers(server):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    lines = [*log.read().decode(errors="replace").split("\n"), ""]
-                    last = next(line for line in reversed(lines) if line.strip() or line is lines[0])
+                    lines = log.read().decode(errors="replace").split("\n")
+                    last = next((line for line in reversed(lines) if line.strip()), "")
                     raise UserError(f"MLflow's server does not answer at {server}: {shown(last)}")
                 time.sleep(0.2)
             yield server, process

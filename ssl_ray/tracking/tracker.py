@@ -30,11 +30,10 @@ from ssl_ray.tracking.client import (
     STUDY,
     Away,
     Client,
-    Metric,
     MlflowException,
     MlflowRun,
-    RunTag,
-    database_uri,
+    entities,
+    source,
     timeout,
     why,
 )
@@ -42,7 +41,6 @@ from ssl_ray.tracking.delivery import Delivery
 from ssl_ray.tracking.models import register
 from ssl_ray.tracking.run import REFERENCE, Record, now
 from ssl_ray.tracking.run import Run as Run
-from ssl_ray.tracking.source import source
 from ssl_ray.tracking.view import experiment_tags, link
 
 T = TypeVar("T")
@@ -67,13 +65,12 @@ class Tracker:
         facts: tags of every run that is opened: who has started what, which code, on what.
     """
 
-    def __init__(self, settings: Tracking, folders: Folders, create: bool = True, longest_pause: float = 30.0) -> None:
+    def __init__(self, settings: Tracking, folders: Folders, create: bool = True) -> None:
         """Args:
         settings: tracking URI and experiment; see `tracking_uri` and the study's name where they are left out.
         folders: of the study; the journals lie in `<study>/journal`.
         create: make the experiment where it does not exist yet, and deliver what this process and those before it have
             logged, which only one process may; if not, MLflow has to answer.
-        longest_pause: seconds between two tries to reach MLflow, at most.
 
         Raises:
             UserError: when the experiment does not exist and is not to be made, or when MLflow does not answer, unless
@@ -88,7 +85,7 @@ class Tracker:
         # Another server, experiment or format begins another journal: run ids of one mean nothing to the other.
         name = hashlib.sha256(f"format 3 {without_password(self.uri)} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
-        self._delivery = delivery = Delivery(self.uri, home, self._find, folders.output.pull, longest_pause)
+        self._delivery = delivery = Delivery(self.uri, home, self._find, folders.output.pull)
         if not settings.uri and self.uri == os.environ.get(_URI):
             delivery.place += f" (out of {_URI}, as tracking.uri is not set)"
             if create:
@@ -142,7 +139,7 @@ class Tracker:
     def finished(self, kind: str, key: str) -> str | None:
         """Id of the finished run of a key; by the journal where MLflow is away or has not heard of the run yet."""
         run = self._delivery.runs.get(_name(kind, key))
-        done = run.id if run and run.status == "FINISHED" else None
+        done = run.id if run and run.summary.status == "FINISHED" else None
         if run and done and (run.waiting or run.run_id is None):
             return done
         try:
@@ -155,7 +152,7 @@ class Tracker:
         """Values of a metric by step, ascending."""
         return {one.step: one.value for one in sorted(self.points(run_id, metric), key=attrgetter("step", "timestamp"))}
 
-    def points(self, run_id: str, metric: str) -> list[Metric]:
+    def points(self, run_id: str, metric: str) -> list[entities.Metric]:
         """Values of a metric, with their steps and times in ms, in no order."""
         return self._ask(lambda client, run: list(client.get_metric_history(run, metric)), [], run_id)
 
@@ -185,8 +182,8 @@ class Tracker:
         first = {name.partition("/")[0] for name in metrics}
         had: dict[str, float] = self._ask(lambda client, run: client.get_run(run).data.metrics, {}, run_id)
         gone = {name: math.nan for name in had if name.partition("/")[0] in first}
-        points = [Metric(name, value, now(), 0) for name, value in {**gone, **metrics}.items()]
-        named = [RunTag(name, value) for name, value in tags.items()]
+        points = [entities.Metric(name, value, now(), 0) for name, value in {**gone, **metrics}.items()]
+        named = [entities.RunTag(name, value) for name, value in tags.items()]
         self._ask(lambda client, run: client.log_batch(run, points, (), named), None, run_id)
 
     def register(self, name: str, about: str, run_id: str, description: str) -> None:
@@ -266,7 +263,7 @@ def tracking_uri(settings: Tracking, folders: Folders) -> str:
     """Where MLflow keeps the runs: `tracking.uri`, or else MLFLOW_TRACKING_URI, or else SQLite in the output folder.
 
     A study that was begun with SQLite stays there, whatever the variable says: on a server all would be trained again.
-    A UserError where it would be SQLite, and the output folder cannot hold it.
+    A UserError where it would be SQLite, and the output folder cannot hold it, or no URI of SQLAlchemy's can name it.
     """
     begun = not folders.output.origin and (folders.output.folder / "mlflow.db").exists()
     if uri := settings.uri or (None if begun else os.environ.get(_URI)):
@@ -275,7 +272,10 @@ def tracking_uri(settings: Tracking, folders: Folders) -> str:
         raise UserError(
             "output: in an object store there is no place for MLflow's database, so tracking.uri must name a server"
         )
-    return database_uri(folders.output.folder / "mlflow.db")
+    path = folders.output.folder / "mlflow.db"
+    if set("?%") & set(str(path)):
+        raise UserError(f"output: MLflow's database cannot lie at {path}: no ? and no %, or a server in tracking.uri")
+    return f"sqlite:///{path}"
 
 
 def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:

@@ -11,7 +11,7 @@ from recorded import Outcome, case, concluded, flat, make_study
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.report.answers import answer, answers
-from ssl_ray.report.measures import FALSE_POSITIVES, FOREGROUND, MISSED
+from ssl_ray.report.comparison import FALSE_POSITIVES, FOREGROUND, MISSED
 from ssl_ray.report.results import Results
 from ssl_ray.report.statistics import Verdict
 from ssl_ray.report.tables import honest_table, organ_table

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ssl_ray.report.multiplier import beyond, candidates, multiplier
 from ssl_ray.report.statistics import (
     ALPHA,
     MOST_PATIENTS,
@@ -20,10 +19,13 @@ from ssl_ray.report.statistics import (
     Array,
     Estimate,
     Verdict,
+    beyond,
+    candidates,
     estimate,
     holm,
     judge,
     mean_squares,
+    multiplier,
     needed,
     standard_error,
 )
@@ -154,24 +156,23 @@ def test_what_would_settle_it_does() -> None:
     noise *= REST / math.sqrt((noise**2).sum() / (2 * 39))
     by_run = math.sqrt(spread**2 + REST**2 / 40) * exact[0][:, None]
     by_patient = math.sqrt(PATIENT**2 + REST**2 / 3) * exact[1]
-    more = needed(by_run + by_patient + noise, 0.03)
-    assert more.runs is not None
-    for runs, seen in ((more.runs, 0.78), (more.runs - 1, 0.0)):
+    more, scored = needed(by_run + by_patient + noise, 0.03)
+    assert more is not None
+    for runs, seen in ((more, 0.78), (more - 1, 0.0)):
         power = np.mean(estimate(drawn(random, runs, 40, spread) + 0.03).p < ALPHA)
         assert seen <= power <= (1 if seen else 0.8)
-    assert more.patients is None  # three runs alone scatter too much for any number of patients
+    assert scored is None  # three runs alone scatter too much for any number of patients
 
 
 def test_no_number_of_runs_makes_up_for_few_patients() -> None:
     """Six patients who differ by 0.04 do not show 0.02; three runs that agree exactly lack patients alone."""
     patients = np.array([-0.05, -0.03, -0.01, 0.01, 0.03, 0.06])
-    more = needed(np.stack([patients, patients + 0.001, patients - 0.001]), MARGIN)
-    assert more.runs is None
-    assert more.patients is not None
-    assert 6 < more.patients < MOST_PATIENTS
+    more, scored = needed(np.stack([patients, patients + 0.001, patients - 0.001]), MARGIN)
+    assert more is None
+    assert scored is not None
+    assert 6 < scored < MOST_PATIENTS
     runs = np.array([-0.2, 0.0, 0.2])
-    far = needed(runs[:, None] + np.linspace(-0.001, 0.001, 8), MARGIN)
-    assert (far.runs, far.patients) == (MOST_RUNS + 1, None)
+    assert needed(runs[:, None] + np.linspace(-0.001, 0.001, 8), MARGIN) == (MOST_RUNS + 1, None)
 
 
 def test_numbers_agree_with_an_analysis_of_variance_by_hand() -> None:

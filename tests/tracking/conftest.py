@@ -28,8 +28,9 @@ def folders(tmp_path: Path) -> Folders:
 
 
 @pytest.fixture
-def track(folders: Folders, database: Path) -> Iterator[Callable[..., Tracker]]:
+def track(folders: Folders, database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tracker]]:
     """Make a tracker of the study, on a server or its own database; one at a time delivers, as in a study."""
+    monkeypatch.setattr("ssl_ray.tracking.delivery.LONGEST_PAUSE", 0.4)
     made: list[Tracker] = []
 
     def make(uri: str | None = None, create: bool = True) -> Tracker:
@@ -39,7 +40,7 @@ def track(folders: Folders, database: Path) -> Iterator[Callable[..., Tracker]]:
             shutil.copyfile(database, own)
         for tracker in made:
             tracker.stop()
-        made.append(Tracker(Tracking(uri=uri), folders, create, longest_pause=0.4))
+        made.append(Tracker(Tracking(uri=uri), folders, create))
         return made[-1]
 
     yield make

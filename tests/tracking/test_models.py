@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from ssl_ray.tracking.run import NetworkFile, Run
 from ssl_ray.tracking.tracker import Tracker
 
 Track = Callable[..., Tracker]
-VOLUMES = [SimpleNamespace(key=f"k{number}", subject=f"p{number // 2}") for number in range(3)]
+VOLUMES = [(f"k{number}", f"p{number // 2}") for number in range(3)]
 HELD_OUT = told("validation", "ct validation", "/data/ct", VOLUMES)
 
 

@@ -42,7 +42,7 @@ def test_what_was_appended_is_there_for_the_next_process(run: Run) -> None:
     last = point(3, loss=float("inf"), dice=float("-inf"))
     run.append(last)
     again = Run(run.folder, Condition())
-    assert (len(again.waiting), again.status) == (4, "RUNNING")
+    assert (len(again.waiting), again.summary.status) == (4, "RUNNING")
     assert (again.logged("loss"), again.logged("dice")) == ({1, 2, 3}, {3})
     assert deliver(again) == [OPEN, point(1), point(2), last]
 
@@ -76,7 +76,7 @@ def test_delivered_records_are_not_delivered_again(run: Run) -> None:
     assert deliver(again) == [point(1), point(2)]
     (run.folder / "state.json").write_text("")
     lost = Run(run.folder, Condition())
-    assert (lost.run_id, len(lost.waiting), lost.status) == (None, 3, "RUNNING")
+    assert (lost.run_id, len(lost.waiting), lost.summary.status) == (None, 3, "RUNNING")
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
@@ -84,9 +84,9 @@ def test_an_ended_run_may_be_taken_up_again(run: Run, status: str) -> None:
     run.close(status)
     deliver(run)
     again = Run(run.folder, Condition())
-    assert (again.status, len(again.waiting), again.logged("loss")) == (status, 0, {1, 2})
+    assert (again.summary.status, len(again.waiting), again.logged("loss")) == (status, 0, {1, 2})
     again.append(OPEN)
-    assert again.status == "RUNNING"
+    assert again.summary.status == "RUNNING"
     assert deliver(Run(run.folder, Condition())) == [OPEN]
 
 
@@ -104,12 +104,12 @@ def test_a_full_disk_is_told_once_and_stops_nothing(run: Run, room: int, capsys:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert capsys.readouterr().out.count("File too large") == 1
-    assert run.status == "FINISHED"
+    assert run.summary.status == "FINISHED"
     assert deliver(Run(run.folder, Condition())) == [OPEN, point(1), point(2)]
     assert deliver(run) == [OPEN, *map(point, range(1, 6)), END]
     run.append(OPEN)
     again = Run(run.folder, Condition())
-    assert (again.status, again.logged("loss")) == ("RUNNING", {1, 2, 3, 4, 5})
+    assert (again.summary.status, again.logged("loss")) == ("RUNNING", {1, 2, 3, 4, 5})
     assert deliver(again)[-1] == OPEN, "nothing counts as delivered before it is on disk"
 
 

@@ -1,12 +1,12 @@
 """MLflow runs: found again by key, complete, in order."""
 
+import re
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +46,7 @@ def test_everything_arrives_in_order(track: Track, tmp_path: Path) -> None:
     assert tracker.read(run.id, "words.txt") == b"words"
 
 
-@pytest.mark.parametrize("name", ["a?b%41c#d é&x=1;y", "50%", "a b", "%2e"])
+@pytest.mark.parametrize("name", ["a#d é&x=1;y", "a b"])
 def test_everything_lands_inside_whatever_the_folder_is_called(name: str, database: Path, tmp_path: Path) -> None:
     """Database and artifacts lie in the output folder, and nothing beside it."""
     output = tmp_path / "home" / name
@@ -76,14 +76,11 @@ def test_a_database_that_cannot_be_opened_is_told_at_once(tmp_path: Path, folder
     assert time.monotonic() - begin < 10
 
 
-def test_a_folder_that_no_uri_can_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Older versions of SQLAlchemy read a URI's path as it is written."""
-    monkeypatch.setattr(
-        "ssl_ray.tracking.client.make_url", lambda uri: SimpleNamespace(database=uri.split("?")[0][10:])
-    )
-    assert tracking_uri(Tracking(), Folders.of("x", str(tmp_path / "%41"))) == f"sqlite:///{tmp_path}/%41/mlflow.db"
-    with pytest.raises(UserError, match=r"output: MLflow's database cannot lie at .*a\?b.*tracking\.uri"):
-        tracking_uri(Tracking(), Folders.of("x", str(tmp_path / "a?b")))
+@pytest.mark.parametrize("name", ["a?b", "%41", "50%"])
+def test_a_folder_that_no_uri_can_name_is_refused(name: str, tmp_path: Path) -> None:
+    """MLflow's database would lie beside it."""
+    with pytest.raises(UserError, match=rf"output: MLflow's database cannot lie at .*{re.escape(name)}.*tracking\.uri"):
+        tracking_uri(Tracking(), Folders.of("x", str(tmp_path / name)))
 
 
 def test_the_servers_variable_counts_where_the_study_names_none(
