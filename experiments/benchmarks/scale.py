@@ -63,13 +63,13 @@ def feed(bench: Bench) -> dict[str, float]:
         shared = ray.put(made)
         schedule = segments(table, 0, world, batch * side**3, 1)
         before, coordinating, start = ledger().seconds(), coordinator_seconds(), time.perf_counter()
-        ranks = [batches(table, shared, schedule, rank, 0) for rank in range(world)]
+        ranks = [batches(table, shared, schedule, rank, world, 0) for rank in range(world)]
         first = 0.0
         for _ in range(table.steps):
             for rank in ranks:
                 scale(torch.from_numpy(next(rank).images), made.levels)
             first = first or time.perf_counter() - start
-        seconds, count = time.perf_counter() - start, world * sum(segment.blocks for segment in schedule)
+        seconds, count = time.perf_counter() - start, world * sum(map(len, schedule))
         return {
             "blocks/s": count / seconds,
             "cpu a block": (ledger().seconds() - before) / count,

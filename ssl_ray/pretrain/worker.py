@@ -106,7 +106,7 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
     feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
     config, table, itemsize = job.recipe.settings, job.training.table, np.dtype(job.training.dtype).itemsize
     schedule = segments(table, start, world, config.block_megabytes * 2**20, config.preparation.channels * itemsize)
-    return batches(table, feed, schedule, rank, world * config.cpus_per_worker)
+    return batches(table, feed, schedule, rank, world, world * config.cpus_per_worker)
 
 
 def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:
