@@ -25,7 +25,7 @@ from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.model_file import Inference, Metadata, versions
 from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.training.checkpoint import digest, load_latest, save_latest, snapshot
-from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, device_name, peak_memory
+from ssl_ray.training.meters import PREFIX, RATE, WAIT, WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.precision import named, settle, settled
@@ -156,8 +156,7 @@ class Trial:
         config, learner = self.config, self.learner
         steps, seconds = step - self.logged, time.perf_counter() - self.since
         rate = steps * config.volumes_per_step * config.patches_per_volume / seconds
-        spent = {"seconds_per_step": seconds / steps, "data_wait_share": self.waited / seconds}
-        metrics = as_system({**spent, "patches_per_second": rate})
+        metrics = {f"{PREFIX}seconds_per_step": seconds / steps, WAIT: 100 * self.waited / seconds, RATE: rate}
         metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
         metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
         if config.encoder.freeze != "none":  # less is computed than was counted

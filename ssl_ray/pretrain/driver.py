@@ -35,7 +35,7 @@ from ssl_ray.tracking.client import DEVICE
 from ssl_ray.tracking.run import NetworkFile, Run, ending
 from ssl_ray.tracking.tracker import NOTE, Tracker
 from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
-from ssl_ray.training.meters import ObjectStore, as_system
+from ssl_ray.training.meters import RATE, WAIT, ObjectStore
 from ssl_ray.training.precision import settled
 
 
@@ -265,7 +265,7 @@ class _Collector:
                         step, picture = int(content["step"]), content.pop("picture", None)
                         if step not in self._known:
                             numbers = {name: value for name, value in content.items() if name != "step"}
-                            self._run.metrics(as_system(numbers) | self._store.sample(), step)
+                            self._run.metrics(numbers | self._store.sample(), step)
                             self._known.add(step)
                             self._log_picture(picture, numbers)
                         self._bar.update(step, progress(content))
@@ -291,9 +291,9 @@ class _Collector:
 
 def progress(record: Mapping[str, float]) -> str:
     """What the progress bar says of a record."""
-    facts = f"loss {record.get('loss', math.nan):.4f}, {record['patches_per_second']:.0f} patches/s"
-    if record["data_wait_share"] >= 0.05:
-        facts += f", waits for data {record['data_wait_share']:.0%}"
+    facts = f"loss {record.get('loss', math.nan):.4f}, {record[RATE]:.0f} patches/s"
+    if record[WAIT] >= 5:
+        facts += f", waits for data {record[WAIT]:.0f}%"
     if "validation_loss" in record:
         facts += f", validation {record['validation_loss']:.4f}"
     return facts

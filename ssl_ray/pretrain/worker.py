@@ -20,7 +20,7 @@ from ssl_ray.pretrain.probe import Probe
 from ssl_ray.pretrain.stream import Batch, batches, segments
 from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.training.checkpoint import Saver, load_latest
-from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
+from ssl_ray.training.meters import PREFIX, RATE, WAIT, WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.parallel import whole_weights
@@ -156,8 +156,7 @@ class _Totals:
             distributed.all_gather(ranks, mine)
         loss, finite, patches, waited, seconds, memory, *asked = torch.stack(ranks, dim=1).tolist()
         total, longest = sum(patches), max(seconds)
-        metrics = {"workers": float(self._world), "patches_per_second": total / longest}
-        metrics["data_wait_share"] = max(waited) / longest
+        metrics = {f"{PREFIX}workers": float(self._world), RATE: total / longest, WAIT: 100 * max(waited) / longest}
         metrics[WORKER_MEMORY] = max(memory) / 1e6
         metrics |= arithmetic_rate(self._flops * total / longest, self._world, self._device, self._dtype)
         if sum(finite):
