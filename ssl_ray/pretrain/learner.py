@@ -20,9 +20,8 @@ from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.pretrain.samples import Sample
-from ssl_ray.pretrain.start import start_from
 from ssl_ray.pretrain.stream import Feed
-from ssl_ray.pretrain.tasks.registry import build_task
+from ssl_ray.pretrain.tasks.registry import build_task, start_from
 from ssl_ray.training.gpu import StepGraph, Upload, record, to_device
 from ssl_ray.training.optimizer import build_optimizer, first_gradient, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
