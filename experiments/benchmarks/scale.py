@@ -126,10 +126,10 @@ def step_rank(rank: int, world: int, folder: str, count: int) -> None:
     images = np.random.default_rng(rank).integers(0, 222, (8, *size)).astype(np.uint8)
     indices = np.arange(rank, 8 * world, world)
     for _ in range(3):
-        learner.step(images, indices, world, 1e-4)
+        learner.step(images, indices, 1e-4)
     start = time.process_time()
     for _ in range(count):
-        learner.step(images, indices, world, 1e-4)
+        learner.step(images, indices, 1e-4)
     (Path(folder) / f"step{world}-{rank}.json").write_text(json.dumps((time.process_time() - start) / count))
     torch.distributed.destroy_process_group()
 

@@ -43,14 +43,14 @@ def train_loop(job: Job) -> None:
 
     start = _restore(job, rank, learner, watch)
     reporter.start(start, device_name(learner.device))
-    probe = Probe(learner, job.labelled, rank, world) if job.labelled else None
+    probe = Probe(learner, job.labelled) if job.labelled else None
     found = {f"{name}_untrained": value for name, value in (probe.measure().items() if probe and not start else ())}
     totals = _Totals(world, flops, learner.device, learner.dtype)
 
     validations = {step: number for number, step in enumerate(table.boundaries(config.validate_every))}
     for batch in _open_stream(job, rank, world, start):
         lr = learning_rate(config.optimizer, batch.step, table.steps)
-        loss, norm = learner.step(batch.images, batch.indices, world, lr)
+        loss, norm = learner.step(batch.images, batch.indices, lr)
         done, last = batch.step + 1, batch.step + 1 == table.steps
 
         # All ranks see the same faults, as the gradient norm is that of all of them. The driver raises for a fatal one:
@@ -77,7 +77,7 @@ def train_loop(job: Job) -> None:
         record |= sums | found
         found = {}
         if validate:
-            record |= learner.validate(rank, world, done, validations[done] % config.picture_every == 0 or last)
+            record |= learner.validate(done, validations[done] % config.picture_every == 0 or last)
         reporter.record(record)
         leaving = ask_due and preemption.announced()
         if save or save_due or leaving:
