@@ -57,7 +57,7 @@ def ours(volumes: Sequence[Volume], store: Store, side: int, views: int, count: 
         feed = Feed(table, store, keys, keys, volumes[0].dtype, volumes[0].levels)
         shared = ray.put(feed)
         schedule = segments(table, 0, 1, 64 * 2**20 if side == 96 else 2**20, 1)
-        for batch in batches(table, shared, schedule, 0, 1):
+        for batch in batches(table, shared, schedule, 0, 1, 1):
             clean = scale(torch.from_numpy(batch.images), feed.levels)
             for view in range(views):
                 corrupt(clean, draw(config, size, 0, batch.indices, view))

@@ -29,6 +29,7 @@ from ssl_ray.data.store import Store, Volume
 from ssl_ray.finetune.job import TrialData, TrialJob
 from ssl_ray.finetune.trial import Trial
 from ssl_ray.networks.unetr.settings import Unetr
+from ssl_ray.storage.mirror import Mirror
 from ssl_ray.training.prefetch import ahead
 
 FLOOR = 1.5
@@ -131,7 +132,8 @@ def run(bench: Bench) -> None:
         store = Store(bench.folder / f"store-{name}")
         volumes = fill(store, 2 if bench.quick else 3, shape, made.finetune.preparation, CLASSES)
         data = TrialData(store, tuple(volumes), tuple(volumes[:1]), (), tuple(f"organ {i}" for i in range(1, CLASSES)))
-        job = TrialJob(made.finetune, made.network, 0, data, None, _folder(bench, name))
+        folder, mirror = bench.folder / f"trial-{name}", Mirror(bench.folder)
+        job = TrialJob(made.finetune, made.network, 0, data, None, folder, mirror, "key")
         trial = Trial(job, torch.device("cpu"))
         plain = Elsewhere(Plain, store, volumes, network, side)
         batches = ahead(trial._batch, range(10**6), threads=1)
@@ -157,13 +159,6 @@ def run(bench: Bench) -> None:
         found = bench.compare(f"validation of a volume, {name}", validating, 3 if name == "tiny" else 2, "volumes")
         bench.ratio(f"validation, {name}", found["MONAI"], found["ours"])
         plain.stop()
-
-
-def _folder(bench: Bench, name: str) -> Any:
-    from ssl_ray.finetune.job import TrialFolder
-    from ssl_ray.storage.mirror import Mirror
-
-    return TrialFolder(bench.folder / f"trial-{name}", "key", Mirror.of(str(bench.folder), None))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,7 @@ def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
     held = config.pretrain.cpus_per_worker
     (segment, *_) = segments(feed.table, 0, 1, config.pretrain.block_megabytes * 2**20, 1)
     # To its end: what is left half-way goes on reading beside the next part.
-    schedule = [replace(segment, stop=min(segment.stop, (800 if bench.quick else 16_000) // batch))]
+    schedule = [range(0, min(segment.stop, (800 if bench.quick else 16_000) // batch), segment.step)]
     duration = 3 if bench.quick else 20
 
     def consume(batches: Iterator[Any], size: Callable[[Any], int]) -> dict[str, float]:
@@ -190,7 +189,7 @@ def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
         }
 
     def raw() -> None:
-        iterator = open_segment(reference, schedule[0], 0, held)
+        iterator = open_segment(feed.table, reference, schedule[0], 0, 1, held)
         options: dict[str, Any] = {"batch_size": batch, "batch_format": "numpy", "prefetch_batches": 1}
         batches = iter(iterator.iter_batches(**options))
         bench.put("feed", "ray_data_alone", value=consume(batches, lambda item: len(item["index"])))
@@ -198,7 +197,7 @@ def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
         print(iterator.stats()[:3000], flush=True)
 
     def stream() -> None:
-        batches: Iterator[Any] = stream_batches(feed.table, reference, schedule, 0, held)
+        batches: Iterator[Any] = stream_batches(feed.table, reference, schedule, 0, 1, held)
         bench.put("feed", "stream", value=consume(batches, lambda item: len(item.indices)))
 
     for name, call in (("stream", stream), ("ray_data", raw)):

@@ -118,7 +118,7 @@ def stepper(bench: Bench, made: PretrainingLearner, batch: int, pin: bool = True
     def call() -> None:
         index = state["step"]
         indices = np.arange(index * batch, (index + 1) * batch)
-        made.step(sets[index % 3], indices, 1, 1e-4)
+        made.step(sets[index % 3], indices, 1e-4)
         state["step"] += 1
         if bench.device.type == "cuda":
             if state["before"] is not None:
@@ -184,7 +184,7 @@ def correct(bench: Bench) -> None:
                     state = copy.deepcopy(made.state())
                     made = learner(bench, batch, **options)
                     made.load(state)
-                found.append(made.step(sets[i % 5], np.arange(i * batch, (i + 1) * batch), 1, 1e-4)[0])
+                found.append(made.step(sets[i % 5], np.arange(i * batch, (i + 1) * batch), 1e-4)[0])
             if bench.device.type == "cuda":
                 bench.put("correct", "graph", name, value=made._graph is not None)
             return torch.stack(found).tolist()

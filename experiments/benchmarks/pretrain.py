@@ -193,7 +193,7 @@ def ceiling(bench: Bench, case: Case, root: Path, name: str) -> Any:
 
     def call() -> int:
         index = next(state) * case.batch
-        learner.step(images, np.arange(index, index + case.batch), 1, case.lr)
+        learner.step(images, np.arange(index, index + case.batch), case.lr)
         return case.batch
 
     return call

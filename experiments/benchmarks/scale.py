@@ -63,13 +63,13 @@ def feed(bench: Bench) -> dict[str, float]:
         shared = ray.put(made)
         schedule = segments(table, 0, world, batch * side**3, 1)
         before, coordinating, start = ledger().seconds(), coordinator_seconds(), time.perf_counter()
-        ranks = [batches(table, shared, schedule, rank, 0) for rank in range(world)]
+        ranks = [batches(table, shared, schedule, rank, world, 0) for rank in range(world)]
         first = 0.0
         for _ in range(table.steps):
             for rank in ranks:
                 scale(torch.from_numpy(next(rank).images), made.levels)
             first = first or time.perf_counter() - start
-        seconds, count = time.perf_counter() - start, world * sum(segment.blocks for segment in schedule)
+        seconds, count = time.perf_counter() - start, world * sum(map(len, schedule))
         return {
             "blocks/s": count / seconds,
             "cpu a block": (ledger().seconds() - before) / count,
@@ -126,10 +126,10 @@ def step_rank(rank: int, world: int, folder: str, count: int) -> None:
     images = np.random.default_rng(rank).integers(0, 222, (8, *size)).astype(np.uint8)
     indices = np.arange(rank, 8 * world, world)
     for _ in range(3):
-        learner.step(images, indices, world, 1e-4)
+        learner.step(images, indices, 1e-4)
     start = time.process_time()
     for _ in range(count):
-        learner.step(images, indices, world, 1e-4)
+        learner.step(images, indices, 1e-4)
     (Path(folder) / f"step{world}-{rank}.json").write_text(json.dumps((time.process_time() - start) / count))
     torch.distributed.destroy_process_group()
 

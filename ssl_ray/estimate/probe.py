@@ -33,12 +33,13 @@ def probe_pretraining(study: Study) -> float:
     precision = named(resolve(config.precision, device))  # `auto` would be written down
     recipe = Recipe(config.model_copy(update={"precision": precision}), study.network, study.seed)
     learner = PretrainingLearner(Job(recipe, feed, feed, here, Mirror(here), "", None), device)  # type: ignore[arg-type]
+    learner.world = world
     indices = np.array(table.rank_samples(0, 0, world))
     dtype, pinned = getattr(torch, feed.dtype), device.type == "cuda"  # as the stream's
     shape = len(indices), config.preparation.channels, *config.patch_size
     patches = torch.empty(shape, dtype=dtype, pin_memory=pinned).numpy()
     patches[:] = np.random.default_rng(0).integers(0, kept.levels + 1, shape)
-    return _time(lambda: learner.step(patches, indices, world, config.optimizer.lr), device)
+    return _time(lambda: learner.step(patches, indices, config.optimizer.lr), device)
 
 
 def probe_finetuning(study: Study) -> tuple[float, float]:

@@ -30,7 +30,7 @@ def estimate_pretraining(study: Study, groups: dict[str, Group]) -> Figures:
     checks = groups["unlabelled validation"].volumes * patches * len(table.boundaries(config.validate_every))
     cost = task_cost(config.task, study.network, config.patch_size, channels)
     voxel_bytes = channels * np.dtype(config.preparation.normalise.storage.dtype).itemsize
-    block_steps = segments(table, 0, world, config.block_megabytes * 2**20, voxel_bytes)[0].block_steps
+    block_steps = segments(table, 0, world, config.block_megabytes * 2**20, voxel_bytes)[0].step
     share = len(table.rank_samples(0, 0, world))
     # A worker holds a block, the next is fetched and one waits; the next segment opens before the last has ended.
     in_flight = min(2 * 3 * world * block_steps * share, table.steps * config.batch_size)

@@ -1,5 +1,6 @@
 """One trial: a training, the choice of its best checkpoint, and its scores. Pure torch, without Ray."""
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -16,16 +17,17 @@ from ssl_ray.data.patch import open_array
 from ssl_ray.data.store import Volume
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
-from ssl_ray.evaluate.planes import Planes, cut
+from ssl_ray.evaluate.planes import FILE, Planes, cut, to_npz
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
-from ssl_ray.finetune.job import Record, TrialJob
+from ssl_ray.finetune.job import EVALUATION, Record, TrialJob
 from ssl_ray.finetune.learner import SegmentationLearner, precision_of
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.networks.flops import network_cost
-from ssl_ray.networks.model_file import Inference, Metadata, versions
+from ssl_ray.networks.model_file import MODEL_FILE, Inference, Metadata, model_content, versions
 from ssl_ray.networks.registry import build_segmentation
+from ssl_ray.storage.files import write_file
 from ssl_ray.training.checkpoint import digest, load_latest, save_latest, snapshot
-from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, as_system, device_name, peak_memory
+from ssl_ray.training.meters import PREFIX, RATE, WAIT, WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.precision import named, settle, settled
@@ -121,7 +123,11 @@ class Trial:
         tree = {"step": self.best_step, "organs": list(data.organs)}
         tree |= {name: [asdict(case) for case in cases] for name, cases in scores.items()}
         means = {name: aggregate(cases, data.organs) for name, cases in scores.items()}
-        self.job.folder.keep_result(self.best_weights, planes, tree, self._metadata(means))
+        files = {MODEL_FILE: model_content(self.best_weights, self._metadata(means)), FILE: to_npz(planes)}
+        files[EVALUATION] = json.dumps(tree, indent=1).encode()
+        for name, content in files.items():  # in this order; each is whole or not there
+            write_file(self.job.folder / name, content)
+            self.job.mirror.push(self.job.folder / name)
         named = {f"selected/{name}/{key}": value for name, part in means.items() for key, value in part.items()}
         return {"selected/step": float(self.best_step)} | named
 
@@ -156,8 +162,7 @@ class Trial:
         config, learner = self.config, self.learner
         steps, seconds = step - self.logged, time.perf_counter() - self.since
         rate = steps * config.volumes_per_step * config.patches_per_volume / seconds
-        spent = {"seconds_per_step": seconds / steps, "data_wait_share": self.waited / seconds}
-        metrics = as_system({**spent, "patches_per_second": rate})
+        metrics = {f"{PREFIX}seconds_per_step": seconds / steps, WAIT: 100 * self.waited / seconds, RATE: rate}
         metrics |= {"skipped_steps": float(self.skipped)} if self.skipped else {}
         metrics[WORKER_MEMORY] = peak_memory(learner.device) / 1e6
         if config.encoder.freeze != "none":  # less is computed than was counted
@@ -185,7 +190,7 @@ class Trial:
         images, labels = sampler.batch(step)
         tensors = {f"model.{name}": value for name, value in self.learner.network.state_dict().items()}
         tensors |= {"images": images, "labels": labels}
-        kept = keep(fault, self.job.folder.path / "faults", step + 1, origin, tensors, facts)
+        kept = keep(fault, self.job.folder / "faults", step + 1, origin, tensors, facts)
         text = f"step {step + 1}: {kept}"
         if fault.fatal:
             raise FloatingPointError(f"{fault.row} step(s) in a row were not finite, the last one was {text}")
@@ -237,7 +242,7 @@ class Trial:
         older, newer = self.records
         weights = self.learner.network.state_dict()
         state = {
-            "key": self.job.folder.key,
+            "key": self.job.key,
             "step": step,
             "model": weights,
             "optimizer": self.learner.optimizer.state_dict(),
@@ -248,12 +253,11 @@ class Trial:
             "row": self.watch.row,
             "records": older + newer,
         }
-        save_latest(self.job.folder.checkpoints, state, self.job.folder.mirror)
+        save_latest(self.job.checkpoints, state, self.job.mirror)
         self.records, self.saved = (newer, []), time.monotonic()
 
     def _restore(self) -> int:
-        folder = self.job.folder
-        state = load_latest(folder.checkpoints, folder.key, folder.mirror)
+        state = load_latest(self.job.checkpoints, self.job.key, self.job.mirror)
         if state is None:
             return 0
         self.learner.network.load_state_dict(state["model"])
@@ -265,13 +269,13 @@ class Trial:
 
 def _settle(job: TrialJob, here: str) -> str:
     """The precision of a trial, which is that of the trials it may be compared with, on whatever machine."""
-    folder, setting = job.folder, job.config.precision
-    arms = {arm: known for arm in job.arms if (known := settled(setting, arm, folder.mirror))}
-    mine = settled(setting, folder.path, folder.mirror) or next(iter(arms.values()), here)
+    setting, mirror = job.config.precision, job.mirror
+    arms = {arm: known for arm in job.arms if (known := settled(setting, arm, mirror))}
+    mine = settled(setting, job.folder, mirror) or next(iter(arms.values()), here)
     for arm, other in arms.items():
         if other != mine:
             raise UserError(
-                f"finetune.precision: auto is {mine} for {folder.path.name}, but {other} for {arm.name}, which it may "
+                f"finetune.precision: auto is {mine} for {job.folder.name}, but {other} for {arm.name}, which it may "
                 "be compared with: train both on one kind of machine, or name the precision"
             )
-    return settle(setting, mine, folder.path, folder.mirror)
+    return settle(setting, mine, job.folder, mirror)

@@ -1,4 +1,4 @@
-"""A synthetic labelled cohort, written as NIfTI with Decathlon datalists: something to try the whole study on.
+"""A synthetic labelled cohort, CT or MRI, written as NIfTI with Decathlon datalists: to try the whole study on.
 
 `anatomy` draws the bodies, this module puts them into a scanner, and the volumes into a folder.
 """
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 from nibabel import orientations
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
@@ -22,13 +23,16 @@ from ssl_ray.config.schema import PhantomCohort
 from ssl_ray.console import track
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.anatomy import ORGANS, draw
-from ssl_ray.phantom.mri import CONTRASTS, weighted
 from ssl_ray.storage.files import remove_stale, write_file
 
 VERSION = 2
 """Part of phantom.json: raise it when the same parameters give other bytes."""
 
 _STORED_AXES = ("RAS", "LAS", "LPS", "RPS", "LPI", "PIR", "ASL")
+_HU = (-1000, -850, -103, 0, 40, 110, 210, 420)
+"""Air, lung, fat, water, muscle, enhanced blood, marrow, bone."""
+CONTRASTS = {"t1": (0, 0.06, 1, 0.2, 0.45, 0.6, 0.5, 0.1), "t2": (0, 0.05, 0.7, 1, 0.3, 0.5, 0.35, 0.05)}
+"""By weighting, the signal of each of them."""
 
 
 def synthesize(
@@ -69,13 +73,31 @@ def synthesize(
     grainy = gaussian_filter(noise.standard_normal(hu.shape, np.float32), grain)
     image = gaussian_filter(hu, scanner.uniform(0.3, 0.6)) + grainy * (scanner.uniform(7, 26) / grainy.std())
     image = np.clip(np.round(image), -1024, 3071).astype(np.int16)
-    images = [image] if modality == "CT" else weighted(hu, coil)
+    images = [image] if modality == "CT" else _weighted(hu, coil)
 
     affine = nib.affines.from_matvec(gantry * voxel, scanner.normal(0, 60, 3))
     stored = orientations.axcodes2ornt(scanner.choice(_STORED_AXES))
     turn = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), stored)
     affine[:3, 3] -= affine[:3, :3] @ ((shape - 1) / 2)
     return tuple(nib.Nifti1Image(voxels, affine).as_reoriented(turn) for voxels in (*images, label))
+
+
+def _weighted(hu: npt.NDArray[np.float32], rng: np.random.Generator) -> list[npt.NDArray[np.int16]]:
+    """The images of a body (X, Y, Z) in HU, int16: of a scale that is anyone's guess, with Rician noise.
+
+    Contrasts are only like those of MRI: tissues are told apart by their HU, so contrast medium shows as more water.
+    """
+    from monai.transforms import RandBiasField  # takes seconds to import, and CT does without
+
+    made = []
+    for signals in CONTRASTS.values():
+        field = RandBiasField(prob=1, coeff_range=(-0.25, 0.25)).set_random_state(int(rng.integers(2**31)))
+        clean = gaussian_filter(np.interp(hu, _HU, signals), rng.uniform(0.3, 0.6))
+        shaded = np.asarray(field(clean[None].astype(np.float32)))[0]
+        noise = rng.uniform(0.01, 0.03) * rng.standard_normal((2, *hu.shape), np.float32)
+        scale = np.exp(rng.uniform(np.log(200), np.log(5000)))
+        made.append(np.round(scale * np.hypot(shaded + noise[0], noise[1])).clip(0, 32767).astype(np.int16))
+    return made
 
 
 def validation_share(unlabelled: int) -> int:

@@ -24,7 +24,6 @@ from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.pretrain.describe import datasets, describe
-from ssl_ray.pretrain.entry import work
 from ssl_ray.pretrain.job import Job, Labelled, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
@@ -36,11 +35,8 @@ from ssl_ray.tracking.client import DEVICE
 from ssl_ray.tracking.run import NetworkFile, Run, ending
 from ssl_ray.tracking.tracker import NOTE, Tracker
 from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
-from ssl_ray.training.meters import ObjectStore, as_system
+from ssl_ray.training.meters import RATE, WAIT, ObjectStore
 from ssl_ray.training.precision import settled
-
-_RESIZE_SECONDS = 60.0
-"""How often Ray Train looks whether the cluster has room for more workers, where the experiment allows more."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +143,17 @@ def _rewind(job: Job) -> None:
 
 
 def _train(job: Job, folders: Folders, run: Run) -> None:
+    def work(job: Job) -> None:  # sent by value: Ray's controller need not import what this module or the worker does
+        from ssl_ray.pretrain.worker import train_loop
+
+        train_loop(job)
+
     config = job.recipe.settings
     trainer = TorchTrainer(
         work,
         train_loop_config=job,
         scaling_config=train.ScalingConfig(
             num_workers=config.workers,
-            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=config.gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {}),
         ),
@@ -265,7 +265,7 @@ class _Collector:
                         step, picture = int(content["step"]), content.pop("picture", None)
                         if step not in self._known:
                             numbers = {name: value for name, value in content.items() if name != "step"}
-                            self._run.metrics(as_system(numbers) | self._store.sample(), step)
+                            self._run.metrics(numbers | self._store.sample(), step)
                             self._known.add(step)
                             self._log_picture(picture, numbers)
                         self._bar.update(step, progress(content))
@@ -291,9 +291,9 @@ class _Collector:
 
 def progress(record: Mapping[str, float]) -> str:
     """What the progress bar says of a record."""
-    facts = f"loss {record.get('loss', math.nan):.4f}, {record['patches_per_second']:.0f} patches/s"
-    if record["data_wait_share"] >= 0.05:
-        facts += f", waits for data {record['data_wait_share']:.0%}"
+    facts = f"loss {record.get('loss', math.nan):.4f}, {record[RATE]:.0f} patches/s"
+    if record[WAIT] >= 5:
+        facts += f", waits for data {record[WAIT]:.0f}%"
     if "validation_loss" in record:
         facts += f", validation {record['validation_loss']:.4f}"
     return facts

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,8 @@ from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.picture import draw_picture
 from ssl_ray.pretrain.samples import Sample
-from ssl_ray.pretrain.start import start_from
 from ssl_ray.pretrain.stream import Feed
-from ssl_ray.pretrain.tasks.registry import build_task
+from ssl_ray.pretrain.tasks.registry import build_task, start_from
 from ssl_ray.training.gpu import StepGraph, Upload, record, to_device
 from ssl_ray.training.optimizer import build_optimizer, first_gradient, take_step
 from ssl_ray.training.parallel import load, parallel, whole_state, whole_weights
@@ -30,10 +28,12 @@ from ssl_ray.training.precision import autocast, named, resolve, settle
 
 
 class PretrainingLearner:
-    """A rank's task with its optimizer: takes steps and validates."""
+    """A rank's task with its optimizer: takes steps and validates. Ranks are those of torch's process group, if any."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        self.job, self.config, self.device = job, _settled(job, device), device
+        several = distributed.is_initialized()
+        self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
+        self.job, self.config, self.device = job, self._settled(job, device), device
         torch.manual_seed(job.recipe.seed)
         sides, channels = self.config.patch_size, self.config.preparation.channels
         self.task = build_task(self.config.task, job.recipe.network, sides, channels)
@@ -58,6 +58,18 @@ class PretrainingLearner:
         self._go = torch.ones((), dtype=torch.bool, device=device)
         self._upload = Upload(device)
 
+    def _settled(self, job: Job, device: torch.device) -> Pretrain:
+        """The settings with the precision that the training was begun in, the same on all ranks."""
+        settings, precision = job.recipe.settings, [""]
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if self.rank == 0:
+            here = named(resolve(settings.precision, device))
+            precision = [settle(settings.precision, here, job.folder, job.mirror)]
+        if self.world > 1:
+            distributed.broadcast_object_list(precision)
+        return settings.model_copy(update={"precision": precision[0]})
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned on rank 0. All ranks must call it; the others need no more than `best`."""
         load(self.network, self.optimizer, state)
@@ -68,9 +80,7 @@ class PretrainingLearner:
         """All that the rest of the run depends on beside the step; with `shard` all ranks must ask, rank 0 gets it."""
         return {"best": self.best, **whole_state(self.network, self.optimizer)}
 
-    def step(
-        self, images: npt.NDArray[Any], indices: npt.NDArray[np.int64], world: int, lr: float
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, images: npt.NDArray[Any], indices: npt.NDArray[np.int64], lr: float) -> tuple[Tensor, Tensor]:
         """One optimizer step on this rank's patches of the global batch, as stored.
 
         Returns the mean loss of the rank's patches and the global gradient norm, both on the device. Where either is
@@ -79,22 +89,22 @@ class PretrainingLearner:
         tables = [self.task.draw(self.job.recipe.seed, indices, view) for view in range(self.task.views)]
         stored = self._upload(images)
         if self.graphs and self._graph is None:
-            self._graph = record(partial(self._step, world=world), self.optimizer, self._go, stored, tables)
+            self._graph = record(self._step, self.optimizer, self._go, stored, tables)
             self.graphs = self._graph is not None
         if self._graph:
             return self._graph(stored, tables, lr)
-        return self._step(stored, [to_device(table, self.device) for table in tables], lr, world)
+        return self._step(stored, [to_device(table, self.device) for table in tables], lr)
 
-    def _step(self, stored: Tensor, tables: Sequence[Tensor], lr: float | Tensor, world: int) -> tuple[Tensor, Tensor]:
+    def _step(self, stored: Tensor, tables: Sequence[Tensor], lr: float | Tensor) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=self.device)
-        largest, size = self._shares(world)
+        largest, size = self._shares()
         starts = range(0, largest, size)
         for start in starts:
             # With `shard` a pass needs all ranks: one without patches left repeats its last one, with no weight.
             rows = slice(min(start, len(stored) - 1), start + size)
             part, counted = stored[rows], len(stored[start : start + size])
             # Ranks, whose shares of the batch may differ by one, are averaged.
-            weight = counted * world / self.config.batch_size
+            weight = counted * self.world / self.config.batch_size
             ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
             with ddp.no_sync() if ddp and start != starts[-1] else nullcontext():
                 clean = scale(part, self.job.training.levels)
@@ -105,13 +115,13 @@ class PretrainingLearner:
             loss += own.detach() * (counted / len(stored))
         return loss, take_step(self.optimizer, self.config.optimizer, lr)
 
-    def _shares(self, world: int) -> tuple[int, int]:
+    def _shares(self) -> tuple[int, int]:
         """Patches of the rank that has most of the global batch, and how many of them it computes at once."""
-        largest = -(-self.config.batch_size // world)
+        largest = -(-self.config.batch_size // self.world)
         return largest, min(self.config.microbatch or largest, largest)
 
     @torch.no_grad()
-    def validate(self, rank: int, world: int, step: int, picture: bool) -> dict[str, float | str]:
+    def validate(self, step: int, picture: bool) -> dict[str, float | str]:
         """The task's losses on the fixed validation patches, each with its fixed draw; every rank takes its share.
 
         Names are those of the task after `validation_`; `picture` is the path of one, if asked for.
@@ -119,15 +129,15 @@ class PretrainingLearner:
         feed = self.job.validation
         sums, losses = torch.zeros((), dtype=torch.float64, device=self.device), dict[str, Tensor]()
         shown = ""
-        for indices, counted, clean in self.read(feed, list(feed.table.validation()), rank, world):
+        for indices, counted, clean in self.read(feed, list(feed.table.validation())):
             seen = self.task.see(clean, [to_device(self.task.draw(0, indices, 0), self.device)])
             # Other shapes than in training: compiling for them would cost more than it saves.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
                 losses, rows = self.task.validate(seen, clean)
             sums = sums + torch.stack([*losses.values(), torch.ones_like(losses["loss"])]) * counted
-            if picture and rank == 0 and not shown:
+            if picture and self.rank == 0 and not shown:
                 shown = self._picture(step, rows)
-        if world > 1:
+        if self.world > 1:
             distributed.all_reduce(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         report = {f"validation_{name}": mean for name, mean in zip(losses, means, strict=True)}
@@ -136,17 +146,15 @@ class PretrainingLearner:
             self._export(step)
         return report | ({"picture": shown} if shown else {})
 
-    def read(
-        self, feed: Feed, samples: Sequence[Sample], rank: int, world: int
-    ) -> Iterator[tuple[npt.NDArray[np.int64], int, Tensor]]:
+    def read(self, feed: Feed, samples: Sequence[Sample]) -> Iterator[tuple[npt.NDArray[np.int64], int, Tensor]]:
         """This rank's share of some samples, in parts: which they are, how many of them count, patches (B, C, X, Y, Z).
 
         Meanwhile the model is in evaluation mode. A rank without patches left takes sample 0, which does not count, as
         with `shard` the others wait for it.
         """
-        mine, (_, size) = np.arange(rank, len(samples), world), self._shares(world)
+        mine, (_, size) = np.arange(self.rank, len(samples), self.world), self._shares()
         self.model.eval()
-        for start in range(0, -(-len(samples) // world), size):
+        for start in range(0, -(-len(samples) // self.world), size):
             counted = len(mine[start : start + size])
             indices = mine[start : start + size] if counted else np.zeros(1, np.int64)
             yield indices, counted, scale(self._upload(feed.read([samples[index] for index in indices])), feed.levels)
@@ -157,7 +165,7 @@ class PretrainingLearner:
     def _export(self, step: int) -> None:
         """Write the weights, as the best on validation so far, for fine-tuning; all ranks must call it."""
         weights = whole_weights(self.network)
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
+        if self.rank == 0:
             facts = {"step": str(step), "validation_loss": f"{self.best:.6f}", "key": self.job.key}
             described = describe(self.job.recipe.network, self.config.patch_size) | metadata(self.config.preparation)
             export(self.job.weights, weights, described | {"task": self.config.task.kind} | facts)
@@ -173,20 +181,6 @@ class PretrainingLearner:
         draw_picture(path, shown, f"step {step}, L1 {error:.4f}")
         self.job.mirror.push(path)
         return str(path)
-
-
-def _settled(job: Job, device: torch.device) -> Pretrain:
-    """The settings with the precision that the training was begun in, the same on all ranks."""
-    settings, precision = job.recipe.settings, [""]
-    ranks = distributed.is_initialized()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not ranks or distributed.get_rank() == 0:
-        here = named(resolve(settings.precision, device))
-        precision = [settle(settings.precision, here, job.folder, job.mirror)]
-    if ranks:
-        distributed.broadcast_object_list(precision)
-    return settings.model_copy(update={"precision": precision[0]})
 
 
 def scale(stored: Tensor, levels: int) -> Tensor:

@@ -34,11 +34,10 @@ class Probe:
     The patches are the same every time, as they were scanned, and each rank takes its share of them.
     """
 
-    def __init__(self, learner: PretrainingLearner, labelled: Labelled, rank: int, world: int) -> None:
+    def __init__(self, learner: PretrainingLearner, labelled: Labelled) -> None:
         """Read the labels of all patches."""
         self._began, self._last = time.monotonic(), 0.0
-        self._learner, self._rank, self._world = learner, rank, world
-        feed, volumes = learner.job.training, (*labelled.fitted, *labelled.tested)
+        self._learner, feed, volumes = learner, learner.job.training, (*labelled.fitted, *labelled.tested)
         self._feed = replace(feed, keys=tuple(one.key for one in volumes))
         self._samples: list[Sample] = []
         random, shares = generator(0, _PLACES, 0), []
@@ -68,7 +67,7 @@ class Probe:
         halves = self._fitted // 2  # of patches, and so of patients
         parts = slice(halves), slice(halves, self._fitted), slice(self._fitted, None)
         products = torch.stack([self._products(self._samples[part], self._shares[part]) for part in parts])
-        if self._world > 1:
+        if self._learner.world > 1:
             distributed.all_reduce(products)
         organs = self._shares.shape[2]
         r2, rank = ridge_r2(products, organs), effective_rank(products.sum(0)[1:-organs, 1:-organs])
@@ -79,7 +78,7 @@ class Probe:
     def _products(self, samples: Sequence[Sample], shares: Tensor) -> Tensor:
         """Sum over this rank's tokens of v vᵀ, v = (1, token, shares): all that the regression needs of them."""
         learner, total = self._learner, torch.zeros((), dtype=torch.float64, device=self._learner.device)
-        for indices, counted, patches in learner.read(self._feed, samples, self._rank, self._world):
+        for indices, counted, patches in learner.read(self._feed, samples):
             # Other shapes than in training: compiling for them would cost more than it saves.
             with autocast(learner.device, learner.dtype), torch.compiler.set_stance("force_eager"):
                 tokens = learner.task.tokens(patches)

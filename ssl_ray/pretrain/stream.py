@@ -1,8 +1,8 @@
 """SampleTable -> Ray Data -> batches of a rank.
 
-One row of a Ray dataset is one *block*: the batches of one rank over a few consecutive steps, read by one task. Every
-rank has a dataset, and so a scheduling loop, of its own: one loop handles some tens of blocks a second, whatever is in
-them, which is what one or two fast GPUs consume. As the cost is per block, blocks are sized by bytes, and a long run is
+One *block* of a Ray dataset is the batches of one rank over a few consecutive steps, read by one task. Every rank has
+a dataset, and so a scheduling loop, of its own: one loop handles some tens of blocks a second, whatever is in them,
+which is what one or two fast GPUs consume. As the cost is per block, blocks are sized by bytes, and a long run is
 streamed in *segments* of some hundred blocks; the next one is opened while the current one is consumed.
 """
 
@@ -56,27 +56,6 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Steps `[start, stop)` in blocks of `block_steps` steps for each of `world` ranks."""
-
-    start: int
-    stop: int
-    block_steps: int
-    world: int
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks of each rank."""
-        return -(-(self.stop - self.start) // self.block_steps)
-
-    def samples(self, table: SampleTable, rank: int, block: int) -> list[int]:
-        """Sample indices of a rank's block, in the order in which it consumes them."""
-        first = self.start + block * self.block_steps
-        steps = range(first, min(first + self.block_steps, self.stop))
-        return [index for step in steps for index in table.rank_samples(step, rank, self.world)]
-
-
-@dataclass(frozen=True)
 class Batch:
     """`images` (B, X, Y, Z) as stored, `indices` (B,) of its samples, and the seconds spent waiting for them."""
 
@@ -86,18 +65,21 @@ class Batch:
     waited: float
 
 
-def segments(table: SampleTable, start: int, world: int, block_bytes: float, itemsize: int) -> list[Segment]:
-    """The segments of a run from step `start` on."""
+def segments(table: SampleTable, start: int, world: int, block_bytes: float, itemsize: int) -> list[range]:
+    """The segments of a run from step `start` on: each a range of steps, from one block's first to the next one's."""
     batch_bytes = len(table.rank_samples(0, 0, world)) * int(np.prod(table.patch_size)) * itemsize
     block_steps = max(1, int(block_bytes // batch_bytes))
     length = SEGMENT_BLOCKS * block_steps
-    return [
-        Segment(first, min(first + length, table.steps), block_steps, world)
-        for first in range(start, table.steps, length)
-    ]
+    return [range(first, min(first + length, table.steps), block_steps) for first in range(start, table.steps, length)]
 
 
-def open_segment(feed: Any, segment: Segment, rank: int, held: float) -> Any:
+def blocks_of(table: SampleTable, segment: range, rank: int, world: int) -> list[list[int]]:
+    """Sample indices of each block of a rank, in the order in which it consumes them."""
+    steps = [range(first, min(first + segment.step, segment.stop)) for first in segment]
+    return [[index for step in block for index in table.rank_samples(step, rank, world)] for block in steps]
+
+
+def open_segment(table: SampleTable, feed: Any, segment: range, rank: int, world: int, held: float) -> Any:
     """The Ray Data iterator of one rank; `feed` refers to a `Feed` in the object store.
 
     `held` is the number of CPUs that training workers hold. Where they leave none, e.g. after a node was lost, the
@@ -114,15 +96,15 @@ def open_segment(feed: Any, segment: Segment, rank: int, held: float) -> Any:
     context.target_max_block_size = None  # a block that Ray Data cut in two would not be in the order of the table
     context.execution_options.preserve_order = True
     # Each of the datasets would take half of the whole object store for its own.
-    store = resources.get("object_store_memory", 0.0) / 2 / segment.world
+    store = resources.get("object_store_memory", 0.0) / 2 / world
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store)
     with DataContext.current(context):
         # Not `ray.data.range`, whose own tasks cannot be told to ask for no CPU.
-        dataset = ray.data.from_blocks([pa.table({"id": [block]}) for block in range(segment.blocks)])
+        blocks = [pa.table({"index": indices}) for indices in blocks_of(table, segment, rank, world)]
+        dataset = ray.data.from_blocks(blocks)
         spare = resources.get("CPU", 0.0) - held >= 1
-        how = {"num_cpus": 1} if spare else {"num_cpus": 0, "compute": TaskPoolStrategy(size=min(segment.blocks, 2))}
-        read = partial(_read_block, feed=feed, segment=segment, rank=rank)
-        dataset = dataset.map_batches(read, batch_size=None, **how)
+        how = {"num_cpus": 1} if spare else {"num_cpus": 0, "compute": TaskPoolStrategy(size=min(len(blocks), 2))}
+        dataset = dataset.map_batches(partial(_read_block, feed=feed), batch_size=None, **how)
         return dataset.streaming_split(1)[0]  # unlike `dataset.iterator()`, with its loop outside of this process
 
 
@@ -143,12 +125,15 @@ class Pace:
     before_execution_starts = after_execution_succeeds = after_execution_fails = _nothing
 
 
-def batches(table: SampleTable, feed: Any, schedule: Sequence[Segment], rank: int, held: float) -> Iterator[Batch]:
+def batches(
+    table: SampleTable, feed: Any, schedule: Sequence[range], rank: int, world: int, held: float
+) -> Iterator[Batch]:
     """Batches of one rank, step by step; all ranks must take equally many. `feed` and `held` are as for `open_segment`.
 
     A RuntimeError says that Ray Data did not keep the order of blocks, or lost some.
     """
-    reading = (_read_ahead(table, rank, segment, open_segment(feed, segment, rank, held)) for segment in schedule)
+    size = len(table.rank_samples(0, rank, world))
+    reading = (_read_ahead(open_segment(table, feed, segment, rank, world, held), size) for segment in schedule)
     following = next(reading, None)
     for segment in schedule:
         waiting, following = following, None
@@ -161,21 +146,20 @@ def batches(table: SampleTable, feed: Any, schedule: Sequence[Segment], rank: in
             waited = time.perf_counter() - asked
             if isinstance(item, BaseException):
                 raise item
-            if item["index"].tolist() != list(table.rank_samples(step, rank, segment.world)):
+            if item["index"].tolist() != list(table.rank_samples(step, rank, world)):
                 raise RuntimeError(f"rank {rank}, step {step}: Ray Data did not keep the order of blocks")
             yield Batch(step, item["image"], item["index"], waited)
 
 
-def _read_ahead(table: SampleTable, rank: int, segment: Segment, iterator: Any) -> "queue.Queue[Any]":
-    """Batches of a segment, or an error, from a thread that is two of them ahead of the training step."""
+def _read_ahead(iterator: Any, size: int) -> "queue.Queue[Any]":
+    """Batches of `size` patches, or an error, from a thread that is two of them ahead of the training step."""
     waiting: queue.Queue[Any] = queue.Queue(2)
-    size = len(table.rank_samples(segment.start, rank, segment.world))
 
     def drain() -> None:
         try:
             for batch in iterator.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=1):
                 waiting.put(batch | {"image": pin(batch["image"])})
-            waiting.put(RuntimeError(f"the stream of steps {segment.start} to {segment.stop} ended early"))
+            waiting.put(RuntimeError("the stream of a segment ended early"))
         except Exception as error:  # the training thread raises it where it asks for the next batch
             waiting.put(error)
 
@@ -197,13 +181,9 @@ def pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return pinned
 
 
-def _read_block(
-    rows: dict[str, npt.NDArray[Any]], feed: Any, segment: Segment, rank: int
-) -> dict[str, npt.NDArray[Any]]:
+def _read_block(rows: dict[str, npt.NDArray[Any]], feed: Any) -> dict[str, npt.NDArray[Any]]:
     source = _feed(feed)
-    indices = [index for block in rows["id"] for index in segment.samples(source.table, rank, int(block))]
-    images = source.read([source.table.sample(index) for index in indices])
-    return {"image": images, "index": np.array(indices, dtype=np.int64)}
+    return rows | {"image": source.read([source.table.sample(int(index)) for index in rows["index"]])}
 
 
 @lru_cache(maxsize=2)

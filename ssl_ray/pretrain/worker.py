@@ -20,7 +20,7 @@ from ssl_ray.pretrain.probe import Probe
 from ssl_ray.pretrain.stream import Batch, batches, segments
 from ssl_ray.pretrain.tasks.registry import task_cost
 from ssl_ray.training.checkpoint import Saver, load_latest
-from ssl_ray.training.meters import WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
+from ssl_ray.training.meters import PREFIX, RATE, WAIT, WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
 from ssl_ray.training.parallel import whole_weights
@@ -43,14 +43,14 @@ def train_loop(job: Job) -> None:
 
     start = _restore(job, rank, learner, watch)
     reporter.start(start, device_name(learner.device))
-    probe = Probe(learner, job.labelled, rank, world) if job.labelled else None
+    probe = Probe(learner, job.labelled) if job.labelled else None
     found = {f"{name}_untrained": value for name, value in (probe.measure().items() if probe and not start else ())}
     totals = _Totals(world, flops, learner.device, learner.dtype)
 
     validations = {step: number for number, step in enumerate(table.boundaries(config.validate_every))}
     for batch in _open_stream(job, rank, world, start):
         lr = learning_rate(config.optimizer, batch.step, table.steps)
-        loss, norm = learner.step(batch.images, batch.indices, world, lr)
+        loss, norm = learner.step(batch.images, batch.indices, lr)
         done, last = batch.step + 1, batch.step + 1 == table.steps
 
         # All ranks see the same faults, as the gradient norm is that of all of them. The driver raises for a fatal one:
@@ -77,7 +77,7 @@ def train_loop(job: Job) -> None:
         record |= sums | found
         found = {}
         if validate:
-            record |= learner.validate(rank, world, done, validations[done] % config.picture_every == 0 or last)
+            record |= learner.validate(done, validations[done] % config.picture_every == 0 or last)
         reporter.record(record)
         leaving = ask_due and preemption.announced()
         if save or save_due or leaving:
@@ -106,7 +106,7 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
     feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
     config, table, itemsize = job.recipe.settings, job.training.table, np.dtype(job.training.dtype).itemsize
     schedule = segments(table, start, world, config.block_megabytes * 2**20, config.preparation.channels * itemsize)
-    return batches(table, feed, schedule, rank, world * config.cpus_per_worker)
+    return batches(table, feed, schedule, rank, world, world * config.cpus_per_worker)
 
 
 def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:
@@ -156,8 +156,7 @@ class _Totals:
             distributed.all_gather(ranks, mine)
         loss, finite, patches, waited, seconds, memory, *asked = torch.stack(ranks, dim=1).tolist()
         total, longest = sum(patches), max(seconds)
-        metrics = {"workers": float(self._world), "patches_per_second": total / longest}
-        metrics["data_wait_share"] = max(waited) / longest
+        metrics = {f"{PREFIX}workers": float(self._world), RATE: total / longest, WAIT: 100 * max(waited) / longest}
         metrics[WORKER_MEMORY] = max(memory) / 1e6
         metrics |= arithmetic_rate(self._flops * total / longest, self._world, self._device, self._dtype)
         if sum(finite):

@@ -68,7 +68,7 @@ class TrialCallback(tune.Callback):
         tags |= {} if cell.fold is None else {"ssl_ray.fold": str(cell.fold)}
         if job.made_by:
             tags[PRETRAINING_RUN] = job.made_by
-        run = self.tracker.open("trial", job.folder.key, cell.label, params, self.parent, tags)
+        run = self.tracker.open("trial", job.key, cell.label, params, self.parent, tags)
         run.datasets([*_datasets(cell, job).values()])
         self._open[trial.trial_id] = run
 
@@ -89,7 +89,7 @@ class TrialCallback(tune.Callback):
         elif "selected/step" in metrics:
             if step not in run.logged("selected/step"):
                 self._result(run, *_of(trial), metrics, result["digest"], step)
-            for path in _of(trial)[1].folder.pull_evaluation():
+            for path in _of(trial)[1].pull_evaluation():
                 run.artifact(path)
         elif step not in run.logged("lr"):
             run.metrics(metrics, step)
@@ -112,7 +112,7 @@ class TrialCallback(tune.Callback):
         run.close("KILLED" if stopped else "FINISHED")
         self.completed += not stopped
         self.tell(cell, {} if stopped else metrics)
-        job.folder.clear()  # not before the result is logged: until then a driver may need it
+        job.clear()  # not before the result is logged: until then a driver may need it
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """End the run as failed: Tune does not try this trial again."""
@@ -124,7 +124,7 @@ class TrialCallback(tune.Callback):
     ) -> None:
         """Log the network, what it scored, and both in words."""
         part = "test" if f"selected/test/{ORIGINAL_DICE_FOREGROUND}" in metrics else "validation"
-        name, weights, settings = cell.name.replace(".", "_"), job.folder.path / MODEL_FILE, job.config.preparation
+        name, weights, settings = cell.name.replace(".", "_"), job.folder / MODEL_FILE, job.config.preparation
         grid = settings.channels, settings.spacing
         run.model(NetworkFile(name, str(weights), digest, int(metrics["selected/step"]), True, *grid))
         read = _datasets(cell, job).items()

@@ -18,7 +18,7 @@ from ssl_ray.data.prepare import usable
 from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.finetune.job import TrialData, TrialFolder, TrialJob
+from ssl_ray.finetune.job import TrialData, TrialJob
 from ssl_ray.networks.model_file import MODEL_FILE
 from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.pretrain.driver import Pretrained
@@ -63,10 +63,10 @@ def finetune(
     key, jobs = trial_jobs(config, network, seed, splits, volumes, pretrained, folders)
     counts = {"pool_subjects": str(splits.pool_size(volumes))} if splits.pool else {}
     grid_run = _open(key, jobs, folders, tracker, {**params, **counts}, config_yaml)
-    pending = {cell: job for cell, job in jobs.items() if not tracker.finished("trial", job.folder.key)}
+    pending = {cell: job for cell, job in jobs.items() if not tracker.finished("trial", job.key)}
     finished = [job for cell, job in jobs.items() if cell not in pending]
     for job in finished:  # a driver that was killed may not have come to this
-        job.folder.clear()
+        job.clear()
     with ending(grid_run), Bar("fine-tuning", len(jobs) * config.steps) as bar:
         done = len(finished) * config.steps
         bar.update(done)
@@ -106,23 +106,23 @@ def trial_jobs(
         made = start and start.key + ("" if cell.init == "pretrained" else f" {cell.init}")
         parts = [cell.size, trial_seed, [volume.key for volume in training], _told([validation, test]), made]
         cell_key = digest(depends.finetuning(own, network), *parts)
-        path = folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}"
-        folder, weights = TrialFolder(path, cell_key, folders.output), start.weights if start else None
         data = TrialData(store, training, validation, test, splits.organs)
         jobs[cell] = TrialJob(
             config=own,
             network=network,
             seed=trial_seed,
             data=data,
-            weights=weights,
-            folder=folder,
+            weights=start.weights if start else None,
+            folder=folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}",
+            mirror=folders.output,
+            key=cell_key,
             made_by=start.run_id if start else None,
             permuted=cell.init == "permuted",
             lineage=cell.lineage | {"study": folders.name, "pretraining": start.key if start else None},
         )
     compared: dict[tuple[int, int], list[Path]] = defaultdict(list)
     for cell, job in jobs.items():
-        compared[cell.size, cell.run].append(job.folder.path)
+        compared[cell.size, cell.run].append(job.folder)
     return grid_key, {cell: replace(job, arms=tuple(compared[cell.size, cell.run])) for cell, job in jobs.items()}
 
 
@@ -148,7 +148,7 @@ def _open(
     kept = folders.study / CELLS  # MLflow may be away
     known = json.loads(kept.read_bytes()) if kept.is_file() else {}
     before = json.loads(tracker.read(run.id, CELLS) or b"{}") or known.get(key, {})
-    named = before | {cell.name: job.folder.key for cell, job in jobs.items()}
+    named = before | {cell.name: job.key for cell, job in jobs.items()}
     write_file(kept, json.dumps(known | {key: named}).encode())
     run.text(json.dumps(named, indent=1), CELLS)
     return run
@@ -205,7 +205,7 @@ def tune_cells(
             for step, metrics in trial.train():
                 tune.report({"step": step, "metrics": metrics, **trial.facts})
             found = trial.evaluate()
-            digest = file_digest(job.folder.path / MODEL_FILE)
+            digest = file_digest(job.folder / MODEL_FILE)
             tune.report({"step": job.config.steps, "metrics": found, "digest": digest})
         except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})

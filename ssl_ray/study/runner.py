@@ -47,9 +47,12 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         if prefix:
             say(f"{given}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
     elif needs_weights and (given := study.pretrain.weights):
-        from ssl_ray.pretrain.start import check_start  # MONAI takes seconds to load: only where it is needed
+        from ssl_ray.pretrain.tasks.registry import build_task, start_from  # MONAI takes seconds to load
 
-        say(f"pretraining goes on from {given}; {check_start(recipe_of(study), Path(given))['decoder']}")
+        config = study.pretrain
+        task = build_task(config.task, study.network, config.patch_size, config.preparation.channels)
+        decoder = "its decoder is taken too" if start_from(Path(given), task) else "the decoder is new"
+        say(f"pretraining goes on from {given}; {decoder}")
     with LivePage(study, folders) if last == "report" else nullcontext():
         failed = _carry_out(study, folders, cohorts, last, verify)
     if last == "report":

@@ -71,8 +71,8 @@ class Rounds:
             if job is None:
                 self._waiting.insert(0, trial)
                 return None
-            if self.proposals.begin(trial, cell, job.folder.key):
-                known = self.tracker.runs(kind="trial", key=job.folder.key)
+            if self.proposals.begin(trial, cell, job.key):
+                known = self.tracker.runs(kind="trial", key=job.key)
                 done = [run for run in known if run.info.status == "FINISHED"]  # in another search, or not told yet
                 if not done:
                     return cell, job

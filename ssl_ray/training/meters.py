@@ -5,7 +5,6 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
 
 import torch
 
@@ -14,7 +13,7 @@ from ssl_ray.training.devices import known_device
 from ssl_ray.training.precision import named
 
 PREFIX = "system/"
-_MACHINE = "patches_per_second", "seconds_per_step", "workers"
+RATE, WAIT = f"{PREFIX}patches_per_second", f"{PREFIX}data_wait_percentage"
 WORKER_MEMORY = f"{PREFIX}worker_memory_peak_megabytes"
 
 
@@ -41,14 +40,6 @@ def arithmetic_rate(flops: float, workers: int, device: torch.device, dtype: tor
     if found:
         metrics[f"{PREFIX}mfu_percentage"] = 100 * flops / workers / found.peak(named(dtype))
     return metrics
-
-
-def as_system(metrics: Mapping[str, float]) -> dict[str, float]:
-    """A training record with what is about the machine under `system/`: how fast it was, and what it waited for."""
-    moved = {f"{PREFIX}{name}" if name in _MACHINE else name: value for name, value in metrics.items()}
-    if (share := moved.pop("data_wait_share", None)) is not None:
-        moved[f"{PREFIX}data_wait_percentage"] = 100 * share
-    return moved
 
 
 class ObjectStore:

@@ -77,11 +77,17 @@ def kill_a_node_with_a_worker(cluster, folder: Path) -> int:
     raise AssertionError("no node but the head has a training worker")
 
 
+RESIZE_AT_ONCE = """
+from functools import partial
+train.train.ScalingConfig = partial(train.train.ScalingConfig, elastic_resize_monitor_interval_s=1.0)
+"""
+
+
 def test_a_node_killed_and_another_gained(undisturbed, cohort, tmp_path, cluster):
     """With `workers: [1, 2]`, a node dies and no other is there: the run goes on with one worker, and reads though no
     CPU is left for that; after a node came, it goes on with two."""
     path = write(tmp_path, cohort, workers=[1, 2])
-    driver = start(path, with_nodes(cluster, 1), patch="train._RESIZE_SECONDS = 1.0")
+    driver = start(path, with_nodes(cluster, 1), patch=RESIZE_AT_ONCE)
     try:
         kill_a_node_with_a_worker(cluster, tmp_path)
         before = saved(tmp_path)[-1]
@@ -126,7 +132,8 @@ def work(job):
     from ssl_ray.pretrain import worker as loop
     loop._PREEMPTION_SECONDS = 0.0
     loop.train_loop(job)
-train.work = work
+trainer = train.TorchTrainer
+train.TorchTrainer = lambda _, **options: trainer(work, **options)
 """
 
 

@@ -144,9 +144,9 @@ def test_both_trainings_take_two_channels(
         indices = feeds[0].table.rank_samples(0, 0, 1)
         images = feeds[0].read([feeds[0].table.sample(index) for index in indices])
         assert images.shape == (4, 2, *study.pretrain.patch_size)
-        losses.append(float(learner.step(images, np.array(indices), 1, 1e-3)[0]))
+        losses.append(float(learner.step(images, np.array(indices), 1e-3)[0]))
     assert losses[-1] < 0.9 * losses[0]
-    found = learner.validate(0, 1, 10, picture=True)
+    found = learner.validate(10, picture=True)
     assert Path(str(found["picture"])).is_file()
     assert load_metadata(job.weights).items() >= metadata(study.pretrain.preparation).items()
 

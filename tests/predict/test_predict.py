@@ -19,7 +19,7 @@ from ssl_ray.data.datalist import Case
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
-from ssl_ray.finetune.job import TrialData, TrialFolder, TrialJob
+from ssl_ray.finetune.job import TrialData, TrialJob
 from ssl_ray.finetune.trial import Trial
 from ssl_ray.predict.case import LABELS
 from ssl_ray.predict.model import read_model
@@ -57,8 +57,8 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store, finetune = Store(root / "cache"), study.finetune
     volumes = [prepare_case(case, finetune.preparation, store)[0] for case in cases]
     data = TrialData(store, tuple(volumes[:1]), tuple(volumes[1:2]), tuple(volumes[2:]), ("first", "second"))
-    folder = TrialFolder(root / "cell", "key", Mirror(root / "cell"))
-    made = Trial(TrialJob(finetune, study.network, 2, data, None, folder), torch.device("cpu"))
+    folder = root / "cell"
+    made = Trial(TrialJob(finetune, study.network, 2, data, None, folder, Mirror(folder), "key"), torch.device("cpu"))
     for _ in made.train():
         pass
     made.evaluate()

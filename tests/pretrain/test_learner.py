@@ -74,7 +74,7 @@ def test_accumulated_microbatches_equal_the_whole_batch(tmp_path: Path, task: di
 def test_a_training_learns(tmp_path: Path, task: dict[str, Any]) -> None:
     """On the same patches again and again the loss falls."""
     made = make(tmp_path, **task)
-    losses = [float(made.step(images_of(made, 0), np.arange(BATCH), 1, 1e-2)[0]) for _ in range(20)]
+    losses = [float(made.step(images_of(made, 0), np.arange(BATCH), 1e-2)[0]) for _ in range(20)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -136,12 +136,12 @@ def test_a_validation_is_fixed_and_has_a_baseline_and_a_picture(
     for one in (made, parts):
         feed = Noise(samples.table, samples.store, samples.keys, samples.ids, "uint8", LEVELS)
         one.job = replace(one.job, validation=feed)
-    found = made.validate(0, 1, 7, picture=True)
+    found = made.validate(7, picture=True)
     picture = str(found.pop("picture"))
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
     assert [*found] == ["validation_loss", f"validation_{baseline}_loss"]
-    assert found == made.validate(0, 1, 8, picture=False)
-    assert found == pytest.approx(parts.validate(0, 1, 7, picture=False), rel=1e-5)
+    assert found == made.validate(8, picture=False)
+    assert found == pytest.approx(parts.validate(7, picture=False), rel=1e-5)
     assert made.best == found["validation_loss"]
     facts = load_metadata(made.job.weights)
     assert (facts["task"], facts["step"]) == (made.config.task.kind, "7")
@@ -155,7 +155,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, poison: float
     before = copy.deepcopy(made.state())
     handle = made.network.patch_embedding.register_forward_hook(lambda *call: call[-1] * poison)
     images = np.zeros((BATCH,) + (SIDE,) * 3, np.uint8)
-    loss, norm = made.step(images, np.arange(BATCH), 1, 1e-3)
+    loss, norm = made.step(images, np.arange(BATCH), 1e-3)
     handle.remove()
     assert not torch.isfinite(loss)
     assert not torch.isfinite(norm)

@@ -138,7 +138,7 @@ def learner(tmp_path: Path) -> PretrainingLearner:
 def test_it_says_what_an_encoder_knows_and_leaves_no_trace(learner: PretrainingLearner, labelled: Labelled) -> None:
     """The same numbers twice; weights, moments, random numbers and mode of training stay."""
     steps(learner, 0, 1)
-    probe, before, moments = Probe(learner, labelled, 0, 1), weights(learner), learner.state()
+    probe, before, moments = Probe(learner, labelled), weights(learner), learner.state()
     random = torch.get_rng_state()
     found = probe.measure()
     assert found == probe.measure()
@@ -156,7 +156,7 @@ def test_tokens_that_hold_the_organs_are_seen_to(
     learner: PretrainingLearner, labelled: Labelled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An encoder whose tokens are some voxels' means, in images that show the organs, explains most of the shares."""
-    probe = Probe(learner, labelled, 0, 1)
+    probe = Probe(learner, labelled)
     blind = probe.measure()["probe_r2"]
 
     def means(patches: Tensor) -> Tensor:
@@ -171,18 +171,20 @@ def test_tokens_that_hold_the_organs_are_seen_to(
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_workers_add_up_to_one(learner: PretrainingLearner, labelled: Labelled, world: int) -> None:
     """Each takes its part of the patches; none is counted twice or lost, though some worker may have none left."""
-    alone, *ranks = (Probe(learner, labelled, *place) for place in [(0, 1), *((rank, world) for rank in range(world))])
+    probe = Probe(learner, labelled)
     for part in (slice(12), slice(12, 20), slice(18, 20)):
-        samples, shares = alone._samples[part], alone._shares[part]
-        whole, *found = (one._products(samples, shares) for one in (alone, *ranks))
-        parts = torch.stack(found).sum(0)
+        samples, found = probe._samples[part], []
+        for place in [(0, 1), *((rank, world) for rank in range(world))]:
+            learner.rank, learner.world = place
+            found.append(probe._products(samples, probe._shares[part]))
+        whole, parts = found[0], torch.stack(found[1:]).sum(0)
         assert whole[0, 0] == len(samples)
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_patches_lie_around_labelled_voxels(learner: PretrainingLearner, labelled: Labelled) -> None:
     """Inside their volumes, four of each, most of them with an organ, the same in every run."""
-    probe = Probe(learner, labelled, 0, 1)
+    probe = Probe(learner, labelled)
     volumes = (*labelled.fitted, *labelled.tested)
     assert [sample.volume for sample in probe._samples] == [number // 4 for number in range(20)]
     for sample in probe._samples:
@@ -192,7 +194,7 @@ def test_patches_lie_around_labelled_voxels(learner: PretrainingLearner, labelle
     shown = probe._shares.sum((1, 2)) > 0
     assert shown.sum() == 16
     assert not shown[8:12].any(), "the volume without an organ"
-    assert probe._samples == Probe(learner, labelled, 0, 1)._samples
+    assert probe._samples == Probe(learner, labelled)._samples
 
 
 def test_it_waits_until_there_is_time(
@@ -201,7 +203,7 @@ def test_it_waits_until_there_is_time(
     """With the next one, all of it takes at most 3 % of the time so far."""
     now = [0.0]
     monkeypatch.setattr(probing, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    probe = Probe(learner, labelled, 0, 1)
+    probe = Probe(learner, labelled)
     assert probe.due
     tokens = learner.task.tokens
 

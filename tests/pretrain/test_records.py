@@ -15,7 +15,7 @@ from ssl_ray.pretrain.driver import _Collector
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.tracking.run import Run
 
-SPEED = {"patches_per_second": 5.0, "data_wait_share": 0.0}
+SPEED = {"system/patches_per_second": 5.0, "system/data_wait_percentage": 0.0}
 
 
 class Reports:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import Segment, segments
+from ssl_ray.pretrain.stream import blocks_of, segments
 
 SHAPES = np.array([[40, 50, 60], [20, 90, 33], [16, 16, 16], [70, 40, 48], [33, 34, 35]])
 
@@ -94,8 +94,8 @@ def test_windows_and_blocks_cover_the_rest_of_a_run_exactly(start, world, block_
         found = [
             index
             for segment in segments(drawn, start, world, block_bytes, 1)
-            for block in range(segment.blocks)
-            for index in segment.samples(drawn, rank, block)
+            for block in blocks_of(drawn, segment, rank, world)
+            for index in block
         ]
         assert found == [i for step in range(start, drawn.steps) for i in drawn.rank_samples(step, rank, world)]
 
@@ -103,9 +103,9 @@ def test_windows_and_blocks_cover_the_rest_of_a_run_exactly(start, world, block_
 def test_blocks_are_sized_by_bytes():
     """A block holds as many steps as fit into the bytes asked for, at least one."""
     patch = 32**3
-    assert segments(table(), 0, 2, 5 * 2 * patch, 1)[0].block_steps == 5
-    assert segments(table(), 0, 2, 5 * 2 * patch, 2)[0].block_steps == 2
-    assert segments(table(), 0, 2, 1, 1)[0] == Segment(0, 15, 1, 2)
+    assert segments(table(), 0, 2, 5 * 2 * patch, 1)[0].step == 5
+    assert segments(table(), 0, 2, 5 * 2 * patch, 2)[0].step == 2
+    assert segments(table(), 0, 2, 1, 1)[0] == range(15)
 
 
 def test_a_plan_of_100_000_volumes_and_300_epochs_costs_next_to_nothing():

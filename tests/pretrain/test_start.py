@@ -14,7 +14,7 @@ from ssl_ray.networks.transfer import transfer
 from ssl_ray.networks.weight_files import describe, export, load_metadata, load_weights
 from ssl_ray.pretrain.driver import pretraining_key
 from ssl_ray.pretrain.learner import PretrainingLearner
-from ssl_ray.pretrain.start import check_start, start_from
+from ssl_ray.pretrain.tasks.registry import start_from
 from ssl_ray.study.parts import recipe_of
 
 RESTORATION: dict[str, Any] = {"patch_size": 32}
@@ -52,9 +52,7 @@ def test_it_starts_from_the_encoder_of_any_task_and_from_the_decoder_of_its_own(
         beside = [name for name, value in made.network.named_parameters() if id(value) not in inside]
         assert beside
         assert all(torch.equal(weights(made)[name], weights(fresh)[name]) for name in beside)
-    report = check_start(made.job.recipe, path)
-    assert report["share"] == 1
-    assert report["decoder"] == ("its decoder is taken too" if before == after else "the decoder is new")
+    assert start_from(path, fresh.task) == (before == after)
 
 
 def test_what_was_masked_goes_into_a_segmentation_network(tmp_path: Path) -> None:
@@ -92,7 +90,7 @@ def test_a_file_that_does_not_match_is_refused_and_nothing_is_changed(tmp_path: 
             start_from(tmp_path / "wrong.safetensors", made.task)
         assert same(weights(made), before)
     with pytest.raises(UserError, match=r"nowhere\.pt: cannot read the weights"):
-        check_start(source.job.recipe, tmp_path / "nowhere.pt")
+        start_from(tmp_path / "nowhere.pt", source.task)
 
 
 def test_the_content_of_the_file_counts_and_its_place_does_not(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from ssl_ray.data.patch import read_patch
 from ssl_ray.data.store import Store
 from ssl_ray.pretrain import stream as streaming
 from ssl_ray.pretrain.samples import SampleTable
-from ssl_ray.pretrain.stream import Batch, Feed, Segment, batches, segments
+from ssl_ray.pretrain.stream import Batch, Feed, batches, segments
 
 
 @pytest.fixture
@@ -28,12 +28,12 @@ def feed(tmp_path: Path) -> Feed:
 
 def streams(
     feed: Feed, world: int, start: int = 0, block_bytes: float = 3 * 4 * 16**3, held: float = 0.0
-) -> tuple[list[Iterator[Batch]], list[Segment]]:
+) -> tuple[list[Iterator[Batch]], list[range]]:
     import ray
 
     reference = ray.put(feed)
     schedule = segments(feed.table, start, world, block_bytes, 1)
-    return [batches(feed.table, reference, schedule, rank, held) for rank in range(world)], schedule
+    return [batches(feed.table, reference, schedule, rank, world, held) for rank in range(world)], schedule
 
 
 @pytest.mark.parametrize(("world", "held"), [(2, 0), (3, 2)])
@@ -92,4 +92,4 @@ def test_a_failing_read_reaches_the_training_thread(ray_cluster: None, feed: Fee
 
 def test_a_finished_table_gives_nothing(feed: Feed) -> None:
     """A run that resumes after its last step trains no further."""
-    assert list(batches(feed.table, None, [], 0, 0)) == []
+    assert list(batches(feed.table, None, [], 0, 1, 0)) == []

@@ -43,7 +43,7 @@ def steps(made: PretrainingLearner, first: int, last: int) -> list[float]:
     for step in range(first, last):
         images = images_of(made, step)
         indices = np.arange(step * BATCH, (step + 1) * BATCH)
-        losses.append(float(made.step(images, indices, 1, 1e-3 / (1 + step))[0]))
+        losses.append(float(made.step(images, indices, 1e-3 / (1 + step))[0]))
     return losses
 
 

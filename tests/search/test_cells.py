@@ -55,7 +55,7 @@ GRID: dict[str, Any] = {"cohort": {"splits": {2: "2.json", 4: "4.json"}}}
 
 def keys(changes: Mapping[str, Any] | None = None, weights: int = 1, **study: Any) -> dict[str, str]:
     made = jobs({**GRID, **(changes or {})}, LISTS, weights, **study)[1]
-    return {cell.name: job.folder.key for cell, job in made.items()}
+    return {cell.name: job.key for cell, job in made.items()}
 
 
 def test_a_cell_is_a_value() -> None:
@@ -177,7 +177,7 @@ def test_what_a_trial_depends_on_is_in_its_key(monkeypatch: pytest.MonkeyPatch) 
     changes: list[dict[str, Any]] = [{"steps": 7}, {"augmentation": {"shift": 0.3}}, {"surface_tolerance": 1}]
     for other in (*(keys(change) for change in changes), keys(seed=1), keys(network={"feature_size": 8})):
         assert before.isdisjoint(other.values())
-    less = {cell.name: job.folder.key for cell, job in jobs(GRID, LISTS, bad="c")[1].items()}
+    less = {cell.name: job.key for cell, job in jobs(GRID, LISTS, bad="c")[1].items()}
     assert {name for name, key in less.items() if key not in before} == {name for name in less if "n04" in name}
     monkeypatch.setitem(depends.VERSION, "finetune", 99)
     assert before.isdisjoint(keys().values())
@@ -190,7 +190,7 @@ WHOLE = Splits({8: tuple(POOL)}, (), (), ("organ",), pool=True, folds=4)
 def test_a_run_in_folds_is_a_cell_for_each() -> None:
     """The arms of a fold share seed and volumes; the folds of a run share the seed, and score every scan once."""
     made = jobs(FOLDED, WHOLE)[1]
-    assert len(made) == len({job.folder.key for job in made.values()}) == 2 * 2 * 2 * 4
+    assert len(made) == len({job.key for job in made.values()}) == 2 * 2 * 2 * 4
     by_fold: dict[tuple[int, int, int | None], list[TrialJob]] = {}
     for cell, job in made.items():
         by_fold.setdefault((cell.size, cell.run, cell.fold), []).append(job)
@@ -216,11 +216,11 @@ def test_the_control_starts_from_the_pretrained_weights() -> None:
     """Under a key of its own; those of the other arms are as without it."""
     before, arms = keys(), {"grid": {"init": ["random", "pretrained", "permuted"]}}
     made = jobs({**GRID, **arms}, LISTS)[1]
-    assert before.items() <= {cell.name: job.folder.key for cell, job in made.items()}.items()
+    assert before.items() <= {cell.name: job.key for cell, job in made.items()}.items()
     for cell, job in made.items():
         assert job.permuted == (cell.init == "permuted")
         assert (job.weights is None) == (cell.init == "random")
-    assert len({job.folder.key for job in made.values()}) == len(made)
+    assert len({job.key for job in made.values()}) == len(made)
 
 
 @pytest.mark.parametrize("freeze", ["none", 5, "all"])

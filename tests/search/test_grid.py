@@ -30,7 +30,7 @@ class Away:
 def test_cells_of_a_wider_grid_stay_known_while_mlflow_is_away(tmp_path: Path) -> None:
     """A grid that is taken up with fewer cells keeps the keys of the others, also where MLflow cannot be asked."""
     folders, tracker = Folders.of("study", str(tmp_path)), Away()
-    jobs = {Cell.of(2, "random", 1e-3, run): SimpleNamespace(folder=SimpleNamespace(key=f"key{run}")) for run in (0, 1)}
+    jobs = {Cell.of(2, "random", 1e-3, run): SimpleNamespace(key=f"key{run}") for run in (0, 1)}
     for some in (jobs, dict(list(jobs.items())[:1])):
         grid._open("grid", some, folders, tracker, {}, "")  # type: ignore[arg-type]
         assert set(json.loads(tracker.texts[CELLS]).values()) == {"key0", "key1"}

@@ -36,7 +36,7 @@ class Made(Rounds):
                 raise self.fails[epochs]
             self.made.append(epochs)
         key = f"{own.finetune.optimizer.lr!r} {epochs} {own.network}"
-        return SimpleNamespace(config=own.finetune, folder=SimpleNamespace(key=key))
+        return SimpleNamespace(config=own.finetune, key=key)
 
 
 def rounds_of(
@@ -120,7 +120,7 @@ def test_a_killed_driver_goes_on_with_the_cells_that_it_had_drawn(tmp_path: Path
     """First those that were open; one whose trial has finished meanwhile is not trained again, its score counts."""
     first = rounds_of(tmp_path)
     begun = [next(cells) for cells in (next(first(2)),) for _ in range(2)]
-    again = rounds_of(tmp_path, done={begun[0][1].folder.key: 0.3})
+    again = rounds_of(tmp_path, done={begun[0][1].key: 0.3})
     assert next(next(again(1)))[0] == begun[1][0]
     assert [trial.value for trial in again.proposals._trials() if trial.value is not None] == [0.3]
     assert begun[0][0] not in again.proposals.open

@@ -11,7 +11,7 @@ from ssl_ray import console
 from ssl_ray.console import Bar
 from ssl_ray.pretrain.driver import progress
 from ssl_ray.training import meters
-from ssl_ray.training.meters import ObjectStore, arithmetic_rate, as_system, peak_memory
+from ssl_ray.training.meters import ObjectStore, arithmetic_rate, peak_memory
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -60,13 +60,6 @@ def test_utilisation_is_a_share_of_the_known_peak(monkeypatch: pytest.MonkeyPatc
         assert set(arithmetic_rate(1e12, 1, torch.device(device), torch.bfloat16)) == {
             "system/teraflops_per_second_per_worker"
         }
-
-
-def test_the_rate_and_the_wait_are_system_metrics_too() -> None:
-    """What MLflow's system tab should show beside memory."""
-    record = {"patches_per_second": 210.0, "data_wait_share": 0.03, "loss": 1.0}
-    moved = {"system/patches_per_second": 210.0, "system/data_wait_percentage": 3.0}
-    assert as_system(record) == {"loss": 1.0} | moved
 
 
 def test_the_object_store_is_asked_every_ten_seconds_at_most(
@@ -144,6 +137,6 @@ def test_a_narrow_terminal_keeps_the_numbers(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_waiting_is_told_where_it_matters() -> None:
     """A few percent are not worth the space."""
-    record = {"loss": 0.5, "patches_per_second": 99.6, "data_wait_share": 0.2}
+    record = {"loss": 0.5, "system/patches_per_second": 99.6, "system/data_wait_percentage": 20}
     assert progress(record) == "loss 0.5000, 100 patches/s, waits for data 20%"
-    assert "waits" not in progress(record | {"data_wait_share": 0.01})
+    assert "waits" not in progress(record | {"system/data_wait_percentage": 1})

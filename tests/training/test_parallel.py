@@ -49,7 +49,7 @@ def train(made: PretrainingLearner, first: int, last: int, rank: int = 0, world:
     for step in range(first, last):
         mine = SampleTable(0, np.array([[32] * 3]), (SIDE,) * 3, 2, size, 1).rank_samples(step, rank, world)
         images = batch(step, size)[mine.start - step * size : mine.stop - step * size]
-        loss, norm = made.step(images, np.arange(mine.start, mine.stop), world, 1e-3 / (1 + step))
+        loss, norm = made.step(images, np.arange(mine.start, mine.stop), 1e-3 / (1 + step))
         loss = loss * len(mine) / size
         if world > 1:
             distributed.all_reduce(loss)
@@ -74,7 +74,7 @@ def work(rank: int, folder: Path) -> None:
             made = make(folder, shard=shard, **settings)
             found[kind, name] = train(made, 0, 3, rank, WORLD), made.state()
             if name == "masked":
-                found[kind, "masked validation"] = validating(made).validate(rank, WORLD, 3, picture=False)
+                found[kind, "masked validation"] = validating(made).validate(3, picture=False)
         whole = make(folder, shard=shard)
         train(whole, 0, 3, rank, WORLD)
         if (state := whole.state()) and rank == 0:
@@ -92,7 +92,7 @@ def work(rank: int, folder: Path) -> None:
 
         made = validating(make(folder / kind, shard=shard, microbatch=1))
         train(made, 0, 2, rank, WORLD)
-        found[kind, "validation"] = made.validate(rank, WORLD, 2, picture=False)
+        found[kind, "validation"] = made.validate(2, picture=False)
         with torch.no_grad():  # as the probe asks for them
             found[kind, "tokens"] = made.task.tokens(torch.from_numpy(batch(7, 2))[:, None] / LEVELS)
         if isinstance(made.model, FSDPModule):
@@ -106,7 +106,7 @@ def work(rank: int, folder: Path) -> None:
         watch: Watch[str] = Watch("skip", 10)
         poisoned = lambda *call: call[-1] * (torch.nan if rank == 1 else 1)  # noqa: E731
         handle = made.network.patch_embedding.register_forward_hook(poisoned)
-        loss, norm = made.step(batch(2, 2), np.arange(2), WORLD, 1e-3)
+        loss, norm = made.step(batch(2, 2), np.arange(2), 1e-3)
         handle.remove()
         after = copy.deepcopy(made.state())
         ends = [train(one, 2, 4, rank, WORLD) for one in (made, other)]

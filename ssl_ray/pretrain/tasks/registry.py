@@ -1,9 +1,10 @@
-"""Pretraining tasks by their kind, whose module is imported when one is built, and not before."""
+"""Pretraining tasks by their kind, whose module is imported when one is built, and weights that one starts from."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ import torch
 from ssl_ray.config.pretrain import AnyTask
 from ssl_ray.config.schema import Network
 from ssl_ray.networks.flops import Cost, counted
+from ssl_ray.networks.transfer import transfer
+from ssl_ray.networks.weight_files import load_metadata, load_weights
 from ssl_ray.pretrain.tasks.protocol import Task
 
 
@@ -19,6 +22,21 @@ def build_task(settings: AnyTask, network: Network, patch_size: Sequence[int], c
     module = import_module(f"ssl_ray.pretrain.tasks.{settings.kind}.task")
     task: Task = module.build_task(settings, network, patch_size, channels)
     return task
+
+
+def start_from(weights: Path, task: Task) -> bool:
+    """Load a file's encoder, the whole of it or nothing, into a task; raises as `transfer` does.
+
+    What the task has beside the encoder is loaded too, and the answer is True, if the file has all that the task
+    trains, in the same shapes; otherwise it stays new.
+    """
+    state = load_weights(weights)
+    transfer(state, task.encoder, str(weights), load_metadata(weights))
+    trained = {name: value.shape for name, value in task.network.named_parameters() if value.requires_grad}
+    whole = all(name in state and state[name].shape == shape for name, shape in trained.items())
+    if whole:
+        task.network.load_state_dict({name: state[name] for name in trained}, strict=False)
+    return whole
 
 
 @lru_cache(maxsize=8)
