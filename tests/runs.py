@@ -45,6 +45,10 @@ def write(folder: Path, cohort: Path, study: dict[str, Any] | None = None, **pre
     return write_study(folder / "faults.yaml", small_tree(folder, cohort, **changes) | (study or {}))
 
 
+_logs: list[Path] = []
+"""Of every run that was started, so that one that did not do what was waited for can say why."""
+
+
 def start(
     path: Path, address: str = "", *more: str, log: Path | None = None, patch: str = ""
 ) -> subprocess.Popen[bytes]:
@@ -53,6 +57,7 @@ def start(
     Python code in `patch` is run in the driver first; it finds `ssl_ray.pretrain.driver` as `train`.
     """
     out = (log or path.with_suffix(".log")).open("ab")
+    _logs.append(Path(out.name))
     environment = {**os.environ, "RAY_ADDRESS": address, "SSL_RAY_TRACEBACK": "1"}
     imports = "import sys\nfrom ssl_ray.cli.main import main\nfrom ssl_ray.pretrain import driver as train"
     patched = f"{imports}\n{patch}\nsys.exit(main())"
@@ -127,7 +132,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> A
     """The first true value of a condition."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, "\n".join([what, *(log.read_text()[-3000:] for log in _logs[-1:])])
         # What is waited for runs on the same cores: looking for processes all the time takes half of one from it.
         time.sleep(0.2)
     return found
