@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ssl_ray.cli.app import app
-from ssl_ray.cli.options import writable
+from ssl_ray.cli.options import AsJson, writable
 from ssl_ray.console import say
 from ssl_ray.text import shown
 
@@ -90,7 +90,7 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", metavar="DIR", file_okay=False, help="PREDICTIONS if left out.")
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.001, metavar="MM", help="Of surface Dice.")] = 2.0,
-    as_json: Annotated[bool, Flag("--json", "Everything, for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score anybody's label maps: Dice, surface Dice, HD95, missed and false organs, on the grid of the true ones."""
     from ssl_ray.predict.evaluate import evaluate_all, names_of, pairs_of

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from glob import glob
 from pathlib import Path
 from typing import Annotated
 
@@ -11,15 +10,7 @@ import typer
 from ssl_ray.console import Bar
 from ssl_ray.errors import UserError
 
-
-def _experiments(incomplete: str) -> list[str]:
-    """For the shell's completion: YAML files that begin so, in this folder or in one that begins so."""
-    return sorted({*glob(f"{incomplete}*.yaml"), *glob(f"{incomplete}*/*.yaml")})
-
-
-Experiment = Annotated[
-    Path, typer.Argument(help="The study's YAML, e.g. experiments/demo.yaml.", autocompletion=_experiments)
-]
+Experiment = Annotated[Path, typer.Argument(help="The study's YAML, e.g. experiments/demo.yaml.")]
 Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", default_factory=list, show_default=False, help="Replace one value."),

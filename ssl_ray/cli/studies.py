@@ -26,17 +26,16 @@ def run(experiment: Experiment, overrides: Overrides, fresh: Fresh = False, quie
     _carry_out(load(experiment, overrides), "report", fresh)
 
 
-@app.command(epilog="Example: ssl-ray plan experiments/tcia_btcv.yaml --gpu h100 --workers 8")
+@app.command(epilog="Example: ssl-ray plan experiments/tcia_btcv.yaml --gpu h100 --set pretrain.workers=8")
 def plan(
     experiment: Experiment,
     overrides: Overrides,
     gpu: Annotated[Gpu | None, typer.Option(case_sensitive=False, help="Estimate for this GPU a worker.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Instead of pretrain.workers.")] = None,
     no_probe: Annotated[bool, typer.Option("--no-probe", metavar="", help="Time no steps here.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what a run will take, and what will limit it; nothing is started or written."""
-    study = load(experiment, [*overrides, *([f"pretrain.workers={workers}"] if workers else [])])
+    study = load(experiment, overrides)
     from ssl_ray.estimate.study import estimate_study
     from ssl_ray.estimate.text import render
     from ssl_ray.study import identity

@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import reprlib
 from collections.abc import Hashable, Iterable, Mapping
 from io import StringIO
 from typing import Any
@@ -86,13 +85,6 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: no such section, or no such place in a list (they count from 0)") from error
 
 
-class _Short(reprlib.Repr):
-    """A value of any size in a few words, its strings without passwords before they are cut."""
-
-    def repr_str(self, x: str, level: int) -> str:
-        return super().repr_str(without_password(x), level)
-
-
 _NO_KEY = re.compile(r"str|constrained-(int|float)|literal\[.*\]|tuple\[.*\]|\[key\]")
 """Parts of a pydantic error's location that name a type of ours instead of a key."""
 
@@ -108,7 +100,7 @@ def _explain(name: str, mistake: Any) -> str:
     elif mistake["type"] == "missing":
         rule = "this key is required"
     elif mistake["type"] != "value_error":
-        rule = f"{rule[0].lower()}{rule[1:]}, got {shown(_Short().repr(mistake['input']), 80)}"
+        rule = f"{rule[0].lower()}{rule[1:]}, got {shown(repr(mistake['input']), 80)}"
     return shown(f"{place}: {rule}", 1000)
 
 

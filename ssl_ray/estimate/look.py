@@ -31,8 +31,9 @@ class Look:
     """What one volume shows; nothing but `refused` where a run could not use it, for this reason.
 
     `spacing` is of the scan, along its own axes, and `extent` of its canonical grid before the crop to the body, along
-    R, A, S; both in mm. 99 % of the scan lie within `ends`, in its own unit. `organs` are in ml by label value, and
-    `clipped` is the share of each that lies outside of what the normalisation keeps. `content` is the scan's digest.
+    R, A, S; both in mm. 99 % of the scan lie within `ends`, in its own unit, and 99 % of what is labelled within
+    `labelled`. `organs` are in ml by label value, and `clipped` is the share of each that lies outside of what the
+    normalisation keeps. `content` is the scan's digest.
     """
 
     part: str
@@ -40,6 +41,7 @@ class Look:
     spacing: tuple[float, ...] = ()
     extent: tuple[float, ...] = ()
     ends: tuple[float, float] = (0.0, 0.0)
+    labelled: tuple[float, float] = (0.0, 0.0)
     organs: Mapping[int, float] = field(default_factory=dict)
     clipped: Mapping[int, float] = field(default_factory=dict)
     content: str = ""
@@ -74,7 +76,7 @@ def _look(part: str, case: Case, preparation: Preparation, classes: int) -> Look
     image, label, others = read_case(case)
     found, *_ = [measure(scan.voxels, preparation.normalise) for scan in (image, *others)]
     ends = np.percentile(sampled(image.voxels), (0.5, 99.5)).tolist()
-    organs, clipped = {}, {}
+    organs, clipped, labelled = {}, {}, (0.0, 0.0)
     if label:
         values = label.voxels.astype(np.uint8)
         inside = values > 0
@@ -88,10 +90,12 @@ def _look(part: str, case: Case, preparation: Preparation, classes: int) -> Look
         ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
         organs = {value: float(count) * ml for value, count in enumerate(counts) if count}
         clipped = {value: float(outside[value] / counts[value]) for value in organs}
+        if organs:
+            labelled = tuple(np.percentile(kept[:: 1 + kept.size // 100_000], (0.5, 99.5)).tolist())
     shape = canonical_grid(image.voxels.shape, image.affine, preparation).shape
     extent = tuple(side * step for side, step in zip(shape, preparation.spacing, strict=True))
     spacing = tuple(nib.affines.voxel_sizes(image.affine).tolist())
-    return Look(part, case, spacing, extent, tuple(ends), organs, clipped, content_digest(image))
+    return Look(part, case, spacing, extent, tuple(ends), labelled, organs, clipped, content_digest(image))
 
 
 def findings(

@@ -2,8 +2,7 @@
 
 import json
 import random
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,26 +44,25 @@ def check_study(study: Study, folders: Folders, most: int) -> tuple[dict[str, An
     Raises:
         UserError: for anything that is wrong with the lists.
     """
-    began, cohorts = time.monotonic(), read_cohorts(study)
-    parts = {part: cases for part, cases in sections(*cohorts).items() if cases}
-    splits, folder = cohorts[2], folders.study / "check"
+    training, validation, splits = read_cohorts(study)
+    parts = {part: cases for part, cases in sections(training, validation, splits).items() if cases}
+    folder, organs = folders.study / "check", splits.organs
     stages = {part: study.finetune if part.startswith("labelled") else study.pretrain for part in parts}
     patches = {part: np.multiply(one.patch_size, one.preparation.spacing).tolist() for part, one in stages.items()}
+    preparations = {part: one.preparation for part, one in stages.items()}
     evenly = {part: range(min(most, len(cases))) for part, cases in parts.items()}
     chosen = [(part, cases[n * len(cases) // len(evenly[part])]) for part, cases in parts.items() for n in evenly[part]]
-    preparations = {part: one.preparation for part, one in stages.items()}
     looks = look_at(chosen, preparations, study.finetune.cohort.classes)
     held_out = {"unlabelled validation", "labelled validation", "labelled test"}
     held_out |= {"labelled training"} if splits.folds else set()
-    found = findings(looks, patches, splits.organs, held_out) + _flipped(study, splits.organs)
-    pictures = _draw(study, Store(folders.cache, folders.scratch), parts, splits.organs, folder)
+    found = findings(looks, patches, organs, held_out) + _flipped(study, organs)
+    pictures = _draw(study, Store(folders.cache, folders.scratch), parts, organs, folder)
     facts = {
         "study": study.name,
         "parts": {part: _part(part, cases, looks) | {"patch_mm": patches[part]} for part, cases in parts.items()},
-        "organs": {organ: _organ(value, looks) for value, organ in enumerate(splits.organs, 1)},
+        "organs": {organ: _organ(value, looks) for value, organ in enumerate(organs, 1)},
         "findings": [one._asdict() for one in found],
         "page": str(folder / "check.html"),
-        "seconds": round(time.monotonic() - began, 1),
     }
     page = to_html(_text(study, facts, pictures), folder, f"{study.name}: its volumes")
     write_file(folder / "check.html", page.encode())
@@ -87,21 +85,21 @@ def _part(part: str, cases: Sequence[Case], looks: Sequence[Look]) -> dict[str, 
     whole = [look for look in looks if not look.refused]
     facts: dict[str, Any] = {"patients": len({subject_of(case) for case in cases}), "volumes": len(cases)}
     facts |= {"read": len(looks), "refused": len(looks) - len(whole)}
-    for name in ("spacing", "extent") if whole else ():
-        sides = np.array([getattr(look, name) for look in whole])
-        facts |= {f"{name}_mm": np.median(sides, axis=0).tolist(), f"smallest_{name}_mm": sides.min(axis=0).tolist()}
     if whole:
+        facts["spacing_mm"] = np.median([look.spacing for look in whole], axis=0).tolist()
+        facts["extent_mm"] = np.median([look.extent for look in whole], axis=0).tolist()
         facts["intensities"] = [min(look.ends[0] for look in whole), max(look.ends[1] for look in whole)]
     return facts
 
 
 def _organ(value: int, looks: Sequence[Look]) -> dict[str, Any]:
     """In how many of the volumes an organ is, how large, and what share of its voxels the normalisation clips."""
-    ml = [look.organs[value] for look in looks if value in look.organs]
-    if not ml:
+    having = [look for look in looks if value in look.organs]
+    if not having:
         return {"volumes": 0}
-    clipped = float(np.mean([look.clipped[value] for look in looks if value in look.organs]))
-    return {"volumes": len(ml), "ml": [min(ml), float(np.median(ml)), max(ml)], "clipped": clipped}
+    ml, clipped = np.array([(look.organs[value], look.clipped[value]) for look in having]).T
+    sizes = [float(ml.min()), float(np.median(ml)), float(ml.max())]
+    return {"volumes": len(having), "ml": sizes, "clipped": float(clipped.mean())}
 
 
 def _draw(
@@ -149,29 +147,24 @@ def _labelled(study: Study, store: Store, volume: Volume, part: str) -> tuple[_R
 
 def _text(study: Study, facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """The facts as Markdown, which reads well as plain text where there are no pictures."""
-    parts, organs = facts["parts"].items(), facts["organs"].items()
-    header = ["part", "patients", "volumes", "voxel", "extent", "patch", "99 % of the values"]
+    parts = [
+        [
+            *(part, *(str(found[name]) for name in ("patients", "volumes", "read"))),
+            *(in_mm(found[name]) if name in found else "" for name in ("spacing_mm", "extent_mm", "patch_mm")),
+            " to ".join(map(number, found.get("intensities", ()))),
+        ]
+        for part, found in facts["parts"].items()
+    ]
+    organs = [
+        [literal(organ), str(found["volumes"]), *map(number, found["ml"]), f"{found['clipped']:.0%}"]
+        if found["volumes"]
+        else [literal(organ), "0", "", "", "", ""]
+        for organ, found in facts["organs"].items()
+    ]
     tables = [
-        Table(header, [[part, *_cells(found)] for part, found in parts], 1),
-        Table(
-            ["organ", "in volumes", "median ml", "least", "most", "clipped"],
-            [[literal(organ), str(found["volumes"]), *_of_organ(found)] for organ, found in organs],
-            1,
-        ),
+        Table(["part", "patients", "volumes", "read", "voxel", "extent", "patch", "99 % of the values"], parts, 1),
+        Table(["organ", "in volumes", "least ml", "median", "most", "clipped"], organs, 1),
     ]
     template = templates("ssl_ray.study").get_template("check.md.j2")
     values = {"study": study, "facts": facts, "tables": tables, "pictures": pictures, "literal": literal}
     return template.render(values).rstrip() + "\n"
-
-
-def _cells(found: Mapping[str, Any]) -> Iterator[str]:
-    read = "" if found["read"] == found["volumes"] else f" ({found['read']} read)"
-    yield from (str(found["patients"]), f"{found['volumes']}{read}")
-    yield from (in_mm(found[name]) if name in found else "" for name in ("spacing_mm", "extent_mm", "patch_mm"))
-    yield " to ".join(map(number, found.get("intensities", ())))
-
-
-def _of_organ(found: Mapping[str, Any]) -> Iterator[str]:
-    least, middle, most = found.get("ml", ("", "", ""))
-    yield from (number(value) if value else "" for value in (middle, least, most))
-    yield f"{found['clipped']:.0%}" if "clipped" in found else ""

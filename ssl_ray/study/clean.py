@@ -15,21 +15,10 @@ from ssl_ray.tracking.logged import Logged, read_logged
 
 Keep = Literal["best", "all"]
 _SELECTED = f"selected/validation/{DICE_FOREGROUND}"
-_WHAT = {
-    "pretrain-": "weights, pictures and records of a pretraining",
-    "finetune-trials": "weights and scores of the cells",
-    "ray": "Ray's own files, of what is not finished",
-    "journal": "what was logged for MLflow",
-    "report": "the report",
-    "figures": "the report",
-    "check": "what ssl-ray check has found",
-}
-"""What lies in a study's folder and stays, by the beginning of its name."""
-_WORD = {True: "stays ", False: "can go"}
 
 
 class Item(NamedTuple):
-    """A file or folder of a study, its bytes, what it is, and whether it is needed."""
+    """A file or folder of a study, its bytes, why it can go or what it is shared for, and whether it is needed."""
 
     path: Path
     bytes: int
@@ -49,9 +38,7 @@ def inventory(study: Study, folders: Folders, keep: Keep = "all") -> list[Item]:
     sizes: dict[Item, int] = {}
     for name, size in files.items():
         place, why = _unneeded(name, files, runs, keep)
-        top = name.partition("/")[0]
-        what = why or next((what for start, what in _WHAT.items() if top.startswith(start)), "")
-        item = Item(folders.study / (place or top), 0, what, not why)
+        item = Item(folders.study / (place or name.partition("/")[0]), 0, why, not why)
         sizes[item] = sizes.get(item, 0) + size
     beside = {"cache": (Place.parse(folders.cache), "prepared volumes, which other studies may share")}
     beside |= {name: (output.kept(output.folder / name), "of MLflow, shared") for name in ("artifacts", "mlflow.db")}
@@ -74,7 +61,7 @@ def remove(folders: Folders, items: Sequence[Item]) -> int:
 def render(items: Sequence[Item]) -> str:
     """A line each, and what can go in all."""
     lines = [
-        f"{'stays  ' if item.needed else 'can go '} {decimal(item.bytes):>9}  {item.path}  {item.what}"
+        f"{'stays' if item.needed else 'can go':<7} {decimal(item.bytes):>9}  {item.path}  {item.what}".rstrip()
         for item in items
     ]
     return "\n".join([*lines, f"can go: {decimal(sum(item.bytes for item in items if not item.needed))}"])

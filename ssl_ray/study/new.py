@@ -5,21 +5,20 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
 from ssl_ray.config.loading import parse
+from ssl_ray.config.schema import Preparation
 from ssl_ray.console import say, track
 from ssl_ray.data.datalist import Case, read_datalist, subject_of
 from ssl_ray.data.layouts import Layout
 from ssl_ray.data.listing import find_scans, person, summary, write_datalists
-from ssl_ray.data.nifti import Nifti, read_label
-from ssl_ray.data.normalisations.intensities import measure
-from ssl_ray.data.normalisations.window.settings import Window
-from ssl_ray.data.prepare import read_case
+from ssl_ray.data.nifti import read_label
 from ssl_ray.errors import UserError
+from ssl_ray.estimate.look import look_at
 from ssl_ray.evaluate.scores import sided
 from ssl_ray.report.page import templates
 from ssl_ray.storage.files import write_file
@@ -110,28 +109,19 @@ def _grid(images: Sequence[Path], gpu: bool) -> dict[str, Any]:
     return {"median": [round(float(side), 3) for side in median], "spacing": spacing, "patch": patch, "most": most}
 
 
-class _Labelled(NamedTuple):
-    """Values of a label map and, of its image, why it is no CT in HU, and what holds 99 % of the labelled voxels."""
-
-    values: list[int]
-    no_ct: str = ""
-    ends: tuple[float, float] | None = None
-
-
 def _contents(cases: Sequence[Case], organs: dict[int, str]) -> dict[str, Any]:
     """Classes by all label maps, and by some of the images a normalisation that holds what is labelled."""
-    some = {case.image for case in cases[:: 1 + len(cases) // _IMAGES]}
     with ThreadPoolExecutor(4) as pool:
-        seen = list(track("reading labels", pool.map(lambda case: _read(case, case.image in some), cases), len(cases)))
-    good = [one for one in seen if not isinstance(one, str)]
-    for line in [one for one in seen if isinstance(one, str)][:5]:
-        say(f"not read: {line}")
-    largest = max((value for one in good for value in one.values), default=0)
+        largest = max(track("reading labels", pool.map(_largest, cases), len(cases)))
     if not largest:
         raise UserError(f"{cases[0].place.partition(': ')[0]}: no label map of it can be read and has an organ")
-    ends, foreign = [one.ends for one in good if one.ends], [one.no_ct for one in good if one.no_ct]
+    recipe = Preparation.model_validate({"spacing": 1, "hu_window": _SOFT_TISSUE})
+    looks = look_at([("", case) for case in cases[:: 1 + len(cases) // _IMAGES]], {"": recipe}, 256)
+    ends = [look.labelled for look in looks if look.organs]
+    foreign = [look.refused for look in looks if look.refused.startswith("not a CT")]  # `run` names broken files
     window, classes = None, 1 + max([largest, *organs])
-    if len(foreign) <= len(ends) // 2:
+    if len(foreign) <= len(ends):
+        ends = ends or [_SOFT_TISSUE]
         low, high = np.percentile(ends, 10, axis=0)[0], np.percentile(ends, 90, axis=0)[1]
         window = [int(5 * (min(low, _SOFT_TISSUE[0]) // 5)), int(-5 * (-max(high, _SOFT_TISSUE[1]) // 5))]
     names = [shown(organs.get(value, f"label {value}")) for value in range(1, classes)]
@@ -139,25 +129,11 @@ def _contents(cases: Sequence[Case], organs: dict[int, str]) -> dict[str, Any]:
     return facts | {"sided": sided(names), "no_ct": shown(foreign[0]) if not window else ""}
 
 
-def _read(case: Case, with_image: bool) -> _Labelled | str:
-    """What a labelled case shows, or why it cannot be used."""
+def _largest(case: Case) -> int:
+    """The largest value of a case's label map, 0 where it cannot be read."""
     assert case.label
     try:
-        if not with_image:
-            return _Labelled(_values(read_label(case.label)))
-        image, label, _ = read_case(case)
-        assert label
+        return int(read_label(case.label).voxels.max())
     except UserError as error:
-        return str(error)
-    inside, no_ct = image.voxels[label.voxels > 0], ""
-    try:
-        measure(image.voxels, Window(hu_window=_SOFT_TISSUE))
-    except UserError as error:
-        no_ct = str(error)
-    ends = np.percentile(inside[:: 1 + inside.size // 100_000], (0.5, 99.5)).tolist() if inside.size else _SOFT_TISSUE
-    return _Labelled(_values(label), no_ct, tuple(ends))
-
-
-def _values(label: Nifti) -> list[int]:
-    found: list[int] = np.bincount(label.voxels.astype(np.uint8).ravel()).nonzero()[0].tolist()
-    return found
+        say(f"not read: {error}")
+        return 0

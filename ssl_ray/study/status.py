@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from ssl_ray.config.schema import Study
@@ -64,12 +63,11 @@ def _pretraining(study: Study, folders: Folders, runs: Sequence[Logged], since: 
     mine = [run for run in runs if run.kind == "pretraining"]
     if not study.search:
         mine = list({run.params.get("run"): run for run in mine}.values())  # the newest of each
-    total = len(mine) if study.search else config.pretrainings
-    found = _together(mine, total, since)
-    rates = [run.metrics.get(_RATE, 0.0) / config.batch_size for run in mine if _state(run, since) == "running"]
     steps = max((int(run.params.get("steps", 0)) for run in mine), default=0)
-    saved = [folders.study / f"pretrain-{run.key}" / "checkpoints" for run in mine if _state(run, since) != "finished"]
-    return found | _pace(sum(run.step for run in mine), steps * total, rates) | _saved(saved)
+    found = _together(mine, len(mine) if study.search else config.pretrainings, steps, config.batch_size, since)
+    begun = [folders.study / f"pretrain-{run.key}" for run in mine if _state(run, since) != "finished"]
+    saved = [int(path.parent.name) for folder in begun for path in folder.glob("checkpoints/[0-9]*/manifest.json")]
+    return found | {"checkpoint": max(saved, default=0)}  # where one that was cut off goes on
 
 
 def _finetuning(study: Study, folders: Folders, runs: Sequence[Logged], since: float) -> Facts:
@@ -85,15 +83,11 @@ def _finetuning(study: Study, folders: Folders, runs: Sequence[Logged], since: f
         of_grid = known.get(parents[-1].key if parents else "", {})
         named = {key: name for name, key in of_grid.items() if name in names}
         mine, total = [run for run in mine if run.key in named], len(names)
-    found = _together(mine, total, since)
-    patches = config.volumes_per_step * config.patches_per_volume
-    rates = [run.metrics.get(_RATE, 0.0) / patches for run in mine if _state(run, since) == "running"]
-    done = sum(config.steps if _state(run, since) in ("finished", "stopped") else run.step for run in mine)
+    found = _together(mine, total, config.steps, config.volumes_per_step * config.patches_per_volume, since)
     whole = _state(parents[-1], since) if parents else ""
     if whole in ("running", "interrupted") or (study.search and found["state"] != "failed"):
         found["state"] = whole or "not begun"  # between two cells, too; a search ends with its budget
-    failed = {named[run.key]: run.tags.get(FAILURE, "") for run in mine if _state(run, since) == "failed"}
-    return found | _pace(done, config.steps * total, rates) | {"failures": failed}
+    return found | {"failures": {named[run.key]: run.tags.get(FAILURE, "") for run in mine if run.status == "FAILED"}}
 
 
 def _state(run: Logged, since: float) -> str:
@@ -104,27 +98,23 @@ def _state(run: Logged, since: float) -> str:
     return ends.get(run.status) or ("running" if run.status == "RUNNING" and run.opened >= since else "interrupted")
 
 
-def _together(runs: Sequence[Logged], total: int, since: float) -> Facts:
-    counts = Counter(_state(run, since) for run in runs)
+def _together(runs: Sequence[Logged], total: int, steps: int, patches: int, since: float) -> Facts:
+    """Trainings of so many steps, and patches a step: `total` of them, `runs` those that were begun."""
+    states = [(run, _state(run, since)) for run in runs]
+    counts = Counter(state for _, state in states)
     over = counts["finished"] + counts["stopped"]
-    state = "finished" if over >= total > 0 else "not begun"
-    for one in ("interrupted", "failed", "running"):  # the last one that there is says most
-        state = one if counts[one] else state
-    if state == "not begun" and over:
-        state = "interrupted"
-    return {"state": state, "total": total, **counts}
-
-
-def _pace(step: int, steps: int, rates: Sequence[float]) -> Facts:
-    rate = sum(rates)
-    left = (steps - step) / rate if rate else None
-    return {"step": step, "steps": steps, "steps_per_second": rate or None, "seconds_left": left}
-
-
-def _saved(folders: Sequence[Path]) -> Facts:
-    """Where a pretraining that was cut off goes on."""
-    steps = [int(path.parent.name) for folder in folders for path in folder.glob("[0-9]*/manifest.json")]
-    return {"checkpoint": max(steps, default=0)}
+    begun = "finished" if over >= total > 0 else "interrupted" if over else "not begun"
+    done = sum(steps if state in ("finished", "stopped") else run.step for run, state in states)
+    rate = sum(run.metrics.get(_RATE, 0.0) for run, state in states if state == "running") / patches
+    return {
+        "state": next((one for one in ("running", "failed", "interrupted") if counts[one]), begun),
+        "total": total,
+        **counts,
+        "step": done,
+        "steps": steps * total,
+        "steps_per_second": rate or None,
+        "seconds_left": (steps * total - done) / rate if rate else None,
+    }
 
 
 def render(facts: Mapping[str, Any]) -> str:

@@ -143,7 +143,7 @@ def test_people_read_the_figures_of_the_json(cohort: Path, tmp_path: Path, capsy
     ("options", "message"),
     [
         (["--set", "pretrain.epochz=3"], "pretrain.epochz: unknown key"),
-        (["--workers", "9"], "batch_size must give every worker a patch"),
+        (["--set", "pretrain.workers=9"], "batch_size must give every worker a patch"),
         (["--set", "pretrain.sources.0.datalist=none.json"], "none.json: cannot read the datalist"),
         (["--set", "finetune.cohort.classes=3"], "beyond the 3 classes"),
     ],
@@ -169,7 +169,7 @@ def test_a_named_gpu_needs_no_probe(cohort: Path, tmp_path: Path, capsys: pytest
     own = {"patch_size": 96, "batch_size": 4096, "epochs": 4096, "precision": "auto"}
     vit_b = {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12}
     path = write(tmp_path, cohort, pretrain=own, network=vit_b)
-    one, two = (tree_of(path, capsys, "--gpu", "A100", "--workers", count) for count in ("2", "4"))
+    one, two = (tree_of(path, capsys, "--gpu", "A100", "--set", f"pretrain.workers={count}") for count in (2, 4))
     seconds = one["pretraining"]["flops"] / (0.34 * 312e12 * 2)
     assert one["pretraining"]["total_seconds"] == pytest.approx(seconds)
     assert two["pretraining"]["total_seconds"] == pytest.approx(seconds / 2)
