@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from ssl_ray.cluster import malloc
-from ssl_ray.cluster.private import LOG_LEVELS, answers, cluster_of_this_machine
+from ssl_ray.cluster.private import LOG_LEVELS, answers, cluster_of_this_machine, leave_out_harmless_lines
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.errors import UserError
 
@@ -34,6 +34,7 @@ def connect(settings: LocalCluster) -> None:
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # with Tune's handler `fit` returns after Ctrl-C
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # next to patients' data nothing is sent out unasked
     quiet()
+    leave_out_harmless_lines()
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
         named = os.environ.get("RAY_ADDRESS") or "local"

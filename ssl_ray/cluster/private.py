@@ -6,6 +6,7 @@ Each entry says what happens when a version of Ray no longer has it.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -24,6 +25,27 @@ LOG_LEVELS = {
     "ray.train.v2._internal.callbacks.placement_group_callback": logging.CRITICAL,
 }
 """Least level that is printed, by name of the logger. Where Ray renames one, its messages are printed again."""
+
+_HARMLESS = "'PreemptionWatcher' "
+"""In a line of Ray Train's controller, once a training: its watcher of nodes could not be started again if the handles
+of the workers were lost, with which it would have nothing to watch (ray#53727)."""
+
+
+def leave_out_harmless_lines() -> None:
+    """Have this driver print all that workers print but for that line, which is written by C++, past any logger.
+
+    Call it before `ray.init`, whose own handler prints what is left. Where the name is gone, the line is printed again.
+    """
+    try:
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher as printed
+    except ImportError:
+        return
+
+    def leave_out(batch: dict[str, Any]) -> None:
+        batch["lines"] = [line for line in batch["lines"] if not (_HARMLESS in line and "max_restarts > 0" in line)]
+
+    printed.remove_handler(__name__)
+    printed.add_handler(__name__, leave_out)
 
 
 def cluster_of_this_machine() -> str | None:

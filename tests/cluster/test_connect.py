@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import pytest
 import ray
 from ray._private import services
+from ray._private.ray_logging import global_worker_stdstream_dispatcher as printed
 from ray.dashboard import utils
 
 from ssl_ray.cluster import connect as module
 from ssl_ray.cluster.connect import check_address, connect, set_up_worker
+from ssl_ray.cluster.private import leave_out_harmless_lines
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.errors import UserError
 
@@ -144,3 +146,21 @@ def test_workers_load_no_package_that_only_the_driver_uses(ray_cluster: None) ->
         return [name for name in ("mlflow", "sklearn", "tensorboardX") if sys.modules.get(name)]
 
     assert ray.get(loaded.remote()) == []
+
+
+def test_a_line_that_means_nothing_is_not_printed() -> None:
+    """Whatever else Ray's workers print is; another actor's line about the same, too."""
+    line = (
+        "E 1 2] core_worker.cc:2146: Actor with class name: '{}' and ID: 'ab' has constructor arguments in the object "
+    )
+    line += "store and max_restarts > 0. If the arguments in the object store go out of scope or are lost, …"
+    lines = [line.format("PreemptionWatcher"), line.format("MapWorker(Mine)"), "PreemptionWatcher poll failed"]
+    seen: list[str] = []
+    leave_out_harmless_lines()
+    leave_out_harmless_lines()
+    printed.add_handler("test", lambda batch: seen.extend(batch["lines"]))
+    try:
+        printed.emit({"lines": list(lines), "pid": 1, "is_err": True})
+    finally:
+        printed.remove_handler("test")
+    assert seen == lines[1:]
