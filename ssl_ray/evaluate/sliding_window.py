@@ -107,7 +107,7 @@ class _Slab:
 
     def add(self, window: Window, logits: Tensor) -> None:
         """Add the logits (classes, *patch_size) of a window; later windows do not begin before it along the axis."""
-        planes, beside = window[self.axis], (*window[: self.axis], *window[self.axis + 1 :])
+        planes, beside = window[self.axis], window[: self.axis] + window[self.axis + 1 :]
         self.finish(planes.start)
         if not len(self.sums):  # the sums of the weights are kept behind those of the classes
             size = list(self.labels.shape)
@@ -117,7 +117,7 @@ class _Slab:
         for some, place in self._places(planes.start, planes.stop):
             part = slice(some.start - planes.start, some.stop - planes.start)
             self.sums[:-1, place, *beside] += weighted[:, part]
-            self.sums[-1, place, *beside] += self.weights[part]
+            self.sums[-1][place, *beside] += self.weights[part]
 
     def finish(self, stop: int) -> None:
         """Label the planes before `stop`, which no later window reaches, and make their room free."""

@@ -11,7 +11,8 @@ from ssl_ray.evaluate.scores import DICE_FOREGROUND
 from ssl_ray.search.cells import STOPPED
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.object_store import Place
-from ssl_ray.tracking.logged import Logged, read_logged
+from ssl_ray.tracking.logged import read_logged
+from ssl_ray.tracking.run import Logged
 
 Keep = Literal["best", "all"]
 _SELECTED = f"selected/validation/{DICE_FOREGROUND}"

@@ -16,7 +16,8 @@ from ssl_ray.config.schema import Study
 from ssl_ray.search.cells import CELLS, FAILURE, STOPPED, cells
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study.lock import holder
-from ssl_ray.tracking.logged import Logged, ask_logged, read_logged
+from ssl_ray.tracking.logged import ask_logged, read_logged
+from ssl_ray.tracking.run import Logged
 
 Facts = dict[str, Any]
 _RATE = "system/patches_per_second"
