@@ -178,7 +178,7 @@ class PretrainingLearner:
         path = self.job.folder / "pictures" / f"patch_{step:07d}.png"
         error = float((made[chosen] - truth[chosen]).abs().mean())
         shown = {name: patches[chosen, 0].float().cpu().numpy() for name, patches in rows.items()}
-        draw_picture(path, shown, f"step {step}, L1 {error:.4f}")
+        draw_picture(path, shown, f"step {step}, L1 {error:.4f}", self.config.preparation.spacing)
         self.job.mirror.push(path)
         return str(path)
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Seen as radiologists do: the patient's right on the left, anterior and superior up.
+# Seen as radiologists do: the patient's right on the left, anterior and superior up; with their axes across and up.
 _PLANES = {
-    "axial": lambda patch, x, y, z: patch[::-1, :, z],
-    "coronal": lambda patch, x, y, z: patch[::-1, y, :],
-    "sagittal": lambda patch, x, y, z: patch[x, :, :],
+    "axial": (lambda patch, x, y, z: patch[::-1, :, z], 0, 1),
+    "coronal": (lambda patch, x, y, z: patch[::-1, y, :], 0, 2),
+    "sagittal": (lambda patch, x, y, z: patch[x, :, :], 1, 2),
 }
 
 
@@ -19,13 +19,14 @@ def draw_picture(
     path: Path,
     rows: Mapping[str, npt.NDArray[Any]],
     title: str,
+    spacing: Sequence[float],
     labels: npt.NDArray[np.uint8] | None = None,
     organs: Sequence[str] = (),
 ) -> None:
     """Save a picture of one patch in several states, a row each; columns axial, coronal, sagittal.
 
-    Patches are (X, Y, Z), axes in RAS order; the first gives the range from black to white, and NaN is blue. `labels`
-    are drawn in colours over the last one; `organs` names the values 1, 2, ...
+    Patches are (X, Y, Z), axes in RAS order, of this spacing in mm; the first gives the range from black to white, and
+    NaN is blue. `labels` are drawn in colours over the last one; `organs` names the values 1, 2, ...
     """
     from matplotlib import colormaps, rc_context  # rank 0 only, and only when a picture is due
     from matplotlib.figure import Figure
@@ -40,12 +41,13 @@ def draw_picture(
         figure.suptitle(title, fontsize=10)
         axes = figure.subplots(len(rows), 3, squeeze=False)
         for row, (name, patch) in enumerate(rows.items()):
-            for axis, (plane, cut) in zip(axes[row], _PLANES.items(), strict=True):
+            for axis, (plane, (cut, across, up)) in zip(axes[row], _PLANES.items(), strict=True):
                 axis.set_facecolor("#a9c9e8")  # white and black are bone and air
-                axis.imshow(cut(patch, *place).T, cmap="gray", vmin=truth.min(), vmax=truth.max(), origin="lower")
+                shape: Any = {"origin": "lower", "aspect": spacing[up] / spacing[across]}
+                axis.imshow(cut(patch, *place).T, cmap="gray", vmin=truth.min(), vmax=truth.max(), **shape)
                 if labels is not None and row == len(rows) - 1:
                     shown = np.ma.masked_equal(cut(labels, *place).T, 0)
-                    axis.imshow((shown - 1) % 20, cmap="tab20", vmin=0, vmax=19, origin="lower", alpha=0.6)
+                    axis.imshow((shown - 1) % 20, cmap="tab20", vmin=0, vmax=19, alpha=0.6, **shape)
                 axis.set(xticks=[], yticks=[])
                 if row == 0:
                     axis.set_title(plane, fontsize=10)

@@ -116,7 +116,7 @@ def _draw(
                 volume, _ = prepare_case(case, preparation, store)
                 name = f"{part.replace(' ', '_')}.png"
                 rows, labels = _labelled(study, store, volume, part) if labelled else _unlabelled(study, store, volume)
-                draw_picture(folder / name, rows, f"{part}: {case.id}", labels, organs)
+                draw_picture(folder / name, rows, f"{part}: {case.id}", preparation.spacing, labels, organs)
                 drawn[name] = part
                 break
     return drawn

@@ -80,7 +80,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
     for step in (40, 200):
         patch = np.random.default_rng(step).random((16, 16, 16))
         path = folder / f"patch_{step:07d}.png"
-        draw_picture(path, {"ground truth": patch, "corrupted": patch, "restored": patch}, f"step {step}")
+        draw_picture(path, {"ground truth": patch, "corrupted": patch, "restored": patch}, f"step {step}", (2, 2, 2))
         run.artifact(path, "pictures")
     run.close()
     lineage = {PRETRAINING_RUN: run.id}

@@ -39,7 +39,7 @@ def test_it_grows_with_the_study(study: Study, monkeypatch: pytest.MonkeyPatch) 
         train(weights, 50, rate=40)
         shows("step 50 of 200", 'http-equiv="refresh"')
         patch = np.zeros((8, 8, 8), np.float32)
-        draw_picture(folders.study / "pretrain-p/pictures/patch_0000050.png", {"truth": patch}, "step 50")
+        draw_picture(folders.study / "pretrain-p/pictures/patch_0000050.png", {"truth": patch}, "step 50", (1, 1, 1))
         shows("data:image/png;base64,")
         weights.close()
         trials = [begin(folders, "trial", key, name) for key, name in begin_cells(study, folders).items()]
