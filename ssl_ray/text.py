@@ -10,8 +10,13 @@ BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _USER = re.compile(r"(:/{1,3})(?:[^/\s\"<>]{0,500}|[^/:\s\"<>]{0,500}:[^\s\"<>]{0,500})@")
 """User name and password of a URI. A password with a slash in it is invalid, and is still a password."""
 _SECRET = "key|secret|token|passw|pwd|credential|sig|auth|odbc_connect|dsn"
-_PARAMETER = re.compile(rf"(?i)([?&;][^=?&;\s]{{0,50}}(?:{_SECRET})[^=?&;\s]{{0,50}}=)[^&;\s'\"<>]+")
-"""A parameter of a URI whose name says that its value is secret, e.g. `?access_key=`, `&X-Amz-Signature=`, `&sig=`."""
+_PARAMETER = re.compile(
+    rf"(?i)([?&;](?!viewStateShareKey=)[^=?&;\s]{{0,50}}(?:{_SECRET})[^=?&;\s]{{0,50}}=)[^&;\s'\"<>]+"
+)
+"""A parameter of a URI whose name says that its value is secret, e.g. `?access_key=`, `&X-Amz-Signature=`, `&sig=`.
+
+Not MLflow's name of a view, which our own links to its UI have.
+"""
 
 
 def without_password(text: str) -> str:

@@ -47,7 +47,13 @@ def test_a_hostile_text_takes_no_time(piece: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["http://host:5000/#/experiments/1/runs/2", "s3://b/x?endpoint_override=http://h:1", "a@b.c"]
+    "text",
+    [
+        "http://host:5000/#/experiments/1/runs/2",
+        "http://host:5000/#/experiments/1/runs?compareRunsMode=CHART&viewStateShareKey=demo",
+        "s3://b/x?endpoint_override=http://h:1",
+        "a@b.c",
+    ],
 )
 def test_a_text_without_secrets_stays(text: str) -> None:
     """Hosts, ports, paths and addresses of mail are no passwords."""
