@@ -28,20 +28,16 @@ from ssl_ray.predict.card import TEMPLATES, model_card
 from ssl_ray.predict.model import Model
 from ssl_ray.storage.files import appearing, write_file
 
-Monai = tuple[str, dict[str, Any]] | None
-"""The class of MONAI that is the same network, and its arguments."""
-
 
 def write_bundle(model: Model, folder: Path, authors: str) -> None:
     """Write the bundle into a folder, the metadata last."""
     told = model.metadata
-    monai = monai_segmentation(told.network, told.patch_size, told.preparation.channels, told.classes)
-    network, network_modules = _network(told, monai)
+    network, network_modules = _network(told)
     before, after, normalise_modules = _normalisation(told)
     modules = network_modules + normalise_modules
     (folder / "models").mkdir(parents=True)
     with appearing(folder / "models" / "model.pt") as part:
-        torch.save(_monai_state(model.network, monai), part)
+        torch.save(_monai_state(model.network, told), part)
     if modules:
         _carry(modules, folder)
     write_file(folder / "docs" / "README.md", model_card(model, folder.resolve().name, authors, bool(modules)).encode())
@@ -51,28 +47,34 @@ def write_bundle(model: Model, folder: Path, authors: str) -> None:
         write_file(folder / "configs" / f"{name}.json", f"{json.dumps(tree, indent=4)}\n".encode())
 
 
-def _network(told: Metadata, monai: Monai) -> tuple[dict[str, Any], list[str]]:
+def _network(told: Metadata) -> tuple[dict[str, Any], list[str]]:
     """The network as MONAI's configuration builds it, and our modules that it needs."""
-    if monai:
-        return {"_target_": monai[0], **monai[1]}, []
-    module = f"ssl_ray.networks.{told.network.kind}.network"
+    if found := _monai(told):
+        return {"_target_": found[0], **found[1]}, []
+    settings, modules = _settings("networks", told.network)
     shapes = {"patch_size": told.patch_size, "channels": told.preparation.channels, "classes": told.classes}
-    network = {"network": _settings("networks", told.network), **shapes}
-    return {"_target_": f"{_carried(module)}.build_segmentation", **network}, [module]
+    modules.append(f"ssl_ray.networks.{told.network.kind}.network")
+    build = f"{_carried(modules[-1])}.build_segmentation"
+    return {"_target_": build, "network": settings, **shapes}, modules
 
 
-def _settings(room: str, settings: Any) -> dict[str, Any]:
-    """A section of settings as MONAI's configuration builds it."""
-    module = _carried(f"ssl_ray.{room}.{settings.kind}.settings")
-    return {"_target_": f"{module}.{type(settings).__name__}", **settings.model_dump(mode="json")}
+def _monai(told: Metadata) -> tuple[str, dict[str, Any]] | None:
+    return monai_segmentation(told.network, told.patch_size, told.preparation.channels, told.classes)
 
 
-def _monai_state(network: nn.Module, monai: Monai) -> dict[str, Tensor]:
+def _settings(room: str, settings: Any) -> tuple[dict[str, Any], list[str]]:
+    """A section of settings as MONAI's configuration builds it, and its module."""
+    module = f"ssl_ray.{room}.{settings.kind}.settings"
+    target = f"{_carried(module)}.{type(settings).__name__}"
+    return {"_target_": target, **settings.model_dump(mode="json")}, [module]
+
+
+def _monai_state(network: nn.Module, told: Metadata) -> dict[str, Tensor]:
     """The weights under all names that the bundle's network has for them: MONAI's DynUNet has two for most."""
     state: dict[str, Tensor] = network.state_dict()
-    if not monai:
+    if not (found := _monai(told)):
         return state
-    plain: nn.Module = getattr(nets, monai[0])(**monai[1])
+    plain: nn.Module = getattr(nets, found[0])(**found[1])
     plain.load_state_dict(state, strict=False)
     named = plain.state_dict(keep_vars=True)
     given = {id(named[name]) for name in state}
@@ -89,8 +91,8 @@ def _normalisation(told: Metadata) -> tuple[list[Any], list[Any], list[str]]:
         cropped = [_image("CropForegroundd", source_key="image")] if crop else []
         as_stored = _image("Lambdad", func=f"$lambda image: torch.round(image * {levels}) / {levels}")
         return [], [_image("ScaleIntensityRanged", **ends), *cropped, as_stored], []
-    settings = _settings("data.normalisations", normalise)
-    modules = [f"ssl_ray.data.normalisations.{normalise.kind}.normalisation", "ssl_ray.predict.transforms"]
+    settings, modules = _settings("data.normalisations", normalise)
+    modules += [f"ssl_ray.data.normalisations.{normalise.kind}.normalisation", "ssl_ray.predict.transforms"]
     ours = _carried(modules[-1])
     measured = _image(f"{ours}.MeasureIntensitiesd", settings=settings)
     return [measured], [_image(f"{ours}.ApplyIntensitiesd", settings=settings, crop=crop)], modules
