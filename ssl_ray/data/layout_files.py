@@ -1,11 +1,13 @@
-"""The files of a folder that a list may name, and why it may not name the others."""
+"""The files of a folder that a list may name, why it may not name the others, and which folders are patients'."""
 
 import os
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ssl_ray.data.datalist import is_nifti
-from ssl_ray.text import BREAKS
+from ssl_ray.text import BREAKS, shown
 
 OWN = "ssl_ray_labels"
 """Folder under the root for label maps that we make out of masks."""
@@ -14,6 +16,8 @@ _IMAGES = re.compile(r"(?i)\.(mha|mhd|nrrd|img|mgz)$|\.nii")
 _LINKED_FOLDER = "a link to a folder, which is not followed; copy the folder, or write lists where it is"
 _DICOM = re.compile(r"(?i)\.(dcm|dicom|ima)$|^[^.]*$|^[\d.]+$")
 """Names that files of a DICOM series have; a few of those without a suffix are looked into."""
+_PATIENT = re.compile(r"(?i)(patients?|pat|pt|subjects?|subj?|cases?)[ _-]*\d+")
+"""What folders of a patient are often called; p1 and s1 may be a phase and a session."""
 
 
 def usable_files(folder: Path) -> tuple[list[PurePosixPath], dict[str, str]]:
@@ -43,6 +47,25 @@ def usable_files(folder: Path) -> tuple[list[PurePosixPath], dict[str, str]]:
         elif (same := first.setdefault(real, path)) != path:
             left_out[str(path)] = f"a link to {same}"
     return sorted(first.values()), left_out
+
+
+def patient_level(folders: Sequence[Sequence[str]]) -> tuple[int, str]:
+    """Which of the folders above each scan is its patient's: the first, 0, or the second, 1, and what is in doubt.
+
+    `2020/patient1` and `2021/patient1` are one patient if every scan has such a second folder. Where the same folder
+    lies in several others, and no names say which of both levels is the patient, the text is for the summary.
+    """
+    tops: dict[str, set[str]] = defaultdict(set)
+    for top, lower, *_ in (parts for parts in folders if len(parts) > 1):
+        tops[lower].add(top)
+    shared = next((lower for lower, above in sorted(tops.items()) if len(above) > 1), None)
+    if shared is None or all(_PATIENT.fullmatch(parts[0]) for parts in folders if parts):
+        return 0, ""
+    if all(len(parts) > 1 and _PATIENT.fullmatch(parts[1]) for parts in folders):
+        return 1, f" (the second one, as {shown(shared)} lies in several)"
+    first, second, *_ = sorted(tops[shared])
+    where = f"{shown(first)} and in {shown(second)}"
+    return 0, f" (the first one, but {shown(shared)} lies in {where}: if it is one patient's, give --subject)"
 
 
 def _unfit(path: PurePosixPath, real: str, root: str) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel
 
 from ssl_ray.data.datalist import Section, read_json, stem
-from ssl_ray.data.layout_files import OWN, usable_files
+from ssl_ray.data.layout_files import OWN, patient_level, usable_files
 from ssl_ray.errors import UserError
 from ssl_ray.text import shown
 
@@ -212,10 +212,11 @@ def _plain(files: Files) -> Layout:
     folders = [_people(PurePosixPath(scan.image)) for scan in found.scans]
     # Folders that all scans share are no patient's.
     shared = len([*takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))])
+    level, doubt = patient_level([parts[shared:] for parts in folders])
     for scan, parts in zip(found.scans, folders, strict=True):
-        scan.subject = "".join(parts[shared:][:1])
-    if owned := [scan for scan in found.scans if scan.subject]:
-        found.subjects = f"by the folder, e.g. {shown(owned[0].subject)} of {shown(owned[0].image)}"
+        scan.subject = "".join(parts[shared + level :][:1])
+    if any(scan.subject for scan in found.scans):
+        found.subjects = f"by the folder, where a scan lies in one{doubt}"
     return found
 
 

@@ -181,7 +181,7 @@ def pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return pinned
 
 
-def _read_block(rows: dict[str, npt.NDArray[Any]], feed: Any) -> dict[str, npt.NDArray[Any]]:
+def _read_block(rows: dict[str, npt.NDArray[np.int64]], feed: Any) -> dict[str, npt.NDArray[Any]]:
     source = _feed(feed)
     return rows | {"image": source.read([source.table.sample(int(index)) for index in rows["index"]])}
 

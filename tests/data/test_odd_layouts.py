@@ -64,12 +64,17 @@ def test_scans_of_other_kinds_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "people", "told"),
     [
-        (["2020/LIDC-1/ct", "2021/LIDC-1/ct"], "2020 2021", "e.g. 2020 of 2020/LIDC-1/ct.nii.gz (--subject says"),
-        (["A/s1/ct", "A/s2/ct", "B/s1/ct"], "A A B", "e.g. A of A/s1/ct.nii.gz"),
+        (["2020/patient1/ct", "2021/patient1/ct", "2021/patient2/ct"], "patient1 patient1 patient2", "the second one"),
+        (["2020/LIDC-1/ct", "2021/LIDC-1/ct"], "2020 2021", "LIDC-1 lies in 2020 and in 2021: if it is one patient"),
+        (["2020/patient1/ct", "2021/patient1/ct", "2022/ct"], "2020 2021 2022", "give --subject"),
+        (["patient1/scan1/ct", "patient2/scan1/ct"], "patient1 patient2", "where a scan lies in one (--subject"),
+        (["patient1/case1/ct", "patient2/case1/ct"], "patient1 patient2", "where a scan lies in one (--subject"),
+        (["A/baseline/ct", "B/baseline/ct"], "A B", "baseline lies in A and in B"),
+        (["A/s1/ct", "A/s2/ct", "B/s1/ct"], "A A B", "s1 lies in A and in B"),
     ],
 )
-def test_patients_are_told_apart_by_the_first_folder(tmp_path: Path, files: list[str], people: str, told: str) -> None:
-    """Whatever it is; the summary says so, with an example."""
+def test_one_patient_in_several_folders(tmp_path: Path, files: list[str], people: str, told: str) -> None:
+    """Is one patient where names say so; else the summary says which folder was taken and what to do."""
     found = found_in(tmp_path, *[f"{name}.nii.gz" for name in files])
     assert [scan.subject for scan in found.scans] == people.split()
     assert told in summary(tmp_path, found)
