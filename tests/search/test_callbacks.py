@@ -52,10 +52,8 @@ def trial_of(told: Told, **result: Any) -> Any:
     config = CELL.apply(small_study(finetune={"optimizer": {"lr": 1e-4}, "steps": 30}).finetune)
     volumes = [SimpleNamespace(key=str(number), subject="") for number in range(3)]
     data = SimpleNamespace(training=volumes[:2], validation=volumes[2:], test=())
-    folder = SimpleNamespace(key="key", clear=lambda: told.labels.update(cleared="yes"))
-    job = SimpleNamespace(
-        config=config, network=small_study().network, data=data, seed=7, made_by="made by", folder=folder
-    )
+    job = SimpleNamespace(config=config, network=small_study().network, data=data, seed=7, made_by="made by", key="key")
+    job.clear = lambda: told.labels.update(cleared="yes")
     return SimpleNamespace(trial_id="1", config={"cell": CELL, "job": job}, last_result=result)
 
 
