@@ -7,8 +7,9 @@ BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Characters that break a line, steer a terminal, or cannot be encoded: control characters and half surrogates."""
 
 # Lengths are bounded, so that a hostile text of half a million characters takes a second at most.
-_USER = re.compile(r"(:/{1,3})(?:[^/\s\"<>]{0,500}|[^/:\s\"<>]{0,500}:[^\s\"<>]{0,500})@")
-"""User name and password of a URI. A password with a slash in it is invalid, and is still a password."""
+_USER = re.compile(r"((?<!models):/{1,3})(?:[^/\s\"<>]{0,500}|[^/:\s\"<>]{0,500}:[^\s\"<>]{0,500})@")
+"""User name and password of a URI, but for `models:/name@alias`. A password with a slash in it is invalid, and is still
+one."""
 _SECRET = "key|secret|token|passw|pwd|credential|sig|auth|odbc_connect|dsn"
 _PARAMETER = re.compile(
     rf"(?i)([?&;](?!viewStateShareKey=)[^=?&;\s]{{0,50}}(?:{_SECRET})[^=?&;\s]{{0,50}}=)[^&;\s'\"<>]+"

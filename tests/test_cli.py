@@ -61,7 +61,7 @@ def test_a_wrong_command_line_ends_in_code_2(arguments: list[str], capsys: pytes
         (OSError("no s3://me:secret@bucket/x?token=secret"), 1, "OSError: no s3://bucket/x?token=***\n"),
         (UserError("cache: s3://me:secret@bucket: gone"), 2, "ssl-ray: cache: s3://bucket: gone\n"),
         (RuntimeError("ours"), 1, "SSL_RAY_TRACEBACK=1 shows the way"),
-        (KeyboardInterrupt(), 1, "interrupted; the same command goes on"),
+        (KeyboardInterrupt(), 1, "interrupted; what is finished is kept, and the same command goes on"),
     ],
 )
 def test_an_error_is_a_message_and_a_code(

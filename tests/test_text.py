@@ -51,6 +51,7 @@ def test_a_hostile_text_takes_no_time(piece: str) -> None:
     [
         "http://host:5000/#/experiments/1/runs/2",
         "http://host:5000/#/experiments/1/runs?compareRunsMode=CHART&viewStateShareKey=demo",
+        "models:/study-segmenter@best",
         "s3://b/x?endpoint_override=http://h:1",
         "a@b.c",
     ],

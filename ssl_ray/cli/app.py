@@ -26,7 +26,7 @@ class _Commands(TyperGroup):
         except (typer.Exit, typer.TyperException):
             raise  # Typer's own: an exit code, or a wrong command line
         except KeyboardInterrupt as error:
-            _tell("interrupted; the same command goes on from the last checkpoints")
+            _tell("interrupted; what is finished is kept, and the same command goes on")
             raise typer.Exit(1) from error
         except Exception as error:
             if os.environ.get(TRACEBACK):

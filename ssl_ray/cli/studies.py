@@ -11,7 +11,7 @@ from ssl_ray.cli.app import app
 from ssl_ray.cli.options import AsJson, Experiment, Overrides, Quiet
 from ssl_ray.config.schema import Study
 from ssl_ray.console import Bar, say
-from ssl_ray.study.experiment import Step, load
+from ssl_ray.study.experiment import Step, load, load_kept
 from ssl_ray.training.devices import DEVICES
 
 Gpu: TypeAlias = Literal[tuple(DEVICES)]  # type: ignore[valid-type]  # mypy reads no names out of a dict
@@ -106,7 +106,7 @@ def check(
 @app.command(epilog="Example: ssl-ray status experiments/demo.yaml; watch -n 10 ssl-ray status experiments/demo.yaml")
 def status(experiment: Experiment, overrides: Overrides, as_json: AsJson = False) -> None:
     """Tell how far a study is, from another terminal: stage, step, rate, time left, failures."""
-    study = load(experiment, overrides)
+    study = load_kept(experiment, overrides)
     from ssl_ray.storage.folders import Folders
     from ssl_ray.study.status import render, status_of
 
@@ -124,7 +124,7 @@ def clean(
     as_json: AsJson = False,
 ) -> None:
     """List what a study has on disk, and remove what no result and no unfinished training needs; it asks before."""
-    study = load(experiment, overrides)
+    study = load_kept(experiment, overrides)
     from ssl_ray.storage.folders import Folders
     from ssl_ray.study.clean import inventory, remove, render
     from ssl_ray.study.lock import only_one

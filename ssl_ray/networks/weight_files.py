@@ -96,7 +96,7 @@ def read_entry(path: Path) -> dict[str, Any]:
             found: dict[str, Any] = file.metadata() or {}
         return found | dict(json.loads(found.pop(ENTRY, "{}")))
     except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot read the metadata: {shown(error)}") from error
+        raise UserError(f"{path}: cannot read the metadata, is it a safetensors file? {shown(error)}") from error
 
 
 def _check_uncompressed(file: BinaryIO) -> None:

@@ -1,6 +1,7 @@
 """Finds a trained model: a file, the folder of a cell, or what MLflow keeps."""
 
 import atexit
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -68,7 +69,15 @@ def find(place: str, *names: str) -> Path:
 
 
 def _download(uri: str) -> Path:
-    """An artifact of MLflow, copied to this machine until this process ends."""
+    """An artifact of MLflow, copied to this machine until this process ends.
+
+    Where MLFLOW_TRACKING_URI is not set, that of the store that studies here have by default: MLflow itself would make
+    an empty one.
+    """
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        if not (store := Path("output/mlflow.db").absolute()).is_file():
+            raise UserError(f"{uri}: set MLFLOW_TRACKING_URI, e.g. to sqlite:///<output folder>/mlflow.db")
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}"
     from ssl_ray.tracking.client import MlflowException, download_artifacts  # without MLflow's own bars of progress
 
     folder = tempfile.mkdtemp(prefix="ssl-ray-model-")

@@ -75,7 +75,9 @@ def _undecided(results: Results, found: Comparison) -> str:
     scored += "" if results.part == "test" else " that selected them"
     change = f"differ by {FOREGROUND.signed(found.found.mean)} in foreground Dice {scored}"
     if runs == 1:
-        return f"these two networks {change}; another training may not"
+        folds = results.study.finetune.cohort.folds
+        who = f"the networks of one run, in {folds} folds," if folds else "these two networks"
+        return f"{who} {change}; another training may not"
     return (
         f"{runs} pairs of networks {change}, {'too few' if patients == 1 else 'all alike: too little'} for an interval"
     )

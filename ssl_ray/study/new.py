@@ -28,6 +28,8 @@ _SOFT_TISSUE = (-175.0, 250.0)
 """HU window of the recipe; it is widened where organs lie outside."""
 _FEW = 30
 """With fewer labelled patients a part set aside for a test tells little: folds score all of them."""
+_STEPS = 15_000
+"""Of pretraining without a GPU, however few the volumes are."""
 _HEADERS, _IMAGES = 1000, 24
 """The most headers, and labelled images, that are read."""
 
@@ -63,6 +65,7 @@ def new_study(
     pool = people - sum(-(-(people - n) // folds) for n in (0, 1)) if folds else people
     sizes = sorted({max(1, pool // part) for part in ((1, 2, 4) if pool < 64 else (1, 4, 16))})
     facts |= {"folds": folds, "sizes": sizes, "shared": bool(found.notes)}
+    facts |= {"epochs": -(-2 * _STEPS // len(unlabelled.training))}  # a step has two volumes' patches
     # As JSON, which YAML reads: a folder may be called 2024, or hold a colon.
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", path.stem).lstrip("._-") or "study"
     facts |= {"name": json.dumps(name), "root": json.dumps(str(folder), ensure_ascii=False)}
@@ -106,7 +109,8 @@ def _grid(images: Sequence[Path], gpu: bool) -> dict[str, Any]:
     spacing = [float(f"{side:.3g}") for side in spacing]
     room = np.percentile(extents, 10, axis=0) / spacing
     patch = [16 * max(1, min(most, int(side)) // 16) for side in room]
-    return {"median": [round(float(side), 3) for side in median], "spacing": spacing, "patch": patch, "most": most}
+    facts = {"spacing": spacing, "patch": patch, "most": most, "larger": max(spacing / median) > 1.01}
+    return facts | {"median": [round(float(side), 3) for side in median]}
 
 
 def _contents(cases: Sequence[Case], organs: dict[int, str]) -> dict[str, Any]:

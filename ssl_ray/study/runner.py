@@ -20,7 +20,7 @@ from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import Cohorts, PreparedCohorts, prepare_cohorts, read_cohorts
-from ssl_ray.study.experiment import Step
+from ssl_ray.study.experiment import Step, keep
 from ssl_ray.study.live import LivePage
 from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
 from ssl_ray.text import without_password
@@ -62,6 +62,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
 
 def _carry_out(study: Study, folders: Folders, cohorts: Cohorts, last: Step, verify: bool) -> tuple[str, ...]:
     connect(study.cluster)
+    keep(study, folders)
     prepared = prepare_cohorts(study, folders, cohorts, verify)
     if last == "prepare":
         return ()

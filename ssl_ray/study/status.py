@@ -130,7 +130,7 @@ def render(facts: Mapping[str, Any]) -> str:
     if facts["report"]:
         lines.append(f"  report    {facts['report']}")
     if facts["stage"] in ("failed", "interrupted"):
-        lines.append("the same `ssl-ray run` goes on from the last checkpoints")
+        lines.append("the same `ssl-ray run` goes on")
     return "\n".join(lines)
 
 

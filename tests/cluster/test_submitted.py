@@ -118,7 +118,7 @@ def test_a_study_submitted_stopped_and_submitted_again(
     assert first.poll() is None, (tmp_path / "first.log").read_text()
     assert cluster.ask("stop", "first").returncode == 0
     assert first.wait(60) == 0
-    assert "the same command goes on from the last checkpoints" in (tmp_path / "first.log").read_text()
+    assert "what is finished is kept, and the same command goes on" in (tmp_path / "first.log").read_text()
     assert "stopped" in cluster.ask("status", "first").stdout.lower()
 
     second = cluster.submit(tmp_path / "second.log", "second", *command)

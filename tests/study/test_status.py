@@ -14,6 +14,7 @@ from ssl_ray.cli.main import main
 from ssl_ray.config.schema import Study
 from ssl_ray.search.cells import FAILURE
 from ssl_ray.storage.folders import Folders
+from ssl_ray.study.experiment import KEPT, keep, load, load_kept
 from ssl_ray.study.lock import only_one
 from ssl_ray.study.parts import folders_of, tracker_of
 from ssl_ray.study.status import render, status_of
@@ -64,6 +65,19 @@ def test_a_study_from_its_beginning_to_its_end(study: Study) -> None:
         begin(folders, "grid", "g").close()
         assert stage_of(study) == "report"
     assert stage_of(study) == "finished"
+
+
+def test_it_is_about_the_study_as_it_is_carried_out(tmp_path: Path) -> None:
+    """Whatever `--set` has replaced for that, the file alone is enough; and what it says of places still counts."""
+    path = write_study(tmp_path / "s.yaml", small_tree(tmp_path))
+    assert load_kept(path) == load(path)  # not begun yet
+    carried_out = load(path, ["finetune.steps=7", "finetune.validate_every=7"])
+    keep(carried_out, folders_of(carried_out))
+    assert load_kept(path) == carried_out
+    assert load_kept(path, ["finetune.runs=9"]).finetune.runs == 9
+    kept = folders_of(carried_out).study / KEPT
+    kept.write_text("of: another version")
+    assert load_kept(path) == load(path)
 
 
 def test_what_was_open_when_a_process_was_killed_is_not_running(study: Study) -> None:
