@@ -30,42 +30,44 @@ def draw(planes: Sequence[Planes], organs: Sequence[str], titles: Sequence[str])
     The truth, where it is known, is outlined in white, and over it the prediction in the colour of its organ, a name of
     the classes 1, 2, ...: what has only the white line was missed.
     """
+    gap, heading = 0.06, 0.3
     widths = [max(one.size(plane)[1] for one in planes) for plane in range(3)]
-    heights = [max(one.size(plane)[0] for plane in range(3)) for one in planes]
+    scale = (WIDTH - 4 * gap) / sum(widths)  # inches a mm
+    heights = [scale * max(one.size(plane)[0] for plane in range(3)) for one in planes]
     shown = sorted({int(n) for one in planes for layers in one.layers for n in np.unique(layers[1:]) if n})
     handles = [Line2D([], [], color=_colour(n), label=organs[n - 1]) for n in shown]
     if any(len(one.layers[0]) > 2 for one in planes):
         handles.insert(0, Line2D([], [], color="white", label="truth"))
     columns = 3 if max((len(str(one.get_label())) for one in handles), default=0) < 14 else 2
-    around = 0.1 + 0.3 * len(planes) + 0.21 * -(-len(handles) // columns)  # titles and legend, inches
+    below = 0.1 + 0.21 * -(-len(handles) // columns)
+    height = sum(heights) + len(planes) * (heading + gap) + below
     with rc_context(STYLE):
-        figure = Figure((WIDTH, WIDTH * sum(heights) / sum(widths) + around), layout="constrained")
-        axes = figure.subplots(len(planes), 3, squeeze=False, width_ratios=widths, height_ratios=heights)
-        for row, one, title in zip(axes, planes, titles, strict=True):
-            row[0].set_title(title, loc="left", fontsize=10)
-            for plane, axis in enumerate(row):
-                _draw_plane(axis, one.layers[plane], one.size(plane))
-        figure.legend(
-            handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9, handlelength=1.2
-        )
+        figure, top = Figure(figsize=(WIDTH, height)), height
+        for one, title, tall in zip(planes, titles, heights, strict=True):
+            figure.text(gap / WIDTH, (top - heading / 2) / height, title, va="center")
+            left, top = gap, top - heading
+            for plane, width in enumerate(widths):
+                high, wide = (scale * mm for mm in one.size(plane))
+                axis = figure.add_axes((left / WIDTH, (top - high) / height, wide / WIDTH, high / height))
+                _draw_plane(axis, one.layers[plane])
+                left += scale * width + gap
+            top -= tall + gap
+        figure.legend(handles=handles, loc="lower left", ncols=columns, frameon=False, fontsize=9, handlelength=1.2)
         file = BytesIO()
         figure.savefig(file, dpi=200, metadata={"Software": None})
     return file.getvalue()
 
 
-def _draw_plane(axis: Any, layers: Pixels, size: tuple[float, float]) -> None:
-    """Draw the layers of a plane of this height and width in mm."""
-    rows, columns = layers.shape[1:]
+def _draw_plane(axis: Any, layers: Pixels) -> None:
     axis.set_axis_off()
-    axis.set_anchor("NW")
-    axis.imshow(layers[0], cmap="gray", vmin=0, vmax=255, aspect=size[0] / rows / (size[1] / columns))
+    axis.imshow(layers[0], cmap="gray", vmin=0, vmax=255, aspect="auto")
     for labels, truth in zip(layers[:0:-1], (True, False) if len(layers) > 2 else (False,), strict=True):
         for number in np.unique(labels[labels > 0]):
             # A rim of background closes the outline of an organ at the border.
             mask = np.pad(labels == number, 1)
-            y, x = (np.arange(side) - 1 for side in mask.shape)
+            rows, columns = (np.arange(side) - 1 for side in mask.shape)
             colour = "white" if truth else _colour(int(number))
-            axis.contour(x, y, mask, [0.5], colors=[colour], linewidths=0.9)
+            axis.contour(columns, rows, mask, [0.5], colors=[colour], linewidths=0.9)
 
 
 def _colour(number: int) -> Any:

@@ -31,7 +31,7 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.study.cohorts import read_cohorts
 
 _TRIES = 5
-"""Volumes of a part that are tried for its picture, as some may be bad."""
+"""Volumes of a part that are tried for its picture, as some may be bad, and patches, as some may be of air."""
 _Rows = dict[str, npt.NDArray[Any]]
 
 
@@ -123,10 +123,11 @@ def _draw(
 
 
 def _unlabelled(study: Study, store: Store, volume: Volume) -> tuple[_Rows, None]:
-    """A patch of the pretraining, and what the task shows of it."""
+    """A patch of the pretraining, of several the one with most to see, and what the task shows of it."""
     config = study.pretrain
-    table = SampleTable(study.seed, np.array([volume.shape]), config.patch_size, 1, 1, 1)
-    patch = read_patch(open_array(store, volume.key), table.sample(0).origin, config.patch_size)
+    table = SampleTable(study.seed, np.array([volume.shape]), config.patch_size, _TRIES, _TRIES, 1)
+    origins = [table.sample(number).origin for number in range(_TRIES)]
+    patch = max((read_patch(open_array(store, volume.key), one, config.patch_size) for one in origins), key=np.std)
     clean = torch.from_numpy(patch.astype(np.float32)).div_(volume.levels).reshape(1, -1, *config.patch_size)
     task = build_task(config.task, study.network, config.patch_size, volume.channels)
     with torch.no_grad():  # the network is not trained: what it makes of the patch is not shown

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import rgb_to_hsv
 from matplotlib.image import imread
+from scipy.ndimage import find_objects, label
 from volumes import oblique_affine, organ_labels
 
 from ssl_ray.evaluate.overlay import draw
@@ -103,6 +104,21 @@ def test_a_picture_outlines_each_organ_in_a_colour_and_the_truth_in_white() -> N
     assert len(one) == len(other) == 1
     assert one != other == both
     assert missed > 2 * max(hit, unknown)
+
+
+def test_a_millimetre_is_as_long_in_every_plane_of_every_patient() -> None:
+    """Or a small patient looked as large as a tall one, and an organ thinner in one plane than in another."""
+    planes = []
+    for x, y, z in ((20, 20, 20), (10, 40, 20)):
+        shapes = (y, x), (z, x), (z, y)  # of axial, coronal, sagittal
+        layers = (np.stack([np.full(shape, 255, np.uint8), np.zeros(shape, np.uint8)]) for shape in shapes)
+        planes.append(Planes(tuple(layers), (2.0, 1.0, 4.0)))
+    pixels = imread(BytesIO(draw(planes, (), ("", ""))))[..., :3].min(axis=2) > 0.9
+    boxes = [[side.stop - side.start for side in box] for box in find_objects(label(pixels)[0])]
+    found = sorted(box for box in boxes if min(box) > 20)
+    expected = sorted([[20, 40], [80, 40], [80, 20], [40, 20], [80, 20], [80, 40]])
+    scale = found[0][0] / expected[0][0]
+    np.testing.assert_allclose(found, np.array(expected) * scale, atol=0.06 * 80 * scale)
 
 
 def test_a_picture_takes_volumes_of_any_size() -> None:
