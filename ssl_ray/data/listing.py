@@ -34,9 +34,11 @@ def find_scans(folder: Path, subject: str | None = None) -> Layout:
     """The scans below a folder, each with its label and its patient; label maps are made where there are only masks.
 
     `subject` is a regular expression, whose first group that matches (or whole match) in an image's path below the
-    folder is the patient; None: by the layout. A path that it does not match, and a folder without scans, is a
-    UserError.
+    folder is the patient; None: by the layout. A path that it does not match, no such folder, and one without scans, is
+    a UserError.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     found = read_layout(folder)
     if subject is not None:
         _set_subjects(found, subject)

@@ -1,6 +1,7 @@
 """A model in the formats that other programs read."""
 
 import json
+import logging
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,6 +73,7 @@ def _onnx(model: Model, path: Path) -> Path:
         expected = network(patches)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MONAI's DynUNet, what its heads keep for a loss
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # operators of torchvision, which no network here has
         program = torch.onnx.export(
             network,
             (patches,),
