@@ -167,7 +167,7 @@ Tracker.settle = hold
     finally:
         kill(first)
     text = path.with_suffix(".log").read_text()
-    assert "interrupted; the same command goes on" in text
+    assert "interrupted; what is finished is kept, and the same command goes on" in text
     assert not re.search(r'File ".*/ssl_ray/', text), "a traceback of ours"
     run(path)
     assert_same(outcome(path), undisturbed)
