@@ -112,7 +112,5 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(level)
     # Batches lie in Ray's object store, which is read-only: they are copied before anything writes.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    # How often Ray Data tries a row again has no other name yet: see `predict/workers.py`.
-    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     # Of weights with dimensions of one element, whose strides may be anything: torch's DDP compares them all the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -1,7 +1,7 @@
 """Cases over all GPUs or CPUs of the cluster, by workers that each load the models once."""
 
-import gc
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,8 @@ Result = TypeVar("Result")
 Work = Callable[[Case], Result]
 _CPUS = 4
 """Most of a worker: with more, the convolutions of a patch gain little, while every worker holds a volume."""
+_TRIES = 2
+"""Of a case whose worker is killed meanwhile, by its memory or as its machine is taken away."""
 
 
 def over_cases(
@@ -46,9 +48,10 @@ def over_cases(
     count = min(workers or room, room, len(cases))
     in_hand = 2 if gpus else 1
     rows = [{"case": pickle.dumps(case)} for case in cases]
+    tries = ray.remote(num_cpus=0)(_Tries).remote()
     outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Worker,
-        fn_constructor_args=(ray.put((make, "cuda" if gpus else "cpu", cpus)),),
+        fn_constructor_args=(ray.put((make, "cuda" if gpus else "cpu", cpus, tries)),),
         compute=ray.data.ActorPoolStrategy(
             size=count,
             max_tasks_in_flight_per_actor=in_hand,
@@ -57,31 +60,41 @@ def over_cases(
         ),
         num_cpus=cpus,
         num_gpus=1 if gpus else 0,
-        max_task_retries=1,  # Ray Data would try a volume that kills its workers for ever
     )
-    outcomes.context.max_errored_blocks = -1  # a volume that kills its workers must not end the others
-    missing = {case.id: case for case in cases}
-    for row in track(title, outcomes.iter_rows(), len(cases)):
-        case, outcome = pickle.loads(row["outcome"])
-        if isinstance(outcome, OSError):
-            raise UserError(f"cannot write the output: {outcome}") from outcome
-        del missing[case.id]
-        yield case, outcome
-    if missing:
-        gc.collect()  # the traceback of its end holds a worker, and with it the CPUs that the next work waits for
-    for case in missing.values():
-        yield case, UserError(f"{case.image}: its worker was killed twice: is it too large for this machine's memory?")
+    try:
+        for row in track(title, outcomes.iter_rows(), len(cases)):
+            case, outcome = pickle.loads(row["outcome"])
+            if isinstance(outcome, OSError):
+                raise UserError(f"cannot write the output: {outcome}") from outcome
+            yield case, outcome
+    finally:
+        ray.kill(tries)
+
+
+class _Tries:
+    """How often each case was begun. Ray Data tries a volume that kills its workers for ever."""
+
+    def __init__(self) -> None:
+        self._begun = Counter[str]()
+
+    def begin(self, case: str) -> int:
+        self._begun[case] += 1
+        return self._begun[case]
 
 
 class _Worker:
     def __init__(self, given: Any) -> None:
-        make, device, threads = ray.get(given)
+        make, device, threads, self.tries = ray.get(given)
         torch.set_num_threads(threads)
         self.work: Work[Any] = make(torch.device(device))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         case, outcome = pickle.loads(row["case"]), None
         try:
+            if ray.get(self.tries.begin.remote(case.id)) > _TRIES:
+                raise UserError(
+                    f"{case.image}: its worker was killed twice: is it too large for this machine's memory?"
+                )
             outcome = self.work(case)
         except (UserError, OSError) as error:
             outcome = error

@@ -24,8 +24,8 @@ def bucket(monkeypatch):
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    boto3.client("s3").create_bucket(Bucket="studies")
-    yield f"s3://studies/out?endpoint_override=http://{host}:{port}", server
+    boto3.client("s3").create_bucket(Bucket="alone")  # moto's servers in one process share their buckets
+    yield f"s3://alone/out?endpoint_override=http://{host}:{port}", server
     server.stop()
 
 
@@ -57,7 +57,7 @@ def test_a_lost_connection(cohort, tmp_path, bucket, capfd):
     assert main(["pretrain", str(path)]) == 2
     printed = capfd.readouterr()
     assert not printed.out
-    assert printed.err.startswith("ssl-ray: s3://studies/out: cannot be written to: ")
+    assert printed.err.startswith("ssl-ray: s3://alone/out: cannot be written to: ")
     assert printed.err.count("\n") == 1
 
 
