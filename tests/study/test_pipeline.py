@@ -13,9 +13,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from ray.train.torch import TorchTrainer
 from studies import place_database, small_tree, write_study
 
 from ssl_ray.cli.main import main
+from ssl_ray.pretrain import driver
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 from ssl_ray.tracking.tracker import PRETRAINING_RUN
@@ -117,7 +119,7 @@ def test_a_failing_worker_ends_in_one_message_and_code_1(
     def broken(job: object) -> None:
         raise OSError(5, "Input/output error", "image.npy")
 
-    monkeypatch.setattr("ssl_ray.pretrain.driver.work", broken)
+    monkeypatch.setattr(driver, "TorchTrainer", lambda work, **options: TorchTrainer(broken, **options))
     assert main(["pretrain", str(path), "--set", "pretrain.max_failures=0"]) == 1
     printed = capfd.readouterr()
     assert "pretraining failed on rank 0" in printed.err
