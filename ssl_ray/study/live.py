@@ -13,7 +13,8 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.study.status import render, status_of
 from ssl_ray.tracking.logged import read_logged
 
-_SECONDS = 5.0
+_SECONDS, _SHARE = 5.0, 50
+"""Between two pages at least; or so many times what the last one took, as journals grow and training shares the CPU."""
 
 
 class LivePage:
@@ -34,19 +35,22 @@ class LivePage:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(_SECONDS):
+        took = 0.0
+        while not self._ended.wait(max(_SECONDS, _SHARE * took)):
+            began = time.monotonic()
             with suppress(OSError, ValueError):  # a journal that is being written; the next time comes soon
                 write_live(self._study, self._folders)
+            took = time.monotonic() - began
 
 
 def write_live(study: Study, folders: Folders) -> Path:
     """Write the page as things stand now."""
     pictures = sorted(folders.study.glob("pretrain-*/pictures/*.png"), key=lambda path: path.stat().st_mtime)
-    trials = [run for run in read_logged(folders) if run.kind == "trial"]
+    logged = read_logged(folders)
     values = {
         "study": study,
-        "status": render(status_of(study, folders) | {"report": None}),
-        "trials": trials,
+        "status": render(status_of(study, folders, logged) | {"report": None}),
+        "trials": [run for run in logged if run.kind == "trial"],
         "picture": pictures[-1].relative_to(folders.study) if pictures else None,
         "now": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "literal": literal,

@@ -54,13 +54,15 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         decoder = "its decoder is taken too" if start_from(Path(given), task) else "the decoder is new"
         say(f"pretraining goes on from {given}; {decoder}")
     with LivePage(study, folders) if last == "report" else nullcontext():
-        failed = _carry_out(study, folders, cohorts, last, verify)
+        failed = _carry_out(study, folders, cohorts, last, verify, needs_weights)
     if last == "report":
         report(study, folders)
     return failed
 
 
-def _carry_out(study: Study, folders: Folders, cohorts: Cohorts, last: Step, verify: bool) -> tuple[str, ...]:
+def _carry_out(
+    study: Study, folders: Folders, cohorts: Cohorts, last: Step, verify: bool, needs_weights: bool
+) -> tuple[str, ...]:
     connect(study.cluster)
     keep(study, folders)
     prepared = prepare_cohorts(study, folders, cohorts, verify)
@@ -71,8 +73,7 @@ def _carry_out(study: Study, folders: Folders, cohorts: Cohorts, last: Step, ver
     tracker.facts |= {"ssl_ray.hardware": hardware()}
     try:
         by_cell = study.search is not None and last != "pretrain"
-        needed = "pretrained" in study.finetune.grid.init
-        pretrained = _make_weights(study, folders, tracker, prepared, by_cell) if needed else []
+        pretrained = _make_weights(study, folders, tracker, prepared, by_cell) if needs_weights else []
         return () if last == "pretrain" else _fine_tune(study, folders, tracker, prepared, pretrained)
     finally:
         tracker.settle()

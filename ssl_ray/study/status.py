@@ -25,13 +25,14 @@ _GRAIN, _QUIET_SECONDS = 2.0, 600.0
 """Seconds that two clocks may differ, and that a training elsewhere may be silent before it counts as cut off."""
 
 
-def status_of(study: Study, folders: Folders) -> Facts:
+def status_of(study: Study, folders: Folders, logged: Sequence[Logged] | None = None) -> Facts:
     """What there is of a study.
 
     `stage` is `prepare`, `pretrain`, `finetune` or `report` while a process works on it, otherwise `not begun`,
-    `finished`, `failed` (with cells that the same command tries again) or `interrupted`.
+    `finished`, `failed` (with cells that the same command tries again) or `interrupted`. `logged`: the journals, where
+    they were read already.
     """
-    there, runs = holder(folders), read_logged(folders)
+    there, runs = holder(folders), read_logged(folders) if logged is None else logged
     since = there[1] - _GRAIN if there else math.inf
     if not runs and not there and (study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
         runs = ask_logged(study.tracking, folders)  # the journals may be on another machine, with the process
