@@ -88,7 +88,7 @@ def check(
 ) -> None:
     """Look at the volumes before a day of training: what there is, what looks wrong, a page of pictures.
 
-    Exit code 2 where a run would refuse some of them.
+    Exit code 2 where a run would refuse some of them, and not go on without.
     """
     study = load(experiment, overrides)
     from ssl_ray.study.check import check_study
@@ -99,7 +99,7 @@ def check(
     folders.check_writable()
     found, text = check_study(study, folders, volumes)
     say(json.dumps(found) if as_json else f"{text}\npage: {found['page']}")
-    if any(one["refused"] for one in found["findings"]):
+    if study.on_bad_volume != "skip" and any(one["refused"] for one in found["findings"]):
         raise typer.Exit(2)
 
 

@@ -14,6 +14,7 @@ import ray
 from ssl_ray.cluster import malloc
 from ssl_ray.cluster.private import LOG_LEVELS, answers, cluster_of_this_machine, leave_out_harmless_lines
 from ssl_ray.config.schema import LocalCluster
+from ssl_ray.console import say
 from ssl_ray.errors import UserError
 
 _SECONDS = 10.0
@@ -41,6 +42,7 @@ def connect(settings: LocalCluster) -> None:
         if named != "local":
             check_address(named)
         else:
+            say("starting Ray on this machine")
             options |= {
                 "address": "local",
                 "num_cpus": settings.cpus,  # None: Ray counts them, and respects a container's limit

@@ -69,7 +69,7 @@ def _cluster(study: Study, device: Device | None) -> Figures:
     figures: tuple[Any, ...] = "this machine", local.cpus or os.cpu_count(), torch.cuda.device_count(), store
     if device:
         figures = f"{device.name}, one a worker", None, study.pretrain.worker_range[1], None
-    elif os.environ.get("RAY_ADDRESS"):
+    elif (os.environ.get("RAY_ADDRESS") or "local") != "local":
         connect(study.cluster)
         found = ray.cluster_resources()
         figures = "the Ray cluster", *(found.get(key, 0.0) for key in ("CPU", "GPU", "object_store_memory"))

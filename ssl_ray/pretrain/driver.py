@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,10 @@ def pretrain(
     Workers that failed more often than `max_failures` are a RuntimeError; more steps in a row that were not finite than
     `on_nonfinite` and `max_skipped` allow a FloatingPointError.
     """
-    key, training = pretraining_key(recipe, training, validation), draw_volumes(recipe, training)
-    folder = folders.study / f"pretrain-{key}"
-    weights = folder / "best.safetensors"
-    if (done := tracker.finished("pretraining", key)) and folders.output.pull(weights):
-        return Pretrained(weights, key, done, settled(recipe.settings.precision, folder, folders.output))
+    known, training = known_pretraining(recipe, training, validation, folders, tracker), draw_volumes(recipe, training)
+    key, folder = known.key, known.weights.parent
+    if known.run_id and folders.output.pull(known.weights):
+        return replace(known, precision=settled(recipe.settings.precision, folder, folders.output))
     workers = recipe.settings.worker_range[0]
     cpus, gpus = workers * recipe.settings.cpus_per_worker, workers * recipe.settings.gpu
     check_resources("pretrain.workers", f"{workers} workers", cpus, gpus)
@@ -111,7 +110,16 @@ def pretrain(
         run.model(NetworkFile(f"encoder-{key[:6]}", *made))
         best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
         run.metrics(best, steps, {})
-    return Pretrained(weights, key, run.id, precision, fresh=True)
+    return Pretrained(known.weights, key, run.id, precision, fresh=True)
+
+
+def known_pretraining(
+    recipe: Recipe, training: Sequence[Volume], validation: Sequence[Volume], folders: Folders, tracker: Tracker
+) -> Pretrained:
+    """Where the weights lie, or are to lie, and the run that made them, if it is finished; they may be gone since."""
+    key = pretraining_key(recipe, training, validation)
+    weights = folders.study / f"pretrain-{key}" / "best.safetensors"
+    return Pretrained(weights, key, tracker.finished("pretraining", key))
 
 
 def draw_volumes(recipe: Recipe, training: Sequence[Volume]) -> list[Volume]:

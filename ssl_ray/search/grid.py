@@ -71,7 +71,8 @@ def finetune(
         done = len(finished) * config.steps
         bar.update(done)
         runs = TrialCallback(tracker, grid_run.id, params, bar, done)
-        reports = [check_transfer(config, network, made.weights) for made in pretrained]
+        used = sorted({job.weights for job in pending.values() if job.weights})
+        reports = [check_transfer(config, network, weights) for weights in used]
         for report in reports[:1]:  # the others differ in their numbers alone
             grid_run.text(json.dumps(report, indent=1), "weight_transfer.json")
             grid_run.metrics({"transferred_share": report["share"]}, 0)

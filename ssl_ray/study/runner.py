@@ -12,10 +12,10 @@ from ssl_ray.console import say
 from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
 from ssl_ray.networks.model_file import versions
-from ssl_ray.pretrain.driver import Pretrained, pretrain
+from ssl_ray.pretrain.driver import Pretrained, known_pretraining, pretrain
 from ssl_ray.report.write import write_report
 from ssl_ray.search.cells import cells
-from ssl_ray.search.grid import check_transfer, finetune
+from ssl_ray.search.grid import check_transfer, finetune, trial_jobs
 from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
@@ -72,8 +72,8 @@ def _carry_out(
     tracker.facts |= {"ssl_ray.versions": ", ".join(f"{name} {one}" for name, one in versions().items())}
     tracker.facts |= {"ssl_ray.hardware": hardware()}
     try:
-        by_cell = study.search is not None and last != "pretrain"
-        pretrained = _make_weights(study, folders, tracker, prepared, by_cell) if needs_weights else []
+        trials = last != "pretrain"
+        pretrained = _make_weights(study, folders, tracker, prepared, trials) if needs_weights else []
         return () if last == "pretrain" else _fine_tune(study, folders, tracker, prepared, pretrained)
     finally:
         tracker.settle()
@@ -115,9 +115,13 @@ def report(study: Study, folders: Folders) -> None:
 
 
 def _make_weights(
-    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, by_cell: bool
+    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, trials: bool
 ) -> list[Pretrained]:
-    """The weights that `init: pretrained` starts from: those given, or the study's own, unless a search makes them."""
+    """The weights that `init: pretrained` starts from: those given, or the study's own, unless a search makes them.
+
+    Where `trials` follow, only those are made that one of them needs.
+    """
+    by_cell = study.search is not None and trials
     if given := study.finetune.weights:
         say(f"pretrained weights are given: {given}")
         return [Pretrained(Path(given).absolute(), file_digest(Path(given)))]
@@ -127,15 +131,26 @@ def _make_weights(
     content = {f"unlabelled {part} volumes": identity.told(volumes) for part, volumes in parts.items()}
     content["weights to go on from"] = file_digest(Path(given)) if (given := study.pretrain.weights) else "none"
     identity.record(study, folders, "pretrain", content)
-    params, resolved, made = run_params(study, "pretrain"), dump(study), []
-    for number in range(0 if by_cell else study.pretrain.pretrainings):
-        recipe, name = recipe_of(study, number), f"pretrain-run{number}" if number else "pretrain"
+    params, resolved = run_params(study, "pretrain"), dump(study)
+    volumes = prepared.training, prepared.validation
+    recipes = [recipe_of(study, number) for number in range(0 if by_cell else study.pretrain.pretrainings)]
+    made = [known_pretraining(recipe, *volumes, folders, tracker) for recipe in recipes]
+    for number in _needed(study, folders, tracker, prepared, made) if trials else range(len(made)):
+        recipe, name = recipes[number], f"pretrain-run{number}" if number else "pretrain"
         own = params | {"seed": str(recipe.seed), "run": str(number)}
-        volumes = prepared.training, prepared.validation
-        done = pretrain(recipe, *volumes, folders, tracker, own, resolved, name, prepared.probed)
+        made[number] = done = pretrain(recipe, *volumes, folders, tracker, own, resolved, name, prepared.probed)
         say(f"pretraining {'is done' if done.fresh else 'was done already'} in {done.precision}: {done.weights}")
-        made.append(done)
     return made
+
+
+def _needed(
+    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, made: Sequence[Pretrained]
+) -> list[int]:
+    """Numbers of the pretrainings that a cell starts from which is not finished: the weights of others may be gone."""
+    given = study.seed, prepared.splits, prepared.labelled, made, folders
+    jobs = trial_jobs(study.finetune, study.network, *given)[1] if made else {}
+    waiting = {cell.run for cell, job in jobs.items() if job.weights and not tracker.finished("trial", job.key)}
+    return sorted({run % len(made) for run in waiting})
 
 
 def _fine_tune(

@@ -70,6 +70,7 @@ def test_what_a_run_would_refuse_is_told_with_its_file(
     page = (tmp_path / "output" / "small" / "check" / "check.html").read_text()
     assert str(bad / "other.nii.gz") in page
     assert page.count("<figure>") == 3
+    assert main(["check", str(experiment), "--set", place, "--set", "on_bad_volume=skip"]) == 0, "a run goes on without"
 
 
 def test_only_so_many_volumes_are_read(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:

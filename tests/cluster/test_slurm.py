@@ -1,0 +1,60 @@
+"""The script for Slurm on two machines; there is no Slurm here, so that the test stands in for `srun`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from machines import ROOT, clean_environment, machines
+from runs import wait_for, write
+
+from ssl_ray.networks.weight_files import load_weights
+from ssl_ray.study.experiment import load
+from ssl_ray.study.parts import folders_of
+
+pytestmark = pytest.mark.slow
+
+_SRUN = """#!/bin/bash
+printf '%s\\0' "$@" > "$SRUN/words"; env -0 > "$SRUN/environment"; touch "$SRUN/asked"
+until [ -e "$SRUN/code" ]; do sleep 0.2; done
+exit "$(cat "$SRUN/code")"
+"""
+"""Tells the test what it was asked to start, once a machine, and ends as the test then says."""
+
+
+@pytest.mark.parametrize("late", ["head", "worker"])
+def test_a_pretraining_on_two_machines(cohort: Path, tmp_path: Path, late: str) -> None:
+    """Whichever machine comes up first: one worker on each, exit code 0, no Ray left; the token is the job's own."""
+    srun, clone = tmp_path / "srun", tmp_path / "clone"
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    (clone / ".venv" / "bin" / "activate").write_text(f"PATH={srun}:{Path(sys.executable).parent}:$PATH")
+    srun.mkdir()
+    (srun / "srun").write_text(_SRUN)
+    (srun / "srun").chmod(0o755)
+    path = write(tmp_path, cohort, workers=2, epochs=2)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NUM_NODES": "2", "SRUN": str(srun)}
+    environment = clean_environment() | slurm | {"PYTHONPATH": str(ROOT)}
+    log = (tmp_path / "slurm.log").open("wb")
+    with machines(tmp_path / "machines", "first", "second") as (_, (first, second)):
+        script = ["bash", str(ROOT / "experiments/cluster/slurm.sh"), "pretrain", str(path)]
+        there = first.command("env", "-C", str(clone), *script)
+        batch = subprocess.Popen(there, env=environment, stdout=log, stderr=log)
+        wait_for(lambda: (srun / "asked").exists(), "srun", 30)
+        option, *words = (srun / "words").read_text().rstrip("\0").split("\0")
+        assert option == "--cpus-per-task=1"
+        handed = dict(one.split("=", 1) for one in (srun / "environment").read_text().rstrip("\0").split("\0"))
+        order = (second, first) if late == "head" else (first, second)
+        begun = [subprocess.Popen(order[0].command(*words), env=handed, stdout=log, stderr=log)]
+        with pytest.raises(subprocess.TimeoutExpired):
+            begun[0].wait(20)
+        begun.append(subprocess.Popen(order[1].command(*words), env=handed, stdout=log, stderr=log))
+        text = (tmp_path / "slurm.log").read_text
+        codes = [process.wait(240) for process in begun]
+        (srun / "code").write_text(str(max(codes)))
+        assert batch.wait(30) == 0, text()
+        left = [machine.run("pgrep", "-fl", "raylet|gcs_server", env=handed).stdout for machine in (first, second)]
+        assert left == ["", ""]
+    assert "no Ray is" not in text()
+    study = load(path)
+    assert load_weights(next(folders_of(study).study.glob("pretrain-*/best.safetensors")))
+    assert handed["RAY_AUTH_TOKEN"] not in text()
