@@ -19,7 +19,7 @@ WAYS = {
     way: f"{told} > tracking.run.Run.metrics > tracking.run.Run.append | tracking.delivery.Delivery._deliver"
     for way, told in {
         "pretraining": "pretrain.worker.train_loop > pretrain.worker._Reporter.record | "
-        "pretrain.driver._Collector._collect",
+        "pretrain.collector.Collector._collect",
         "trial": "finetune.trial.Trial.train | search.grid.tune_cells.trainable | "
         "search.callbacks.TrialCallback.on_trial_result",
     }.items()

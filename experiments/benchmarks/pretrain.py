@@ -31,6 +31,7 @@ from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import recipe_of, tracker_of
+from ssl_ray.tracking.tracker import Tracker
 
 TINY = {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3}
 VIT_B = {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12}
@@ -103,6 +104,19 @@ def plain(bench: Bench, case: Case, root: Path, name: str) -> Outcome:
     return outcome(watched, found["steps"], [(at, loss) for at, _, loss in found["validations"]])
 
 
+def carried_out(bench: Bench, verb: str, name: str, study: dict[str, Any]) -> tuple[Watched, Tracker]:
+    """A study, as far as a verb goes, on a Ray of its own -> its ended process, and what it has logged."""
+    path = bench.folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(study))
+    command, log = [sys.executable, "-m", "ssl_ray", verb, str(path)], path.with_suffix(".log")
+    watched = Watched(command, log, RAY_ADDRESS="", SSL_RAY_TRACEBACK="1")
+    try:
+        watched.wait()
+    finally:
+        watched.stop()
+    return watched, tracker_of(load(path, []))
+
+
 def outcome(watched: Watched, steps: list[Any], losses: list[tuple[float, float]], **more: float) -> Outcome:
     """Rates from the first to the last of `steps`: (time, patches since the one before, ...)."""
     first, last = steps[0][0], steps[-1][0]
@@ -113,19 +127,7 @@ def outcome(watched: Watched, steps: list[Any], losses: list[tuple[float, float]
 
 def ours(bench: Bench, case: Case, root: Path, name: str) -> Outcome:
     """`ssl-ray pretrain` on a Ray of its own."""
-    path = bench.folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(experiment(bench, case, root, name)))
-    watched = Watched(
-        [sys.executable, "-m", "ssl_ray", "pretrain", str(path)],
-        path.with_suffix(".log"),
-        RAY_ADDRESS="",
-        SSL_RAY_TRACEBACK="1",
-    )
-    try:
-        watched.wait()
-    finally:
-        watched.stop()
-    tracker = tracker_of(load(path, []))
+    watched, tracker = carried_out(bench, "pretrain", name, experiment(bench, case, root, name))
     (run,) = tracker.runs(kind="pretraining")
 
     def history(metric: str) -> list[Any]:

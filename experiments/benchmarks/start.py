@@ -9,17 +9,12 @@ its scores, to the first logged step of the second.
 
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from cohort import write_cohort
-from pretrain import Case, experiment, ours, plain
-from timing import Bench, Watched, main
-
-from ssl_ray.study.experiment import load
-from ssl_ray.study.parts import tracker_of
+from pretrain import Case, carried_out, experiment, ours, plain
+from timing import Bench, main
 
 START, BETWEEN = 15.0, 4.0
 """Seconds at most, on two quiet cores."""
@@ -49,16 +44,7 @@ def between(bench: Bench, root: Path) -> float:
     study["finetune"] |= {"grid": {"init": ["random"]}, "runs": 2, "steps": 20, "validate_every": 10}
     study["finetune"] |= {"max_concurrent_trials": 1, "cohort": {"root": str(root), "classes": 3}}
     study["finetune"]["cohort"]["splits"] = {1: "labelled_1.json"}
-    path = bench.folder / "trials.yaml"
-    path.write_text(yaml.safe_dump(study))
-    watched = Watched(
-        [sys.executable, "-m", "ssl_ray", "finetune", str(path)], path.with_suffix(".log"), RAY_ADDRESS=""
-    )
-    try:
-        watched.wait()
-    finally:
-        watched.stop()
-    tracker = tracker_of(load(path, []))
+    _, tracker = carried_out(bench, "finetune", "trials", study)
 
     def moments(run: Any, metric: str) -> list[float]:
         return sorted(one.timestamp / 1000 for one in tracker.client.get_metric_history(run.info.run_id, metric))

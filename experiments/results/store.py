@@ -1,10 +1,10 @@
-"""A study's MLflow store as one small file beside this one, without weights: kept, and made whole again.
+"""A study's MLflow store as one small file, without weights: kept, and made whole again.
 
-    python experiments/results/store.py keep OUTPUT NAME
-    python experiments/results/store.py restore NAME OUTPUT
+    python experiments/results/store.py keep OUTPUT FILE.tar.xz
+    python experiments/results/store.py restore FILE.tar.xz OUTPUT
 
-OUTPUT is the study's output folder, NAME.tar.xz the file. `ssl-ray report` then makes the page again, and `ssl-ray run`
-goes on from there: what is finished is neither pretrained nor trained again.
+OUTPUT is the study's output folder. `ssl-ray report` then makes the page again, and `ssl-ray run` goes on from there:
+what is finished is neither pretrained nor trained again.
 """
 
 import sqlite3
@@ -14,37 +14,37 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-HERE = Path(__file__).parent
-_PLACE = "/kept/results"
+_PLACE = Path("/kept/results")
 """Stands for the output folder, whose artifacts MLflow knows by absolute paths."""
 _LEFT_OUT = (".safetensors", ".pt", "/models", "/report")
 """Ends of names: weights, networks with their code, and pages that are made again."""
 
 
-def keep(output: Path, name: str) -> Path:
-    """Pack MLflow's database and artifacts of an output folder -> the file."""
-    output, path = output.absolute(), HERE / f"{name}.tar.xz"
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(path, "w:xz") as packed:
+def keep(output: Path, file: Path) -> None:
+    """Pack MLflow's database and artifacts of an output folder."""
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(file, "w:xz") as packed:
         script = Path(folder) / "mlflow.sql"
-        with closing(sqlite3.connect(f"file:{output / 'mlflow.db'}?mode=ro", uri=True)) as database:
-            script.write_text("\n".join(database.iterdump()).replace(str(output), _PLACE))
+        with closing(sqlite3.connect(f"{(output / 'mlflow.db').absolute().as_uri()}?mode=ro", uri=True)) as database:
+            script.write_text(_moved("\n".join(database.iterdump()), output.absolute(), _PLACE))
         packed.add(script, script.name, filter=_plain)
         packed.add(output / "artifacts", "artifacts", filter=_plain)
-    return path
 
 
-def restore(name: str, output: Path) -> None:
+def restore(file: Path, output: Path) -> None:
     """Unpack it into an output folder that has no store yet."""
-    output = output.absolute()
-    output.mkdir(parents=True, exist_ok=True)
     if (output / "mlflow.db").exists():
         raise SystemExit(f"{output}: has a store of its own")
-    with tarfile.open(HERE / f"{name}.tar.xz") as packed:
+    with tarfile.open(file) as packed:
         packed.extractall(output, filter="data")
     script = output / "mlflow.sql"
     with closing(sqlite3.connect(output / "mlflow.db")) as database:
-        database.executescript(script.read_text().replace(_PLACE, str(output)))
+        database.executescript(_moved(script.read_text(), _PLACE, output.absolute()))
     script.unlink()
+
+
+def _moved(script: str, old: Path, new: Path) -> str:
+    """The SQL with another folder in all paths and URIs."""
+    return script.replace(f"{old.as_uri()}/", f"{new.as_uri()}/").replace(f"{old}/", f"{new}/")
 
 
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
@@ -56,9 +56,9 @@ def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case "keep", output, name:
-            print(keep(Path(output), name))
-        case "restore", name, output:
-            restore(name, Path(output))
+        case "keep", output, file:
+            keep(Path(output), Path(file))
+        case "restore", file, output:
+            restore(Path(file), Path(output))
         case _:
             raise SystemExit(__doc__)

@@ -1,18 +1,14 @@
-"""A pretraining as the driver sees it: the key of its result, the TorchTrainer around the workers, their records."""
+"""A pretraining as the driver sees it: the key of its result, the TorchTrainer around the workers."""
 
-import json
 import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
-import ray.exceptions
 from ray import train
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
@@ -23,7 +19,8 @@ from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata
-from ssl_ray.pretrain.describe import datasets, describe
+from ssl_ray.pretrain.collector import Collector
+from ssl_ray.pretrain.describe import datasets
 from ssl_ray.pretrain.job import Job, Labelled, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
@@ -31,11 +28,9 @@ from ssl_ray.random import number
 from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
-from ssl_ray.tracking.client import DEVICE
 from ssl_ray.tracking.run import NetworkFile, Run, ending
-from ssl_ray.tracking.tracker import NOTE, Tracker
+from ssl_ray.tracking.tracker import Tracker
 from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
-from ssl_ray.training.meters import RATE, WAIT, ObjectStore
 from ssl_ray.training.precision import settled
 
 
@@ -173,7 +168,7 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
         ),
     )
     steps = job.training.table.steps
-    with Bar("pretraining", steps) as bar, _Collector(job, run, bar) as collector:
+    with Bar("pretraining", steps) as bar, Collector(job, run, bar) as collector:
         _fit(trainer)
     selected = bool(job.mirror.kept(job.weights).list())
     if collector.fatal:
@@ -219,89 +214,3 @@ def feed_of(recipe: Recipe, folders: Folders, volumes: Sequence[Volume]) -> Feed
     table, first = SampleTable(recipe.seed, shapes, config.patch_size, *draws), volumes[0]
     keys, ids = (tuple(getattr(volume, name) for volume in volumes) for name in ("key", "id"))
     return Feed(table, Store(folders.cache, folders.scratch), keys, ids, first.dtype, first.levels)
-
-
-class _Collector:
-    """Takes what workers tell to MLflow, which gets no step twice, and to the progress bar, in a thread of its own.
-
-    What Ray's queue lost, or the driver before, is in the job's file, which is read at the beginning and at the end.
-    """
-
-    def __init__(self, job: Job, run: Run, bar: Bar) -> None:
-        self._job, self._run, self._bar = job, run, bar
-        self._known = run.logged("lr")
-        self._store = ObjectStore()
-        self.fatal: list[str] = []  # what workers said about the steps that ended the training
-        sent = iter(job.reports.get, None)
-        self._thread = threading.Thread(target=self._collect, args=[sent], daemon=True)
-
-    def __enter__(self) -> "_Collector":
-        self._collect(self._kept())
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(ray.exceptions.RayError):  # the queue is an actor, and may be gone
-            self._job.reports.put(None)
-        self._thread.join()
-        self._collect(self._kept())
-        self._job.reports.shutdown()
-
-    def _kept(self) -> Iterator[tuple[str, Any]]:
-        with suppress(OSError):  # the object store may be away; every later start reads the file again
-            if self._job.mirror.pull(self._job.records):
-                for line in self._job.records.read_bytes().split(b"\n"):
-                    with suppress(ValueError):  # a killed worker's last line, or one that is being written
-                        yield "record", json.loads(line)
-
-    def _collect(self, items: Iterator[tuple[str, Any]]) -> None:
-        told = False
-        end: tuple[str, Any] = "end", None
-        while True:
-            try:
-                kind, content = next(items, end)
-                match kind:
-                    case "end":
-                        return
-                    case "started":
-                        step, device = content
-                        self._run.started(step)
-                        self._run.tags({DEVICE: device})
-                        self._store.sample()  # what was spilled before is not this run's
-                        self._bar.update(step, again=True)
-                    case "record":
-                        step, picture = int(content["step"]), content.pop("picture", None)
-                        if step not in self._known:
-                            numbers = {name: value for name, value in content.items() if name != "step"}
-                            self._run.metrics(numbers | self._store.sample(), step)
-                            self._known.add(step)
-                            self._log_picture(picture, numbers)
-                        self._bar.update(step, progress(content))
-                    case "skipped":
-                        say(f"WARNING: not finite, skipped: {content}")
-                    case "fatal":
-                        self.fatal.append(content)
-            except ray.exceptions.RayError as error:
-                say(f"WARNING: {first_error(str(error)) or error}; metrics follow at the end from {self._job.records}")
-                return
-            except Exception as error:  # one record that cannot be logged must not end the logging of the others
-                if not told:
-                    say(f"WARNING: a metric is not logged: {reason(error)}")
-                told = True
-
-    def _log_picture(self, picture: str | None, numbers: Mapping[str, float]) -> None:
-        # Without its picture a run goes on; a fault of the object store is raised where it matters.
-        with suppress(OSError):
-            if picture and (Path(picture).is_file() or self._job.mirror.pull(Path(picture))):
-                self._run.artifact(Path(picture), "pictures")
-                self._run.tags({NOTE: describe(self._job, self._run.id, f"pictures/{Path(picture).name}", numbers)})
-
-
-def progress(record: Mapping[str, float]) -> str:
-    """What the progress bar says of a record."""
-    facts = f"loss {record.get('loss', math.nan):.4f}, {record[RATE]:.0f} patches/s"
-    if record[WAIT] >= 5:
-        facts += f", waits for data {record[WAIT]:.0f}%"
-    if "validation_loss" in record:
-        facts += f", validation {record['validation_loss']:.4f}"
-    return facts

@@ -119,7 +119,7 @@ def _make_weights(
 ) -> list[Pretrained]:
     """The weights that `init: pretrained` starts from: those given, or the study's own, unless a search makes them.
 
-    Where `trials` follow, only those are made that one of them needs.
+    Where `trials` follow, weights that are gone are made again only if one of them needs them.
     """
     by_cell = study.search is not None and trials
     if given := study.finetune.weights:
@@ -135,8 +135,15 @@ def _make_weights(
     volumes = prepared.training, prepared.validation
     recipes = [recipe_of(study, number) for number in range(0 if by_cell else study.pretrain.pretrainings)]
     made = [known_pretraining(recipe, *volumes, folders, tracker) for recipe in recipes]
-    for number in _needed(study, folders, tracker, prepared, made) if trials else range(len(made)):
-        recipe, name = recipes[number], f"pretrain-run{number}" if number else "pretrain"
+    gone = [number for number, one in enumerate(made) if one.run_id and not folders.output.pull(one.weights)]
+    spared = {*gone} - _needed(study, folders, tracker, prepared, made) if trials and gone else set()
+    for number, recipe in enumerate(recipes):
+        if number in spared:
+            say(
+                f"pretraining of run {number} was done already, and so were its cells: its weights are gone, not needed"
+            )
+            continue
+        name = f"pretrain-run{number}" if number else "pretrain"
         own = params | {"seed": str(recipe.seed), "run": str(number)}
         made[number] = done = pretrain(recipe, *volumes, folders, tracker, own, resolved, name, prepared.probed)
         say(f"pretraining {'is done' if done.fresh else 'was done already'} in {done.precision}: {done.weights}")
@@ -145,12 +152,13 @@ def _make_weights(
 
 def _needed(
     study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, made: Sequence[Pretrained]
-) -> list[int]:
-    """Numbers of the pretrainings that a cell starts from which is not finished: the weights of others may be gone."""
+) -> set[int]:
+    """Numbers of the pretrainings whose weights a cell starts from that is not finished."""
     given = study.seed, prepared.splits, prepared.labelled, made, folders
-    jobs = trial_jobs(study.finetune, study.network, *given)[1] if made else {}
-    waiting = {cell.run for cell, job in jobs.items() if job.weights and not tracker.finished("trial", job.key)}
-    return sorted({run % len(made) for run in waiting})
+    jobs = trial_jobs(study.finetune, study.network, *given)[1]
+    return {
+        cell.run % len(made) for cell, job in jobs.items() if job.weights and not tracker.finished("trial", job.key)
+    }
 
 
 def _fine_tune(

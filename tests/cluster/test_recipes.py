@@ -113,7 +113,7 @@ def test_what_the_image_copies_can_be_installed(tmp_path: Path) -> None:
 
 
 def test_the_script_for_slurm_is_one_of_bash() -> None:
-    """No test runs it: there is no Slurm here."""
+    """`test_slurm.py` runs it, where the system lets it make machines."""
     subprocess.run(["bash", "-n", str(CLUSTER / "slurm.sh")], check=True)
 
 

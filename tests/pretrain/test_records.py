@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from ssl_ray.console import Bar
-from ssl_ray.pretrain.driver import _Collector
+from ssl_ray.pretrain.collector import Collector
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.tracking.run import Run
 
@@ -44,7 +44,7 @@ def collect(folder: Path, *items: Any, lines: str = "") -> Run:
     (folder / "records.jsonl").write_text(lines)
     run = Run(folder / "journal", Condition())
     job = SimpleNamespace(reports=Reports(*items), records=folder / "records.jsonl", mirror=Mirror(folder))
-    with Bar("pretraining", 9) as bar, _Collector(job, run, bar):  # type: ignore[arg-type]
+    with Bar("pretraining", 9) as bar, Collector(job, run, bar):  # type: ignore[arg-type]
         pass
     return run
 

@@ -2,12 +2,9 @@
 
 import json
 import re
-import sqlite3
 import subprocess
 import sys
-import tarfile
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +19,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from recorded import Outcome, case, constant, flat, make_study, record
+from store import keep, restore
 from studies import place_database
 
 from ssl_ray.config.loading import dump
@@ -443,11 +441,8 @@ def test_the_store_of_an_earlier_version_is_still_reported(tmp_path: Path) -> No
 
     12 trials of two sizes, three runs, one learning rate; four patients with two volumes each, one without a spleen.
     """
-    with tarfile.open(Path(__file__).with_name("golden.tar.xz")) as packed:
-        packed.extractall(tmp_path, filter="data")
-    (tmp_path / "mlflow.db").unlink()  # the empty one
-    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        database.executescript((tmp_path / "mlflow.sql").read_text().replace("/golden", str(tmp_path)))
+    restore(Path(__file__).with_name("golden.tar.xz"), tmp_path / "output")
+    (tmp_path / "output" / "mlflow.db").replace(tmp_path / "mlflow.db")
     study = make_study(tmp_path, lr=[1e-4], runs=3)
     try:
         MlflowClient(study.tracking.uri).search_experiments()
@@ -470,6 +465,28 @@ def test_the_store_of_an_earlier_version_is_still_reported(tmp_path: Path) -> No
         ["Dice", "6", "3", "4", "0.410 ± 0.010", "0.469 ± 0.011", "+0.059 (+0.042 to +0.076)"],
         ["Dice", "12", "2", "4", "0.515 ± 0.007", "0.580 ± 0.010", "+0.065 (+0.050 to +0.080)"],
     ]
+
+
+def test_a_store_without_weights_gives_the_same_report_elsewhere(tmp_path: Path) -> None:
+    """Kept as a file and restored in a folder whose name is another one in URIs; no weights are in the file."""
+    here, there = tmp_path / "a folder", tmp_path / "elsewhere"
+    studies = [make_study(folder, lr=[1e-4]) for folder in (here, there)]
+    record(studies[0], constant(studies[0], 0.5, 0.6), here)
+    weights = next((here / "output" / "artifacts").rglob("evaluation.json")).with_name("model.safetensors")
+    weights.write_bytes(b"weights")
+    first = report_on(studies[0], tmp_path / "first")
+    (here / "mlflow.db").replace(here / "output" / "mlflow.db")
+    keep(here / "output", tmp_path / "kept.tar.xz")
+    restore(tmp_path / "kept.tar.xz", there / "output")
+    assert not [*there.rglob("*.safetensors"), *there.rglob("report.html")]
+    (there / "output" / "mlflow.db").replace(there / "mlflow.db")
+    second = report_on(studies[1], tmp_path / "second")
+    assert second.table == first.table
+    assert {path.name for path in second.files} == {path.name for path in first.files}
+    answers = [(tmp_path / name / "answer.csv").read_bytes() for name in ("first", "second")]
+    assert answers[0] == answers[1]
+    with pytest.raises(SystemExit, match="has a store of its own"):
+        restore(tmp_path / "kept.tar.xz", here / "output")
 
 
 def test_a_study_without_a_grid_says_so(tmp_path: Path) -> None:

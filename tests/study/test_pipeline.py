@@ -102,8 +102,18 @@ def test_run_answers_and_a_second_run_does_nothing_again(
     assert "pretraining was done already" in second
     assert "0 cells trained now, 4 were done already" in second
     assert report.is_file()
-    after = {run.info.run_id: run.info.end_time for kind in ("pretraining", "trial") for run in tracker.runs(kind=kind)}
-    assert after == ends
+
+    def ended() -> dict[str, int]:
+        runs = [run for kind in ("pretraining", "trial") for run in tracker.runs(kind=kind)]
+        return {run.info.run_id: run.info.end_time for run in runs}
+
+    assert ended() == ends
+    kept = report.parent.rename(report.parent.with_name("kept"))
+    assert main(["run", str(path)]) == 0, "MLflow and the store are enough"
+    assert "its weights are gone, not needed" in capfd.readouterr().out
+    assert ended() == ends
+    shutil.rmtree(report.parent)
+    kept.rename(report.parent)
 
 
 def test_a_failing_worker_ends_in_one_message_and_code_1(

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ssl_ray import console
 from ssl_ray.console import Bar
-from ssl_ray.pretrain.driver import progress
+from ssl_ray.pretrain.collector import progress
 from ssl_ray.training import meters
 from ssl_ray.training.meters import ObjectStore, arithmetic_rate, peak_memory
 
