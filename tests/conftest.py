@@ -46,7 +46,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, shared by all tests that ask for it."""
     import ray
 
-    from ssl_ray.cluster.connect import quiet, runtime_env
+    from ssl_ray.cluster.worker import quiet, runtime_env
 
     quiet()
     ray.init(

@@ -121,7 +121,8 @@ def start_ray(bench: Bench, config: Study) -> None:
     """As a study does; where Ray does not see the GPU that torch sees, it is told."""
     import ray
 
-    from ssl_ray.cluster.connect import connect, runtime_env
+    from ssl_ray.cluster.connect import connect
+    from ssl_ray.cluster.worker import runtime_env
 
     connect(config.cluster)
     if bench.device.type == "cuda" and not ray.cluster_resources().get("GPU"):

@@ -34,7 +34,7 @@ def start_ray() -> None:
     """A Ray of two CPUs and a small object store for this benchmark alone."""
     import ray
 
-    from ssl_ray.cluster.connect import quiet, runtime_env
+    from ssl_ray.cluster.worker import quiet, runtime_env
 
     quiet()
     ray.init(

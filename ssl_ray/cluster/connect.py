@@ -4,24 +4,19 @@ import logging
 import os
 import re
 import signal
-import sys
 import threading
-import warnings
 from typing import Any
 
 import ray
 
-from ssl_ray.cluster import malloc
-from ssl_ray.cluster.private import LOG_LEVELS, answers, cluster_of_this_machine, leave_out_harmless_lines
+from ssl_ray.cluster.private import answers, cluster_of_this_machine, leave_out_harmless_lines
+from ssl_ray.cluster.worker import quiet, runtime_env
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.console import say
 from ssl_ray.errors import UserError
 
 _SECONDS = 10.0
 """How long an address is tried, e.g. while a cluster starts."""
-
-_DRIVER_ONLY = ("mlflow", "sklearn", "tensorboardX")
-"""Packages that MONAI loads where they are installed, though no worker uses them: 1 of the 2.5 s of its import."""
 
 
 def connect(settings: LocalCluster) -> None:
@@ -91,28 +86,3 @@ def first_error(text: str) -> str | None:
     """The cause in Ray's chain of tracebacks, `ValueError: ...`: its first error that is not one of Ray's wrappers."""
     named = re.search(r"^(?!ray\.)[\w.]*(?:Error|Exception)\b(?!.*ray::).*: .*$", text, re.MULTILINE)
     return named.group().strip() if named else None
-
-
-def runtime_env() -> dict[str, Any]:
-    """Ray's `runtime_env` for all worker processes: quiet loggers, and a malloc that keeps the memory it frees."""
-    return {"worker_process_setup_hook": set_up_worker, "env_vars": malloc.environment()}
-
-
-def set_up_worker() -> None:
-    """Runs at the start of every worker process, once it is connected."""
-    quiet()
-    for name in _DRIVER_ONLY:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # importing it raises ModuleNotFoundError
-    # Actors of Ray's own, such as Ray Train's cleaner of placement groups, look for their cluster on the machine. Where
-    # there is another one, they end with a long traceback, or take a training for dead of which that knows nothing.
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-
-
-def quiet() -> None:
-    """Silence the routine messages of Ray's loggers, in the driver and in every worker process."""
-    for name, level in LOG_LEVELS.items():
-        logging.getLogger(name).setLevel(level)
-    # Batches lie in Ray's object store, which is read-only: they are copied before anything writes.
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    # Of weights with dimensions of one element, whose strides may be anything: torch's DDP compares them all the same.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -18,8 +18,9 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher as print
 from ray.dashboard import utils
 
 from ssl_ray.cluster import connect as module
-from ssl_ray.cluster.connect import check_address, connect, set_up_worker
+from ssl_ray.cluster.connect import check_address, connect
 from ssl_ray.cluster.private import leave_out_harmless_lines
+from ssl_ray.cluster.worker import set_up_worker
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.errors import UserError
 
@@ -129,7 +130,7 @@ def test_a_worker_knows_its_cluster_among_others(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RAY_ADDRESS", "")
     with pytest.raises(ConnectionError, match="Found multiple active Ray instances"):
         utils.get_address_for_submission_client(None)
-    monkeypatch.setattr(module, "_DRIVER_ONLY", ())  # this process goes on as a driver
+    monkeypatch.setattr("ssl_ray.cluster.worker._DRIVER_ONLY", ())  # this process goes on as a driver
     set_up_worker()
     assert utils.get_address_for_submission_client(None) == "10.0.0.7:6379"
 
@@ -164,3 +165,9 @@ def test_a_line_that_means_nothing_is_not_printed() -> None:
     finally:
         printed.remove_handler("test")
     assert seen == lines[1:]
+
+
+def test_a_process_of_ray_begins_with_little() -> None:
+    """A start has a dozen of them: what only the driver reads and prints with would cost each a seventh of a second."""
+    code = "import sys, ssl_ray.cluster.worker\nassert not {'pydantic', 'rich', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,40 @@
+"""How a process of Ray begins: loggers that say what matters, and memory that stays. Every one of them imports this."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import ray
+
+from ssl_ray.cluster import malloc
+from ssl_ray.cluster.private import LOG_LEVELS
+
+_DRIVER_ONLY = ("mlflow", "sklearn", "tensorboardX")
+"""Packages that MONAI loads where they are installed, though no worker uses them: 1 of the 2.5 s of its import."""
+
+
+def runtime_env() -> dict[str, Any]:
+    """Ray's `runtime_env` for all worker processes: quiet loggers, and a malloc that keeps the memory it frees."""
+    return {"worker_process_setup_hook": set_up_worker, "env_vars": malloc.environment()}
+
+
+def set_up_worker() -> None:
+    """Runs at the start of every worker process, once it is connected."""
+    quiet()
+    for name in _DRIVER_ONLY:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # importing it raises ModuleNotFoundError
+    # Actors of Ray's own, such as Ray Train's cleaner of placement groups, look for their cluster on the machine. Where
+    # there is another one, they end with a long traceback, or take a training for dead of which that knows nothing.
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+def quiet() -> None:
+    """Silence the routine messages of Ray's loggers, in the driver and in every worker process."""
+    for name, level in LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+    # Batches lie in Ray's object store, which is read-only: they are copied before anything writes.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    # Of weights with dimensions of one element, whose strides may be anything: torch's DDP compares them all the same.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
