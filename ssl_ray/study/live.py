@@ -18,7 +18,10 @@ _SECONDS, _SHARE = 5.0, 50
 
 
 class LivePage:
-    """Writes the page from a thread until it is left. A study that has a report keeps that until the next is ready."""
+    """Writes the page from a thread until it is left; after an error once more, as what was stopped.
+
+    A study that has a report keeps that until the next is ready.
+    """
 
     def __init__(self, study: Study, folders: Folders) -> None:
         self._study, self._folders, self._ended = study, folders, threading.Event()
@@ -29,27 +32,37 @@ class LivePage:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         if self._thread.ident:
             self._thread.join()
+            if kind is not None:
+                self._write(stopped=True)
 
     def _watch(self) -> None:
         took = 0.0
         while not self._ended.wait(max(_SECONDS, _SHARE * took)):
             began = time.monotonic()
-            with suppress(OSError, ValueError):  # a journal that is being written; the next time comes soon
-                write_live(self._study, self._folders)
+            self._write()
             took = time.monotonic() - began
 
+    def _write(self, stopped: bool = False) -> None:
+        with suppress(OSError, ValueError):  # a journal that is being written; the next time comes soon
+            write_live(self._study, self._folders, stopped)
 
-def write_live(study: Study, folders: Folders) -> Path:
-    """Write the page as things stand now."""
+
+def write_live(study: Study, folders: Folders, stopped: bool = False) -> Path:
+    """Write the page as things stand now; `stopped`: by an error or Ctrl-C, in a process that is about to end."""
     pictures = sorted(folders.study.glob("pretrain-*/pictures/*.png"), key=lambda path: path.stat().st_mtime)
     logged = read_logged(folders)
+    facts = status_of(study, folders, logged) | {"report": None}
+    if stopped:
+        facts |= {"process": None, "stage": "interrupted"}
+    state = "stopped" if stopped else "running"
     values = {
         "study": study,
-        "status": render(status_of(study, folders, logged) | {"report": None}),
+        "state": state,
+        "status": render(facts),
         "trials": [run for run in logged if run.kind == "trial"],
         "picture": pictures[-1].relative_to(folders.study) if pictures else None,
         "now": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -57,5 +70,5 @@ def write_live(study: Study, folders: Folders) -> Path:
     }
     page = folders.study / "report.html"
     text = TEMPLATES.get_template("live.md.j2").render(values)
-    write_file(page, to_html(text, folders.study, f"{study.name}: running", refresh=10).encode())
+    write_file(page, to_html(text, folders.study, f"{study.name}: {state}", refresh=None if stopped else 10).encode())
     return page

@@ -50,6 +50,27 @@ def test_it_grows_with_the_study(study: Study, monkeypatch: pytest.MonkeyPatch) 
         trial.close()
 
 
+def test_it_says_that_the_study_was_stopped(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that went on renewing itself would let somebody wait who has to start it again."""
+    monkeypatch.setattr(live, "_SECONDS", 0.05)
+    folders = folders_of(study)
+
+    def train_until_stopped() -> None:
+        with only_one(folders), LivePage(study, folders):
+            weights = begin(folders, "pretraining", "p", steps=200, run=0)
+            train(weights, 50, rate=40)
+            weights.close("KILLED")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_until_stopped()
+    page = (folders.study / "report.html").read_text()
+    assert "small: stopped" in page
+    assert "the same `ssl-ray run` goes on" in page
+    assert "http-equiv" not in page
+    assert "running" not in page
+
+
 def test_a_report_stays_until_there_is_a_new_one(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     """A study that is carried on, e.g. with more runs, does not lose its answer meanwhile."""
     monkeypatch.setattr(live, "_SECONDS", 0.01)
