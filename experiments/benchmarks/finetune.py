@@ -1,6 +1,6 @@
 """A step of fine-tuning and a validation: ours against a plain MONAI script of the same recipe, on one core.
 
-    PYTHONPATH=. python experiments/benchmarks/finetune.py [--quick]
+    PYTHONPATH=. python experiments/benchmarks/finetune.py [--quick] [--float32]
 
 The plain script is the tutorial's fine-tuning notebook: `CacheDataset` with the deterministic transforms' results,
 `RandCropByPosNegLabeld` and augmentation, `UNETR` in float32, `DiceCELoss`, `AdamW`, `loss.item()` every step;
@@ -56,6 +56,7 @@ def study(bench: Bench, network: Unetr, side: int) -> Study:
                 "cohort": {"root": str(bench.folder), "classes": CLASSES, "splits": {1: "none.json"}},
                 "preparation": preparation,
                 "patch_size": side,
+                "precision": bench.precision,
             },
         }
     )

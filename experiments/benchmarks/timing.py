@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from ssl_ray.cluster.malloc import keep_freed
+from ssl_ray.training.precision import named, resolve
 
 torch.set_num_threads(1)
 
@@ -109,6 +110,8 @@ class Bench:
 
     quick: bool
     folder: Path
+    precision: str
+    """What the network multiplies in: as `auto` comes to on this CPU, or float32."""
     ratios: dict[str, float] = field(default_factory=dict)
     floors: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -168,6 +171,7 @@ class Bench:
             print(f"{'ok  ' if floor['ok'] else 'LOW '} {name}: {floor['found']:.4g} ({limit})")
         ok = all(floor["ok"] for floor in self.floors.values())
         result = {"ratios": self.ratios, "floors": self.floors, "ok": ok, "quick": self.quick, "facts": self.facts}
+        result["precision"] = self.precision
         print(json.dumps(result, default=float), flush=True)
         return 0 if ok or self.quick else 1
 
@@ -176,10 +180,12 @@ def main(description: str, run: Callable[[Bench], None]) -> None:
     """Parse the options, run the benchmark in a folder that is removed afterwards, exit."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one turn, floors are not enforced")
+    parser.add_argument("--float32", action="store_true", help="as on a CPU that does not multiply in bfloat16")
     options = parser.parse_args()
+    precision = "float32" if options.float32 else named(resolve("auto", torch.device("cpu")))
     keep_freed()  # as ssl_ray's workers do
     with tempfile.TemporaryDirectory(prefix="ssl_ray_bench_") as folder:
-        bench = Bench(options.quick, Path(folder))
+        bench = Bench(options.quick, Path(folder), precision)
         run(bench)
         code = bench.finish()
     sys.exit(code)
