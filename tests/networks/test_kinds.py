@@ -230,7 +230,9 @@ def test_without_pretraining_there_is_nothing_to_transfer() -> None:
     assert f"{rule}, got ['random', 'pretrained']" in refusal("network=dynunet", "finetune.patch_size=64")
     fitting = ["network=dynunet", "finetune.patch_size=64", "finetune.grid.init=[random]"]
     assert not parse(STUDY.read_text(), "demo", fitting).pretrains
-    assert f"{rule}, got ['random'] and finetune.weights" in refusal(*fitting, "finetune.weights=a.safetensors")
+    assert f"{rule}, got ['random'] and finetune.weights" in refusal(
+        *fitting, "finetune.weights=a.safetensors", "pretrain.pretrainings=1"
+    )
     weights = build_autoencoder(UNETR, CUBE).state_dict()
     with pytest.raises(UserError, match="weights: a DynUNet has no encoder"):
         transfer(weights, build_segmentation(DYNUNET, CUBE, 1, 3), "weights")
