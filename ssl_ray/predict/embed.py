@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -95,11 +96,12 @@ def read_embedder(place: str) -> tuple[Embedder, Path]:
     kinds = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(Network)[0])}
     try:
         kind = kinds[entry["kind"]]
-        network = kind.model_validate({name: entry[name] for name in kind.model_fields if name in entry})
+        # `describe` wrote them as text.
+        network = kind.model_validate({key: yaml.safe_load(entry[key]) for key in kind.model_fields if key in entry})
         prepared = json.loads(entry["preparation"])
         preparation = Preparation.model_validate({key: prepared[key] for key in prepared if key != "version"})
         encoder = build_encoder(network, json.loads(entry["patch_size"]), preparation.channels)
-    except (KeyError, ValueError, TypeError, ValidationError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, ValidationError, yaml.YAMLError) as error:
         told = "its metadata do not say which encoder it is and how volumes are prepared for it"
         raise UserError(f"{path}: {told}, as a pretraining writes them: {shown(error, 200)}") from error
     transfer(load_weights(path), encoder, str(path), load_metadata(path))
@@ -131,7 +133,8 @@ def embed_all(
     schema = pa.schema(columns, metadata={"encoder_sha256": made_by})
     rows = 0
     output.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(output) as part, pq.ParquetWriter(part, schema) as writer:
+    # Opened by Python, whose errors name the file.
+    with appearing(output) as part, part.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
         for case, found in over_cases("embedding", cases, make, device, workers):
             if isinstance(found, UserError):
                 bad[str(case.image)] = str(found)

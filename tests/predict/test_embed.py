@@ -14,7 +14,9 @@ from ssl_ray.data.datalist import Case
 from ssl_ray.data.normalise import metadata as preparation_metadata
 from ssl_ray.errors import UserError
 from ssl_ray.networks.dynunet.settings import DynUnet
+from ssl_ray.networks.primus.settings import Primus
 from ssl_ray.networks.registry import build_autoencoder
+from ssl_ray.networks.unetr.settings import Unetr
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.predict.case import read_prepared
 from ssl_ray.predict.embed import read_embedder
@@ -51,10 +53,14 @@ def test_tokens_are_the_encoders(tmp_path: Path, case: Case) -> None:
         assert all(-8 <= at < length + 8 for at, length in zip(middle, image.shape, strict=True)), "reaches inside"
 
 
-def test_a_pretraining_tells_what_its_encoder_needs(tmp_path: Path, case: Case) -> None:
+PRIMUS = Primus(token=4, hidden_size=48, layers=2, num_heads=4)
+
+
+@pytest.mark.parametrize("network", [NETWORK, PRIMUS], ids=["unetr", "primus"])
+def test_a_pretraining_tells_what_its_encoder_needs(tmp_path: Path, case: Case, network: Unetr | Primus) -> None:
     """Its best weights give the same features as the network that wrote them; without metadata they are refused."""
-    autoencoder = shaken(build_autoencoder(NETWORK, PATCH), 0.1)
-    told = describe(NETWORK, PATCH) | preparation_metadata(PREPARATION) | {"task": "restoration", "step": "4"}
+    autoencoder = shaken(build_autoencoder(network, PATCH), 0.1)
+    told = describe(network, PATCH) | preparation_metadata(PREPARATION) | {"task": "restoration", "step": "4"}
     export(tmp_path / "best.safetensors", autoencoder.state_dict(), told)
     embedder, path = read_embedder(str(tmp_path))
     assert path == tmp_path / "best.safetensors"
