@@ -17,7 +17,7 @@ from ssl_ray.report.comparison import Arm, Comparison, Measure, Shared, check_pr
 from ssl_ray.report.statistics import Array
 from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, means, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
-from ssl_ray.text import without_password
+from ssl_ray.text import shown, without_password
 from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import KEY, Tracker
 
@@ -139,8 +139,14 @@ def read_results(study: Study, tracker: Tracker) -> Results:
     grid, config = newest_parent(study, tracker, "grid")
     # By key, not by parent: a cell that an earlier grid finished already is not trained again under this one.
     keys: dict[str, str] = json.loads(tracker.read(grid.info.run_id, CELLS) or b"{}")
+    wanted = cells(study.finetune)
+    if keys and not any(cell.name in keys for cell in wanted):
+        raise UserError(
+            f"{study.name}: its grid has none of the cells of this experiment (give the --set that the run was given): "
+            f"it has {shown(', '.join(keys))}, and not {shown(', '.join(cell.name for cell in wanted))}"
+        )
     newest = {run.data.tags[KEY]: run for run in reversed(tracker.runs(kind="trial"))}
-    trials = [read_trial(tracker, cell, newest.get(keys.get(cell.name, ""))) for cell in cells(study.finetune)]
+    trials = [read_trial(tracker, cell, newest.get(keys.get(cell.name, ""))) for cell in wanted]
     bad = defaultdict(list)
     for row in json.loads(tracker.read(grid.info.run_id, BAD_VOLUMES) or b"[]"):
         bad[row["part"]].append(row["id"])

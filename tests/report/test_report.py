@@ -504,3 +504,13 @@ def test_the_report_loads_neither_torch_nor_ray() -> None:
     code = "import sys, ssl_ray.report.write; print(sorted({'torch', 'ray', 'monai'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_another_experiment_does_not_replace_the_report(tmp_path: Path) -> None:
+    """Of a study whose cells are all others, e.g. without the --set of its run, there is nothing to report."""
+    study = make_study(tmp_path, lr=[1e-4])
+    record(study, constant(study, 0.5, 0.6), tmp_path)
+    before = report_on(study, tmp_path / "report").markdown.read_bytes()
+    with pytest.raises(UserError, match=r"none of the cells of this experiment .*lr0\.0001.*, and not .*lr0\.0005"):
+        report_on(make_study(tmp_path, lr=[5e-4]), tmp_path / "report")
+    assert (tmp_path / "report" / "report.md").read_bytes() == before
