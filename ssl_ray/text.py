@@ -40,3 +40,8 @@ def shown(value: Any, length: int = 300) -> str:
 def reason(error: BaseException) -> str:
     """An error as part of a message: its type and the beginning of its text, in one line."""
     return f"{type(error).__name__}: {without_password(' '.join(str(error).split()))[:300]}"
+
+
+def count_of(number: int, noun: str, plural: str = "") -> str:
+    """Like `1 volume` or `6 volumes`."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"

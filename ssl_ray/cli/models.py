@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ssl_ray.cli.app import app
-from ssl_ray.cli.options import AsJson, writable
+from ssl_ray.cli.options import AsJson, Quiet, writable
 from ssl_ray.console import say
-from ssl_ray.text import shown
+from ssl_ray.text import count_of, shown
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="model.safetensors, a cell's folder, runs:/ID/path, models:/NAME@ALIAS.")
@@ -51,6 +51,7 @@ def predict(
     resume: Annotated[bool, Flag("--continue", "Leave out what is complete.")] = False,
     device: Device = "auto",
     workers: Workers = None,
+    quiet: Quiet = False,
 ) -> None:
     """Segment scans: label maps on their own grids, pictures, and a table of the organs' volumes.
 
@@ -63,8 +64,6 @@ def predict(
     told = models[0].metadata
     cases, left_out = cases_of(inputs, told.preparation.channels, part)
     _tell_left_out(left_out)
-    from ssl_ray.cluster.connect import connect
-    from ssl_ray.config.schema import LocalCluster
     from ssl_ray.predict.case import Outputs
     from ssl_ray.predict.run import SIZES, predict_all
     from ssl_ray.predict.segment import check_agree, manner_of, numbers_of
@@ -74,12 +73,11 @@ def predict(
     for note in notes:
         say(f"other than the model was scored: {note}")
     outputs = Outputs(output.absolute(), probabilities, numbers_of(keep_largest, told.organs))
-    connect(LocalCluster())
     with writable(output):
         count, bad = predict_all(models, manner, cases, outputs, device=device, workers=workers, resume=resume)
     say(f"{output}: {count} of {len(cases)} volumes segmented now, {len(cases) - count - len(bad)} were there already")
     say(f"sizes of the organs: {output / SIZES}")
-    _end(bad)
+    _end(bad, len(cases))
 
 
 @app.command(epilog="Example: ssl-ray evaluate labels my_ct/labelsTs --tolerance 1")
@@ -91,6 +89,7 @@ def evaluate(
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.001, metavar="MM", help="Of surface Dice.")] = 2.0,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score anybody's label maps: Dice, surface Dice, HD95, missed and false organs, on the grid of the true ones."""
     from ssl_ray.predict.evaluate import evaluate_all, names_of, pairs_of
@@ -100,7 +99,7 @@ def evaluate(
     names = names_of(predictions, labels)
     evaluation, failed = evaluate_all(pairs, names, tolerance)
     if not evaluation.cases:
-        _end(bad | failed)
+        _end(bad | failed, len(bad | failed))
     folder = output or (predictions if predictions.is_dir() else predictions.parent)
     tree = json.dumps(evaluation.tree())
     with writable(folder):
@@ -110,8 +109,8 @@ def evaluate(
     if not as_json:
         say(f"{len(evaluation.cases)} volumes; {folder / 'evaluation.csv'}, {folder / 'evaluation.json'}")
         if missing:
-            say(f"{missing} of the label maps in {labels} have no prediction, and count for nothing here")
-    _end(bad | failed)
+            say(f"{count_of(missing, 'label map')} in {labels} without a prediction: nothing is counted for them")
+    _end(bad | failed, len(evaluation.cases) + len(bad | failed))
 
 
 @app.command(epilog="Example: ssl-ray embed output/demo/pretrain-1a2b3c4d new_scans -o features.parquet")
@@ -125,10 +124,9 @@ def embed(
     part: Part = None,
     device: Device = "auto",
     workers: Workers = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write the encoder's features of whole volumes, the mean over their tokens."""
-    from ssl_ray.cluster.connect import connect
-    from ssl_ray.config.schema import LocalCluster
     from ssl_ray.predict.embed import embed_all, read_embedder
     from ssl_ray.predict.inputs import cases_of
     from ssl_ray.storage.files import file_digest
@@ -136,12 +134,11 @@ def embed(
     embedder, path = read_embedder(model)
     cases, left_out = cases_of(inputs, embedder.preparation.channels, part)
     _tell_left_out(left_out)
-    connect(LocalCluster())
     made_by = file_digest(path)
     with writable(output.parent):
         rows, bad = embed_all(embedder, made_by, cases, output, tokens=tokens, device=device, workers=workers)
     say(f"{output}: {rows} rows of {embedder.encoder.hidden_size} features")
-    _end(bad)
+    _end(bad, len(cases))
 
 
 @app.command(epilog="Example: ssl-ray export models:/demo-segmenter@best -o spleen_ct --authors 'Our Hospital'")
@@ -170,10 +167,11 @@ def _tell_left_out(left_out: dict[str, str]) -> None:
         say(f"left out: {len(left_out) - 5} more")
 
 
-def _end(bad: dict[str, str]) -> None:
-    """List what could not be done, by path with the reason, and end with exit code 2 if there is anything."""
+def _end(bad: dict[str, str], count: int) -> None:
+    """List what could not be done of so many, by path with the reason; exit code 2 if there is anything."""
     for path, why in bad.items():
         say(f"FAILED: {why if path in why else f'{path}: {why}'}")
     if bad:
-        say(f"{len(bad)} failed; the others are complete")
+        others = count - len(bad)
+        say(f"{len(bad)} failed" + (f"; {count_of(others, 'volume')} complete" if others else ""))
         raise typer.Exit(2)

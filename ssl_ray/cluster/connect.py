@@ -14,6 +14,7 @@ from ssl_ray.cluster.worker import quiet, runtime_env
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.console import say
 from ssl_ray.errors import UserError
+from ssl_ray.text import count_of
 
 _SECONDS = 10.0
 """How long an address is tried, e.g. while a cluster starts."""
@@ -71,7 +72,7 @@ def hardware() -> str:
     nodes = sum(node["Alive"] for node in ray.nodes())
     kinds = ", ".join(key.partition(":")[2] for key in found if key.startswith("accelerator_type:"))
     gpus = f"{found['GPU']:g} GPUs ({kinds}), " if "GPU" in found else ""
-    return f"{nodes} nodes, {found.get('CPU', 0):g} CPUs, {gpus}{found.get('memory', 0) / 1e9:.0f} GB"
+    return f"{count_of(nodes, 'node')}, {found.get('CPU', 0):g} CPUs, {gpus}{found.get('memory', 0) / 1e9:.0f} GB"
 
 
 def check_resources(key: str, what: str, cpus: float, gpus: float) -> None:

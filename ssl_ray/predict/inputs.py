@@ -35,7 +35,7 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
     for place in inputs:
         if place.is_dir():
             found, unusable = usable_files(place)
-            labels = [path for path in found if is_label_map(path)]
+            labels = [path for path in found if is_label_map(place.resolve().name / path)]
             left_out |= {str(place / path): why for path, why in unusable.items()}
             left_out |= {str(place / path): "a label map, by its name or folder" for path in labels}
             files += [place / path for path in found if path not in labels]
@@ -43,6 +43,8 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
             listed = read_datalist(place.parent, place.name, labelled=False, any_part=True)
             parts = [part] if part else ["training", "validation", "test"]
             cases += [case for one in parts for case in getattr(listed, one)]
+        elif not place.exists():
+            raise UserError(f"{place}: no such file or folder")
         elif is_nifti(place.name):
             files.append(place)
         else:

@@ -79,12 +79,7 @@ def _begin(outputs: Outputs, told: Mapping[str, Any], resume: bool) -> set[str]:
     """Write what is told of all cases, and nothing else over what is there -> names of the cases that are complete."""
     path, sizes = outputs.folder / TOLD, outputs.folder / SIZES
     content = json.dumps(told, indent=1)
-    if path.is_file():
-        if not resume:
-            raise UserError(f"{path}: an earlier run wrote into this folder: --continue goes on with it")
-        if path.read_text() != content:
-            raise UserError(f"{path}: the earlier run had other models or settings; take another folder")
-    elif sizes.exists():
+    if not path.is_file() and sizes.exists():
         raise UserError(f"{sizes}: is no file of ours; take another folder")
     rows = defaultdict(list)
     if sizes.is_file():
@@ -93,6 +88,11 @@ def _begin(outputs: Outputs, told: Mapping[str, Any], resume: bool) -> set[str]:
     count = len(told["labels"]) - 1
     whole = [name for name, lines in rows.items() if [len(row) for row in lines] == [len(_COLUMNS)] * count]
     done = {name for name in whole if (outputs.folder / LABELS.format(name)).is_file()}
+    if path.is_file() and (done or resume):  # where every case failed, there is nothing to keep
+        if not resume:
+            raise UserError(f"{path}: an earlier run wrote into this folder: --continue goes on with it")
+        if path.read_text() != content:
+            raise UserError(f"{path}: the earlier run had other models or settings; take another folder")
     text = io.StringIO()
     csv.writer(text).writerows([_COLUMNS, *(row for name in sorted(done) for row in rows[name])])
     write_file(sizes, text.getvalue().encode())

@@ -80,7 +80,8 @@ def numbers_of(names: Sequence[str], organs: Sequence[str]) -> tuple[int, ...]:
     """The classes of organs; a UserError for a name that is none, with those that are."""
     for name in names:
         if name not in organs:
-            raise UserError(f"{shown(name)}: no organ of this model; it has {shown(', '.join(organs), 1000)}")
+            has = shown(", ".join(organs), 1000)
+            raise UserError(f"--keep-largest: {shown(name)} is no organ of this model, which has {has}")
     return tuple(sorted({organs.index(name) + 1 for name in names}))
 
 

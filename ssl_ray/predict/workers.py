@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar
 import ray
 import torch
 
-from ssl_ray.cluster.connect import check_resources
+from ssl_ray.cluster.connect import check_resources, connect
+from ssl_ray.config.schema import LocalCluster
 from ssl_ray.console import track
 from ssl_ray.data.datalist import Case
 from ssl_ray.errors import UserError
@@ -32,6 +33,7 @@ def over_cases(
 ) -> Iterator[tuple[Case, Result | UserError]]:
     """Each case with what `make(device)` makes of it in some worker, or with the reason why it makes nothing of it.
 
+    They are those of the Ray cluster, which is joined or started now, once there is something to do.
     They come in the order in which they end. A worker calls `make` once. If `workers` is None, there is one for each
     GPU, or, without GPUs or on `cpu`, for every four CPUs of a node. A worker with a GPU has two cases in hand, so that
     one is read or written while the other is on the GPU.
@@ -39,6 +41,7 @@ def over_cases(
     Raises:
         UserError: where `cuda` is asked for in a cluster without, and where the output cannot be written (OSError).
     """
+    connect(LocalCluster())
     if device == "cuda":
         check_resources("--device", "workers on cuda", 1, 1)
     gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0

@@ -6,6 +6,7 @@ from ssl_ray.report.comparison import FOREGROUND, Arm, Comparison
 from ssl_ray.report.results import Results
 from ssl_ray.report.statistics import MOST_PATIENTS, MOST_RUNS, Multiplier, Verdict, needed
 from ssl_ray.report.tables import over_runs
+from ssl_ray.text import count_of
 
 
 def answers(results: Results) -> list[str]:
@@ -151,8 +152,3 @@ def _times(worth: Multiplier) -> str:
         return f"{text} (no interval)"
     ends = dict.fromkeys([number(worth.low), number(worth.high)])
     return f"{text} (95 % CI {' to '.join(ends)})"
-
-
-def count_of(number: int, noun: str, plural: str = "") -> str:
-    """Like `1 volume` or `6 volumes`."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -12,7 +12,7 @@ from typing import Any
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
-from ssl_ray.report.answers import answers, count_of, verdict
+from ssl_ray.report.answers import answers, verdict
 from ssl_ray.report.comparison import FOREGROUND, SELECTION
 from ssl_ray.report.examples import read_examples
 from ssl_ray.report.figures import draw_figures
@@ -29,7 +29,7 @@ from ssl_ray.report.tables import (
     published_table,
     running_table,
 )
-from ssl_ray.text import reason, without_password
+from ssl_ray.text import count_of, reason, without_password
 from ssl_ray.tracking.client import MlflowException
 from ssl_ray.tracking.tracker import NOTE, Tracker
 from ssl_ray.tracking.view import picture, run_link

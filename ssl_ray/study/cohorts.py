@@ -19,6 +19,7 @@ from ssl_ray.pretrain.job import Labelled
 from ssl_ray.search.cells import BAD_VOLUMES
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
+from ssl_ray.text import count_of
 
 Cohorts = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
 """The cases of a study: unlabelled ones to train and to validate on, and the labelled splits."""
@@ -102,13 +103,13 @@ def _tell_bad(bad: Sequence[tuple[str, BadVolume]], record: Path, skip: bool) ->
     table = "\n".join(f"  {part}  {one.id}  {one.reason}" for part, one in bad)
     if not skip:
         raise UserError(
-            f"{len(bad)} volumes cannot be used (on_bad_volume: skip goes on without them; the others are kept in the "
-            f"store):\n{table}"
+            f"{count_of(len(bad), 'volume')} cannot be used (on_bad_volume: skip goes on without them; the others are "
+            f"kept in the store):\n{table}"
         )
     rows = [{"part": part, "id": one.id, "image": one.image, "reason": one.reason} for part, one in bad]
     write_file(record, json.dumps(rows, indent=1).encode())
     counts = ", ".join(f"{count} {part}" for part, count in Counter(part for part, _ in bad).items())
-    say(f"going on without {len(bad)} volumes ({counts}), recorded in {record}:\n{table}")
+    say(f"going on without {count_of(len(bad), 'volume')} ({counts}), recorded in {record}:\n{table}")
 
 
 def _check_content(cohorts: PreparedCohorts) -> None:

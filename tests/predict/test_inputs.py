@@ -59,6 +59,10 @@ def test_what_is_no_volume_is_refused(tmp_path: Path) -> None:
     touch(tmp_path, "labels/a.nii.gz", "a.dcm")
     with pytest.raises(UserError, match=r"no volume in it; .*a\.nii\.gz: a label map"):
         names(tmp_path / "labels" / "..")
-    for place in (tmp_path / "a.dcm", tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=r"must be a folder, a \.nii or \.nii\.gz file, or a datalist"):
-            names(place)
+    with pytest.raises(UserError, match=r"must be a folder, a \.nii or \.nii\.gz file, or a datalist"):
+        names(tmp_path / "a.dcm")
+    for place in ("nowhere", "nowhere.nii.gz"):
+        with pytest.raises(UserError, match=rf"{place}: no such file or folder"):
+            names(tmp_path / place)
+    with pytest.raises(UserError, match=r"no volume in it; .*labels/a\.nii\.gz: a label map"):
+        names(tmp_path / "labels")

@@ -127,6 +127,46 @@ def test_what_is_bad_or_done_does_not_stop_the_others(
     assert all(image.shape == SHAPE for image in first)
 
 
+def test_wrong_arguments_are_told_before_anything_is_begun(
+    trial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No Ray is joined for them, and no output is left that would be in the way of the right command."""
+    monkeypatch.setattr("ssl_ray.predict.workers.connect", lambda settings: pytest.fail("Ray is joined"))
+    (tmp_path / "a file").write_text("")
+    scan, beyond = str(trial.parent / "scans/image2.nii.gz"), str(tmp_path / "a file" / "out")
+    for arguments, word in (
+        (
+            ["predict", str(trial), str(tmp_path / "nosuch.nii.gz"), "-o", str(tmp_path / "out")],
+            "nosuch.nii.gz: no such",
+        ),
+        (
+            ["predict", str(trial), scan, "-o", str(tmp_path / "out"), "--keep-largest", "secnd"],
+            "--keep-largest: secnd is",
+        ),
+        (["predict", str(trial), scan, "-o", beyond], "a file"),
+        (["embed", str(trial), scan, "-o", beyond], "a file"),
+    ):
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert word in told
+        assert len(told.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_every_volume_was_bad_there_is_nothing_to_go_on_with(
+    trial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same folder takes the next try, with or without `--continue`."""
+    scan = tmp_path / "scan.nii.gz"
+    scan.write_bytes(b"no scan")
+    command = ["predict", str(trial), str(scan), "-o", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "1 failed\n" in capsys.readouterr().out
+    scan.write_bytes((trial.parent / "scans/image2.nii.gz").read_bytes())
+    assert main(command) == 0
+    assert {row["case"] for row in rows(tmp_path / "out")} == {"scan"}
+
+
 def test_features_as_parquet(trial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The mean of a volume's tokens is that of its rows with `--tokens`; a bad file is listed."""
     scans = trial.parent / "scans"
