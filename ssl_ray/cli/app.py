@@ -4,12 +4,13 @@ import logging
 import os
 import sys
 import traceback
-from typing import Any
+from importlib.metadata import version as installed
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ssl_ray.console import Bar
+from ssl_ray.console import Bar, say
 from ssl_ray.errors import UserError
 from ssl_ray.text import without_password
 
@@ -64,8 +65,18 @@ app = typer.Typer(
 )
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        say(f"ssl_ray {installed('ssl_ray')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _about() -> None:
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", is_eager=True, callback=_tell_version, help="Tell it, and exit.")
+    ] = False,
+) -> None:
     """Does self-supervised pretraining on my unlabelled CT help my segmentation, and with how many labelled volumes?
 
     One YAML describes a study; [bold]ssl-ray run[/bold] carries it out and skips what is already done.

@@ -21,7 +21,7 @@ Subject = Annotated[
 @app.command(epilog="Example: ssl-ray phantom data/phantom --volumes 80 --splits 6,12")
 def phantom(
     folder: Folder,
-    volumes: Annotated[int, typer.Option(min=1, metavar="N", help="Unlabelled volumes.")] = 40,
+    volumes: Annotated[int, typer.Option(min=3, metavar="N", help="Unlabelled volumes.")] = 40,
     labelled: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled training volumes.")] = 24,
     validation: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled validation volumes.")] = 6,
     test: Annotated[int, typer.Option(min=1, metavar="N", help="Labelled test volumes.")] = 8,

@@ -97,6 +97,11 @@ def _explain(name: str, mistake: Any) -> str:
     if mistake["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.5)
         rule = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
+    elif mistake["type"] == "union_tag_invalid":
+        tag, kinds_of = mistake["ctx"]["tag"], mistake["ctx"]["expected_tags"]
+        near = difflib.get_close_matches(tag, kinds_of.replace("'", "").split(", "), n=1, cutoff=0.5)
+        meant = f"did you mean '{near[0]}'? " if near else ""
+        rule = f"must be one of {kinds_of}; {meant}got {shown(repr(tag), 80)}"
     elif mistake["type"] == "missing":
         rule = "this key is required"
     elif mistake["type"] != "value_error":

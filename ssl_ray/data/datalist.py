@@ -185,7 +185,8 @@ def read_json(path: Path, model: type[_Model]) -> _Model:
         key = ".".join(shown(part, 80) for part in first["loc"] if part != "[key]")
         rule = first["msg"].removeprefix("Value error, ")
         place = f"{path}: {key}" if key else str(path)
-        raise UserError(f"{place}: {rule[0].lower()}{rule[1:]}, got {reprlib.repr(first['input'])}") from None
+        got = "" if first["type"] == "json_invalid" else f", got {reprlib.repr(first['input'])}"
+        raise UserError(f"{place}: {rule[0].lower()}{rule[1:]}{got}") from None
 
 
 def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[[str], str]) -> Case:

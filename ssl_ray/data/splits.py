@@ -7,6 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from ssl_ray.config.schema import LabelledCohort
+from ssl_ray.console import say
 from ssl_ray.data.datalist import Case, Datalist, read_datalist, subject_of
 from ssl_ray.errors import UserError
 from ssl_ray.random import number
@@ -91,12 +92,14 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
         left = subjects - sum(-(-(subjects - n) // folds) for n in (0, 1)) if folds else subjects
         if max(sizes) > left or (folds or 0) > subjects:
             apart = f" in {folds} folds, which leave {left} while one is scored and one validates" if folds else ""
-            raise UserError(f"{pool.path}: {max(sizes)} subjects are to be drawn from a pool of {subjects}{apart}")
+            what = f"{max(sizes)} subjects are to be drawn from a pool of {subjects}{apart}"
+            raise UserError(f"finetune.cohort.sizes: {pool.path}: {what}")
         lists = {subjects: pool}
     else:
         lists = {size: _split(cohort, size) for size in sizes}
     first = next(iter(lists.values()))
     names: dict[int, tuple[Path, str]] = {}
+    rule = f"finetune.cohort.classes is {cohort.classes}, background included"
     for size, listed in lists.items():
         if not cohort.pool and len(listed.training) != size:
             raise UserError(f"{listed.path}: the split of {size} volumes lists {len(listed.training)} for training")
@@ -110,12 +113,14 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
         if not listed.validation and not cohort.folds:
             raise UserError(f"{listed.path}: 'validation' must list at least one labelled volume")
         if beyond := sorted(value for value in listed.labels if value >= cohort.classes):
-            raise UserError(f"{listed.path}: labels {beyond} are beyond the {cohort.classes} classes of the study")
+            raise UserError(f"{listed.path}: labels {beyond} are beyond the study's: {rule}")
         for value, name in listed.labels.items():
             place, before = names.setdefault(value, (listed.path, name))
             if value and name != before:
                 raise UserError(f"{listed.path}: label {value} is {name!r}, but {before!r} in {place}; name it alike")
     organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
+    if 0 < (most := max(names, default=0)) < cohort.classes - 1:
+        say(f"WARNING: {names[most][0]} names labels up to {most}, but {rule}: does any volume have a {most + 1}?")
     training = {size: listed.training for size, listed in lists.items()}
     return Splits(training, first.validation, first.test, organs, cohort.pool is not None, cohort.folds or 0)
 

@@ -27,6 +27,7 @@ def describe(job: Job, run_id: str, path: str, numbers: Mapping[str, float]) -> 
     shown = "A patch that it has not trained on, what the network saw of it, and what it made of that"
     return (
         f"{settings.task.kind.capitalize()} on {len(job.training.keys)} unlabelled volumes for {steps:,} steps. "
-        f"**Validation loss {numbers.get('validation_loss', nan):.4f}**; what needs no learning leaves {plain:.4f}.\n\n"
+        f"**Validation loss {numbers.get('validation_loss', nan):.4f}** where this picture was made, and the weights "
+        f"with the lowest are kept; what needs no learning leaves {plain:.4f}.\n\n"
         f"{picture(run_id, path, shown)}"
     )

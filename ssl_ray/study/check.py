@@ -150,7 +150,7 @@ def _text(study: Study, facts: Mapping[str, Any], pictures: Mapping[str, str]) -
     """The facts as Markdown, which reads well as plain text where there are no pictures."""
     parts = [
         [
-            *(part, *(str(found[name]) for name in ("patients", "volumes", "read"))),
+            *(part, *(str(found[name]) for name in ("patients", "volumes", "read", "refused"))),
             *(in_mm(found[name]) if name in found else "" for name in ("spacing_mm", "extent_mm", "patch_mm")),
             " to ".join(map(number, found.get("intensities", ()))),
         ]
@@ -162,8 +162,9 @@ def _text(study: Study, facts: Mapping[str, Any], pictures: Mapping[str, str]) -
         else [literal(organ), "0", "", "", "", ""]
         for organ, found in facts["organs"].items()
     ]
+    columns = ["part", "patients", "volumes", "read", "refused", "voxel", "extent", "patch", "99 % of the values"]
     tables = [
-        Table(["part", "patients", "volumes", "read", "voxel", "extent", "patch", "99 % of the values"], parts, 1),
+        Table(columns, parts, 1),
         Table(["organ", "in volumes", "least ml", "median", "most", "clipped"], organs, 1),
     ]
     template = templates("ssl_ray.study").get_template("check.md.j2")

@@ -166,7 +166,7 @@ def test_a_task_is_named_by_a_string_or_by_its_kind(file: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "rule"),
     [
-        ("maskd", "pretrain.task: input tag 'maskd' found using 'kind' does not match any of the expected tags"),
+        ("maskd", "pretrain.task: must be one of 'restoration', 'masked'; did you mean 'masked'? got 'maskd'"),
         ({"kind": "masked", "ration": 0.5}, "pretrain.task.ration: unknown key; did you mean 'ratio'?"),
         ({"kind": "masked", "ratio": 1}, "pretrain.task.ratio: input should be less than 1, got 1"),
         ({"kind": "masked", "corruption": {}}, "pretrain.task.corruption: unknown key"),
@@ -297,7 +297,10 @@ def test_a_short_form_is_the_long_one(file: Path, written: str, meant: dict[str,
             "normalise: {kind: percentile, percentiles: [1]}",
             "normalise.percentiles.1: this key is required",
         ),
-        ("normalise: zsore", "preparation.normalise: input tag 'zsore' found using 'kind' does not match any"),
+        (
+            "normalise: zsore",
+            "preparation.normalise: must be one of 'window', 'percentile', 'zscore'; did you mean 'zscore'?",
+        ),
         ("normalise: 5", "pretrain.preparation.normalise: "),
         ("hu_window: 5", "pretrain.preparation.normalise.hu_window: "),
         ("hu_window: [5, 4]", "normalise.hu_window: the lower HU must be below the upper, got [5.0, 4.0]"),

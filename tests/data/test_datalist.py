@@ -313,7 +313,10 @@ def test_held_out_volumes_are_not_pretrained_on(root: Path, section: str) -> Non
         ({"validation": []}, "two.json: 'validation' differs from that of"),
         ({"validation": [{**pair(9), "label": "labels/v8.nii.gz"}]}, "two.json: 'validation' differs from that of"),
         ({"test": [pair(8)]}, "two.json: 'test' differs from that of"),
-        ({"labels": {**ORGANS, "3": "gall"}}, "two.json: labels [3] are beyond the 3 classes of the study"),
+        (
+            {"labels": {**ORGANS, "3": "gall"}},
+            "two.json: labels [3] are beyond the study's: finetune.cohort.class",
+        ),
         ({"labels": {**ORGANS, "2": "kidney"}}, "two.json: label 2 is 'kidney', but 'liver' in "),
     ],
 )

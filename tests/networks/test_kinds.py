@@ -200,7 +200,7 @@ def test_mistakes_in_a_network_are_told_with_its_own_keys() -> None:
     assert "unetr" not in text
     assert "demo.yaml: network.layers: input should be greater than 0" in refusal("network={kind: primus, layers: 0}")
     text = refusal("network=unet")
-    assert "demo.yaml: network: " in text
+    assert "demo.yaml: network: must be one of " in text
     assert all(f"'{kind}'" in text for kind in ("unet", "unetr", "primus", "dynunet"))
 
 

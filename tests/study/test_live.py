@@ -66,7 +66,7 @@ def test_it_says_that_the_study_was_stopped(study: Study, monkeypatch: pytest.Mo
         train_until_stopped()
     page = (folders.study / "report.html").read_text()
     assert "small: stopped" in page
-    assert "the same `ssl-ray run` goes on" in page
+    assert "the same ssl-ray run goes on" in page
     assert "http-equiv" not in page
     assert "running" not in page
 
