@@ -122,7 +122,10 @@ def _contents(cases: Sequence[Case], organs: dict[int, str]) -> dict[str, Any]:
     recipe = Preparation.model_validate({"spacing": 1, "hu_window": _SOFT_TISSUE})
     looks = look_at([("", case) for case in cases[:: 1 + len(cases) // _IMAGES]], {"": recipe}, 256)
     ends = [look.labelled for look in looks if look.organs]
-    foreign = [look.refused for look in looks if look.refused.startswith("not a CT")]  # `run` names broken files
+    foreign = [look.refused for look in looks if look.refused.startswith("not a CT")]
+    for look in looks:
+        if look.refused and look.refused not in foreign:
+            say(f"a run would refuse: {look.refused}")
     window, classes = None, 1 + max([largest, *organs])
     if len(foreign) <= len(ends):
         ends = ends or [_SOFT_TISSUE]

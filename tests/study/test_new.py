@@ -92,16 +92,22 @@ def test_where_every_image_is_labelled_the_held_out_ones_are_not_pretrained_on(
 
 
 def test_without_a_dataset_json_the_values_are_read_and_mri_gets_percentiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The largest value decides; a broken file is named and does not stop the rest."""
+    """The largest value decides; broken files are named and do not stop the rest."""
     monkeypatch.chdir(tmp_path)
     for number in range(6):
         bright = np.clip(smooth_ct(SHAPE, number).astype(np.float32) + 1000, 0, None)
         write_nifti(tmp_path / f"mr/images/p{number}.nii.gz", bright, AFFINE)
         write_nifti(tmp_path / f"mr/labels/p{number}.nii.gz", organ_labels(SHAPE, 4, number), AFFINE)
     (tmp_path / "mr/images/p5.nii.gz").write_bytes(b"<html>404</html>")
+    cut_off = tmp_path / "mr/images/p4.nii.gz"
+    cut_off.write_bytes(cut_off.read_bytes()[:-2000])
     assert main(["new", "mr", "--study", "2024.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out of the median spacing: " in printed
+    assert "a run would refuse: " in printed
+    assert "mr/images/p4.nii.gz: " in printed
     study = load("2024.yaml")
     assert study.name == "2024"
     assert study.finetune.cohort.classes == 4
