@@ -3,8 +3,8 @@
     python experiments/results/store.py keep OUTPUT FILE.tar.xz
     python experiments/results/store.py restore FILE.tar.xz OUTPUT
 
-OUTPUT is the study's output folder. `ssl-ray report` then makes the page again, and `ssl-ray run` goes on from there:
-what is finished is neither pretrained nor trained again.
+OUTPUT is the study's output folder, spelt as its run had it, from the folder that it was run in. `ssl-ray report` then makes
+the page again, and `ssl-ray run` goes on from there: what is finished is neither pretrained nor trained again.
 """
 
 import sqlite3
@@ -16,6 +16,8 @@ from pathlib import Path
 
 _PLACE = Path("/kept/results")
 """Stands for the output folder, whose artifacts MLflow knows by absolute paths."""
+_CHECKOUT = Path("/kept/checkout")
+"""Stands for the folder that the study was run in, below which volumes may lie."""
 _LEFT_OUT = (".safetensors", ".pt", "/models", "/report")
 """Ends of names: weights, networks with their code, and pages that are made again."""
 
@@ -25,7 +27,8 @@ def keep(output: Path, file: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, tarfile.open(file, "w:xz") as packed:
         script = Path(folder) / "mlflow.sql"
         with closing(sqlite3.connect(f"{(output / 'mlflow.db').absolute().as_uri()}?mode=ro", uri=True)) as database:
-            script.write_text(_moved("\n".join(database.iterdump()), output.absolute(), _PLACE))
+            text = _moved("\n".join(database.iterdump()), output.absolute(), _PLACE)
+            script.write_text(_moved(text, Path.cwd(), _CHECKOUT))
         packed.add(script, script.name, filter=_plain)
         packed.add(output / "artifacts", "artifacts", filter=_plain)
 
