@@ -3,7 +3,7 @@
     python experiments/results/store.py keep OUTPUT FILE.tar.xz
     python experiments/results/store.py restore FILE.tar.xz OUTPUT
 
-OUTPUT is the study's output folder, spelt as its run had it, from the folder that it was run in. `ssl-ray report` then makes
+OUTPUT is the output folder, spelt as the run had it, from the folder that it was run in. `ssl-ray report` then makes
 the page again, and `ssl-ray run` goes on from there: what is finished is neither pretrained nor trained again.
 """
 

@@ -12,6 +12,8 @@ from matplotlib.lines import Line2D
 
 from ssl_ray.evaluate.planes import Pixels, Planes
 
+_MARGIN = 30.0
+"""Millimetres around what is outlined: of a scan from the skull to the shoulders, parotids would be a few pixels."""
 WIDTH = 4.8
 """Inches. A picture of this width has letters of 11 pixels where it is shown 380 pixels wide, as on a telephone."""
 STYLE = {
@@ -28,8 +30,9 @@ def draw(planes: Sequence[Planes], organs: Sequence[str], titles: Sequence[str])
     """PNG of several volumes, a row each under its title; columns axial, coronal, sagittal.
 
     The truth, where it is known, is outlined in white, and over it the prediction in the colour of its organ, a name of
-    the classes 1, 2, ...: what has only the white line was missed.
+    the classes 1, 2, ...: what has only the white line was missed. Planes are cut to what is outlined, and a margin.
     """
+    planes = [_around_outlines(one) for one in planes]
     gap, heading = 0.06, 0.3
     widths = [max(one.size(plane)[1] for one in planes) for plane in range(3)]
     scale = (WIDTH - 4 * gap) / sum(widths)  # inches a mm
@@ -56,6 +59,19 @@ def draw(planes: Sequence[Planes], organs: Sequence[str], titles: Sequence[str])
         file = BytesIO()
         figure.savefig(file, dpi=200, metadata={"Software": None})
     return file.getvalue()
+
+
+def _around_outlines(one: Planes) -> Planes:
+    """The part of all three planes that holds the labels of any of them; the whole where there are none."""
+    rows, columns = ([layers[1:].any(axis=(0, across)) for layers in one.layers] for across in (2, 1))
+    held = columns[0] | columns[1], rows[0] | columns[2], rows[1] | rows[2]  # along x, y, z
+    sides = []
+    for spacing, side in zip(one.spacing, held, strict=True):
+        places, margin = np.flatnonzero(side), round(_MARGIN / spacing)
+        sides.append(slice(max(0, places[0] - margin), places[-1] + margin + 1) if places.size else slice(None))
+    x, y, z = sides
+    axial, coronal, sagittal = one.layers
+    return Planes((axial[:, y, x], coronal[:, z, x], sagittal[:, z, y]), one.spacing)
 
 
 def _draw_plane(axis: Any, layers: Pixels) -> None:

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from scipy.ndimage import find_objects, label
 from volumes import oblique_affine, organ_labels
 
-from ssl_ray.evaluate.overlay import draw
+from ssl_ray.evaluate.overlay import _around_outlines, draw
 from ssl_ray.evaluate.planes import PLANES, Planes, cut, from_npz, to_npz
 
 SHAPE = (20, 24, 16)
@@ -127,3 +127,19 @@ def test_a_picture_takes_volumes_of_any_size() -> None:
     large = cut(IMAGE, organ_labels(SHAPE), None, AFFINE)
     picture = imread(BytesIO(draw([small, large], ["a", "b", "c"], ["small", "large"])))
     assert picture.shape[1] == 960
+
+
+def test_a_picture_is_cut_to_what_is_outlined() -> None:
+    """Thirty millimetres around it, in all planes alike; in a scan without labels nothing is cut."""
+    truth = np.zeros((60, 50, 40), np.uint8)
+    truth[30:34, 20:22, 15] = 1
+    image = np.broadcast_to(np.arange(60, dtype=np.float32)[:, None, None], truth.shape)
+    whole = cut(image, np.zeros_like(truth), truth, np.diag([3.0, 3.0, 6.0, 1.0]))
+    axial, coronal, sagittal = _around_outlines(whole).layers
+    x, y, z = slice(20, 44), slice(10, 32), slice(10, 21)  # of the voxels, 3, 3 and 6 mm wide
+    plane = whole.layers[0][:, ::-1, ::-1]
+    np.testing.assert_array_equal(axial[:, ::-1, ::-1], plane[:, y, x])
+    np.testing.assert_array_equal(coronal[:, ::-1, ::-1], whole.layers[1][:, ::-1, ::-1][:, z, x])
+    np.testing.assert_array_equal(sagittal[:, ::-1, ::-1], whole.layers[2][:, ::-1, ::-1][:, z, y])
+    empty = cut(image, np.zeros_like(truth), None, np.diag([3.0, 3.0, 6.0, 1.0]))
+    assert [layers.shape for layers in _around_outlines(empty).layers] == [layers.shape for layers in empty.layers]
