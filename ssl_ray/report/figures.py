@@ -187,4 +187,4 @@ def _organ_curves(results: Results, curves: Curves) -> Figure:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 22 else f"{name[:21]}…"
+    return name if len(name) <= 24 else f"{name[:23]}…"
