@@ -67,7 +67,7 @@ def _pretraining(study: Study, folders: Folders, runs: Sequence[Logged], since: 
         mine = list({run.params.get("run"): run for run in mine}.values())  # the newest of each
     steps = max((int(run.params.get("steps", 0)) for run in mine), default=0)
     found = _together(mine, len(mine) if study.search else config.pretrainings, steps, config.batch_size, since)
-    begun = [folders.study / f"pretrain-{run.key}" for run in mine if _state(run, since) != "finished"]
+    begun = [folders.study / f"pretrain-{run.key}" for run in mine if state_of(run, since) != "finished"]
     saved = [int(path.parent.name) for folder in begun for path in folder.glob("checkpoints/[0-9]*/manifest.json")]
     return found | {"checkpoint": max(saved, default=0)}  # where one that was cut off goes on
 
@@ -86,13 +86,13 @@ def _finetuning(study: Study, folders: Folders, runs: Sequence[Logged], since: f
         named = {key: name for name, key in of_grid.items() if name in names}
         mine, total = [run for run in mine if run.key in named], len(names)
     found = _together(mine, total, config.steps, config.volumes_per_step * config.patches_per_volume, since)
-    whole = _state(parents[-1], since) if parents else ""
+    whole = state_of(parents[-1], since) if parents else ""
     if whole in ("running", "interrupted") or (study.search and found["state"] != "failed"):
         found["state"] = whole or "not begun"  # between two cells, too; a search ends with its budget
     return found | {"failures": {named[run.key]: run.tags.get(FAILURE, "") for run in mine if run.status == "FAILED"}}
 
 
-def _state(run: Logged, since: float) -> str:
+def state_of(run: Logged, since: float) -> str:
     """`since` is when the process began that works on the study: what was open before was cut off."""
     if run.status == "KILLED" and run.tags.get(STOPPED):
         return "stopped"
@@ -102,7 +102,7 @@ def _state(run: Logged, since: float) -> str:
 
 def _together(runs: Sequence[Logged], total: int, steps: int, patches: int, since: float) -> Facts:
     """Trainings of so many steps, and patches a step: `total` of them, `runs` those that were begun."""
-    states = [(run, _state(run, since)) for run in runs]
+    states = [(run, state_of(run, since)) for run in runs]
     counts = Counter(state for _, state in states)
     over = counts["finished"] + counts["stopped"]
     begun = "finished" if over >= total > 0 else "interrupted" if over else "not begun"

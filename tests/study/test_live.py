@@ -59,6 +59,8 @@ def test_it_says_that_the_study_was_stopped(study: Study, monkeypatch: pytest.Mo
         with only_one(folders), LivePage(study, folders):
             weights = begin(folders, "pretraining", "p", steps=200, run=0)
             train(weights, 50, rate=40)
+            while not (folders.study / "report.html").exists():
+                time.sleep(0.05)
             weights.close("KILLED")
             raise KeyboardInterrupt
 
