@@ -78,6 +78,8 @@ def _draw_dice(axis: Any, results: Results, width: int) -> None:
                 beside = [position + 2 * shift * width] * len(values)
                 dots = {"s": 12, "color": COLOUR[init], "edgecolor": ink(), "linewidth": 0.5, "zorder": 3}
                 axis.scatter(beside, values.mean(1), **dots)
+    low, high = axis.get_ylim()  # of two runs, an interval may be wider than what Dice can be
+    axis.set_ylim(max(low, 0), min(high, 1))
     axis.set_title(f"foreground Dice, {results.part} {results.subjects}s", loc="left")
     axis.legend(loc="best")
 
