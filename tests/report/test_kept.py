@@ -9,7 +9,7 @@ from store import restore
 from ssl_ray.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-RUNS = 2
+RUNS = 3
 
 
 def test_the_kept_store_gives_the_table_that_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
