@@ -35,7 +35,7 @@ def test_scores_are_the_reports(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["evaluate", str(tmp_path / "made"), str(tmp_path / "labels"), "--tolerance", "1.5"]) == 0
     printed = capsys.readouterr().out
     assert "liver" in printed
-    assert "1 of the label maps in" in printed
+    assert "1 label map in " in printed
     tree = json.loads((tmp_path / "made" / "evaluation.json").read_text())
     assert tree["labels"] == {"1": "liver", "2": "label 2"}
     truths, made = ([organ_labels(SHAPE, 3, seed + 10 * number) for number in range(2)] for seed in (3, 1))

@@ -116,5 +116,7 @@ def test_organs_are_named() -> None:
     """A name that is none is refused with those that are."""
     organs = metadata().organs
     assert numbers_of(["right kidney", "spleen"], organs) == (1, 3)
-    with pytest.raises(UserError, match="liver: no organ of this model; it has spleen, left kidney, right kidney"):
+    with pytest.raises(
+        UserError, match="--keep-largest: liver is no organ of this model, which has spleen, left kidney,"
+    ):
         numbers_of(["liver"], organs)
