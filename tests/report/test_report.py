@@ -33,7 +33,7 @@ from ssl_ray.report.tables import effort_table, honest_table, organ_table, publi
 from ssl_ray.report.write import Report, write_report
 from ssl_ray.search.cells import Cell, cells
 from ssl_ray.study.parts import run_params, tracker_of
-from ssl_ray.tracking.client import DEVICE
+from ssl_ray.tracking.client import DEVICE, Client
 from ssl_ray.tracking.tracker import Tracker
 
 
@@ -514,3 +514,29 @@ def test_another_experiment_does_not_replace_the_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none of the cells of this experiment .*lr0\.0001.*, and not .*lr0\.0005"):
         report_on(make_study(tmp_path, lr=[5e-4]), tmp_path / "report")
     assert (tmp_path / "report" / "report.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("request_name", ["log_artifact", "set_experiment_tag", "log_batch"])
+def test_an_outage_while_it_is_written_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_name: str
+) -> None:
+    """MLflow goes away between what is read and what is written: it is said, and the same command writes all of it."""
+    study = make_study(tmp_path, lr=[1e-4])
+    record(study, constant(study, 0.5, 0.6), tmp_path)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(Client, request_name, gone)
+        with pytest.raises(UserError, match=r"does not answer \(gone\)"):
+            report_on(study, tmp_path / "report")
+    report_on(study, tmp_path / "report")
+    client = MlflowClient(study.tracking.uri)
+    experiment = client.get_experiment_by_name("fake")
+    (grid,) = tracker_of(study, create=False).runs(kind="grid")
+    assert grid.data.tags["answer"]
+    assert "answer/n06/difference" in grid.data.metrics
+    assert "Does pretraining help" in experiment.tags["mlflow.note.content"]
+    assert "label_efficiency.png" in {artifact.path for artifact in client.list_artifacts(grid.info.run_id)}
+    assert "report/report.html" in {artifact.path for artifact in client.list_artifacts(grid.info.run_id, "report")}
