@@ -88,7 +88,8 @@ def _begin(outputs: Outputs, told: Mapping[str, Any], resume: bool) -> set[str]:
     count = len(told["labels"]) - 1
     whole = [name for name, lines in rows.items() if [len(row) for row in lines] == [len(_COLUMNS)] * count]
     done = {name for name in whole if (outputs.folder / LABELS.format(name)).is_file()}
-    if path.is_file() and (done or resume):  # where every case failed, there is nothing to keep
+    # Of a run of ours in which every case failed, there is nothing to keep; a dataset.json alone is somebody's own.
+    if path.is_file() and (resume or done or rows["case"] != [[*_COLUMNS]]):
         if not resume:
             raise UserError(f"{path}: an earlier run wrote into this folder: --continue goes on with it")
         if path.read_text() != content:

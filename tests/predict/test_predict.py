@@ -167,6 +167,17 @@ def test_where_every_volume_was_bad_there_is_nothing_to_go_on_with(
     assert {row["case"] for row in rows(tmp_path / "out")} == {"scan"}
 
 
+def test_a_dataset_json_of_somebodys_own_is_not_written_over(trial: Path, tmp_path: Path) -> None:
+    """As in the folder of an nnU-Net data set, with or without a table of other columns beside it."""
+    scan, own = str(trial.parent / "scans/image2.nii.gz"), tmp_path / "dataset.json"
+    own.write_text("{}")
+    for beside in (None, "a,b\n"):
+        if beside:
+            (tmp_path / SIZES).write_text(beside)
+        assert main(["predict", str(trial), scan, "-o", str(tmp_path)]) == 2
+        assert own.read_text() == "{}"
+
+
 def test_features_as_parquet(trial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The mean of a volume's tokens is that of its rows with `--tokens`; a bad file is listed."""
     scans = trial.parent / "scans"
