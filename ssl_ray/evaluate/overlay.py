@@ -1,6 +1,6 @@
 """Draws planes of segmented volumes, with what was predicted and what is true as outlines."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -41,7 +41,7 @@ def draw(planes: Sequence[Planes], organs: Sequence[str], titles: Sequence[str])
     handles = [Line2D([], [], color=_colour(n), label=organs[n - 1]) for n in shown]
     if any(len(one.layers[0]) > 2 for one in planes):
         handles.insert(0, Line2D([], [], color="white", label="truth"))
-    columns = 3 if max((len(str(one.get_label())) for one in handles), default=0) < 14 else 2
+    columns = legend_columns(str(one.get_label()) for one in handles)
     below = 0.1 + 0.21 * -(-len(handles) // columns)
     height = sum(heights) + len(planes) * (heading + gap) + below
     with rc_context(STYLE):
@@ -59,6 +59,11 @@ def draw(planes: Sequence[Planes], organs: Sequence[str], titles: Sequence[str])
         file = BytesIO()
         figure.savefig(file, dpi=200, metadata={"Software": None})
     return file.getvalue()
+
+
+def legend_columns(names: Iterable[str]) -> int:
+    """How many names fit beside each other into a picture of this width."""
+    return 3 if max(map(len, names), default=0) < 14 else 2
 
 
 def _around_outlines(one: Planes) -> Planes:

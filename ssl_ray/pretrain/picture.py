@@ -32,7 +32,7 @@ def draw_picture(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from ssl_ray.evaluate.overlay import STYLE, WIDTH
+    from ssl_ray.evaluate.overlay import STYLE, WIDTH, legend_columns
 
     truth = next(iter(rows.values()))
     place = [side // 2 for side in truth.shape]
@@ -54,7 +54,7 @@ def draw_picture(
             axes[row][0].set_ylabel(name)
         if labels is not None and (values := [value for value in np.unique(labels).tolist() if value]):
             handles = [Patch(color=colormaps["tab20"]((value - 1) % 20), label=organs[value - 1]) for value in values]
-            columns = 3 if max(len(organs[value - 1]) for value in values) < 14 else 2
+            columns = legend_columns(organs[value - 1] for value in values)
             figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
