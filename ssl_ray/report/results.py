@@ -22,8 +22,7 @@ from ssl_ray.text import shown, without_password
 from ssl_ray.tracking.client import MlflowRun
 from ssl_ray.tracking.tracker import KEY, Tracker
 
-_PLACES = dict.fromkeys(("output", "cache", "scratch"))
-"""Keys that nothing depends on."""
+_PLACES = "output", "cache", "scratch"
 Curves = Sequence[Mapping[Cell, Mapping[int, float]]]
 """Dice on validation, canonical grid, by step, of the runs of the chosen learning rates: an organ each."""
 
@@ -132,14 +131,14 @@ def newest_parent(study: Study, tracker: Tracker, kind: str) -> tuple[MlflowRun,
     configs = {run.info.run_id: (tracker.read(run.info.run_id, "experiment.yaml") or b"").decode() for run in found}
     # One that is taken up again keeps its start, so that the newest is the one that was touched last.
     touched = {run.info.run_id: max(run.info.start_time, run.info.end_time or 0) for run in found}
-    newest = max(found, key=lambda run: (_is_this(configs[run.info.run_id], study), touched[run.info.run_id]))
+    given = _asked(dump(study))
+    newest = max(found, key=lambda run: (_asked(configs[run.info.run_id]) == given, touched[run.info.run_id]))
     return newest, configs[newest.info.run_id]
 
 
-def _is_this(config: str, study: Study) -> bool:
-    """Whether a grid's YAML is that of the study, wherever its output lies."""
-    kept, given = (yaml.safe_load(text) or {} for text in (config, dump(study)))
-    return {**kept, **_PLACES} == {**given, **_PLACES}
+def _asked(config: str) -> dict[str, Any]:
+    """An experiment's YAML without where its output lies, on which nothing depends."""
+    return {key: value for key, value in (yaml.safe_load(config) or {}).items() if key not in _PLACES}
 
 
 def read_results(study: Study, tracker: Tracker) -> Results:
@@ -164,7 +163,7 @@ def read_results(study: Study, tracker: Tracker) -> Results:
         grid,
         trials,
         config=config,
-        as_given=_is_this(config, study),
+        as_given=_asked(config) == _asked(dump(study)),
         transfer=json.loads(tracker.read(grid.info.run_id, "weight_transfer.json") or b"null"),
         pretraining=[read_pretraining(tracker, run_id, number) for number, run_id in enumerate(lineage, start=1)],
         bad=bad,
