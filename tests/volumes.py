@@ -1,5 +1,6 @@
 """Small NIfTI volumes for the tests, and a small disk to put them on."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from ssl_ray.data.datalist import Case
 from ssl_ray.data.store import Store, Volume
 
 Array = npt.NDArray[Any]
+REAL = Path(os.environ.get("SSL_RAY_DATA", Path(__file__).parents[2] / "shared" / "data"))
+"""Where real volumes lie, if they do."""
 
 
 def oblique_affine(spacing: tuple[float, float, float], degrees: float, flip: bool = False) -> Array:

@@ -1,7 +1,6 @@
 """The canonical volume is what MONAI's own chain gives, in 8 or 16 bits."""
 
 import math
-import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from nibabel.affines import apply_affine, voxel_sizes
 from scipy import ndimage
-from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
+from volumes import REAL, oblique_affine, organ_labels, smooth_ct, write_nifti
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti, read_label, read_nifti
@@ -194,9 +193,6 @@ def test_what_is_no_ct_in_hu_is_refused(kind: str) -> None:
             prepare(Nifti(hu, AFFINE), None, preparation)
     with pytest.raises(UserError, match=cause):
         prepare(Nifti(hu, AFFINE), None, PRETRAINING)
-
-
-REAL = Path(os.environ.get("SSL_RAY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def test_every_ct_is_accepted() -> None:

@@ -1,6 +1,5 @@
 """A short pretraining on real CT against the loop that people write from MONAI's and torch's own parts."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from monai.networks.nets import ViTAutoEnc
 from studies import small_study
+from volumes import REAL
 
 from ssl_ray.data.datalist import read_datalist
 from ssl_ray.data.prepare import prepare_case
@@ -21,11 +21,10 @@ from ssl_ray.pretrain.tasks.restoration.corruption import corrupt, draw
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.study.parts import recipe_of
 
-COHORTS = Path(os.environ.get("SSL_RAY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SIDE, STEPS, LR = 32, 12, 1e-3
 
 
-@pytest.mark.skipif(not (COHORTS / "open_kbp").exists(), reason="the real volumes are not beside the checkout")
+@pytest.mark.skipif(not (REAL / "open_kbp").exists(), reason="the real volumes are not beside the checkout")
 def test_the_loss_curve_is_that_of_monais_modules_in_a_plain_loop(tmp_path: Path) -> None:
     """Same patches, same corruptions, same first weights: twelve steps of the same losses, to float32's rounding."""
     study = small_study(
@@ -38,7 +37,7 @@ def test_the_loss_curve_is_that_of_monais_modules_in_a_plain_loop(tmp_path: Path
         },
     )
     config, store = study.pretrain, Store(tmp_path / "store")
-    cases = read_datalist(COHORTS / "open_kbp", "unlabelled.json", labelled=False).training[:3]
+    cases = read_datalist(REAL / "open_kbp", "unlabelled.json", labelled=False).training[:3]
     volumes = [prepare_case(case, config.preparation, store)[0] for case in cases]
     table = SampleTable(3, np.array([one.shape for one in volumes]), config.patch_size, 4, config.batch_size, STEPS)
     keys, ids = (tuple(getattr(one, name) for one in volumes) for name in ("key", "id"))
