@@ -33,8 +33,8 @@ def over_cases(
 ) -> Iterator[tuple[Case, Result | UserError]]:
     """Each case with what `make(device)` makes of it in some worker, or with the reason why it makes nothing of it.
 
-    They are those of the Ray cluster, which is joined or started now, once there is something to do.
-    They come in the order in which they end. A worker calls `make` once. If `workers` is None, there is one for each
+    They come in the order in which they end. The workers are on the Ray cluster, which is joined or started when the
+    first case is asked for; a worker calls `make` once. If `workers` is None, there is one for each
     GPU, or, without GPUs or on `cpu`, for every four CPUs of a node. A worker with a GPU has two cases in hand, so that
     one is read or written while the other is on the GPU.
 
