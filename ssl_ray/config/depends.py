@@ -5,6 +5,8 @@ compared by them. A key holds the setting (`precision: auto`), never what it com
 section counts, a new one too, unless it is named here.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -62,3 +64,8 @@ def grid(settings: Finetune, network: Network) -> dict[str, Any]:
     tree = finetuning(settings, network)
     del tree["finetune"]["optimizer"]["lr"]
     return tree
+
+
+def digest(*parts: Any) -> str:
+    """Short digest of values that JSON can hold; as a key it stands for all that a result depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

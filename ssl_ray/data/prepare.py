@@ -5,9 +5,11 @@ import json
 import os
 import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from ssl_ray.errors import UserError
 from ssl_ray.storage.files import read_file, remove_stale, write_file
 
 _STALE_SECONDS = 24 * 3600
+_LOOKS_AT_ONCE = 32
+"""Volumes that are looked for in the store, which may lie on a network."""
 _SETTLED_NS = 2 * 10**9
 """A younger file could be written to again within the grain of its time of modification, so it is not remembered."""
 
@@ -50,11 +54,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
             digests[name], content[name] = _read_source(file, store, verify)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot read: {error.strerror}") from error
-    recipe = depends.preparation(preparation, VERSION, digests)
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
-    # The name and place that it has in this study, which its key does not cover.
-    named: dict[str, Any] = {"id": case.id, "image_source": str(case.image), "subject": case.subject}
-    named["label_source"] = str(case.label) if case.label else None
+    key, named = _key(preparation, digests), _named(case)
     if found := store.get(key, verify):
         return replace(found, **named), False
     if None in content.values():  # the sources are known, but the store has no volume of them
@@ -86,17 +86,59 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     return store.put(volume, canonical), True
 
 
+def known_volume(case: Case, preparation: Preparation, store: Store) -> Volume | None:
+    """What `prepare_case` finds where sizes and times say that nothing has changed; no source or array is read."""
+    with suppress(OSError):
+        digests = {name: _remembered(file, file.stat(), store).read_text() for name, file in _files(case).items()}
+        if found := store.get(_key(preparation, digests)):
+            return replace(found, **_named(case))
+    return None
+
+
 def prepare_cohort(
     cases: Sequence[Case], preparation: Preparation, store: Store, classes: int | None = None, verify: bool = False
 ) -> tuple[dict[str, Volume], list[BadVolume], int]:
     """Prepare all cases in parallel on the Ray cluster, one volume a CPU at a time, as `prepare_case` does.
 
+    What is known is not sent there: a study that goes on need not wait for the cluster's processes to start.
+
     `classes` is None for unlabelled cases; labels must be in 0..classes-1. Returns volumes by image path, those that
     cannot be used, and how many were prepared now. A store that cannot be read or written is a UserError.
     """
+    remove_stale(store.folder, "tmp-*", _STALE_SECONDS)
+    known: list[Volume | None] = [None] * len(cases)
+    if not verify:
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+            known = list(pool.map(lambda case: known_volume(case, preparation, store), cases))
+    found = list(zip(cases, known, strict=True))
+    rest = [case for case, volume in found if not volume]
+    volumes: dict[str, Volume] = {}
+    bad: list[BadVolume] = []
+    prepared = 0
+    outcomes: Iterable[tuple[Case, Any]] = ((case, (volume, False)) for case, volume in found if volume)
+    if rest:
+        outcomes = chain(outcomes, _prepared_on_cluster(rest, preparation, store, verify))
+    for case, outcome in track(f"preparing {'labelled' if classes else 'unlabelled'} volumes", outcomes, len(cases)):
+        if isinstance(outcome, OSError):  # of the store, not of the volume
+            raise UserError(str(outcome))
+        if not isinstance(outcome, Exception):
+            volume, fresh = outcome
+            prepared += fresh
+            if not classes or volume.largest_label < classes:
+                volumes[str(case.image)] = volume
+                continue
+            beyond = f"label {volume.largest_label} is beyond the {classes} classes (0..{classes - 1})"
+            outcome = f"{case.label}: {beyond}"
+        bad.append(BadVolume(case.id, str(case.image), str(outcome)))
+    return volumes, sorted(bad, key=lambda one: one.id), prepared
+
+
+def _prepared_on_cluster(
+    cases: Sequence[Case], preparation: Preparation, store: Store, verify: bool
+) -> Iterator[tuple[Case, Any]]:
+    """Each case with what `prepare_case` gives or raises, in the order in which they get ready."""
     import ray  # not above: it takes a second, and `prepare_case` does without
 
-    remove_stale(store.folder, "tmp-*", _STALE_SECONDS)
     rows = [{"case": pickle.dumps(case)} for case in cases]
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
@@ -111,24 +153,8 @@ def prepare_cohort(
         return {"outcome": pickle.dumps((case, outcome))}
 
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(work, num_cpus=1)
-    volumes: dict[str, Volume] = {}
-    bad: list[BadVolume] = []
-    prepared = 0
-    title = f"preparing {'labelled' if classes else 'unlabelled'} volumes"
-    for row in track(title, dataset.iter_rows(), len(rows)):
-        case, outcome = pickle.loads(row["outcome"])
-        if isinstance(outcome, OSError):  # of the store, not of the volume
-            raise UserError(str(outcome))
-        if not isinstance(outcome, Exception):
-            volume, fresh = outcome
-            prepared += fresh
-            if not classes or volume.largest_label < classes:
-                volumes[str(case.image)] = volume
-                continue
-            beyond = f"label {volume.largest_label} is beyond the {classes} classes (0..{classes - 1})"
-            outcome = f"{case.label}: {beyond}"
-        bad.append(BadVolume(case.id, str(case.image), str(outcome)))
-    return volumes, sorted(bad, key=lambda one: one.id), prepared
+    for row in dataset.iter_rows():
+        yield pickle.loads(row["outcome"])
 
 
 def usable(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:
@@ -165,8 +191,7 @@ def _read_source(file: Path, store: Store, verify: bool) -> tuple[str, bytes | N
     The store remembers the digest under path, size and time of modification: a cohort is read in full only once.
     """
     status = file.stat()
-    stamp = os.fsencode(f"{file} {status.st_size} {status.st_mtime_ns}")
-    known = store.folder / "sources" / hashlib.sha256(stamp).hexdigest()
+    known = _remembered(file, status, store)
     if not verify:
         with suppress(OSError):
             return known.read_text(), None
@@ -176,3 +201,21 @@ def _read_source(file: Path, store: Store, verify: bool) -> tuple[str, bytes | N
         with suppress(OSError):  # without it, the next run reads the source again
             write_file(known, digest.encode())
     return digest, content
+
+
+def _remembered(file: Path, status: os.stat_result, store: Store) -> Path:
+    """Where the store has the digest of a source of this path, size and time of modification, if it was read once."""
+    stamp = os.fsencode(f"{file} {status.st_size} {status.st_mtime_ns}")
+    return store.folder / "sources" / hashlib.sha256(stamp).hexdigest()
+
+
+def _key(preparation: Preparation, digests: Mapping[str, str]) -> str:
+    """Key in the store, of the sources' digests and all that is done to them."""
+    recipe = depends.preparation(preparation, VERSION, digests)
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _named(case: Case) -> dict[str, Any]:
+    """The name and place that a volume has in this study, which its key does not cover."""
+    label = str(case.label) if case.label else None
+    return {"id": case.id, "image_source": str(case.image), "label_source": label, "subject": case.subject}

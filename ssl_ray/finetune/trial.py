@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_ray.config.depends import digest
 from ssl_ray.data.nifti import read_label
 from ssl_ray.data.normalise import VERSION
 from ssl_ray.data.patch import open_array
@@ -26,7 +27,7 @@ from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.model_file import MODEL_FILE, Inference, Metadata, model_content, versions
 from ssl_ray.networks.registry import build_segmentation
 from ssl_ray.storage.files import write_file
-from ssl_ray.training.checkpoint import digest, load_latest, save_latest, snapshot
+from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
 from ssl_ray.training.meters import PREFIX, RATE, WAIT, WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate

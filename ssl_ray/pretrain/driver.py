@@ -30,7 +30,7 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
 from ssl_ray.tracking.run import NetworkFile, Run, ending
 from ssl_ray.tracking.tracker import Tracker
-from ssl_ray.training.checkpoint import digest, load_latest, saved_steps
+from ssl_ray.training.checkpoint import load_latest, saved_steps
 from ssl_ray.training.precision import settled
 
 
@@ -53,7 +53,7 @@ def pretraining_key(recipe: Recipe, training: Sequence[Volume], validation: Sequ
     """Digest of everything that the pretrained weights depend on; `training` is what their volumes are drawn from."""
     volumes = [[volume.key for volume in part] for part in (draw_volumes(recipe, training), validation)]
     started = [file_digest(recipe.weights)] if recipe.weights else []
-    return digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes, *started)
+    return depends.digest(depends.pretraining(recipe.settings, recipe.network), recipe.seed, volumes, *started)
 
 
 def pretrain(

@@ -29,7 +29,6 @@ from ssl_ray.storage.files import file_digest, write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.tracking.run import Run, ending
 from ssl_ray.tracking.tracker import Tracker
-from ssl_ray.training.checkpoint import digest
 
 
 def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def trial_jobs(
     whole = [splits.cases] * splits.folds or [splits.validation, splits.test]
     # More runs, with pretrainings of their own, belong to the same grid.
     told = _told([usable(part, volumes) for part in whole])
-    grid_key = digest(depends.grid(config, network), told, pretrained[0].key if pretrained else None)
+    grid_key = depends.digest(depends.grid(config, network), told, pretrained[0].key if pretrained else None)
     for cell in cells(config):
         of_cell = splits.parts(cell.size, seed, cell.run, cell.fold, volumes)
         training, validation, test = (usable(part, volumes) for part in of_cell)
@@ -106,7 +105,7 @@ def trial_jobs(
         own, trial_seed = cell.apply(config), run_seed(seed, "finetune", cell.run)
         made = start and start.key + ("" if cell.init == "pretrained" else f" {cell.init}")
         parts = [cell.size, trial_seed, [volume.key for volume in training], _told([validation, test]), made]
-        cell_key = digest(depends.finetuning(own, network), *parts)
+        cell_key = depends.digest(depends.finetuning(own, network), *parts)
         data = TrialData(store, training, validation, test, splits.organs)
         jobs[cell] = TrialJob(
             config=own,

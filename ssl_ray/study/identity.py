@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 
 from ssl_ray.config import depends
-from ssl_ray.config.depends import Stage
+from ssl_ray.config.depends import Stage, digest
 from ssl_ray.config.loading import flatten
 from ssl_ray.config.schema import Study
 from ssl_ray.data.normalise import VERSION
@@ -19,8 +19,6 @@ from ssl_ray.data.store import Volume
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.tracker import rename_experiment
-from ssl_ray.training.checkpoint import digest
 
 
 def check_unchanged(study: Study, folders: Folders) -> None:
@@ -71,6 +69,8 @@ def set_aside(study: Study, folders: Folders) -> str | None:
             f"--fresh: tracking.experiment is {study.tracking.experiment!r}, which may hold other studies, and "
             "would have to be renamed: give the study another name instead"
         )
+    from ssl_ray.tracking.tracker import rename_experiment  # not above: a study that starts has not loaded MLflow yet
+
     kept = f"{study.name}-until-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
     renamed = rename_experiment(study.tracking, folders, kept)
     moved = folders.output.move(folders.study, folders.study.with_name(kept))

@@ -1,13 +1,17 @@
 """What the rooms below get of a study: its folders, its MLflow experiment, the parameters of its runs."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssl_ray.config.loading import flatten
 from ssl_ray.config.schema import Study
 from ssl_ray.pretrain.job import Recipe
 from ssl_ray.random import run_seed
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.tracker import Tracker, tracking_uri
+from ssl_ray.tracking.uri import tracking_uri
+
+if TYPE_CHECKING:
+    from ssl_ray.tracking.tracker import Tracker
 
 
 def folders_of(study: Study) -> Folders:
@@ -17,8 +21,10 @@ def folders_of(study: Study) -> Folders:
     return folders
 
 
-def tracker_of(study: Study, create: bool = True) -> Tracker:
+def tracker_of(study: Study, create: bool = True) -> "Tracker":
     """The study's MLflow experiment; made where it is missing, unless `create` is False."""
+    from ssl_ray.tracking.tracker import Tracker  # it loads MLflow, which nobody needs who asks only for folders
+
     return Tracker(study.tracking, folders_of(study), create)
 
 

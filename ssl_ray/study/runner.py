@@ -1,31 +1,24 @@
 """A study from its volumes to its answer; each step finds out what is done already and does the rest."""
 
 import os
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
-from ssl_ray.cluster.connect import connect, hardware
-from ssl_ray.config.loading import dump
+from ssl_ray.cluster.connect import connect
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
-from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
-from ssl_ray.networks.model_file import versions
-from ssl_ray.pretrain.driver import Pretrained, known_pretraining, pretrain
-from ssl_ray.report.write import write_report
-from ssl_ray.search.cells import cells
-from ssl_ray.search.grid import check_transfer, finetune, trial_jobs
-from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
-from ssl_ray.study.cohorts import Cohorts, PreparedCohorts, prepare_cohorts, read_cohorts
+from ssl_ray.study.cohorts import read_cohorts
 from ssl_ray.study.experiment import Step, keep
 from ssl_ray.study.live import LivePage
-from ssl_ray.study.parts import folders_of, recipe_of, run_params, tracker_of
-from ssl_ray.text import without_password
-from ssl_ray.tracking.server import PORT
-from ssl_ray.tracking.tracker import Tracker
+from ssl_ray.study.parts import folders_of
+
+_LATER = "torch", "ssl_ray.tracking.tracker", "ssl_ray.report.write"
+"""What is loaded while Ray starts: none of it loads any of Ray, which two threads may not do at once."""
 
 
 def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]:
@@ -43,6 +36,8 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         raise UserError("finetune.grid.init: this study trains only from random weights")
     cohorts = read_cohorts(study)
     if given := study.finetune.weights:
+        from ssl_ray.search.grid import check_transfer  # it loads torch
+
         prefix = check_transfer(study.finetune, study.network, Path(given))["prefix"]
         if prefix:
             say(f"{given}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
@@ -54,30 +49,17 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         decoder = "its decoder is taken too" if start_from(Path(given), task) else "the decoder is new"
         say(f"pretraining goes on from {given}; {decoder}")
     with LivePage(study, folders) if last == "report" else nullcontext():
-        failed = _carry_out(study, folders, cohorts, last, verify, needs_weights)
+        with ThreadPoolExecutor(1) as pool:  # Ray's processes take three seconds to start, and so do these
+            pool.submit(lambda: [import_module(name) for name in _LATER])
+            connect(study.cluster)
+        keep(study, folders)
+
+        from ssl_ray.study.stages import carry_out_stages, report
+
+        failed = carry_out_stages(study, folders, cohorts, last, verify)
     if last == "report":
         report(study, folders)
     return failed
-
-
-def _carry_out(
-    study: Study, folders: Folders, cohorts: Cohorts, last: Step, verify: bool, needs_weights: bool
-) -> tuple[str, ...]:
-    connect(study.cluster)
-    keep(study, folders)
-    prepared = prepare_cohorts(study, folders, cohorts, verify)
-    if last == "prepare":
-        return ()
-    tracker = tracker_of(study)
-    tracker.facts |= {"ssl_ray.versions": ", ".join(f"{name} {one}" for name, one in versions().items())}
-    tracker.facts |= {"ssl_ray.hardware": hardware()}
-    try:
-        trials = last != "pretrain"
-        pretrained = _make_weights(study, folders, tracker, prepared, trials) if needs_weights else []
-        return () if last == "pretrain" else _fine_tune(study, folders, tracker, prepared, pretrained)
-    finally:
-        tracker.settle()
-        tracker.stop()
 
 
 def check_places(study: Study) -> Folders:
@@ -92,107 +74,3 @@ def check_places(study: Study) -> Folders:
             "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"
         )
     return folders
-
-
-def report(study: Study, folders: Folders) -> None:
-    """Write table, figures and page from MLflow alone, and show the table."""
-    tracker = tracker_of(study, create=False)
-    if study.search:
-        from ssl_ray.report.search import write_search_report
-
-        written = write_search_report(study, tracker, folders.study)
-    else:
-        written = write_report(study, tracker, folders.study)
-    for path in (written.markdown, written.html, *written.files):
-        folders.output.push(path)
-    uri = without_password(tracker.uri)
-    served = uri.startswith("http")
-    say(f"\n{written.table}\n")
-    say(f"report:  {folders.output.kept(written.html)}")
-    say(f"MLflow:  {tracker.link(uri if served else f'http://127.0.0.1:{PORT}')}")
-    if not served:
-        say(f"         where `ssl-ray ui EXPERIMENT` serves it, or mlflow ui --backend-store-uri '{uri}'")
-
-
-def _make_weights(
-    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, trials: bool
-) -> list[Pretrained]:
-    """The weights that `init: pretrained` starts from: those given, or the study's own, unless a search makes them.
-
-    Where `trials` follow, weights that are gone are made again only if one of them needs them.
-    """
-    by_cell = study.search is not None and trials
-    if given := study.finetune.weights:
-        say(f"pretrained weights are given: {given}")
-        return [Pretrained(Path(given).absolute(), file_digest(Path(given)))]
-    if not prepared.training or not prepared.validation:
-        raise UserError("pretrain.sources: no usable volume is left for training or validation")
-    parts = {"training": prepared.training, "validation": prepared.validation}
-    content = {f"unlabelled {part} volumes": identity.told(volumes) for part, volumes in parts.items()}
-    content["weights to go on from"] = file_digest(Path(given)) if (given := study.pretrain.weights) else "none"
-    identity.record(study, folders, "pretrain", content)
-    params, resolved = run_params(study, "pretrain"), dump(study)
-    volumes = prepared.training, prepared.validation
-    recipes = [recipe_of(study, number) for number in range(0 if by_cell else study.pretrain.pretrainings)]
-    made = [known_pretraining(recipe, *volumes, folders, tracker) for recipe in recipes]
-    gone = [number for number, one in enumerate(made) if one.run_id and not folders.output.pull(one.weights)]
-    spared = {*gone} - _needed(study, folders, tracker, prepared, made) if trials and gone else set()
-    for number, recipe in enumerate(recipes):
-        if number in spared:
-            say(
-                f"pretraining of run {number} was done already, and so were its cells: its weights are gone, not needed"
-            )
-            continue
-        name = f"pretrain-run{number}" if number else "pretrain"
-        own = params | {"seed": str(recipe.seed), "run": str(number)}
-        made[number] = done = pretrain(recipe, *volumes, folders, tracker, own, resolved, name, prepared.probed)
-        say(f"pretraining {'is done' if done.fresh else 'was done already'} in {done.precision}: {done.weights}")
-    return made
-
-
-def _needed(
-    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, made: Sequence[Pretrained]
-) -> set[int]:
-    """Numbers of the pretrainings whose weights a cell starts from that is not finished."""
-    given = study.seed, prepared.splits, prepared.labelled, made, folders
-    jobs = trial_jobs(study.finetune, study.network, *given)[1]
-    return {
-        cell.run % len(made) for cell, job in jobs.items() if job.weights and not tracker.finished("trial", job.key)
-    }
-
-
-def _fine_tune(
-    study: Study, folders: Folders, tracker: Tracker, prepared: PreparedCohorts, pretrained: Sequence[Pretrained]
-) -> tuple[str, ...]:
-    """Every cell of the grid, or those of the search -> names of those that failed."""
-    config, splits, labelled = study.finetune, prepared.splits, prepared.labelled
-    held_out = {"validation": splits.validation, "test": splits.test}
-    content = {f"labelled {part} volumes": identity.told(usable(cases, labelled)) for part, cases in held_out.items()}
-    content["organs"] = ", ".join(splits.organs)
-    content |= {"folds": f"{splits.folds} of {identity.told(usable(splits.cases, labelled))}"} if splits.folds else {}
-    for cell in cells(config):
-        parts = splits.parts(cell.size, study.seed, cell.run, cell.fold, labelled)
-        drawn, validation, test = (usable(part, labelled) for part in parts)
-        if not drawn or not validation or (splits.folds and not test):
-            raise UserError(f"finetune.cohort: no usable volume is left for training (size {cell.size}) or validation")
-        place = f"run {cell.run}" + ("" if cell.fold is None else f", fold {cell.fold}")
-        content[f"labelled volumes, size {cell.size}, {place}"] = identity.told(drawn)
-        if pretrained:
-            content[f"pretrained weights, run {cell.run}"] = pretrained[cell.run % len(pretrained)].key
-    identity.record(study, folders, "finetune", content)
-    if study.search:
-        from ssl_ray.study.searching import run_search  # it loads Optuna
-
-        return run_search(study, folders, tracker, prepared, pretrained, content)
-    return finetune(
-        config,
-        study.network,
-        study.seed,
-        splits,
-        labelled,
-        pretrained,
-        folders,
-        tracker,
-        run_params(study, "finetune"),
-        dump(study),
-    )

@@ -33,7 +33,6 @@ from ssl_ray.study.parts import recipe_of, run_params
 from ssl_ray.text import reason
 from ssl_ray.tracking.run import ending
 from ssl_ray.tracking.tracker import Tracker
-from ssl_ray.training.checkpoint import digest
 
 
 @dataclass(eq=False)
@@ -117,7 +116,7 @@ def run_search(
     assert study.search
     config, drawn = study.finetune, study.search.model_dump(include={"space", "metric", "mode"})
     settings = depends.pretraining(study.pretrain, study.network), depends.grid(config, study.network)
-    key = digest(*settings, study.seed, content, drawn)
+    key = depends.digest(*settings, study.seed, content, drawn)
     proposals = Proposals(study.search, config, study, folders.study / JOURNAL, folders.output, key)
     there, needed = ray.cluster_resources(), {"CPU": config.cpus_per_trial, "GPU": config.gpus_per_trial}
     room = [there.get(name, 0.0) / share for name, share in needed.items() if share]

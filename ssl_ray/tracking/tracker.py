@@ -41,11 +41,10 @@ from ssl_ray.tracking.delivery import Delivery
 from ssl_ray.tracking.models import register
 from ssl_ray.tracking.run import REFERENCE, Record, now
 from ssl_ray.tracking.run import Run as Run
+from ssl_ray.tracking.uri import URI, tracking_uri
 from ssl_ray.tracking.view import experiment_tags, link
 
 T = TypeVar("T")
-_URI = "MLFLOW_TRACKING_URI"
-"""Environment variable of MLflow's own; a study that names a server does not read it."""
 PRETRAINING_RUN = "ssl_ray.pretraining_run"
 """Tag of a trial that started from pretrained weights: the id of the run that made them."""
 
@@ -86,8 +85,8 @@ class Tracker:
         name = hashlib.sha256(f"format 3 {without_password(self.uri)} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
         self._delivery = delivery = Delivery(self.uri, home, self._find, folders.output.pull)
-        if not settings.uri and self.uri == os.environ.get(_URI):
-            delivery.place += f" (out of {_URI}, as tracking.uri is not set)"
+        if not settings.uri and self.uri == os.environ.get(URI):
+            delivery.place += f" (out of {URI}, as tracking.uri is not set)"
             if create:
                 say(f"MLflow: {delivery.place}")
         try:
@@ -257,25 +256,6 @@ class Tracker:
             if self._create:
                 return nothing
             raise
-
-
-def tracking_uri(settings: Tracking, folders: Folders) -> str:
-    """Where MLflow keeps the runs: `tracking.uri`, or else MLFLOW_TRACKING_URI, or else SQLite in the output folder.
-
-    A study that was begun with SQLite stays there, whatever the variable says: on a server all would be trained again.
-    A UserError where it would be SQLite, and the output folder cannot hold it, or no URI of SQLAlchemy's can name it.
-    """
-    begun = not folders.output.origin and (folders.output.folder / "mlflow.db").exists()
-    if uri := settings.uri or (None if begun else os.environ.get(_URI)):
-        return uri
-    if folders.output.origin:
-        raise UserError(
-            "output: in an object store there is no place for MLflow's database, so tracking.uri must name a server"
-        )
-    path = folders.output.folder / "mlflow.db"
-    if set("?%") & set(str(path)):
-        raise UserError(f"output: MLflow's database cannot lie at {path}: no ? and no %, or a server in tracking.uri")
-    return f"sqlite:///{path}"
 
 
 def rename_experiment(settings: Tracking, folders: Folders, name: str) -> bool:

@@ -118,11 +118,6 @@ class Saver:
             self._pending.result()
 
 
-def digest(*parts: Any) -> str:
-    """Short digest of values that JSON can hold; as a key it stands for all that a result depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def _digest(file: Path) -> str:
     with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,9 +1,10 @@
 """Preparing cohorts: a volume is right under its key, prepared once, and named where it is bad."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -261,6 +262,35 @@ def test_a_cohort_is_prepared_but_for_its_bad_volumes(
     assert [one.id for one in unusable] == ["copy", *[f"good{seed}" for seed in range(5)]]
     for one, case in zip(unusable, (copy, *good), strict=True):
         assert one.reason == f"{case.label}: label 3 is beyond the 3 classes (0..2)"
+
+
+def test_what_is_known_is_not_sent_to_the_cluster(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known is what has not changed, source, label or array; with `verify`, nothing is."""
+    cases = [make_case(tmp_path, f"case{seed}", seed) for seed in range(5)]
+    for case in cases:
+        assert case.label
+        os.utime(case.image, (1e9, 1e9))
+        os.utime(case.label, (1e9, 1e9))
+    volumes = {str(case.image): prepare_case(case, PREPARATION, store)[0] for case in cases}
+    sent: list[str] = []
+
+    def here(rest: Sequence[Case], *options: Any) -> Iterator[tuple[Case, Any]]:
+        sent.extend(case.id for case in rest)
+        return ((case, prepare_case(case, *options)) for case in rest)
+
+    monkeypatch.setattr("ssl_ray.data.prepare._prepared_on_cluster", here)
+    assert prepare_cohort(cases, PREPARATION, store, classes=4) == (volumes, [], 0)
+    assert sent == []
+    os.utime(cases[1].image, (2e9, 2e9))
+    assert cases[2].label
+    os.utime(cases[2].label, (2e9, 2e9))
+    (store.path(volumes[str(cases[3].image)].key) / "image.npy").unlink()
+    assert prepare_cohort(cases, PREPARATION, store, classes=4) == (volumes, [], 1)
+    assert sent == ["case1", "case2", "case3"]
+    assert prepare_cohort(cases, PREPARATION, store, classes=4, verify=True) == (volumes, [], 0)
+    assert sent[3:] == [case.id for case in cases]
 
 
 def test_a_structure_that_does_not_survive_the_resampling_still_counts(store: Store, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from outside import Said
 from ssl_ray.config.schema import Tracking
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker, rename_experiment, tracking_uri
+from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker, rename_experiment
+from ssl_ray.tracking.uri import tracking_uri
 
 Track = Callable[..., Tracker]
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from ssl_ray.config.depends import digest
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.training.checkpoint import digest, load_latest, load_state, save_latest, save_state
+from ssl_ray.training.checkpoint import load_latest, load_state, save_latest, save_state
 
 
 def state(step: int = 3) -> dict[str, Any]:

@@ -1,0 +1,29 @@
+"""Where a study's MLflow is. MLflow itself takes a second to import, and is not imported here."""
+
+import os
+
+from ssl_ray.config.schema import Tracking
+from ssl_ray.errors import UserError
+from ssl_ray.storage.folders import Folders
+
+URI = "MLFLOW_TRACKING_URI"
+"""Environment variable of MLflow's own; a study that names a server does not read it."""
+
+
+def tracking_uri(settings: Tracking, folders: Folders) -> str:
+    """Where MLflow keeps the runs: `tracking.uri`, or else MLFLOW_TRACKING_URI, or else SQLite in the output folder.
+
+    A study that was begun with SQLite stays there, whatever the variable says: on a server all would be trained again.
+    A UserError where it would be SQLite, and the output folder cannot hold it, or no URI of SQLAlchemy's can name it.
+    """
+    begun = not folders.output.origin and (folders.output.folder / "mlflow.db").exists()
+    if uri := settings.uri or (None if begun else os.environ.get(URI)):
+        return uri
+    if folders.output.origin:
+        raise UserError(
+            "output: in an object store there is no place for MLflow's database, so tracking.uri must name a server"
+        )
+    path = folders.output.folder / "mlflow.db"
+    if set("?%") & set(str(path)):
+        raise UserError(f"output: MLflow's database cannot lie at {path}: no ? and no %, or a server in tracking.uri")
+    return f"sqlite:///{path}"
