@@ -147,6 +147,7 @@ def test_a_typo_is_told_without_loading_torch_or_ray(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_driver_loads_no_monai_and_nothing_large_before_ray_starts() -> None:
     """MONAI takes seconds; only workers need it, and the driver where it checks a transfer. The others wait for Ray."""
     code = (

@@ -53,7 +53,7 @@ class Collector:
             if self._job.mirror.pull(self._job.records):
                 for line in self._job.records.read_bytes().split(b"\n"):
                     with suppress(ValueError):  # a killed worker's last line, or one that is being written
-                        yield "record", json.loads(line)
+                        yield "kept", json.loads(line)
 
     def _collect(self, items: Iterator[tuple[str, Any]]) -> None:
         told = False
@@ -70,14 +70,15 @@ class Collector:
                         self._run.tags({DEVICE: device})
                         self._store.sample()  # what was spilled before is not this run's
                         self._bar.update(step, again=True)
-                    case "record":
+                    case "record" | "kept":
                         step, picture = int(content["step"]), content.pop("picture", None)
-                        if step not in self._known:
+                        if new := step not in self._known:
                             numbers = {name: value for name, value in content.items() if name != "step"}
                             self._run.metrics(numbers | self._store.sample(), step)
                             self._known.add(step)
                             self._log_picture(picture, numbers)
-                        self._bar.update(step, progress(content))
+                        if new or kind == "record":  # steps that are done again are shown; the file tells old ones, too
+                            self._bar.update(step, progress(content))
                     case "skipped":
                         say(f"WARNING: not finite, skipped: {content}")
                     case "fatal":

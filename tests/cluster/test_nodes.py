@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 QUICK = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # instead of a minute, for workers on a node that is gone
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # whatever Ray this process has started before
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",  # instead of half a minute, for a worker that is suspended
 }

@@ -54,6 +54,7 @@ def test_windows_are_counted_as_monai_lays_them() -> None:
         assert count_windows(shape, (16, 16, 16), overlap) == sum(seen)
 
 
+@pytest.mark.slow
 def test_steps_and_flops_are_those_of_plain_arithmetic(cohort: Path, tmp_path: Path) -> None:
     """4 training volumes of 2 patches for 10 epochs, 2 validation volumes at 5 validations; 4 trials of 100 steps."""
     study, volumes = study_of(write(tmp_path, cohort), "finetune.validate_every=30")

@@ -184,6 +184,7 @@ def test_what_was_best_before_a_cut_stays_the_best(study: Study, data: TrialData
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", [5, 10])
 def test_a_cut_does_not_change_when_the_encoder_is_trained(
     study: Study, data: TrialData, tmp_path: Path, seen: int
@@ -283,6 +284,7 @@ def unfinished(path: Path) -> None:
     (path / "manifest.json").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [tear, tamper, unfinished])
 def test_a_damaged_checkpoint_is_not_used(
     study: Study,
@@ -475,6 +477,7 @@ def test_pretrained_and_random_differ_in_the_encoder_alone(study: Study, data: T
     )
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_repeat(study: Study, data: TrialData, tmp_path: Path) -> None:
     """A seed gives the same curve again, another seed another one."""
     one = reports(study, data, tmp_path / "one")

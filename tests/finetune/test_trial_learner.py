@@ -40,6 +40,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_eager_ones(traced: None) -> None:
     """Losses to 1e-5, under the same names in the state, also after going on from a state of either kind."""
     eager, fast = make(), make(compile=True)

@@ -109,6 +109,7 @@ def run_bundle(bundle: Path, scans: Path, output: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "preparation"),
     [("unetr", CT), ("dynunet", CT), ("primus", MRI)],
@@ -176,6 +177,7 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
     assert {line.replace("\\|", "").count("|") for line in tables} == {3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_onnx_gives_the_logits_of_torch(tmp_path: Path, kind: str) -> None:
     """For other numbers of patches than it was traced with, and with the metadata inside."""

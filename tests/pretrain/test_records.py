@@ -69,3 +69,19 @@ def test_what_the_queue_lost_comes_from_the_file(tmp_path: Path, left: tuple[Any
 def test_a_record_that_cannot_be_logged_ends_nothing(tmp_path: Path) -> None:
     run = collect(tmp_path, ("record", {"lr": 0.1}), ("record", record(2)), ("record", record(3)))
     assert run.logged("loss") == {2, 3}
+
+
+def test_the_bar_does_not_go_back_to_what_the_file_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But to the checkpoint of a worker that was killed, and on with what only the file has."""
+    shown: list[int] = []
+    monkeypatch.setattr(Bar, "update", lambda _, step, *__, **___: shown.append(step))
+    live = [("started", (0, "CPU")), *(("record", record(step)) for step in (1, 2))]
+    live += [("started", (1, "CPU")), ("record", record(2)), ("record", record(3))]
+    lines = "".join(json.dumps(record(step)) + "\n" for step in (1, 2, 2, 3, 4))
+    collect(tmp_path, *live)
+    assert shown == [0, 1, 2, 1, 2, 3]
+    shown.clear()
+    (tmp_path / "again").mkdir()
+    run = collect(tmp_path / "again", *live, raising(ActorDiedError()), lines=lines)
+    assert run.logged("loss") == {1, 2, 3, 4}
+    assert shown == [1, 2, 3, 4, 0, 1, 2, 1, 2, 3]

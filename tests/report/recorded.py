@@ -3,7 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +69,15 @@ class Outcome:
     nonfinite: bool = False
 
 
+@cache
+def _picture(step: int) -> bytes:
+    patch = np.random.default_rng(step).random((16, 16, 16))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "patch.png"
+        draw_picture(path, {"ground truth": patch, "corrupted": patch, "restored": patch}, f"step {step}", (2, 2, 2))
+        return path.read_bytes()
+
+
 def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Sequence[dict[str, str]] = ()) -> Tracker:
     """Write a study into MLflow with the calls of `ssl_ray.pretrain.driver` and `ssl_ray.search.grid`."""
     place_database(Path(str(study.tracking.uri).removeprefix("sqlite:///")))
@@ -78,9 +89,8 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
         validated = {"validation_loss": 2 / step, "validation_identity_loss": 0.2} if step % 40 == 0 else {}
         run.metrics({"loss": 3 / step} | validated, step)
     for step in (40, 200):
-        patch = np.random.default_rng(step).random((16, 16, 16))
         path = folder / f"patch_{step:07d}.png"
-        draw_picture(path, {"ground truth": patch, "corrupted": patch, "restored": patch}, f"step {step}", (2, 2, 2))
+        path.write_bytes(_picture(step))
         run.artifact(path, "pictures")
     run.close()
     lineage = {PRETRAINING_RUN: run.id}

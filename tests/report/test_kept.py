@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 RUNS = 3
 
 
+@pytest.mark.slow
 def test_the_kept_store_gives_the_table_that_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`ssl-ray report` on it makes the page, and every row and every sentence of its answer is in evidence.md."""
     restore(ROOT / "experiments" / "results" / "real_ct.tar.xz", tmp_path)

@@ -134,6 +134,7 @@ def test_holes_are_named_where_the_number_would_stand(tmp_path: Path, going_on: 
     assert "failed: OSError: http://server is &lt;gone&gt;" in report.html.read_text()
 
 
+@pytest.mark.slow
 def test_what_limits_the_numbers_is_said_with_them(tmp_path: Path) -> None:
     """Learning rates at the edge, a late best checkpoint, bad volumes, and a grid of another experiment."""
     study = make_study(tmp_path, sizes=[6], lr=[1e-4, 3e-4, 1e-3])
@@ -354,6 +355,7 @@ def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
         assert text in page.text
 
 
+@pytest.mark.slow
 def test_writing_it_again_gives_the_same_bytes(written: Written, tmp_path: Path) -> None:
     """Figures and text depend on MLflow's content alone."""
     first, second = written.report, report_on(written.study, tmp_path / "report")
@@ -467,6 +469,7 @@ def test_the_store_of_an_earlier_version_is_still_reported(tmp_path: Path) -> No
     ]
 
 
+@pytest.mark.slow
 def test_a_store_without_weights_gives_the_same_report_elsewhere(tmp_path: Path) -> None:
     """Kept as a file and restored in a folder whose name is another one in URIs; no weights are in the file."""
     here, there = tmp_path / "a folder", tmp_path / "elsewhere"
@@ -499,6 +502,7 @@ def test_a_study_without_a_grid_says_so(tmp_path: Path) -> None:
         report_on(study, tmp_path / "report")
 
 
+@pytest.mark.slow
 def test_the_report_loads_neither_torch_nor_ray() -> None:
     """They take seconds to import, and a report needs nothing of them."""
     code = "import sys, ssl_ray.report.write; print(sorted({'torch', 'ray', 'monai'} & set(sys.modules)))"
@@ -506,6 +510,7 @@ def test_the_report_loads_neither_torch_nor_ray() -> None:
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_another_experiment_does_not_replace_the_report(tmp_path: Path) -> None:
     """Of a study whose cells are all others, e.g. without the --set of its run, there is nothing to report."""
     study = make_study(tmp_path, lr=[1e-4])
@@ -516,6 +521,7 @@ def test_another_experiment_does_not_replace_the_report(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.md").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("request_name", ["log_artifact", "set_experiment_tag", "log_batch"])
 def test_an_outage_while_it_is_written_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_name: str

@@ -41,6 +41,7 @@ def lose(outcomes: dict[Cell, Outcome], *lost: tuple[int, str, int]) -> None:
             outcome.status = "FAILED"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [(), (0, 1, 2), (0,)])
 def test_what_pretraining_is_worth_is_not_always_known(tmp_path: Path, lost: tuple[int, ...]) -> None:
     """More labels that did not help, no random run with 12 labels, or no run that was finished with both numbers."""

@@ -264,6 +264,7 @@ def refusal(place: Place) -> str:
     return text.removeprefix(f"{place}: cannot be written to: ")
 
 
+@pytest.mark.slow
 def test_an_object_store_that_cannot_be_written_to_is_named(server: str, uri: str, closed_port: int) -> None:
     """A bucket that is missing, one without permission and a server that is gone each have their reason."""
     place = Place.parse(uri)
@@ -403,6 +404,7 @@ def test_damage_in_the_mirror_is_mended(uri: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(open_array(store, volume.key), expected)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_named(uri: str, tmp_path: Path) -> None:
     """Preparing and reading end with one line; when it is back, what was stored is there."""
     case, moto = make_case(tmp_path), pytest.importorskip("moto.server")

@@ -127,6 +127,7 @@ def test_too_few_patients_are_refused(
     assert not list(tmp_path.glob("*.yaml")) + list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_has_what_new_needs(tmp_path: Path) -> None:
     """There is no `experiments/` then; the templates are data of the package."""
     source = tmp_path / "source"
