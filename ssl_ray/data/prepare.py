@@ -26,8 +26,9 @@ from ssl_ray.errors import UserError
 from ssl_ray.storage.files import read_file, remove_stale, write_file
 
 _STALE_SECONDS = 24 * 3600
-_LOOKS_AT_ONCE = 32
-"""Volumes that are looked for in the store, which may lie on a network."""
+_LOOKED_UP, _AT_ONCE = 2000, 32
+"""Volumes that are looked up in the store without Ray, whose processes are worth their start for more of them; and how
+many at once, as the store may lie on a network."""
 _SETTLED_NS = 2 * 10**9
 """A younger file could be written to again within the grain of its time of modification, so it is not remembered."""
 
@@ -100,15 +101,15 @@ def prepare_cohort(
 ) -> tuple[dict[str, Volume], list[BadVolume], int]:
     """Prepare all cases in parallel on the Ray cluster, one volume a CPU at a time, as `prepare_case` does.
 
-    What is known is not sent there: a study that goes on need not wait for the cluster's processes to start.
+    What is known is not sent there, unless it is thousands: a study that goes on need not wait for processes to start.
 
     `classes` is None for unlabelled cases; labels must be in 0..classes-1. Returns volumes by image path, those that
     cannot be used, and how many were prepared now. A store that cannot be read or written is a UserError.
     """
     remove_stale(store.folder, "tmp-*", _STALE_SECONDS)
     known: list[Volume | None] = [None] * len(cases)
-    if not verify:
-        with ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+    if not verify and len(cases) <= _LOOKED_UP:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
             known = list(pool.map(lambda case: known_volume(case, preparation, store), cases))
     found = list(zip(cases, known, strict=True))
     rest = [case for case, volume in found if not volume]
