@@ -550,8 +550,8 @@ def test_three_runs_of_the_recipe_are_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", ["demo.yaml", "real_ct.yaml"])
-def test_what_claims_something_has_three_runs(name: str) -> None:
+def test_what_claims_something_has_three_runs_or_more(name: str) -> None:
     """With labelled volumes of its own in each."""
     config = load(EXPERIMENTS[0].parent / name).finetune
-    assert config.runs == 3
+    assert config.runs >= 3
     assert config.cohort.pool
