@@ -71,7 +71,7 @@ def report_again(experiment: Experiment, overrides: Overrides) -> None:
     """Write table, figures and page again, from MLflow alone."""
     study = load(experiment, overrides)
     from ssl_ray.study.parts import folders_of
-    from ssl_ray.study.stages import report
+    from ssl_ray.study.reporting import report
 
     folders = folders_of(study)
     folders.check_writable()

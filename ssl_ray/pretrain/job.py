@@ -5,13 +5,15 @@ Ray's controller reads it, too, before it starts any worker: torch and MONAI tak
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from ray.util.queue import Queue
+from typing import TYPE_CHECKING
 
 from ssl_ray.config.schema import Network, Pretrain
 from ssl_ray.data.store import Volume
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.storage.mirror import Mirror
+
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Job:
     folder: Path
     mirror: Mirror
     key: str
-    reports: Queue
+    reports: "Queue"
     labelled: Labelled | None = None
 
     @property

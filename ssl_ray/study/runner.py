@@ -17,7 +17,7 @@ from ssl_ray.study.experiment import Step, keep
 from ssl_ray.study.live import LivePage
 from ssl_ray.study.parts import folders_of
 
-_LATER = "torch", "ssl_ray.tracking.tracker", "ssl_ray.report.write"
+_LATER = "torch", "ssl_ray.tracking.tracker", "ssl_ray.study.reporting"
 """What is loaded while Ray starts: none of it loads any of Ray, which two threads may not do at once."""
 
 
@@ -54,10 +54,12 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
             connect(study.cluster)
         keep(study, folders)
 
-        from ssl_ray.study.stages import carry_out_stages, report
+        from ssl_ray.study.stages import carry_out_stages
 
         failed = carry_out_stages(study, folders, cohorts, last, verify)
     if last == "report":
+        from ssl_ray.study.reporting import report
+
         report(study, folders)
     return failed
 

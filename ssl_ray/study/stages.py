@@ -11,7 +11,6 @@ from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
 from ssl_ray.networks.model_file import versions
 from ssl_ray.pretrain.driver import Pretrained, known_pretraining, pretrain
-from ssl_ray.report.write import write_report
 from ssl_ray.search.cells import cells
 from ssl_ray.search.grid import finetune, trial_jobs
 from ssl_ray.storage.files import file_digest
@@ -20,8 +19,6 @@ from ssl_ray.study import identity
 from ssl_ray.study.cohorts import Cohorts, PreparedCohorts, prepare_cohorts
 from ssl_ray.study.experiment import Step
 from ssl_ray.study.parts import recipe_of, run_params, tracker_of
-from ssl_ray.text import without_password
-from ssl_ray.tracking.server import PORT
 from ssl_ray.tracking.tracker import Tracker
 
 
@@ -43,26 +40,6 @@ def carry_out_stages(
     finally:
         tracker.settle()
         tracker.stop()
-
-
-def report(study: Study, folders: Folders) -> None:
-    """Write table, figures and page from MLflow alone, and show the table."""
-    tracker = tracker_of(study, create=False)
-    if study.search:
-        from ssl_ray.report.search import write_search_report
-
-        written = write_search_report(study, tracker, folders.study)
-    else:
-        written = write_report(study, tracker, folders.study)
-    for path in (written.markdown, written.html, *written.files):
-        folders.output.push(path)
-    uri = without_password(tracker.uri)
-    served = uri.startswith("http")
-    say(f"\n{written.table}\n")
-    say(f"report:  {folders.output.kept(written.html)}")
-    say(f"MLflow:  {tracker.link(uri if served else f'http://127.0.0.1:{PORT}')}")
-    if not served:
-        say(f"         where `ssl-ray ui EXPERIMENT` serves it, or mlflow ui --backend-store-uri '{uri}'")
 
 
 def _make_weights(

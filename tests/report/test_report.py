@@ -504,8 +504,8 @@ def test_a_study_without_a_grid_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_report_loads_neither_torch_nor_ray() -> None:
-    """They take seconds to import, and a report needs nothing of them."""
-    code = "import sys, ssl_ray.report.write; print(sorted({'torch', 'ray', 'monai'} & set(sys.modules)))"
+    """They take seconds to import, and a report needs nothing of them, nor does `ssl-ray report`."""
+    code = "import sys, ssl_ray.study.reporting; print(sorted({'torch', 'ray', 'monai'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
