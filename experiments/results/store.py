@@ -38,7 +38,9 @@ def restore(file: Path, output: Path) -> None:
     if (output / "mlflow.db").exists():
         raise SystemExit(f"{output}: has a store of its own")
     with tarfile.open(file) as packed:
-        packed.extractall(output, filter="data")
+        # The first releases of Python 3.11 know no filter; what `keep` packs has no links and no paths to elsewhere.
+        packed.extraction_filter = getattr(tarfile, "data_filter", None)
+        packed.extractall(output)
     script = output / "mlflow.sql"
     with closing(sqlite3.connect(output / "mlflow.db")) as database:
         database.executescript(_moved(script.read_text(), _PLACE, output.absolute()))

@@ -88,6 +88,7 @@ def record(study: Study, outcomes: dict[Cell, Outcome], folder: Path, bad: Seque
     for step in range(20, 201, 20):
         validated = {"validation_loss": 2 / step, "validation_identity_loss": 0.2} if step % 40 == 0 else {}
         run.metrics({"loss": 3 / step} | validated, step)
+    folder.mkdir(parents=True, exist_ok=True)
     for step in (40, 200):
         path = folder / f"patch_{step:07d}.png"
         path.write_bytes(_picture(step))
