@@ -88,12 +88,16 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
 
 
 def known_volume(case: Case, preparation: Preparation, store: Store) -> Volume | None:
-    """What `prepare_case` finds where sizes and times say that nothing has changed; no source or array is read."""
-    with suppress(OSError):
+    """What `prepare_case` finds where sizes and times say that nothing has changed; no source or array is read.
+
+    A store that cannot be read is an OSError, as there.
+    """
+    try:
         digests = {name: _remembered(file, file.stat(), store).read_text() for name, file in _files(case).items()}
-        if found := store.get(_key(preparation, digests)):
-            return replace(found, **_named(case))
-    return None
+    except OSError:  # the source was never read, or cannot be now, which `prepare_case` tells
+        return None
+    found = store.get(_key(preparation, digests))
+    return replace(found, **_named(case)) if found else None
 
 
 def prepare_cohort(
@@ -109,8 +113,11 @@ def prepare_cohort(
     remove_stale(store.folder, "tmp-*", _STALE_SECONDS)
     known: list[Volume | None] = [None] * len(cases)
     if not verify and len(cases) <= _LOOKED_UP:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            known = list(pool.map(lambda case: known_volume(case, preparation, store), cases))
+        try:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:  # at the first error `map` gives up what has not begun
+                known = list(pool.map(lambda case: known_volume(case, preparation, store), cases))
+        except OSError as error:
+            raise UserError(str(error)) from error
     found = list(zip(cases, known, strict=True))
     rest = [case for case, volume in found if not volume]
     volumes: dict[str, Volume] = {}

@@ -1,6 +1,7 @@
 """Preparing cohorts: a volume is right under its key, prepared once, and named where it is bad."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from ssl_ray.data.normalisations.window.settings import Window
 from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store
+from ssl_ray.errors import UserError
 
 
 def test_what_is_stored_is_what_prepare_gives(store: Store, case: Case) -> None:
@@ -264,15 +266,21 @@ def test_a_cohort_is_prepared_but_for_its_bad_volumes(
         assert one.reason == f"{case.label}: label 3 is beyond the 3 classes (0..2)"
 
 
-def test_what_is_known_is_not_sent_to_the_cluster(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Known is what has not changed, source, label or array; with `verify`, nothing is."""
-    cases = [make_case(tmp_path, f"case{seed}", seed) for seed in range(5)]
+def old_cases(folder: Path) -> list[Case]:
+    """Five, whose files are old enough to be remembered."""
+    cases = [make_case(folder, f"case{seed}", seed) for seed in range(5)]
     for case in cases:
         assert case.label
         os.utime(case.image, (1e9, 1e9))
         os.utime(case.label, (1e9, 1e9))
+    return cases
+
+
+def test_what_is_known_is_not_sent_to_the_cluster(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known is what has not changed, source, label or array; with `verify`, nothing is."""
+    cases = old_cases(tmp_path)
     volumes = {str(case.image): prepare_case(case, PREPARATION, store)[0] for case in cases}
     sent: list[str] = []
 
@@ -291,6 +299,28 @@ def test_what_is_known_is_not_sent_to_the_cluster(
     assert sent == ["case1", "case2", "case3"]
     assert prepare_cohort(cases, PREPARATION, store, classes=4, verify=True) == (volumes, [], 0)
     assert sent[3:] == [case.id for case in cases]
+
+
+def test_a_store_that_is_away_is_told_at_the_first_look(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is every volume asked for, each until a time-out, nor the cluster asked for the same again."""
+    cases = old_cases(tmp_path)
+    for case in cases:
+        prepare_case(case, PREPARATION, store)
+    asked: list[str] = []
+
+    def away(_: Store, key: str, verify: bool = False) -> None:
+        asked.append(key)
+        time.sleep(0.1)
+        raise OSError("the store does not answer")
+
+    monkeypatch.setattr(Store, "get", away)
+    monkeypatch.setattr(cache, "_AT_ONCE", 1)
+    monkeypatch.setattr(cache, "_prepared_on_cluster", lambda *_: pytest.fail("asked the cluster"))
+    with pytest.raises(UserError, match="the store does not answer"):
+        prepare_cohort(cases, PREPARATION, store, classes=4)
+    assert len(asked) < len(cases)
 
 
 def test_a_structure_that_does_not_survive_the_resampling_still_counts(store: Store, tmp_path: Path) -> None:
