@@ -39,7 +39,7 @@ def connect(settings: LocalCluster) -> None:
             check_address(named)
         else:
             say("starting Ray on this machine")
-            # Those that Ray starts ahead have none of our environment, and nobody uses them.
+            # Processes that Ray starts ahead do not have the environment that ours ask for, and nobody gets them.
             os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is nobody's to take back
             options |= {

@@ -121,6 +121,11 @@ class Study(Section):
         return self
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether cells of the grid start from pretrained weights."""
+        return "pretrained" in self.finetune.grid.init
+
+    @property
     def pretrains(self) -> bool:
         """Whether the grid needs weights that this study has to make; if not, its unlabelled volumes are not read."""
-        return "pretrained" in self.finetune.grid.init and not self.finetune.weights
+        return self.needs_weights and not self.finetune.weights

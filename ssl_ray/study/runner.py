@@ -31,8 +31,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
             datalists, volumes or weights.
     """
     folders = check_places(study)
-    needs_weights = "pretrained" in study.finetune.grid.init
-    if last == "pretrain" and not needs_weights:
+    if last == "pretrain" and not study.needs_weights:
         raise UserError("finetune.grid.init: this study trains only from random weights")
     cohorts = read_cohorts(study)
     if given := study.finetune.weights:
@@ -41,7 +40,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         prefix = check_transfer(study.finetune, study.network, Path(given))["prefix"]
         if prefix:
             say(f"{given}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
-    elif needs_weights and (given := study.pretrain.weights):
+    elif study.needs_weights and (given := study.pretrain.weights):
         from ssl_ray.pretrain.tasks.registry import build_task, start_from  # MONAI takes seconds to load
 
         config = study.pretrain

@@ -34,8 +34,7 @@ def carry_out_stages(
     tracker.facts |= {"ssl_ray.hardware": hardware()}
     try:
         trials = last != "pretrain"
-        needed = "pretrained" in study.finetune.grid.init
-        pretrained = _make_weights(study, folders, tracker, prepared, trials) if needed else []
+        pretrained = _make_weights(study, folders, tracker, prepared, trials) if study.needs_weights else []
         return () if last == "pretrain" else _fine_tune(study, folders, tracker, prepared, pretrained)
     finally:
         tracker.settle()
