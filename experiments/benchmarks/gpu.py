@@ -37,8 +37,10 @@ def main() -> int:
         "variants": gpu_pretrain.variants,
         "compile": gpu_pretrain.compiled,
         "ray": gpu_end_to_end.end_to_end,
+        "ray_masked": gpu_end_to_end.masked_end_to_end,
         "unetr": gpu_unetr.unetr,
         "trials": gpu_unetr.trials,
+        "small_trials": gpu_unetr.small_trials,
         "ddp": gpu_pretrain.ddp,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,7 +82,16 @@ def report(bench: Bench) -> int:
     for kind in ("step", "step_compiled", "masked", "end_to_end", "feed"):
         for batch, row in results.get(kind, {}).items():
             print(f"{kind}, {batch}: {show(row)}")
-    for name in ("device", "profile", "seconds", "unetr_peak_gb", "unetr_mfu", "unetr_trials", "unetr_recipe_hours"):
+    for name in (
+        "device",
+        "profile",
+        "seconds",
+        "unetr_peak_gb",
+        "unetr_mfu",
+        "unetr_trials",
+        "small_trials",
+        "unetr_recipe_hours",
+    ):
         if name in results:
             print(f"{name}: {show(results[name])}")
     floors = results.get("floors", {})

@@ -3,15 +3,15 @@
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_bench import Bench
-from gpu_pretrain import learner, rate, stepper, study
+from gpu_bench import Bench, warm
+from gpu_pretrain import PRIMUS, TINY_PRIMUS, learner, stepper, study
 
 from ssl_ray.config.schema import Study
 from ssl_ray.data.normalise import CanonicalVolume
@@ -208,28 +208,46 @@ def feed_alone(bench: Bench, folder: Path, volumes: Sequence[Volume]) -> None:
 
 def end_to_end(bench: Bench) -> None:
     """Patches/s and the share of the time that waits for data, by batch, with Ray and MLflow as a study has them."""
+    batches = {2: 160} if bench.quick else {64: 27_000, 8: 12_000, 128: 30_000, 256: 30_000}
+    through_ray(bench, {str(batch): (batch, patches, {}) for batch, patches in batches.items()}, feed=True)
+    rows = [row for row in bench.results.get("end_to_end", {}).values() if isinstance(row, dict)]
+    if rows and bench.device.type == "cuda" and not bench.quick:
+        best = max(rows, key=lambda row: float(row["patches_per_second"]))
+        fast, waits = best["patches_per_second"], best["data_wait_share"]
+        bench.put("floors", "patches_per_second", value={"found": fast, "at_least": 1500, "ok": fast >= 1500})
+        bench.put("floors", "data_wait_share", value={"found": waits, "at_most": 0.03, "ok": waits <= 0.03})
+
+
+def masked_end_to_end(bench: Bench) -> None:
+    """The same of the masked task, with both networks."""
+    task: dict[str, Any] = {"task": "masked"}
+    primus: dict[str, Any] = task | {"network": TINY_PRIMUS if bench.quick else PRIMUS}
+    batch, most, fewer = (2, 160, 160) if bench.quick else (64, 60_000, 8_000)
+    through_ray(bench, {"masked, unetr": (batch, most, task), "masked, primus": (batch, fewer, primus)})
+
+
+def through_ray(bench: Bench, cases: Mapping[str, tuple[int, int, dict[str, Any]]], feed: bool = False) -> None:
+    """Whole pretrainings; a case is its patches a step, patches in all, some 12 s of them, and other settings."""
     import ray
 
-    from ssl_ray.cluster.connect import connect
     from ssl_ray.config.loading import dump
     from ssl_ray.pretrain.driver import pretrain
 
-    # Patches of a case: some 12 s of them.
-    cases = {2: 160} if bench.quick else {64: 27_000, 8: 12_000, 128: 30_000, 256: 30_000}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         count, shape = (8, (40, 40, 40)) if bench.quick else (200, (180, 150, 130))
         start = time.monotonic()
         store = Store(Path(folder) / "cache")
         training, validation = fill(store, count, shape), fill(store, 4 if bench.quick else 16, shape, first=count)
         bench.put("feed", "seconds_to_write_the_store", value=time.monotonic() - start)
-        bench.attempt("feed", call=lambda: feed_alone(bench, Path(folder), training))
+        if feed:
+            bench.attempt("feed", call=lambda: feed_alone(bench, Path(folder), training))
 
-        for batch, patches in cases.items():
+        for name, (batch, patches, options) in cases.items():
 
-            def run(batch: int = batch, patches: int = patches) -> None:
-                compiled = not bench.quick
-                it = made(bench, Path(folder), f"b{batch}", batch, patches // (2 * count), compile=compiled)
-                connect(it.cluster)  # is there already
+            def run(name: str = name, batch: int = batch, patches: int = patches, options: Any = options) -> None:
+                more = options | {"compile": not bench.quick}
+                it = made(bench, Path(folder), name.replace(", ", "-"), batch, patches // (2 * count), **more)
+                start_ray(bench, it)  # where it is not there already
                 start = time.monotonic()
                 tracker: Any = bench.attempt("ray", "mlflow", call=lambda: tracker_of(it)) or Memory()
                 with limit(min(110.0, max(20.0, bench.left))):
@@ -239,27 +257,21 @@ def end_to_end(bench: Bench) -> None:
                     metric: list(tracker.history(str(done.run_id), metric).items())
                     for metric in ("system/patches_per_second", "system/data_wait_percentage", "loss")
                 }
-                bench.put("spread", "end_to_end_history", str(batch), value=history)
+                bench.put("spread", "end_to_end_history", name, value=history)
                 # The first third warms up: module loads, compiling, the first blocks.
                 late = {metric: [v for _, v in points[len(points) // 3 :]] for metric, points in history.items()}
                 row["patches_per_second"] = float(np.median(late["system/patches_per_second"]))
                 row["data_wait_share"] = float(np.mean(late["system/data_wait_percentage"])) / 100
                 row["records"] = len(late["loss"])
                 row["last_loss"] = late["loss"][-1]
-                ceiling = bench.results.get("step_compiled", {}).get(str(batch))
+                ceiling = bench.results.get("step_compiled", {}).get(name)
                 if ceiling is None:
-                    call = stepper(bench, learner(bench, batch, compile=compiled), batch)
-                    ceiling = rate(bench, batch, bench.seconds(call, 1.0))
+                    call = warm(stepper(bench, learner(bench, batch, **more), batch), bench)
+                    ceiling = {"patches_per_second": batch / bench.seconds(call, 1.0)}
                 row["ceiling"] = ceiling["patches_per_second"]
                 row["share_of_ceiling"] = row["patches_per_second"] / row["ceiling"]
-                bench.put("end_to_end", str(batch), value=row)
-                bench.put("ratios", f"end to end over ceiling, {batch}", value=row["share_of_ceiling"])
+                bench.put("end_to_end", name, value=row)
+                bench.put("ratios", f"end to end over ceiling, {name}", value=row["share_of_ceiling"])
 
-            bench.attempt("ray", str(batch), call=run)
+            bench.attempt("ray", name, call=run)
         ray.shutdown()
-    rows = [row for row in bench.results.get("end_to_end", {}).values() if isinstance(row, dict)]
-    if rows and bench.device.type == "cuda" and not bench.quick:
-        best = max(rows, key=lambda row: float(row["patches_per_second"]))
-        fast, waits = best["patches_per_second"], best["data_wait_share"]
-        bench.put("floors", "patches_per_second", value={"found": fast, "at_least": 1500, "ok": fast >= 1500})
-        bench.put("floors", "data_wait_share", value={"found": waits, "at_most": 0.03, "ok": waits <= 0.03})

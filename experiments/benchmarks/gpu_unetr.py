@@ -18,6 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.networks.faster import use_patch_products
 
+SMALL: dict[str, Any] = {"hidden_size": 192, "mlp_dim": 384, "num_heads": 3, "feature_size": 8}
+"""The network of `real_ct.yaml`."""
+
 Build = Callable[[], Callable[[], Any]]
 
 
@@ -86,23 +89,33 @@ def unetr(bench: Bench) -> None:
 
 
 def trials(bench: Bench) -> None:
-    """Steps a second of one, two and three trials on one device, each a process of its own, at the same time."""
-    seconds = 1 if bench.quick else 8
+    """Steps a second of one, two and three of the recipe's trials on one device, at the same time."""
     for compiled in (False, True) if not bench.quick else (False,):
         for count in (1, 2) if bench.quick else (1, 2, 3):
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, __file__, "--seconds", str(seconds), "--folder", folder]
-                command += ["--quick"] * bench.quick + ["--compile"] * compiled
-                processes = [
-                    subprocess.Popen([*command, "--name", str(number)], stdout=subprocess.PIPE, text=True)
-                    for number in range(count)
-                ]
-                while len(list(Path(folder).glob("ready_*"))) < count and all(p.poll() is None for p in processes):
-                    time.sleep(0.05)
-                Path(folder, "go").touch()
-                rates = [float(process.communicate(timeout=120)[0].split()[-1]) for process in processes]
-            kind = "unetr_trials_compiled" if compiled else "unetr_trials"
-            bench.put(kind, str(count), value={"steps_per_second": sum(rates), "slowest": min(rates)})
+            together(bench, "unetr_trials_compiled" if compiled else "unetr_trials", count, ["--compile"] * compiled)
+
+
+def small_trials(bench: Bench) -> None:
+    """The same of the small trials of `real_ct.yaml`, one of which leaves most of a device idle."""
+    for count in (1, 2) if bench.quick else (1, 4, 16):
+        together(bench, "small_trials", count, ["--small"])
+
+
+def together(bench: Bench, kind: str, count: int, arguments: list[str]) -> None:
+    """So many trials, each a process of its own: steps a second of all, and of the slowest."""
+    seconds = 1 if bench.quick else 8
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--seconds", str(seconds), "--folder", folder, *arguments]
+        command += ["--quick"] * bench.quick
+        processes = [
+            subprocess.Popen([*command, "--name", str(number)], stdout=subprocess.PIPE, text=True)
+            for number in range(count)
+        ]
+        while len(list(Path(folder).glob("ready_*"))) < count and all(p.poll() is None for p in processes):
+            time.sleep(0.05)
+        Path(folder, "go").touch()
+        rates = [float(process.communicate(timeout=120)[0].split()[-1]) for process in processes]
+    bench.put(kind, str(count), value={"steps_per_second": sum(rates), "slowest": min(rates)})
 
 
 def learner_of(bench: Bench, network: dict[str, Any] | None = None, **finetune: Any) -> SegmentationLearner:
@@ -147,13 +160,15 @@ def one_trial() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--name")
     options = parser.parse_args()
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     bench = Bench(device, options.quick, options.folder, 0)
-    call = stepper(learner_of(bench, compile=options.compile))
+    small: dict[str, Any] = {"network": SMALL, "patch_size": (32, 32, 32), "patches_per_volume": 2}
+    call = stepper(learner_of(bench, **(small if options.small else {}), compile=options.compile))
     for _ in range(3):
         call()
     bench.wait()
