@@ -1,4 +1,4 @@
-"""The study on real CT whose MLflow store is kept in this repository gives what the documentation says of it."""
+"""The studies on real CT whose MLflow stores are kept in this repository give what the documentation says of them."""
 
 import re
 from pathlib import Path
@@ -9,16 +9,18 @@ from store import restore
 from ssl_ray.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-RUNS = 3
 
 
 @pytest.mark.slow
-def test_the_kept_store_gives_the_table_that_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "runs", "sizes"), [("real_ct", 3, [6]), ("real_ct_gpu", 3, [6, 12, 24])])
+def test_the_kept_store_gives_the_table_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, runs: int, sizes: list[int]
+) -> None:
     """`ssl-ray report` on it makes the page, and every row and every sentence of its answer is in evidence.md."""
-    restore(ROOT / "experiments" / "results" / "real_ct.tar.xz", tmp_path)
-    runs = f"finetune.runs={RUNS}", f"pretrain.pretrainings={RUNS}"
+    restore(ROOT / "experiments" / "results" / f"{name}.tar.xz", tmp_path)
+    asked = f"finetune.runs={runs}", f"pretrain.pretrainings={runs}", f"finetune.grid.sizes={sizes}"
     command = ["report", str(ROOT / "experiments" / "real_ct.yaml")]
-    for setting in (f"output={tmp_path}", "finetune.grid.sizes=[6]", *runs):
+    for setting in (f"output={tmp_path}", *asked):
         command += ["--set", setting]
     assert main(command) == 0
     printed, told = capsys.readouterr().out, (ROOT / "docs" / "evidence.md").read_text()
@@ -27,9 +29,9 @@ def test_the_kept_store_gives_the_table_that_is_told(tmp_path: Path, capsys: pyt
         return re.sub(r"[\s*-]+", " ", text)
 
     rows = [line for line in printed.splitlines() if line.startswith(("| Dice", "| surface", "| missed", "| HD95"))]
-    answer = [line for line in printed.splitlines() if line.startswith("- ")]
-    assert len(rows) == 4
-    assert answer
+    answer = [line for line in printed.splitlines() if line.startswith("- With ")]
+    assert len(rows) == 4 * len(sizes)
+    assert len(answer) == len(sizes)
     for line in (*rows, *answer):
         assert plain(line) in plain(told), line
     figures = {path.name for path in (tmp_path / "real_ct" / "figures").glob("*.png")}
