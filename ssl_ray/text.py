@@ -1,6 +1,8 @@
 """How values and errors read within a message, and what no message may show."""
 
+import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -40,6 +42,12 @@ def shown(value: Any, length: int = 300) -> str:
 def reason(error: BaseException) -> str:
     """An error as part of a message: its type and the beginning of its text, in one line."""
     return f"{type(error).__name__}: {without_password(' '.join(str(error).split()))[:300]}"
+
+
+def did_you_mean(given: str, valid: Sequence[str]) -> str:
+    """The question for the valid name that is nearest to what was given, or that goes on from it; empty without one."""
+    near = [one for one in valid if one.startswith(f"{given}.")] or difflib.get_close_matches(given, valid, 1, 0.5)
+    return f"did you mean '{near[0]}'?" if near else ""
 
 
 def count_of(number: int, noun: str, plural: str = "") -> str:

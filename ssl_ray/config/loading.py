@@ -1,6 +1,5 @@
 """From an experiment's YAML to a `Study`, with errors that name file, key, rule and value; and back to YAML."""
 
-import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from io import StringIO
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ssl_ray.config.overrides import kinds, sections
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
-from ssl_ray.text import shown, without_password
+from ssl_ray.text import did_you_mean, shown, without_password
 
 
 def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
@@ -95,13 +94,12 @@ def _explain(name: str, mistake: Any) -> str:
     place = f"{name}: {'.'.join(keys)}" if keys else name
     rule = mistake["msg"].removeprefix("Value error, ")
     if mistake["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.5)
-        rule = f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; valid keys: {', '.join(valid)}"
+        meant = did_you_mean(str(mistake["loc"][-1]), valid)
+        rule = f"unknown key; {meant or 'valid keys: ' + ', '.join(valid)}"
     elif mistake["type"] == "union_tag_invalid":
         tag, kinds_of = mistake["ctx"]["tag"], mistake["ctx"]["expected_tags"]
-        near = difflib.get_close_matches(tag, kinds_of.replace("'", "").split(", "), n=1, cutoff=0.5)
-        meant = f"did you mean '{near[0]}'? " if near else ""
-        rule = f"must be one of {kinds_of}; {meant}got {shown(repr(tag), 80)}"
+        meant = did_you_mean(tag, kinds_of.replace("'", "").split(", "))
+        rule = f"must be one of {kinds_of}; {meant}{' ' if meant else ''}got {shown(repr(tag), 80)}"
     elif mistake["type"] == "missing":
         rule = "this key is required"
     elif mistake["type"] != "value_error":

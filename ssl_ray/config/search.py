@@ -1,6 +1,5 @@
 """The section `search` of an experiment: cells whose values are drawn from a space, instead of the grid's."""
 
-import difflib
 import math
 import random
 import re
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveIn
 
 from ssl_ray.config.common import Section
 from ssl_ray.config.overrides import S, changed, keys, placed
+from ssl_ray.text import did_you_mean
 
 _SEARCHED = re.compile(
     r"(finetune\.(?!weights)|pretrain\.|network\.)(?!(cohort|grid|runs|margin|primary|sources|pretrainings)\b)"
@@ -82,9 +82,8 @@ def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given:
     valid = [*given, *(key for key in keys(type(experiment)) if _SEARCHED.match(key))]
     drawn = {key: values for key, one in space.items() for values in one.values()}
     for key in drawn.keys() - valid:
-        near = [one for one in valid if one.startswith(f"{key}.")] or difflib.get_close_matches(key, valid, 1, 0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"search.space.{key}: not a key that can be searched{hint}")
+        meant = did_you_mean(key, valid)
+        raise ValueError(f"search.space.{key}: not a key that can be searched{'; ' if meant else ''}{meant}")
     for name, there in given.items():
         chosen = space[name].get("choice", ()) if name in space else there[:1]
         if not set(chosen) <= set(there) or len(chosen) < min(len(there), 1 + (name not in space)):
