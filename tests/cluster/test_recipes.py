@@ -156,4 +156,4 @@ def test_an_upload_is_small(tmp_path: Path) -> None:
     needed = {"pyproject.toml", "README.md", "ssl_ray/data/store.py", "experiments/demo.yaml", "my_ct/labelled.json"}
     assert needed <= names
     assert not [name for name in names if name.startswith((".git/", ".venv", "output", "data/", "tests/"))]
-    assert not [name for name in names if name.endswith((".nii.gz", ".safetensors", ".pyc"))]
+    assert not [name for name in names if name.endswith((".nii.gz", ".safetensors", ".pyc", ".tar.xz"))]
