@@ -1,4 +1,4 @@
-"""The recipe to the number runs, before its data are there: on small volumes of the names that its published lists have."""
+"""The recipe to the number runs before its data are there: on small volumes of the names that its lists have."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def stand_in(*lists: Path, folder: Path) -> None:
 def test_the_recipe_runs_on_volumes_of_the_published_names(
     ray_cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two steps of a pretraining and of both arms on 6 labelled volumes, from preparation to the report; all of BTCV."""
+    """Two steps of a pretraining and of both arms on 6 labelled volumes, from preparation to the report."""
     (published,) = (PUBLISHED / "tcia").glob("*.json")
     tree = json.loads(published.read_text())
     short = tmp_path / published.name
