@@ -13,11 +13,24 @@ ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT.parent / "shared" / "datalists"
 BTCV = ("dataset_0.json", "dataset_0_init_6.json", "dataset_0_init_12.json")
 SMALLER = {
-    **{"network.hidden_size": 48, "network.mlp_dim": 64, "network.num_heads": 3, "network.feature_size": 4},
-    **{"pretrain.steps": 2, "pretrain.gpu": False, "pretrain.compile": False, "pretrain.cpus_per_worker": 1},
-    **{"finetune.steps": 2, "finetune.validate_every": 2, "finetune.compile": False, "finetune.cpus_per_trial": 1},
-    **{"finetune.gpus_per_trial": 0, "finetune.sliding_window_batch": 1, "finetune.grid.sizes": [6]},
-    **{"pretrain.batch_size": 2, "finetune.patches_per_volume": 1, "cluster.object_store_gigabytes": 1},
+    "network.hidden_size": 48,
+    "network.mlp_dim": 64,
+    "network.num_heads": 3,
+    "network.feature_size": 4,
+    "cluster.object_store_gigabytes": 1,
+    "pretrain.batch_size": 2,
+    "pretrain.steps": 2,
+    "pretrain.gpu": False,
+    "pretrain.compile": False,
+    "pretrain.cpus_per_worker": 1,
+    "finetune.grid.sizes": [6],
+    "finetune.patches_per_volume": 1,
+    "finetune.steps": 2,
+    "finetune.validate_every": 2,
+    "finetune.sliding_window_batch": 1,
+    "finetune.compile": False,
+    "finetune.gpus_per_trial": 0,
+    "finetune.cpus_per_trial": 1,
 }
 """What a test changes: the width of the network, patches a step, the number of steps, and what needs a GPU."""
 
