@@ -26,7 +26,7 @@ _BASIS = (
     "bytes: exact for prepared volumes, for others by headers before the crop; none for a cohort that is not made yet",
     "hours: by steps on random patches, alone on this machine; none with --no-probe or without the GPU that they need",
     "hours with --gpu: by the share of its peak that an H100 or H200 reached; none for what was not measured: other "
-    "networks and tasks, float32, smaller steps",
+    "networks and tasks, float32, smaller steps; trials that share a GPU take turns on it, unless NVIDIA's MPS runs",
     "not in the hours: preparation, start-up, reading (MLflow shows data_wait), exchange, metrics, report",
 )
 
