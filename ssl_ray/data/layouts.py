@@ -2,18 +2,16 @@
 
 import posixpath
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from pydantic import BaseModel
-
-from ssl_ray.data.datalist import Section, read_json, stem
+from ssl_ray.data.datalist import read_json, stem
+from ssl_ray.data.dataset_json import DatasetJson
 from ssl_ray.data.layout_files import OWN, patient_level, usable_files
 from ssl_ray.errors import UserError
-from ssl_ray.text import shown
 
 Files = Sequence[PurePosixPath]
 Key = tuple[str, ...]
@@ -40,12 +38,16 @@ _NOT_CT = re.compile(r"(?i)(^|_)(T[12]w?|FLAIR|PDw|bold|dwi|adc|sbref|swi|pet|su
 
 @dataclass
 class Scan:
-    """One CT; paths are relative to the root. `test`: the layout itself keeps it for testing."""
+    """One volume; paths are relative to the root. `test`: the layout itself keeps it for testing.
+
+    `others` are its channels after the first, `image`: as many in every scan of a layout.
+    """
 
     image: str
     label: str | None = None
     subject: str = ""
     test: bool = False
+    others: tuple[str, ...] = ()
 
 
 @dataclass
@@ -65,30 +67,6 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
-class _Dataset(BaseModel):
-    """A dataset.json of the Decathlon or of nnU-Net, of either version."""
-
-    training: Section = []
-    validation: Section = []
-    test: Section = []
-    labels: dict[str, int | str | list[int]] = {}
-
-    def organs(self, path: Path) -> dict[int, str]:
-        """Names by value, from {"1": "liver"} or {"liver": 1}."""
-        found = {}
-        for key, value in self.labels.items():
-            number, name = (key, value) if key.isdecimal() else (value, key)
-            if not re.fullmatch(r"[0-9]{1,3}", str(number)) or name == "ignore":
-                raise UserError(f"{path}: labels.{shown(key)}: must be one organ's name and value, got {shown(value)}")
-            found[int(str(number))] = str(name)
-        return found
-
-
-def organs_of(path: Path) -> dict[int, str]:
-    """Names by label value from a dataset.json or a datalist; empty where it has none."""
-    return read_json(path, _Dataset).organs(path)
-
-
 def read_layout(folder: Path) -> Layout:
     """What `folder` holds, by the first layout that fits; no voxels are read.
 
@@ -96,7 +74,7 @@ def read_layout(folder: Path) -> Layout:
     where there is one further down, as label values of two data sets need not mean the same.
     """
     files, left_out = usable_files(folder)
-    dataset = read_json(path, _Dataset) if (path := folder / "dataset.json").is_file() else None
+    dataset = read_json(path, DatasetJson) if (path := folder / "dataset.json").is_file() else None
     for below in sorted({path.parent.parent for path in files} - {PurePosixPath(".")}):
         if (folder / below / "dataset.json").is_file():
             raise UserError(f"{folder}: {below} is a data set with labels of its own; make lists of each by itself")
@@ -152,36 +130,57 @@ def _nnunet(files: Files) -> Layout | None:
         return None
     if not any((path.parent, cases[path][0]) in first for path in cased):
         return None
+    scans: dict[tuple[PurePosixPath, str], dict[str, str]] = {key: {} for key in first}
+    for path, (name, channel) in cases.items():
+        scans.get((path.parent, name), {})[channel] = str(path)
+    usual = Counter(tuple(sorted(channels)) for channels in scans.values()).most_common(1)[0][0]
+    listed: dict[PurePosixPath, tuple[str, ...]] = {}  # first channels -> the others
     for path in images:
         name, channel = cases.get(path, ("", ""))
+        mine = scans.get((path.parent, name), {})
+        needed = usual if mine else usual[1:]  # an image without a channel in its name is the only one of its scan
         if path in inside and not channel:
             found.left_out[str(path)] = "an image without a channel, such as _0000, in its name"
-        elif channel not in ("", "0000") and (path in inside or (path.parent, name) in first):
-            found.left_out[str(path)] = f"channel {channel} of a scan; only channel 0000 is read"
-    listed = [path for path in images if str(path) not in found.left_out]
-    _pair(found, listed, _alike(listed, labels, lambda path: (*_parents(path), stem(path).removesuffix("_0000"))))
+        elif path in inside and not mine:
+            found.left_out[str(path)] = f"channel {channel} of a scan without channel 0000"
+        elif missing := [one for one in needed if one not in mine]:
+            found.left_out[str(path)] = f"of a scan without channel {missing[0]}, which most scans have"
+        elif mine and channel not in usual:
+            found.left_out[str(path)] = f"channel {channel} of a scan, which most scans do not have"
+        elif not mine or channel == "0000":
+            listed[path] = tuple(mine[one] for one in usual[1:])
+    _pair(found, [*listed], _alike([*listed], labels, lambda path: (*_parents(path), stem(path).removesuffix("_0000"))))
+    for scan in found.scans:
+        scan.others = listed[PurePosixPath(scan.image)]
     return found
 
 
-def _decathlon(files: Files, dataset: _Dataset | None) -> Layout | None:
+def _decathlon(files: Files, dataset: DatasetJson | None) -> Layout | None:
     """A dataset.json that lists the volumes."""
     if not dataset or not dataset.training:
         return None
     found = Layout("Decathlon, by its dataset.json")
     there = {str(path) for path in files}
     scans: dict[str, Scan] = {}
-    for section in (dataset.training, dataset.validation, dataset.test):
+    sections = dataset.training, dataset.validation, dataset.test
+    usual = Counter(len(entry.image) for section in sections for entry in section).most_common(1)[0][0]
+    for section in sections:
         for entry in section:
-            image, label = (posixpath.normpath(path) if path else None for path in (entry.image[0], entry.label))
-            others = map(posixpath.normpath, entry.image[1:])
-            found.left_out |= dict.fromkeys(others, "a further channel of a scan; only the first is read")
-            missing = {path for path in (image, label) if path and path not in there}
+            image, *others = (posixpath.normpath(path) for path in entry.image)
+            label = posixpath.normpath(entry.label) if entry.label else None
+            further, others = others[usual - 1 :], others[: usual - 1]
+            found.left_out |= dict.fromkeys(further, f"a further channel of a scan; most scans have {usual}")
+            missing = {path for path in (image, *others, label) if path and path not in there}
             found.left_out |= dict.fromkeys(missing, "dataset.json lists it, but no such file can be listed")
-            if image and image not in missing:
+            if len(others) < usual - 1 or not missing.isdisjoint(others):
+                why = f"of a scan that has not all channels; most scans have {usual}"
+                found.left_out |= dict.fromkeys({image, *others} - missing, why)
+            elif image not in missing:
                 label = None if label in missing else label
-                scans.setdefault(image, Scan(image, label, entry.subject, test=section is dataset.test))
+                test = section is dataset.test
+                scans.setdefault(image, Scan(image, label, entry.subject, test, tuple(others)))
     found.scans = list(scans.values())
-    listed = {path for scan in found.scans for path in (scan.image, scan.label)}
+    listed = {path for scan in found.scans for path in (scan.image, scan.label, *scan.others)}
     found.left_out |= dict.fromkeys(sorted(there - listed - found.left_out.keys()), "not in dataset.json")
     return found
 

@@ -1,4 +1,4 @@
-"""Datalists for a folder of CT: label maps out of masks, test and validation held out by patient, nested splits."""
+"""Datalists for a folder of scans: label maps out of masks, test and validation held out by patient, nested splits."""
 
 import gzip
 import json
@@ -58,8 +58,10 @@ def summary(folder: Path, found: Layout) -> str:
     named = f", organs: {shown(', '.join(organs), 120)}" if organs else ""
     tested = sum(scan.test for scan in labelled)
     named += f"; the folder keeps {tested} for testing (--test draws others)" if tested else ""
+    others = max((len(scan.others) for scan in found.scans), default=0)
+    volumes = f"volumes of {1 + others} images" if others else "images"
     lines = [
-        f"{folder}: {found.name}: {len(found.scans)} images, {len(labelled)} of them with a label map{named}",
+        f"{folder}: {found.name}: {len(found.scans)} {volumes}, {len(labelled)} of them with a label map{named}",
         f"{people} patients: {found.subjects} (--subject says otherwise)",
         *found.notes,
     ]
@@ -235,13 +237,19 @@ def _too_few(folder: Path, asked: str, parts: dict[str, list[Scan]], people: dic
     )
 
 
+def _entry(scan: Scan) -> dict[str, Any]:
+    """The scan as a datalist has it."""
+    entry = {"image": [scan.image, *scan.others] if scan.others else scan.image}
+    return entry | {key: text for key in ("label", "subject") if (text := getattr(scan, key))}
+
+
 def _write(folder: Path, lists: dict[str, dict[str, list[Scan]]], organs: dict[int, str]) -> None:
     """Write all lists, or none where another one has the name of one of them."""
     texts: dict[Path, str] = {}
     for file, parts in lists.items():
         tree: dict[str, Any] = {"labels": organs} if organs else {}
         for part, scans in parts.items():
-            tree[part] = [{key: text for key, text in vars(scan).items() if text and key != "test"} for scan in scans]
+            tree[part] = [_entry(scan) for scan in scans]
         texts[folder / file] = json.dumps(tree, indent=1) + "\n"
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:

@@ -60,7 +60,7 @@ def new_study(
     unlabelled = read_datalist(folder, "unlabelled.json", labelled=False)
     every = (*labelled.training, *labelled.validation, *labelled.test)
     images = dict.fromkeys(case.image for case in (*every, *unlabelled.training, *unlabelled.validation))
-    facts = _grid(list(images), gpu) | _contents(every, found.organs)
+    facts = {"channels": len(every[0].images)} | _grid(list(images), gpu) | _contents(every, found.organs)
     people = len({subject_of(case) for case in (every if folds else labelled.training)})
     pool = people - sum(-(-(people - n) // folds) for n in (0, 1)) if folds else people
     sizes = sorted({max(1, pool // part) for part in ((1, 2, 4) if pool < 64 else (1, 4, 16))})

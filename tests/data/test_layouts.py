@@ -83,6 +83,47 @@ def test_nnunet(tmp_path: Path, labels: dict[str, Any]) -> None:
     assert drawn["labelled_3.json"] == {"training": 3, "validation": 1, "test": 2}
 
 
+def test_channels_of_nnunet(tmp_path: Path) -> None:
+    """All that most scans have are listed; a scan that lacks one is left out, and one that has more keeps those."""
+    scans = [f"imagesTr/c_{number}" for number in range(5)]
+    names = [f"{scan}_{channel:04d}.nii.gz" for scan in scans for channel in (0, 1)]
+    more = ["imagesTr/c_0_0002.nii.gz", "imagesTr/lacks_0000.nii.gz", "imagesTr/late_0001.nii.gz", "other/alone.nii.gz"]
+    found = found_in(tmp_path, *names, *more, *[f"labelsTr/c_{number}.nii.gz" for number in range(4)])
+    assert [(scan.image, scan.others, scan.label) for scan in found.scans] == [
+        (f"{scan}_0000.nii.gz", (f"{scan}_0001.nii.gz",), f"labelsTr/c_{number}.nii.gz" if number < 4 else None)
+        for number, scan in enumerate(scans)
+    ]
+    left_out = {
+        "imagesTr/c_0_0002.nii.gz": "channel 0002 of a scan, which most scans do not have",
+        "imagesTr/lacks_0000.nii.gz": "of a scan without channel 0001",
+        "imagesTr/late_0001.nii.gz": "channel 0001 of a scan without channel 0000",
+        "other/alone.nii.gz": "of a scan without channel 0001",
+    }
+    check_summary(tmp_path, found, left_out)
+    assert "5 volumes of 2 images, 4 of them with a label map" in summary(tmp_path, found)
+    write_datalists(tmp_path, found, [], 0.2, 0, seed=0)
+    listed = read_datalist(tmp_path, "labelled.json", labelled=True)
+    for case in (*listed.training, *listed.validation):
+        assert [image.name for image in case.images] == [f"{case.label.name[:3]}_{n:04d}.nii.gz" for n in (0, 1)]
+
+
+def test_channels_of_the_decathlon(tmp_path: Path) -> None:
+    """As dataset.json lists them, as many as in most of its entries."""
+    names = [[f"imagesTr/b{number}_{kind}.nii.gz" for kind in ("t1", "t2", "pd")] for number in range(4)]
+    counts = (2, 2, 3, 1)
+    listed = [{"image": mine[:count]} for mine, count in zip(names, counts, strict=True)]
+    dataset(tmp_path, training=[*listed, {"image": ["imagesTr/b0_pd.nii.gz", "imagesTr/gone.nii.gz"]}])
+    found = found_in(tmp_path, *[name for mine, count in zip(names, counts, strict=True) for name in mine[:count]])
+    assert [(scan.image, scan.others) for scan in found.scans] == [(mine[0], (mine[1],)) for mine in names[:3]]
+    left_out = {
+        "imagesTr/b2_pd.nii.gz": "a further channel of a scan; most scans have 2",
+        "imagesTr/b3_t1.nii.gz": "of a scan that has not all channels",
+        "imagesTr/b0_pd.nii.gz": "dataset.json lists it",
+        "imagesTr/gone.nii.gz": "dataset.json lists it",
+    }
+    check_summary(tmp_path, found, left_out)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_four_digits_may_be_a_number(tmp_path: Path, labelled: bool) -> None:
     """`amos_0004` is the fourth volume of AMOS, not the fourth channel of one."""

@@ -114,6 +114,22 @@ def test_without_a_dataset_json_the_values_are_read_and_mri_gets_percentiles(
     assert study.finetune.preparation.normalise.kind == study.pretrain.preparation.normalise.kind == "percentile"
 
 
+def test_a_study_of_volumes_with_two_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's two images of a volume are its two channels, in the lists and in the study, whose lists a run takes."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(6):
+        bright = np.clip(smooth_ct(SHAPE, number).astype(np.float32) + 1000, 0, None)
+        for channel in (0, 1):
+            write_nifti(tmp_path / f"mr/imagesTr/p{number}_{channel:04d}.nii.gz", bright * (1 + channel), AFFINE)
+        write_nifti(tmp_path / f"mr/labelsTr/p{number}.nii.gz", organ_labels(SHAPE, 4, number), AFFINE)
+    assert main(["new", "mr"]) == 0
+    study = load("mr.yaml")
+    assert study.finetune.preparation.channels == study.pretrain.preparation.channels == 2
+    training, validation, splits = read_cohorts(study)
+    for case in (*training, *validation, *splits.cases, *splits.validation, *splits.test):
+        assert [image.name[2:] for image in case.images] == ["_0000.nii.gz", "_0001.nii.gz"]
+
+
 @pytest.mark.parametrize(("labelled", "unlabelled", "least"), [(2, 5, 3), (3, 0, 4), (0, 5, 3)])
 def test_too_few_patients_are_refused(
     tmp_path: Path, labelled: int, unlabelled: int, least: int, capsys: pytest.CaptureFixture[str]
