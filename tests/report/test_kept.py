@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "runs", "sizes"), [("real_ct", 5, [6]), ("real_ct_gpu", 3, [6, 12, 24])])
+@pytest.mark.parametrize(("name", "runs", "sizes"), [("real_ct", 5, [6]), ("real_ct_h200", 3, [6, 12, 24])])
 def test_the_kept_store_gives_the_table_that_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, runs: int, sizes: list[int]
 ) -> None:
