@@ -111,9 +111,9 @@ def findings(
     return sorted(found, key=lambda one: not one.refused)
 
 
-def in_mm(sides: Iterable[float]) -> str:
+def sides(lengths: Iterable[float]) -> str:
     """Lengths along three axes."""
-    return " x ".join(f"{side:.3g}" for side in sides) + " mm"
+    return " x ".join(f"{side:.3g}" for side in lengths)
 
 
 def number(value: float) -> str:
@@ -148,10 +148,12 @@ def _odd_grids(looks: Sequence[Look], patches: Mapping[str, Sequence[float]]) ->
     for look in looks:
         ratio = np.array(sorted(look.spacing)) / usual
         if max(*ratio, *1 / ratio) > _COARSER:
-            what = f"voxels of {in_mm(sorted(look.spacing))}, where {in_mm(usual)} are usual: is the header right?"
+            what = (
+                f"voxels of {sides(sorted(look.spacing))} mm, where {sides(usual)} mm are usual: is the header right?"
+            )
             yield Finding(_file(look), what)
         if any(side < of_patch for side, of_patch in zip(look.extent, patches[look.part], strict=True)):
-            what = f"{in_mm(look.extent)} are less than a patch of {in_mm(patches[look.part])}: padded with zeros"
+            what = f"{sides(look.extent)} mm are less than a patch of {sides(patches[look.part])} mm: padded with zeros"
             yield Finding(_file(look), what)
 
 

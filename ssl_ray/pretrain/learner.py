@@ -177,7 +177,7 @@ class PretrainingLearner:
         chosen = int(truth.flatten(1).std(dim=1).argmax())
         path = self.job.folder / "pictures" / f"patch_{step:07d}.png"
         error = float((made[chosen] - truth[chosen]).abs().mean())
-        shown = {name: patches[chosen, 0].float().cpu().numpy() for name, patches in rows.items()}
+        shown = {name: patches[chosen].float().cpu().numpy() for name, patches in rows.items()}
         draw_picture(path, shown, f"step {step}, L1 {error:.4f}", self.config.preparation.spacing)
         self.job.mirror.push(path)
         return str(path)

@@ -23,10 +23,11 @@ def draw_picture(
     labels: npt.NDArray[np.uint8] | None = None,
     organs: Sequence[str] = (),
 ) -> None:
-    """Save a picture of one patch in several states, a row each; columns axial, coronal, sagittal.
+    """Save a picture of one patch in several states, a row each and each channel; columns axial, coronal, sagittal.
 
-    Patches are (X, Y, Z), axes in RAS order, of this spacing in mm; the first gives the range from black to white, and
-    NaN is blue. `labels` are drawn in colours over the last one; `organs` names the values 1, 2, ...
+    Patches are (X, Y, Z) or (C, X, Y, Z), axes in RAS order, of this spacing in mm; the first gives a channel's range
+    from black to white, and NaN is blue. `labels` are drawn in colours over the last row; `organs` names the values 1,
+    2, ...
     """
     from matplotlib import colormaps, rc_context  # rank 0 only, and only when a picture is due
     from matplotlib.figure import Figure
@@ -34,18 +35,25 @@ def draw_picture(
 
     from ssl_ray.evaluate.overlay import STYLE, WIDTH, legend_columns
 
-    truth = next(iter(rows.values()))
-    place = [side // 2 for side in truth.shape]
+    states = {name: patch.reshape(-1, *patch.shape[-3:]) for name, patch in rows.items()}
+    truth = next(iter(states.values()))
+    lines = [
+        (f"{name}\nchannel {number}" if len(patch) > 1 else name, one, of_truth)
+        for name, patch in states.items()
+        for number, (one, of_truth) in enumerate(zip(patch, truth, strict=False), 1)
+    ]
+    place = [side // 2 for side in truth.shape[1:]]
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.5 + 1.5 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.5 + 1.5 * len(lines)), layout="constrained")
         figure.suptitle(title, fontsize=10)
-        axes = figure.subplots(len(rows), 3, squeeze=False)
-        for row, (name, patch) in enumerate(rows.items()):
+        axes = figure.subplots(len(lines), 3, squeeze=False)
+        for row, (name, patch, black_to_white) in enumerate(lines):
+            lowest, highest = black_to_white.min(), black_to_white.max()
             for axis, (plane, (cut, across, up)) in zip(axes[row], _PLANES.items(), strict=True):
                 axis.set_facecolor("#a9c9e8")  # white and black are bone and air
                 shape: Any = {"origin": "lower", "aspect": spacing[up] / spacing[across]}
-                axis.imshow(cut(patch, *place).T, cmap="gray", vmin=truth.min(), vmax=truth.max(), **shape)
-                if labels is not None and row == len(rows) - 1:
+                axis.imshow(cut(patch, *place).T, cmap="gray", vmin=lowest, vmax=highest, **shape)
+                if labels is not None and row == len(lines) - 1:
                     shown = np.ma.masked_equal(cut(labels, *place).T, 0)
                     axis.imshow((shown - 1) % 20, cmap="tab20", vmin=0, vmax=19, alpha=0.6, **shape)
                 axis.set(xticks=[], yticks=[])

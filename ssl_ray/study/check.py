@@ -17,7 +17,7 @@ from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.estimate.look import Finding, Look, findings, in_mm, look_at, number
+from ssl_ray.estimate.look import Finding, Look, findings, look_at, number, sides
 from ssl_ray.estimate.volumes import sections
 from ssl_ray.evaluate.scores import sided
 from ssl_ray.finetune.patches import PatchSampler
@@ -132,7 +132,7 @@ def _unlabelled(study: Study, store: Store, volume: Volume) -> tuple[_Rows, None
     task = build_task(config.task, study.network, config.patch_size, volume.channels)
     with torch.no_grad():  # the network is not trained: what it makes of the patch is not shown
         _, rows = task.validate(task.see(clean, [task.draw(study.seed, np.zeros(1, np.int64), 0)]), clean)
-    return {name: patches[0, 0].numpy() for name, patches in list(rows.items())[:2]}, None
+    return {name: patches[0].numpy() for name, patches in list(rows.items())[:2]}, None
 
 
 def _labelled(study: Study, store: Store, volume: Volume, part: str) -> tuple[_Rows, npt.NDArray[np.uint8]]:
@@ -142,8 +142,7 @@ def _labelled(study: Study, store: Store, volume: Volume, part: str) -> tuple[_R
     )
     config = study.finetune.model_copy(update={"foreground_prob": 1.0, **plain})
     images, labels = PatchSampler((volume,), store, config, study.seed).batch(0)
-    image = images[0, 0].numpy()
-    return {"image": image, "labels": image}, labels[0, 0].numpy()
+    return {"image": images[0].numpy(), "labels": images[0, 0].numpy()}, labels[0, 0].numpy()
 
 
 def _text(study: Study, facts: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
@@ -151,7 +150,7 @@ def _text(study: Study, facts: Mapping[str, Any], pictures: Mapping[str, str]) -
     parts = [
         [
             *(part, *(str(found[name]) for name in ("patients", "volumes", "read", "refused"))),
-            *(in_mm(found[name]) if name in found else "" for name in ("spacing_mm", "extent_mm", "patch_mm")),
+            *(sides(found[name]) if name in found else "" for name in ("spacing_mm", "extent_mm", "patch_mm")),
             " to ".join(map(number, found.get("intensities", ()))),
         ]
         for part, found in facts["parts"].items()
@@ -162,7 +161,8 @@ def _text(study: Study, facts: Mapping[str, Any], pictures: Mapping[str, str]) -
         else [literal(organ), "0", "", "", "", ""]
         for organ, found in facts["organs"].items()
     ]
-    columns = ["part", "patients", "volumes", "read", "refused", "voxel", "extent", "patch", "99 % of the values"]
+    columns = ["part", "patients", "volumes", "read", "refused", "voxel (mm)", "extent (mm)", "patch (mm)"]
+    columns += ["99 % of the values"]
     tables = [
         Table(columns, parts, 1),
         Table(["organ", "in volumes", "least ml", "median", "most", "clipped"], organs, 1),

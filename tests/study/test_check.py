@@ -10,6 +10,8 @@ import pytest
 from studies import small_tree, write_study
 
 from ssl_ray.cli.main import main
+from ssl_ray.config.schema import PhantomCohort
+from ssl_ray.phantom.cohort import write_cohort
 
 
 @pytest.fixture
@@ -80,3 +82,17 @@ def test_only_so_many_volumes_are_read(experiment: Path, capsys: pytest.CaptureF
     assert {part: found["read"] for part, found in parts.items()} == {
         part: min(2, found["volumes"]) for part, found in parts.items()
     }
+
+
+def test_every_channel_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two rows of images and one of labels, and the page says whose values it has."""
+    numbers = {"unlabelled": 3, "labelled": 1, "validation": 1, "test": 1, "splits": (1,), "seed": 3}
+    write_cohort(PhantomCohort(root=str(tmp_path), **numbers, modality="MRI"))
+    stage = {"preparation": {"spacing": 9, "normalise": "percentile", "channels": 2}}
+    splits = {"cohort": {"splits": {1: "labelled_1.json"}}}
+    tree = small_tree(tmp_path, tmp_path, pretrain=stage, finetune=stage | splits)
+    assert main(["check", str(write_study(tmp_path / "mri.yaml", tree))]) == 0
+    assert "Of several channels, values and what is clipped are the first one's." in capsys.readouterr().out
+    (folder,) = tmp_path.glob("output/small/check")
+    high, wide = matplotlib.image.imread(folder / "unlabelled_training.png").shape[:2]
+    assert high > wide, "two states of two channels; of one they are wider than high"
