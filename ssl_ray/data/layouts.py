@@ -181,7 +181,8 @@ def _decathlon(files: Files, dataset: DatasetJson | None) -> Layout | None:
                 scans.setdefault(image, Scan(image, label, entry.subject, test, tuple(others)))
     found.scans = list(scans.values())
     listed = {path for scan in found.scans for path in (scan.image, scan.label, *scan.others)}
-    found.left_out |= dict.fromkeys(sorted(there - listed - found.left_out.keys()), "not in dataset.json")
+    found.left_out |= dict.fromkeys(sorted(there - found.left_out.keys()), "not in dataset.json")
+    found.left_out = {path: why for path, why in found.left_out.items() if path not in listed}  # another entry has it
     return found
 
 
@@ -263,7 +264,7 @@ def _pair(found: Layout, images: Files, owners: Mapping[PurePosixPath, Files]) -
         elif fitting:
             found.left_out[str(label)] = f"a label map that could be of {fitting[0]} or of {fitting[1]}"
         else:
-            found.left_out[str(label)] = "a label map without an image of its name"
+            found.left_out[str(label)] = "a label map without a usable image of its name"
     for image in images:
         mine = claims[image]
         chosen = mine if len(mine) == 1 else [one for one in mine if stem(one) == stem(image)]

@@ -68,7 +68,7 @@ def test_nnunet(tmp_path: Path, labels: dict[str, Any]) -> None:
     left_out = {
         "imagesTr/c_000_0001.nii.gz": "channel 0001 of a scan",
         "imagesTr/odd.nii.gz": "without a channel",
-        "labelsTr/none.nii.gz": "without an image",
+        "labelsTr/none.nii.gz": "without a usable image",
     }
     check_summary(tmp_path, found, left_out)
     written = write_datalists(tmp_path, found, [], 0.2, 0, seed=0)
@@ -122,6 +122,16 @@ def test_channels_of_the_decathlon(tmp_path: Path) -> None:
         "imagesTr/gone.nii.gz": "dataset.json lists it",
     }
     check_summary(tmp_path, found, left_out)
+
+
+def test_what_one_entry_has_too_many_may_be_another_ones(tmp_path: Path) -> None:
+    """A file that is listed is not left out."""
+    entries = ["a", "b"], ["c", "d", "e"], ["e", "f"]
+    listed = [[f"imagesTr/{name}.nii.gz" for name in names] for names in entries]
+    dataset(tmp_path, training=[{"image": images} for images in listed])
+    found = found_in(tmp_path, *{image for images in listed for image in images})
+    assert [(scan.image, scan.others) for scan in found.scans] == [(one, (other,)) for one, other, *_ in listed]
+    assert not found.left_out
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -181,7 +191,7 @@ def test_bids(tmp_path: Path) -> None:
     assert pairs(found) == {f"{image}.nii.gz": label and f"{label}.nii.gz" for image, label in rows.items()}
     assert [scan.subject for scan in found.scans] == ["sub-v5", "sub-01", "sub-01", "sub-02", "sub-02", "sub-03"]
     left_out = dict.fromkeys(odd, "one of 2 label maps of sub-03/sub-03_ct.nii.gz")
-    left_out |= {"derivatives/sub-04/sub-04_dseg.nii.gz": "without an image", "sub-03/sub-03_T1w.nii.gz": "no CT"}
+    left_out |= {"derivatives/sub-04/sub-04_dseg.nii.gz": "without a usable image", "sub-03/sub-03_T1w.nii.gz": "no CT"}
     check_summary(tmp_path, found, left_out)
 
 
@@ -293,7 +303,7 @@ def test_what_is_not_clear_is_left_out(tmp_path: Path) -> None:
         "labels/a_seg.nii.gz": "one of 2 label maps of images/a.nii.gz",
         "labels/a-seg.nii.gz": "one of 2 label maps of images/a.nii.gz",
         "labels/b.nii": "could be of images/b_ct.nii or of images/b_scan.nii",
-        "labels/c.nii": "without an image",
+        "labels/c.nii": "without a usable image",
         "labels/d_gt.nii": "one of 2 label maps of images/d.nii",
     }
     check_summary(tmp_path, found, left_out)
@@ -345,7 +355,7 @@ def test_a_long_list_of_what_is_left_out_is_in_a_file(tmp_path: Path) -> None:
     found = found_in(tmp_path, "images/a.nii.gz", *labels)
     text = summary(tmp_path, found)
     assert "left out: labels/x00.nii.gz, labels/x01.nii.gz," in text
-    assert "and 25 more: a label map without an image" in text
+    assert "and 25 more: a label map without a usable image" in text
     assert f"all 30 that are left out: {tmp_path / LEFT_OUT}" in text
     assert [line.partition(":")[0] for line in (tmp_path / LEFT_OUT).read_text().splitlines()] == labels
 
@@ -373,7 +383,7 @@ def test_the_command_says_what_it_found_also_when_it_fails(tmp_path: Path, capsy
     touch(tmp_path, *[f"images/{name}.nii.gz" for name in "abc"], "labels/x.nii.gz")
     assert main(["datalist", str(tmp_path), "--splits", "2"]) == 2
     printed = capsys.readouterr()
-    assert "left out: labels/x.nii.gz: a label map without an image of its name" in printed.out
+    assert "left out: labels/x.nii.gz: a label map without a usable image of its name" in printed.out
     assert "3 patients: each scan counts as a patient of its own (--subject says otherwise)" in printed.out
     assert "no image has a label" in printed.err
     assert main(["datalist", str(tmp_path), "--test", "1.5"]) == 2
