@@ -89,7 +89,7 @@ def report(bench: Bench) -> int:
         "unetr_peak_gb",
         "unetr_mfu",
         "unetr_trials",
-        "small_trials",
+        *(f"small_trials_{experiment}" for experiment in gpu_unetr.SMALL),
         "unetr_recipe_hours",
     ):
         if name in results:

@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.networks.faster import use_patch_products
+from ssl_ray.study.experiment import load
 
-SMALL: dict[str, Any] = {"hidden_size": 192, "mlp_dim": 384, "num_heads": 3, "feature_size": 8}
-"""The network of `real_ct.yaml`."""
+SMALL = ("real_ct", "real_ct_gpu")
+"""Experiments whose trials leave most of a device idle."""
 
 Build = Callable[[], Callable[[], Any]]
 
@@ -96,9 +97,10 @@ def trials(bench: Bench) -> None:
 
 
 def small_trials(bench: Bench) -> None:
-    """The same of the small trials of `real_ct.yaml`, one of which leaves most of a device idle."""
-    for count in (1, 2) if bench.quick else (1, 4, 16):
-        together(bench, "small_trials", count, ["--small"])
+    """The same of small trials, by their experiments."""
+    for name in SMALL:
+        for count in (2,) if bench.quick else (1, 4, 16):
+            together(bench, f"small_trials_{name}", count, ["--small", name])
 
 
 def together(bench: Bench, kind: str, count: int, arguments: list[str]) -> None:
@@ -160,15 +162,20 @@ def one_trial() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--small", choices=SMALL)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--name")
     options = parser.parse_args()
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     bench = Bench(device, options.quick, options.folder, 0)
-    small: dict[str, Any] = {"network": SMALL, "patch_size": (32, 32, 32), "patches_per_volume": 2}
-    call = stepper(learner_of(bench, **(small if options.small else {}), compile=options.compile))
+    small: dict[str, Any] = {}
+    if options.small:
+        made = load(Path(__file__).parents[1] / f"{options.small}.yaml")
+        patches = made.finetune.volumes_per_step * made.finetune.patches_per_volume
+        small = {"network": made.network.model_dump(), "patch_size": made.finetune.patch_size}
+        small |= {"patches_per_volume": patches}
+    call = stepper(learner_of(bench, **small, compile=options.compile))
     for _ in range(3):
         call()
     bench.wait()
