@@ -12,13 +12,21 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "runs", "sizes"), [("real_ct", 5, [6]), ("real_ct_h200", 3, [6, 12, 24])])
+@pytest.mark.parametrize(
+    ("name", "runs", "sizes", "inits"),
+    [
+        ("real_ct", 5, [6], ["random", "pretrained"]),
+        ("real_ct", 3, [6], ["random", "pretrained", "permuted"]),
+        ("real_ct_h200", 3, [6, 12, 24], ["random", "pretrained"]),
+    ],
+)
 def test_the_kept_store_gives_the_table_that_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, runs: int, sizes: list[int]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, runs: int, sizes: list[int], inits: list[str]
 ) -> None:
     """`ssl-ray report` on it makes the page, and every row and every sentence of its answer is in evidence.md."""
     restore(ROOT / "experiments" / "results" / f"{name}.tar.xz", tmp_path)
-    asked = f"finetune.runs={runs}", f"pretrain.pretrainings={runs}", f"finetune.grid.sizes={sizes}"
+    asked = f"finetune.runs={runs}", f"pretrain.pretrainings={runs}"
+    asked += f"finetune.grid.sizes={sizes}", f"finetune.grid.init={inits}"
     command = ["report", str(ROOT / "experiments" / "real_ct.yaml")]
     for setting in (f"output={tmp_path}", *asked):
         command += ["--set", setting]
