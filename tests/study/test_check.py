@@ -85,7 +85,7 @@ def test_only_so_many_volumes_are_read(experiment: Path, capsys: pytest.CaptureF
 
 
 def test_every_channel_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two rows of images and one of labels, and the page says whose values it has."""
+    """A patch has a row for each of two channels, and the page says whose values it tells."""
     numbers = {"unlabelled": 3, "labelled": 1, "validation": 1, "test": 1, "splits": (1,), "seed": 3}
     write_cohort(PhantomCohort(root=str(tmp_path), **numbers, modality="MRI"))
     stage = {"preparation": {"spacing": 9, "normalise": "percentile", "channels": 2}}
