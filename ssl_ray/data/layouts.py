@@ -181,8 +181,8 @@ def _decathlon(files: Files, dataset: DatasetJson | None) -> Layout | None:
                 scans.setdefault(image, Scan(image, label, entry.subject, test, tuple(others)))
     found.scans = list(scans.values())
     listed = {path for scan in found.scans for path in (scan.image, scan.label, *scan.others)}
-    found.left_out |= dict.fromkeys(sorted(there - found.left_out.keys()), "not in dataset.json")
     found.left_out = {path: why for path, why in found.left_out.items() if path not in listed}  # another entry has it
+    found.left_out |= dict.fromkeys(sorted(there - listed - found.left_out.keys()), "not in dataset.json")
     return found
 
 
