@@ -97,7 +97,7 @@ def trials(bench: Bench) -> None:
 
 
 def small_trials(bench: Bench) -> None:
-    """The same of small trials, by their experiments."""
+    """The same of the trials of `SMALL`, which fill a device only together."""
     for name in SMALL:
         for count in (2,) if bench.quick else (1, 4, 16):
             together(bench, f"small_trials_{name}", count, ["--small", name])
