@@ -2,13 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import Optimizer, Section, Share, one_or_more, rule
 from ssl_ray.config.preparation import Stage
 
 _Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
 _control = rule(lambda inits: "permuted" not in inits or len(inits) == 3, "permuted is a control beside the other two")
+_Files = Annotated[
+    tuple[str, ...], BeforeValidator(lambda files: [files] if isinstance(files, str) else files), one_or_more
+]
 _Inits = Annotated[tuple[Literal["random", "pretrained", "permuted"], ...], one_or_more, _control]
 
 
@@ -102,7 +105,9 @@ class Finetune(Stage):
     runs: PositiveInt = Field(1, description="each with a seed, a draw of the labelled volumes and a pretraining")
     margin: PositiveFloat = Field(0.02, description="foreground Dice; a smaller difference does not matter")
     primary: PositiveInt | None = Field(None, description="size that decides the headline; the smallest if left out")
-    weights: str | None = Field(None, description="pretrained weights to start from instead of this study's own")
+    weights: _Files | None = Field(
+        None, description="pretrained weights to start from instead of this study's own: a file, or one for each run"
+    )
     max_concurrent_trials: PositiveInt | None = None
     cpus_per_trial: PositiveFloat = Field(1, description="all but one score volumes while the next is predicted")
     gpus_per_trial: NonNegativeFloat = 0

@@ -73,12 +73,15 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _pretrains_once_or_for_each_run(self) -> "Study":
-        pretrainings, runs = self.pretrain.pretrainings, self.finetune.runs
-        if pretrainings not in (1, 1 if self.finetune.weights else runs):
+        pretrainings, runs, files = self.pretrain.pretrainings, self.finetune.runs, self.finetune.weights
+        if pretrainings not in (1, runs):
             raise ValueError(
                 f"pretrain.pretrainings: must be 1 or as many as finetune.runs, as runs that share a pretraining with "
-                f"some of the others would depend on each other, and 1 with finetune.weights, which are of one; got "
-                f"{pretrainings} for {runs} runs"
+                f"some of the others would depend on each other; got {pretrainings} for {runs} runs"
+            )
+        if files and len(files) != pretrainings:
+            raise ValueError(
+                f"finetune.weights: must be as many files as pretrain.pretrainings, {pretrainings}, got {len(files)}"
             )
         return self
 

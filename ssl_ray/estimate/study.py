@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,7 +17,7 @@ from ssl_ray.estimate.probe import probe_finetuning, probe_pretraining
 from ssl_ray.estimate.text import figure
 from ssl_ray.estimate.volumes import Group, survey
 from ssl_ray.estimate.work import Figures, estimate_grid, estimate_pretraining
-from ssl_ray.search.grid import check_transfer
+from ssl_ray.search.grid import check_given
 from ssl_ray.storage.folders import Folders
 from ssl_ray.training.devices import DEVICES, Device
 
@@ -38,8 +37,7 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
     run would refuse before it prepares volumes is a UserError here, too.
     """
     groups = survey(study, folders)
-    if study.finetune.weights:
-        check_transfer(study.finetune, study.network, Path(study.finetune.weights))
+    check_given(study.finetune, study.network)
     device = DEVICES[gpu] if gpu else None
     cluster, work = _cluster(study, device), {}
     here, gpus = with_probe and not device, torch.cuda.is_available()

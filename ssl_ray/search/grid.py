@@ -40,6 +40,19 @@ def check_transfer(config: Finetune, network: Network, weights: Path) -> dict[st
     return asdict(transfer(load_weights(weights), built, str(weights), load_metadata(weights)))
 
 
+def check_given(config: Finetune, network: Network) -> dict[str, str]:
+    """Files of the setting `weights` -> what their encoder's keys begin with; before any trial starts.
+
+    Raises:
+        UserError: as a transfer does, and where two files have the same content.
+    """
+    files = config.weights or ()
+    prefixes = {file: check_transfer(config, network, Path(file))["prefix"] for file in files}
+    if len({file_digest(Path(file)) for file in files}) < len(files):
+        raise UserError(f"finetune.weights: each run needs a pretraining of its own; equal files are among {[*files]}")
+    return prefixes
+
+
 def finetune(
     config: Finetune,
     network: Network,

@@ -34,12 +34,12 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     if last == "pretrain" and not study.needs_weights:
         raise UserError("finetune.grid.init: this study trains only from random weights")
     cohorts = read_cohorts(study)
-    if given := study.finetune.weights:
-        from ssl_ray.search.grid import check_transfer  # it loads torch
+    if study.finetune.weights:
+        from ssl_ray.search.grid import check_given  # it loads torch
 
-        prefix = check_transfer(study.finetune, study.network, Path(given))["prefix"]
-        if prefix:
-            say(f"{given}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
+        for file, prefix in check_given(study.finetune, study.network).items():
+            if prefix:
+                say(f"{file}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
     elif study.needs_weights and (given := study.pretrain.weights):
         from ssl_ray.pretrain.tasks.registry import build_task, start_from  # MONAI takes seconds to load
 

@@ -50,13 +50,13 @@ def _make_weights(
     """
     by_cell = study.search is not None and trials
     if given := study.finetune.weights:
-        say(f"pretrained weights are given: {given}")
-        return [Pretrained(Path(given).absolute(), file_digest(Path(given)))]
+        say(f"pretrained weights are given: {', '.join(given)}")
+        return [Pretrained(Path(file).absolute(), file_digest(Path(file))) for file in given]
     if not prepared.training or not prepared.validation:
         raise UserError("pretrain.sources: no usable volume is left for training or validation")
     parts = {"training": prepared.training, "validation": prepared.validation}
     content = {f"unlabelled {part} volumes": identity.told(volumes) for part, volumes in parts.items()}
-    content["weights to go on from"] = file_digest(Path(given)) if (given := study.pretrain.weights) else "none"
+    content["weights to go on from"] = file_digest(Path(start)) if (start := study.pretrain.weights) else "none"
     identity.record(study, folders, "pretrain", content)
     params, resolved = run_params(study, "pretrain"), dump(study)
     volumes = prepared.training, prepared.validation

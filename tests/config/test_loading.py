@@ -233,6 +233,8 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("finetune.cohort", {"root": "r", "classes": 2, "pool": "p"}, "published 'splits', got ['pool']"),
         ("finetune.cohort.sizes", [6], "published 'splits', got ['sizes', 'splits']"),
         ("pretrain.pretrainings", 2, "pretrainings: must be 1 or as many as finetune.runs, as runs"),
+        ("finetune.weights", ["a.pt", "b.pt"], "weights: must be as many files as pretrain.pretrainings, 1, got 2"),
+        ("finetune.weights", ["a.pt", "a.pt"], "finetune.weights: at least one value, and none twice, got ['a"),
         ("finetune.grid.init", ["new"], "grid.init.0: input should be 'random', 'pretrained' or 'permuted', got 'new'"),
         ("finetune.grid.init", ["random", "permuted"], "permuted is a control beside the other two, got ['random', '"),
         ("finetune.encoder", {"freeze": -1}, "finetune.encoder.freeze: input should be 'none' or 'all', got -1"),

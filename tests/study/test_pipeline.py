@@ -14,10 +14,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 from ray.train.torch import TorchTrainer
+from safetensors import safe_open
+from safetensors.torch import save_file
 from studies import place_database, small_tree, write_study
 
 from ssl_ray.cli.main import main
+from ssl_ray.networks.model_file import read_metadata
 from ssl_ray.pretrain import driver
+from ssl_ray.storage.files import file_digest
 from ssl_ray.study.experiment import load
 from ssl_ray.study.parts import folders_of, tracker_of
 from ssl_ray.tracking.tracker import PRETRAINING_RUN
@@ -114,6 +118,30 @@ def test_run_answers_and_a_second_run_does_nothing_again(
     assert ended() == ends
     shutil.rmtree(report.parent)
     kept.rename(report.parent)
+
+
+def test_each_run_starts_from_the_weights_given_for_it(
+    carried_out: tuple[Path, str], experiment: Experiment, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nothing is pretrained, and files of one content, which would be one pretraining counted twice, are refused."""
+    (made,) = folders_of(load(carried_out[0])).study.glob("pretrain-*/best.safetensors")
+    files = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for file in files:
+        shutil.copy(made, file)
+    settings = ["finetune.runs=2", "pretrain.pretrainings=2", f"finetune.weights=[{files[0]}, {files[1]}]"]
+    settings += ["finetune.grid.sizes=[2]", "finetune.grid.init=[pretrained]"]
+    path = experiment("given")
+    command = ["finetune", str(path), *(word for setting in settings for word in ("--set", setting))]
+    assert main(command) == 2
+    assert "finetune.weights: each run needs a pretraining of its own; equal files are among" in capfd.readouterr().err
+
+    with safe_open(made, "pt") as opened:
+        save_file({name: opened.get_tensor(name) * 0.5 for name in opened.keys()}, files[1], opened.metadata())  # noqa: SIM118
+    assert main(command) == 0
+    tracker = tracker_of(load(path))
+    assert not tracker.runs(kind="pretraining")
+    models = sorted(folders_of(load(path)).study.glob("finetune-trials/*/model.safetensors"))
+    assert [read_metadata(model).lineage["pretraining"] for model in models] == [file_digest(file) for file in files]
 
 
 def test_a_failing_worker_ends_in_one_message_and_code_1(
