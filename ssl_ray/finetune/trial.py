@@ -54,7 +54,7 @@ class Trial:
         self.losses = FiniteSum()
         self.best, self.best_step = -1.0, 0
         self.best_weights: dict[str, Tensor] = {}
-        self.watch = Watch[int](self.config.on_nonfinite, self.config.max_skipped)
+        self.watch = Watch(self.config.on_nonfinite, self.config.max_skipped)
         self.records: tuple[list[Record], list[Record]] = [], []  # before and since the newest checkpoint
         self.saved = time.monotonic()
 
@@ -176,12 +176,12 @@ class Trial:
             images, labels = images.pin_memory(), labels.pin_memory()
         return images, labels
 
-    def _note(self, fault: Fault[int] | None) -> None:
+    def _note(self, fault: Fault | None) -> None:
         """Write down what reproduces a step that was not finite, which has left the weights as they were."""
         if fault is None:
             return
         self.skipped += 1
-        step, sampler = fault.what, self.sampler
+        step, sampler = fault.step, self.sampler
         patches = [{"patch": index, "volume": volume.id, "key": volume.key} for index, volume in sampler.patches(step)]
         volumes = ", ".join(dict.fromkeys(str(patch["volume"]) for patch in patches))
         origin = f"patches {patches[0]['patch']} to {patches[-1]['patch']} of seed {sampler.seed}, volumes {volumes}"
@@ -191,7 +191,7 @@ class Trial:
         images, labels = sampler.batch(step)
         tensors = {f"model.{name}": value for name, value in self.learner.network.state_dict().items()}
         tensors |= {"images": images, "labels": labels}
-        kept = keep(fault, self.job.folder / "faults", step + 1, origin, tensors, facts)
+        kept = keep(fault, self.job.folder / "faults", origin, tensors, facts)
         text = f"step {step + 1}: {kept}"
         if fault.fatal:
             raise FloatingPointError(f"{fault.row} step(s) in a row were not finite, the last one was {text}")

@@ -35,7 +35,7 @@ def train_loop(job: Job) -> None:
     config, table, channels = job.recipe.settings, job.training.table, job.recipe.settings.preparation.channels
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     learner = PretrainingLearner(job, get_device())
-    watch: Watch[Batch] = Watch(config.on_nonfinite, config.max_skipped)
+    watch = Watch(config.on_nonfinite, config.max_skipped)
     flops = task_cost(config.task, job.recipe.network, config.patch_size, channels).training
     reporter, preemption = _Reporter(job, rank), _Preemption()
     saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
@@ -55,12 +55,9 @@ def train_loop(job: Job) -> None:
 
         # All ranks see the same faults, as the gradient norm is that of all of them. The driver raises for a fatal one:
         # an error here would have Ray start again, into the same fault.
-        for fault in (watch.look(batch, loss, norm), watch.last() if last else None):
+        for fault in (watch.look(batch.step, loss, norm), watch.last() if last else None):
             if fault:
-                # On a GPU it is the step before this one, with its own learning rate.
-                facts = {"lr": learning_rate(config.optimizer, fault.what.step, table.steps), "world": world}
-                kept = _keep_fault(learner, fault, rank, facts)
-                reporter.fault(kept, fault.fatal)
+                reporter.fault(_keep_fault(learner, fault, rank, world), fault.fatal)
                 if fault.fatal:
                     return
         totals.add(loss, len(batch.indices), batch.waited)
@@ -89,7 +86,7 @@ def train_loop(job: Job) -> None:
             saver.wait()
 
 
-def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch[Batch]) -> int:
+def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch) -> int:
     """Go on from the newest whole checkpoint, which rank 0 reads for all; returns its step, 0 where there is none."""
     found = load_latest(job.checkpoints, job.key, job.mirror) if rank == 0 else None
     plain = {name: found[name] for name in ("step", "best", "row_not_finite")} if found else {"step": 0}
@@ -109,7 +106,7 @@ def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]
     return batches(table, feed, schedule, rank, world, world * config.cpus_per_worker)
 
 
-def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, facts: dict[str, Any]) -> str:
+def _keep_fault(learner: PretrainingLearner, fault: Fault, rank: int, world: int) -> str:
     """Keep a step that was not finite, on the ranks whose loss it was and on rank 0; the line about it, else "".
 
     A rank's patches, as stored, and their indices go to `faults/rank_<r>/step_<n>.safetensors`;
@@ -118,17 +115,21 @@ def _keep_fault(learner: PretrainingLearner, fault: Fault[Batch], rank: int, fac
     model, job = whole_weights(learner.network), learner.job
     if rank > 0 and math.isfinite(fault.loss):
         return ""
-    batch = fault.what
-    places = [job.training.place(int(index)) for index in batch.indices]
+    feed, config = job.training, job.recipe.settings
+    indices = feed.table.rank_samples(fault.step, rank, world)
+    places = [feed.place(index) for index in indices]
     volumes = ", ".join(sorted({place["volume"] for place in places}))
     origin = f"samples {', '.join(str(place['sample']) for place in places)} of volumes {volumes}"
-    # Copies: the batch lies in Ray's object store, read-only.
-    tensors = {"images": torch.from_numpy(batch.images.copy()), "indices": torch.from_numpy(batch.indices.copy())}
+    images = feed.read([feed.table.sample(index) for index in indices])
+    tensors = {"images": torch.from_numpy(images), "indices": torch.tensor(indices)}
     if rank == 0:
         tensors |= {f"model.{name}": value for name, value in model.items()}
-    facts = facts | {"rank": rank, "samples": places, "seed": job.recipe.seed, "precision": str(learner.dtype)}
-    kept = keep(fault, job.folder / "faults" / f"rank_{rank}", batch.step + 1, origin, tensors, facts)
-    return f"step {batch.step + 1}, rank {rank}: {kept}"
+    # On a GPU it is the step before the one that was done last, with its own learning rate.
+    lr = learning_rate(config.optimizer, fault.step, feed.table.steps)
+    facts = {"lr": lr, "world": world, "rank": rank, "samples": places, "seed": job.recipe.seed}
+    facts |= {"precision": str(learner.dtype)}
+    kept = keep(fault, job.folder / "faults" / f"rank_{rank}", origin, tensors, facts)
+    return f"step {fault.step + 1}, rank {rank}: {kept}"
 
 
 class _Totals:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -14,14 +14,12 @@ from torch import Tensor
 from ssl_ray.config.common import OnNonfinite
 from ssl_ray.storage.files import write_file
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class Fault(Generic[T]):
-    """A step that `take_step` skipped on the device. `what` names it; `fatal`: the policy allows no more in a row."""
+class Fault:
+    """A step, counted from 0, that `take_step` skipped on the device; `fatal`: the policy allows no more in a row."""
 
-    what: T
+    step: int
     loss: float
     norm: float
     row: int
@@ -48,58 +46,56 @@ class FiniteSum:
         return taken
 
 
-class Watch(Generic[T]):
+class Watch:
     """Looks at every step's loss and gradient norm: on a CPU at once, on a GPU while the next step runs."""
 
     def __init__(self, policy: OnNonfinite, limit: int) -> None:
         """Stop at the first fault, or `skip` up to `limit` of them in a row."""
         self._limit = 0 if policy == "stop" else limit
         self.row = 0  # number of consecutive non-finite steps so far; checkpoints carry it
-        self._pending: tuple[T, Tensor, Any] | None = None
+        self._pending: tuple[int, Tensor, Any] | None = None
 
-    def look(self, what: T, loss: Tensor, norm: Tensor) -> Fault[T] | None:
+    def look(self, step: int, loss: Tensor, norm: Tensor) -> Fault | None:
         """The fault of this step, or on a GPU that of the step before; None where that one was finite.
 
         The norm is that of all ranks' gradients; where the loss is not finite, it must not be either.
         """
         values = torch.stack([loss.detach(), norm.detach()])
         if not values.is_cuda:
-            return self._judge(what, values)
+            return self._judge(step, values)
         host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
         before = self.last()
-        self._pending = what, host, copied
+        self._pending = step, host, copied
         return before
 
-    def last(self) -> Fault[T] | None:
+    def last(self) -> Fault | None:
         """The fault of the newest step, where `look` has not judged it yet."""
         if self._pending is None:
             return None
-        (what, values, copied), self._pending = self._pending, None
+        (step, values, copied), self._pending = self._pending, None
         copied.synchronize()
-        return self._judge(what, values)
+        return self._judge(step, values)
 
-    def _judge(self, what: T, values: Tensor) -> Fault[T] | None:
+    def _judge(self, step: int, values: Tensor) -> Fault | None:
         loss, norm = values.tolist()
         self.row = 0 if math.isfinite(norm) else self.row + 1
-        return Fault(what, loss, norm, self.row, self.row > self._limit) if self.row else None
+        return Fault(step, loss, norm, self.row, self.row > self._limit) if self.row else None
 
 
-def keep(
-    fault: Fault[Any], folder: Path, step: int, origin: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-) -> str:
+def keep(fault: Fault, folder: Path, origin: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     """Write what reproduces a step to `<folder>/step_<n>.safetensors`, for the first three faults of a rank or trial.
 
-    `step` counts from 1, `origin` says in words which patches these are, and `tensors` are the patches, and the weights
-    as `model.<name>`. `facts`, whatever else the step depends on, become JSON under `facts` in the file's metadata.
-    Returns loss, gradient norm, origin and file in one line.
+    The file counts steps from 1. `origin` says in words which patches these are, and `tensors` are the patches, and the
+    weights as `model.<name>`. `facts`, whatever else the step depends on, become JSON under `facts` in the file's
+    metadata. Returns loss, gradient norm, origin and file in one line.
     """
     text = f"loss {fault.loss:g}, gradient norm {fault.norm:g}; {origin}"
-    path = folder / f"step_{step:07d}.safetensors"
+    path = folder / f"step_{fault.step + 1:07d}.safetensors"
     if not path.is_file() and len(list(folder.glob("*.safetensors"))) >= 3:
         return text  # those that follow have the same cause
     content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    facts = {"step": step, "loss": str(fault.loss), "gradient_norm": str(fault.norm), **facts}
+    facts = {"step": fault.step + 1, "loss": str(fault.loss), "gradient_norm": str(fault.norm), **facts}
     write_file(path, save(content, {"facts": json.dumps(facts)}))
     return f"{text}; kept in {path}"

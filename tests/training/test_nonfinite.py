@@ -25,11 +25,11 @@ def test_a_sum_leaves_out_what_is_not_finite_and_starts_again() -> None:
 @pytest.mark.parametrize(("policy", "limit", "fatal"), [("skip", 1, [False, True, False]), ("stop", 9, [True] * 3)])
 def test_faults_in_a_row_are_counted_and_end_by_the_policy(policy: str, limit: int, fatal: list[bool]) -> None:
     """A finite step between two faults begins a new row; the fault names the step and says how many it is in a row."""
-    watch: Watch[int] = Watch(policy, limit)  # type: ignore[arg-type]
+    watch = Watch(policy, limit)  # type: ignore[arg-type]
     norms = [1.0, NAN, NAN, 1.0, NAN]
     faults = [watch.look(step, torch.tensor(0.5), torch.tensor(norm)) for step, norm in enumerate(norms)]
     found = [fault for fault in faults if fault]
-    assert [(fault.what, fault.row) for fault in found] == [(1, 1), (2, 2), (4, 1)]
+    assert [(fault.step, fault.row) for fault in found] == [(1, 1), (2, 2), (4, 1)]
     assert [fault.fatal for fault in found] == fatal
 
 
@@ -37,7 +37,7 @@ def test_the_first_three_are_kept_and_one_that_comes_again_is_replaced(tmp_path:
     """After a restart the same step may fail again; one file has its tensors and where they come from."""
     patches = torch.arange(24.0).view(2, 3, 4).transpose(0, 2)
     for step in (1, 2, 3, 4, 2):
-        text = keep(Fault(step, 0.5, NAN, 1, False), tmp_path, step, "sample 8", {"images": patches}, {"seed": 7})
+        text = keep(Fault(step - 1, 0.5, NAN, 1, False), tmp_path, "sample 8", {"images": patches}, {"seed": 7})
         assert text.startswith("loss 0.5, gradient norm nan; sample 8")
         assert (f"kept in {tmp_path}" in text) == (step != 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_000000{n}.safetensors" for n in (1, 2, 3)]

@@ -103,14 +103,14 @@ def work(rank: int, folder: Path) -> None:
         made, other = make(folder, shard=shard), make(folder, shard=shard)
         train(made, 0, 2, rank, WORLD), train(other, 0, 2, rank, WORLD)
         before = copy.deepcopy(made.state())
-        watch: Watch[str] = Watch("skip", 10)
+        watch = Watch("skip", 10)
         poisoned = lambda *call: call[-1] * (torch.nan if rank == 1 else 1)  # noqa: E731
         handle = made.network.patch_embedding.register_forward_hook(poisoned)
         loss, norm = made.step(batch(2, 2), np.arange(2), 1e-3)
         handle.remove()
         after = copy.deepcopy(made.state())
         ends = [train(one, 2, 4, rank, WORLD) for one in (made, other)]
-        found[kind, "skipped"] = float(loss), watch.look("step", loss, norm) is not None, before, after, ends
+        found[kind, "skipped"] = float(loss), watch.look(2, loss, norm) is not None, before, after, ends
 
     moments = [value for values in made.optimizer.state.values() for value in values.values() if value.ndim]
     found["local"] = [sum(value.to_local().numel() for value in kind) for kind in (made.network.parameters(), moments)]
