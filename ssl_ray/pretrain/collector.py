@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -13,12 +14,12 @@ import ray.exceptions
 
 from ssl_ray.cluster.connect import first_error
 from ssl_ray.console import Bar, say
-from ssl_ray.pretrain.describe import describe
 from ssl_ray.pretrain.job import Job
 from ssl_ray.text import reason
 from ssl_ray.tracking.client import DEVICE
 from ssl_ray.tracking.run import Run
 from ssl_ray.tracking.tracker import NOTE
+from ssl_ray.tracking.view import picture
 from ssl_ray.training.meters import RATE, WAIT, ObjectStore
 
 
@@ -71,12 +72,12 @@ class Collector:
                         self._store.sample()  # what was spilled before is not this run's
                         self._bar.update(step, again=True)
                     case "record" | "kept":
-                        step, picture = int(content["step"]), content.pop("picture", None)
+                        step, path = int(content["step"]), content.pop("picture", None)
                         if new := step not in self._known:
                             numbers = {name: value for name, value in content.items() if name != "step"}
                             self._run.metrics(numbers | self._store.sample(), step)
                             self._known.add(step)
-                            self._log_picture(picture, numbers)
+                            self._log_picture(path, numbers)
                         if new or kind == "record":  # steps that are done again are shown; the file tells old ones, too
                             self._bar.update(step, progress(content))
                     case "skipped":
@@ -91,12 +92,12 @@ class Collector:
                     say(f"WARNING: a metric is not logged: {reason(error)}")
                 told = True
 
-    def _log_picture(self, picture: str | None, numbers: Mapping[str, float]) -> None:
+    def _log_picture(self, path: str | None, numbers: Mapping[str, float]) -> None:
         # Without its picture a run goes on; a fault of the object store is raised where it matters.
         with suppress(OSError):
-            if picture and (Path(picture).is_file() or self._job.mirror.pull(Path(picture))):
-                self._run.artifact(Path(picture), "pictures")
-                self._run.tags({NOTE: describe(self._job, self._run.id, f"pictures/{Path(picture).name}", numbers)})
+            if path and (Path(path).is_file() or self._job.mirror.pull(Path(path))):
+                self._run.artifact(Path(path), "pictures")
+                self._run.tags({NOTE: describe(self._job, self._run.id, f"pictures/{Path(path).name}", numbers)})
 
 
 def progress(record: Mapping[str, float]) -> str:
@@ -107,3 +108,16 @@ def progress(record: Mapping[str, float]) -> str:
     if "validation_loss" in record:
         facts += f", validation {record['validation_loss']:.4f}"
     return facts
+
+
+def describe(job: Job, run_id: str, path: str, numbers: Mapping[str, float]) -> str:
+    """A pretraining in Markdown, with the picture of this path that it has made last, at a step with these numbers."""
+    settings, steps = job.recipe.settings, job.training.table.steps
+    plain = next((value for name, value in numbers.items() if re.fullmatch("validation_.*_loss", name)), math.nan)
+    shown = "A patch that it has not trained on, what the network saw of it, and what it made of that"
+    return (
+        f"{settings.task.kind.capitalize()} on {len(job.training.keys)} unlabelled volumes for {steps:,} steps. "
+        f"**Validation loss {numbers.get('validation_loss', math.nan):.4f}** where this picture was made, and the "
+        f"weights with the lowest are kept; what needs no learning leaves {plain:.4f}.\n\n"
+        f"{picture(run_id, path, shown)}"
+    )

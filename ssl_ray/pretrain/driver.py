@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -20,7 +21,6 @@ from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.pretrain.collector import Collector
-from ssl_ray.pretrain.describe import datasets
 from ssl_ray.pretrain.job import Job, Labelled, Recipe
 from ssl_ray.pretrain.samples import SampleTable
 from ssl_ray.pretrain.stream import Feed
@@ -28,6 +28,7 @@ from ssl_ray.random import number
 from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
+from ssl_ray.tracking.models import told
 from ssl_ray.tracking.run import NetworkFile, Run, ending
 from ssl_ray.tracking.tracker import Tracker
 from ssl_ray.training.checkpoint import load_latest, saved_steps
@@ -91,7 +92,7 @@ def pretrain(
     counts = {"training_volumes": len(training), "validation_volumes": len(validation), "steps": steps}
     run = tracker.open("pretraining", key, name, {**params, **counts})
     run.text(config_yaml, "experiment.yaml")
-    run.datasets(datasets(recipe, training, validation))
+    run.datasets(_datasets(recipe, training, validation))
     with ending(run):
         _rewind(job)
         _train(job, folders, run)
@@ -122,6 +123,14 @@ def draw_volumes(recipe: Recipe, training: Sequence[Volume]) -> list[Volume]:
     order = sorted(training, key=lambda volume: number(recipe.seed, "unlabelled", volume.content))
     drawn = {volume.key for volume in order[: recipe.settings.drawn(len(training))]}
     return [volume for volume in training if volume.key in drawn]
+
+
+def _datasets(recipe: Recipe, training: Sequence[Volume], validation: Sequence[Volume]) -> list[dict[str, Any]]:
+    """The unlabelled volumes by part, for MLflow."""
+    roots = [Path(source.root) for source in recipe.settings.sources]
+    name, place = " and ".join(root.name for root in roots), " ".join(str(root.absolute()) for root in roots)
+    parts = ("pretraining", f"{name} pretraining", training), ("validation", f"{name} held out", validation)
+    return [told(context, of, place, [(one.key, one.subject) for one in read]) for context, of, read in parts]
 
 
 def _rewind(job: Job) -> None:
