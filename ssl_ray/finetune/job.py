@@ -16,7 +16,6 @@ from pathlib import Path
 
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.store import Store, Volume
-from ssl_ray.evaluate.planes import FILE
 from ssl_ray.storage.mirror import Mirror
 
 EVALUATION = "evaluation.json"
@@ -67,13 +66,6 @@ class TrialJob:
     def checkpoints(self) -> Path:
         """Folder of the training states, by step."""
         return self.folder / "checkpoints"
-
-    def pull_evaluation(self) -> list[Path]:
-        """The scores and the planes that the trial wrote, made on whatever machine, as files on this one."""
-        paths = [self.folder / name for name in (EVALUATION, FILE)]
-        for path in paths:
-            self.mirror.pull(path)
-        return paths
 
     def clear(self) -> None:
         """Delete what a finished trial no longer needs."""

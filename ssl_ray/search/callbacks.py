@@ -11,8 +11,9 @@ from ray import tune
 from ssl_ray.cluster.connect import first_error
 from ssl_ray.config.loading import flatten
 from ssl_ray.console import Bar, say
+from ssl_ray.evaluate.planes import FILE
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, ORIGINAL_DICE_FOREGROUND
-from ssl_ray.finetune.job import TrialJob
+from ssl_ray.finetune.job import EVALUATION, TrialJob
 from ssl_ray.networks.model_file import MODEL_FILE
 from ssl_ray.search.cells import CELL, FAILURE, NONFINITE, RATE, STOPPED, Cell
 from ssl_ray.tracking.client import DEVICE
@@ -89,7 +90,9 @@ class TrialCallback(tune.Callback):
         elif "selected/step" in metrics:
             if step not in run.logged("selected/step"):
                 self._result(run, *_of(trial), metrics, result["digest"], step)
-            for path in _of(trial)[1].pull_evaluation():
+            job = _of(trial)[1]
+            for path in (job.folder / EVALUATION, job.folder / FILE):
+                job.mirror.pull(path)  # another machine may have written it
                 run.artifact(path)
         elif step not in run.logged("lr"):
             run.metrics(metrics, step)
