@@ -176,8 +176,7 @@ def pin(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
     if not torch.cuda.is_initialized():
         return array
-    source = torch.from_numpy(array)
-    pinned: npt.NDArray[Any] = torch.empty_like(source, pin_memory=True).copy_(source).numpy()
+    pinned: npt.NDArray[Any] = torch.from_numpy(array).pin_memory().numpy()
     return pinned
 
 
