@@ -1,6 +1,6 @@
 """Segments a whole volume with a network that sees patches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -96,48 +96,40 @@ def sliding_windows(size: Sequence[int], patch_size: Sequence[int], overlap: flo
 class _Slab:
     """Sums of weighted logits for the planes that windows still reach, and the labels of those before.
 
-    It is as deep as a window, and plane n of the volume is kept at n % depth: a window covers every kept plane once.
+    It is as deep as a window and begins at plane `done` of the volume, as the window does that is added.
     `keep` is given planes along the axis and the mean logits there, (classes, planes, the other two axes).
     """
 
     def __init__(self, size: Sequence[int], axis: int, weights: Tensor, keep: Callable[[slice, Tensor], None]) -> None:
-        self.axis, self.depth, self.done, self.keep = axis, weights.shape[axis], 0, keep
+        self.axis, self.done, self.keep = axis, 0, keep
         self.weights, self.sums = self._front(weights), torch.zeros(0)
         self.labels = torch.zeros(size, dtype=torch.uint8, device=weights.device)
 
     def add(self, window: Window, logits: Tensor) -> None:
         """Add the logits (classes, *patch_size) of a window; later windows do not begin before it along the axis."""
-        planes, beside = window[self.axis], window[: self.axis] + window[self.axis + 1 :]
-        self.finish(planes.start)
+        beside = window[: self.axis] + window[self.axis + 1 :]
+        self.finish(window[self.axis].start)
         if not len(self.sums):  # the sums of the weights are kept behind those of the classes
             size = list(self.labels.shape)
-            size[self.axis] = self.depth
+            size[self.axis] = len(self.weights)
             self.sums = self._front(torch.zeros(len(logits) + 1, *size, device=logits.device))
-        weighted = self._front(logits) * self.weights
-        for some, place in self._places(planes.start, planes.stop):
-            part = slice(some.start - planes.start, some.stop - planes.start)
-            self.sums[:-1, place, *beside] += weighted[:, part]
-            self.sums[-1][place, *beside] += self.weights[part]
+        self.sums[:-1, :, *beside] += self._front(logits) * self.weights
+        self.sums[-1][:, *beside] += self.weights
 
     def finish(self, stop: int) -> None:
-        """Label the planes before `stop`, which no later window reaches, and make their room free."""
-        for planes, place in self._places(self.done, stop):
-            sums = self.sums[:, place]
-            # The division matters where it makes two sums equal, of which the first then wins, as in MONAI.
-            means = sums[:-1].div_(sums[-1:])
-            # `max` takes a third of the time that `argmax` takes on a CPU.
-            self._front(self.labels)[planes] = means.max(0).indices
-            self.keep(planes, means)
-            sums.zero_()
+        """Label the planes before `stop`, which no later window reaches, and move the others into their room."""
+        if not (count := stop - self.done):
+            return
+        # The division matters where it makes two sums equal, of which the first then wins, as in MONAI.
+        means = self.sums[:-1, :count].div_(self.sums[-1:, :count])
+        # `max` takes a third of the time that `argmax` takes on a CPU.
+        self._front(self.labels)[self.done : stop] = means.max(0).indices
+        self.keep(slice(self.done, stop), means)
+        for sums in self.sums:  # one after the other, as a copy of all of them would be as large as the slab
+            sums[:-count] = sums[count:].clone()
+            sums[-count:] = 0
         self.done = stop
 
     def _front(self, volume: Tensor) -> Tensor:
         """The volume, the last three axes, with the axis of the planes as its first."""
         return volume.movedim(self.axis - 3, -3)
-
-    def _places(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-        """Planes of the volume, at most `depth`, and where they are kept; in two parts where the end lies between."""
-        cut = min((start // self.depth + 1) * self.depth, stop)
-        for first, last in ((start, cut), (cut, stop)):
-            if first < last:
-                yield slice(first, last), slice(first % self.depth, first % self.depth + last - first)
