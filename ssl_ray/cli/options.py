@@ -16,14 +16,14 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", default_factory=list, show_default=False, help="Replace one value."),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", file_okay=False)]
-AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Everything, for programs.")]
 
 
 def _be_quiet(value: bool) -> bool:
-    Bar.quiet = value
+    Bar.quiet |= value
     return value
 
 
+AsJson = Annotated[bool, typer.Option("--json", metavar="", callback=_be_quiet, help="Everything, for programs.")]
 Quiet = Annotated[
     bool,
     typer.Option("--quiet", "-q", metavar="", callback=_be_quiet, help="No progress: results, warnings and errors."),

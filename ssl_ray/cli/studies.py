@@ -10,7 +10,7 @@ import typer
 from ssl_ray.cli.app import app
 from ssl_ray.cli.options import AsJson, Experiment, Overrides, Quiet
 from ssl_ray.config.schema import Study
-from ssl_ray.console import Bar, say
+from ssl_ray.console import say
 from ssl_ray.study.experiment import Step, load, load_kept
 from ssl_ray.training.devices import DEVICES
 
@@ -94,7 +94,6 @@ def check(
     from ssl_ray.study.check import check_study
     from ssl_ray.study.parts import folders_of
 
-    Bar.quiet = quiet or as_json
     folders = folders_of(study)
     folders.check_writable()
     found, text = check_study(study, folders, volumes)

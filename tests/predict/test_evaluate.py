@@ -65,7 +65,7 @@ def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     out = str(tmp_path / "out")
     assert main(["evaluate", str(tmp_path / "one.nii.gz"), str(tmp_path / "other.nii.gz"), "--json", "-o", out]) == 0
-    tree = json.loads(capsys.readouterr().out.splitlines()[-1])
+    tree = json.loads(capsys.readouterr().out)
     assert tree["labels"] == {"3": "label 3", "7": "label 7", "200": "label 200"}
     (case,) = tree["cases"]
     assert case["original_dice"] == [1.0, 0.0, None]
