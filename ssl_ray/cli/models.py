@@ -127,16 +127,18 @@ def embed(
     quiet: Quiet = False,
 ) -> None:
     """Write the encoder's features of whole volumes, the mean over their tokens."""
-    from ssl_ray.predict.embed import embed_all, read_embedder
+    from ssl_ray.predict.embed import read_embedder, write_features
     from ssl_ray.predict.inputs import cases_of
     from ssl_ray.storage.files import file_digest
 
     embedder, path = read_embedder(model)
     cases, left_out = cases_of(inputs, embedder.preparation.channels, part)
     _tell_left_out(left_out)
-    made_by = file_digest(path)
+    from ssl_ray.predict.workers import over_cases
+
+    outcomes = over_cases("embedding", cases, embedder.on, device, workers)
     with writable(output.parent):
-        rows, bad = embed_all(embedder, made_by, cases, output, tokens=tokens, device=device, workers=workers)
+        rows, bad = write_features(outcomes, file_digest(path), output, tokens)
     say(f"{output}: {rows} rows of {embedder.encoder.hidden_size} features")
     _end(bad, len(cases))
 

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ssl_ray.config.schema import Preparation
 from ssl_ray.data.datalist import Case
-from ssl_ray.data.nifti import on_image_grid, read_nifti, write_labels
-from ssl_ray.data.normalise import CanonicalVolume, prepare
-from ssl_ray.errors import UserError
+from ssl_ray.data.nifti import write_labels
+from ssl_ray.data.normalise import CanonicalVolume
 from ssl_ray.evaluate.metrics import to_original_grid
 from ssl_ray.evaluate.overlay import draw
 from ssl_ray.evaluate.planes import cut
 from ssl_ray.evaluate.sliding_window import Window
+from ssl_ray.predict.inputs import read_prepared
 from ssl_ray.predict.segment import Segmenter
 from ssl_ray.storage.files import appearing, write_file
 
@@ -81,16 +79,6 @@ def predict_case(case: Case, segmenter: Segmenter, outputs: Outputs) -> tuple[li
     path.parent.mkdir(parents=True, exist_ok=True)
     write_labels(path, original, header)
     return sizes, time.perf_counter() - started
-
-
-def read_prepared(case: Case, preparation: Preparation) -> tuple[CanonicalVolume, Any]:
-    """The canonical volume of a case, and nibabel's header of its first image; a UserError names the file."""
-    first = read_nifti(case.image)
-    others = [on_image_grid(first, read_nifti(path), path, "channel") for path in case.others]
-    try:
-        return prepare(first, None, preparation, others), first.header
-    except UserError as error:
-        raise UserError(f"{' and '.join(map(str, case.images))}: {error}") from error
 
 
 def measure(labels: NDArray[np.uint8], classes: int, voxel: float, largest: Sequence[int] = ()) -> list[OrganSize]:

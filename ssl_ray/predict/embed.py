@@ -1,10 +1,10 @@
 """The encoder's features of whole volumes, for retrieval and for other people's heads."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,12 +24,10 @@ from ssl_ray.networks.protocol import Encoder
 from ssl_ray.networks.registry import build_encoder
 from ssl_ray.networks.transfer import transfer
 from ssl_ray.networks.weight_files import load_metadata, load_weights, read_entry
+from ssl_ray.predict.inputs import read_prepared
 from ssl_ray.predict.model import find, read_model
 from ssl_ray.storage.files import appearing
 from ssl_ray.text import shown
-
-if TYPE_CHECKING:
-    from ssl_ray.predict.workers import Device, Work
 
 _BATCH = 4
 """Patches at a time."""
@@ -53,9 +51,11 @@ class Embedder:
 
     def __call__(self, case: Case) -> Tokens:
         """The tokens of a case."""
-        from ssl_ray.predict.case import read_prepared  # it loads what draws, which MLflow's copy of this does without
-
         return self.tokens(read_prepared(case, self.preparation)[0])
+
+    def on(self, device: torch.device) -> "Embedder":
+        """The same, computing on a device."""
+        return Embedder(self.encoder.to(device), self.preparation)
 
     @torch.inference_mode()
     def tokens(self, prepared: CanonicalVolume) -> Tokens:
@@ -108,25 +108,13 @@ def read_embedder(place: str) -> tuple[Embedder, Path]:
     return Embedder(encoder.eval(), preparation), path
 
 
-def embed_all(
-    embedder: Embedder,
-    made_by: str,
-    cases: Sequence[Case],
-    output: Path,
-    *,
-    tokens: bool = False,
-    device: "Device" = "auto",
-    workers: int | None = None,
+def write_features(
+    outcomes: Iterable[tuple[Case, Tokens | UserError]], made_by: str, output: Path, tokens: bool
 ) -> tuple[int, dict[str, str]]:
     """Write features as Parquet, a row for each volume (their mean) or token -> number of rows, bad cases by image.
 
     `made_by`, the digest of the encoder's file, is kept in the metadata of the table.
     """
-    from ssl_ray.predict.workers import over_cases  # it loads Ray
-
-    def make(on: torch.device) -> "Work[Tokens]":
-        return Embedder(embedder.encoder.to(on), embedder.preparation)
-
     bad: dict[str, str] = {}
     numbers = [(name, pa.int32()) for name in ("i", "j", "k")] + [(name, pa.float64()) for name in ("x", "y", "z")]
     columns = [("case", pa.string()), *(numbers if tokens else []), ("features", pa.list_(pa.float32()))]
@@ -135,7 +123,7 @@ def embed_all(
     output.parent.mkdir(parents=True, exist_ok=True)
     # Opened by Python, whose errors name the file.
     with appearing(output) as part, part.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
-        for case, found in over_cases("embedding", cases, make, device, workers):
+        for case, found in outcomes:
             if isinstance(found, UserError):
                 bad[str(case.image)] = str(found)
                 continue

@@ -1,4 +1,4 @@
-"""Which volumes a command is about: files, folders and datalists, as cases with names of their own."""
+"""Which volumes a command is about: files, folders and datalists, as cases with names of their own; and one, read."""
 
 import os
 import re
@@ -6,11 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from ssl_ray.config.schema import Preparation
 from ssl_ray.data.datalist import Case, is_nifti, read_datalist, stem
 from ssl_ray.data.layout_files import usable_files
 from ssl_ray.data.layouts import is_label_map
+from ssl_ray.data.normalise import CanonicalVolume, prepare
+from ssl_ray.data.prepare import read_case
 from ssl_ray.errors import UserError
 from ssl_ray.text import shown
 
@@ -83,3 +86,12 @@ def named(cases: Sequence[Case]) -> list[Case]:
             raise UserError(f"{case.image}: would have the output {own}.nii.gz, as {found[own].image} has")
         found[own] = replace(case, id=own)
     return [*found.values()]
+
+
+def read_prepared(case: Case, preparation: Preparation) -> tuple[CanonicalVolume, Any]:
+    """The canonical volume of a case, and nibabel's header of its first image; a UserError names the file."""
+    first, _, others = read_case(replace(case, label=None))
+    try:
+        return prepare(first, None, preparation, others), first.header
+    except UserError as error:
+        raise UserError(f"{' and '.join(map(str, case.images))}: {error}") from error

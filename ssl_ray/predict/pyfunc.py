@@ -50,8 +50,7 @@ def _load_pyfunc(path: str) -> Scanner:
     """MLflow's hook: the network whose file this is, of a trial or, by its name, of a pretraining."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if path.endswith("best.safetensors"):
-        embedder, _ = read_embedder(path)
-        embedder.encoder.to(device)
+        embedder = read_embedder(path)[0].on(device)
         return Scanner(embedder.preparation, lambda canonical, *_: embedder.tokens(canonical).features.mean(0))
     model = read_model(path)
     segmenter = Segmenter([model], manner_of(model.metadata)[0], device)

@@ -19,7 +19,8 @@ from volumes import oblique_affine, smooth_ct
 from ssl_ray.data.datalist import Case
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import to_original_grid
-from ssl_ray.predict.case import Outputs, measure, predict_case, read_prepared
+from ssl_ray.predict.case import Outputs, measure, predict_case
+from ssl_ray.predict.inputs import read_prepared
 from ssl_ray.predict.segment import Segmenter, manner_of
 
 AFFINE = oblique_affine((2.2, 2.6, 4.1), 25, flip=True)

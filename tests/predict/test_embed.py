@@ -18,8 +18,8 @@ from ssl_ray.networks.primus.settings import Primus
 from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.networks.unetr.settings import Unetr
 from ssl_ray.networks.weight_files import describe, export
-from ssl_ray.predict.case import read_prepared
 from ssl_ray.predict.embed import read_embedder
+from ssl_ray.predict.inputs import read_prepared
 
 AFFINE = oblique_affine((2.2, 2.6, 4.1), 25, flip=True)
 
