@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from scipy import stats
 
@@ -55,12 +55,11 @@ def _scores(told: Metadata, means: dict[str, float], volumes: Sequence[dict[str,
 
 def _interval(values: Sequence[float | None], patients: Sequence[str]) -> str:
     """95 % interval of the mean by Student's t, from the deviations of patients, who may have several volumes each."""
-    known = [(value, patient) for value, patient in zip(values, patients, strict=True) if value is not None]
-    groups = {patient for _, patient in known}
-    if len(groups) < 2:
+    known = pd.Series(values, patients, float).dropna()
+    mean = known.mean()
+    sums = (known - mean).groupby(level=0).sum()
+    if len(sums) < 2:
         return ""
-    mean = float(np.mean([value for value, _ in known]))
-    sums = [sum(value - mean for value, patient in known if patient == group) for group in groups]
-    error = math.sqrt(len(groups) / (len(groups) - 1) * sum(one**2 for one in sums)) / len(known)
-    half = float(stats.t.ppf(0.975, len(groups) - 1)) * error
+    error = math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(known)
+    half = float(stats.t.ppf(0.975, len(sums) - 1)) * error
     return f" ({max(mean - half, 0):.3f} to {mean + half:.3f})"

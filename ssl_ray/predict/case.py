@@ -1,7 +1,6 @@
 """One volume from its NIfTI files to its label map, its picture and the sizes of its organs."""
 
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,15 +110,11 @@ def _kept(outputs: Outputs, name: str, classes: int, prepared: CanonicalVolume) 
     path = outputs.folder / PROBABILITIES.format(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing(path) as packed, TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        plain = Path(folder, "probabilities.npy")
-        array = np.lib.format.open_memmap(plain, "w+", np.float16, (classes, *prepared.image.shape[-3:]))
+        array = np.memmap(Path(folder, "plain"), np.float16, "w+", shape=(classes, *prepared.image.shape[-3:]))
 
         def keep(box: Window, values: NDArray[np.float16]) -> None:
             array[:, *box] = values
 
         yield keep
-        array.flush()
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            archive.write(plain, plain.name)
-            with archive.open("affine.npy", "w") as member:
-                np.lib.format.write_array(member, prepared.affine)
+        with packed.open("wb") as file:
+            np.savez_compressed(file, probabilities=array, affine=prepared.affine)
