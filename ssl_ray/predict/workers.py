@@ -25,11 +25,7 @@ _TRIES = 2
 
 
 def over_cases(
-    title: str,
-    cases: Sequence[Case],
-    make: Callable[[torch.device], Work[Result]],
-    device: Device = "auto",
-    workers: int | None = None,
+    title: str, cases: Sequence[Case], make: Callable[[torch.device], Work[Result]], device: Device, workers: int | None
 ) -> Iterator[tuple[Case, Result | UserError]]:
     """Each case with what `make(device)` makes of it in some worker, or with the reason why it makes nothing of it.
 
