@@ -28,7 +28,7 @@ KeepLargest = Annotated[
     typer.Option(metavar="ORGAN", default_factory=list, show_default=False, help="Only the largest part; repeats."),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: GPUs where the cluster has any.")]
-Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="One a GPU, or one for 4 CPUs, if left out.")]
+Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="Two a GPU, or one for 4 CPUs, if left out.")]
 
 
 def Flag(name: str, help: str) -> Any:  # noqa: N802  # it stands for a class of typer's
@@ -129,13 +129,12 @@ def embed(
     """Write the encoder's features of whole volumes, the mean over their tokens."""
     from ssl_ray.predict.embed import read_embedder, write_features
     from ssl_ray.predict.inputs import cases_of
+    from ssl_ray.predict.workers import over_cases
     from ssl_ray.storage.files import file_digest
 
     embedder, path = read_embedder(model)
     cases, left_out = cases_of(inputs, embedder.preparation.channels, part)
     _tell_left_out(left_out)
-    from ssl_ray.predict.workers import over_cases
-
     outcomes = over_cases("embedding", cases, embedder.on, device, workers)
     with writable(output.parent):
         rows, bad = write_features(outcomes, file_digest(path), output, tokens)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +26,6 @@ LABELS, OVERLAYS, PROBABILITIES = "{}.nii.gz", "overlays/{}.png", "probabilities
 """Where the files of a case lie in the output, by its name."""
 _CONNECTED = np.ones((3, 3, 3), bool)
 """Voxels that share a corner are of one component, as for MONAI's `KeepLargestConnectedComponent`."""
-_DRAWING = Lock()
-"""matplotlib draws in one thread at a time."""
 Keep = Callable[[Window, NDArray[np.float16]], None]
 
 
@@ -72,8 +69,7 @@ def predict_case(case: Case, segmenter: Segmenter, outputs: Outputs) -> tuple[li
         labels = to_original_grid(original, affine, labels.shape, prepared.affine)
     first = prepared.image if prepared.image.ndim == 3 else prepared.image[0]
     planes = cut(first, labels, None, prepared.affine)
-    with _DRAWING:
-        write_file(outputs.folder / OVERLAYS.format(case.id), draw([planes], told.organs, [case.id]))
+    write_file(outputs.folder / OVERLAYS.format(case.id), draw([planes], told.organs, [case.id]))
     path = outputs.folder / LABELS.format(case.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_labels(path, original, header)

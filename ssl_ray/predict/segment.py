@@ -100,7 +100,7 @@ class Segmenter:
         self.averages = len(models) > 1 or bool(manner.flips)
         self.network = _Ensemble(networks, dtypes, manner.flips, device) if self.averages else networks[0]
         self.dtype = torch.float32 if self.averages else dtypes[0]
-        self.one = Lock()  # threads that read and write other volumes share the device
+        self.one = Lock()  # a server's threads share the device
 
     def __call__(
         self, image: NDArray[Any], levels: int, keep: Callable[[Window, NDArray[np.float16]], None] | None = None

@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 Work = Callable[[Case], Result]
 _CPUS = 4
 """Most of a worker: with more, the convolutions of a patch gain little, while every worker holds a volume."""
+_ON_A_GPU = 2
+"""Workers that share one: while one reads or writes, the other computes."""
 _TRIES = 2
 """Of a case whose worker is killed meanwhile, by its memory or as its machine is taken away."""
 
@@ -30,9 +32,8 @@ def over_cases(
     """Each case with what `make(device)` makes of it in some worker, or with the reason why it makes nothing of it.
 
     They come in the order in which they end. The workers are on the Ray cluster, which is joined or started when the
-    first case is asked for; a worker calls `make` once. If `workers` is None, there is one for each
-    GPU, or, without GPUs or on `cpu`, for every four CPUs of a node. A worker with a GPU has two cases in hand, so that
-    one is read or written while the other is on the GPU.
+    first case is asked for; a worker calls `make` once, and has one case at a time. If `workers` is None, there are two
+    for each GPU, or, without GPUs or on `cpu`, one for every four CPUs of a node.
 
     Raises:
         UserError: where `cuda` is asked for in a cluster without, and where the output cannot be written (OSError).
@@ -40,25 +41,19 @@ def over_cases(
     connect(LocalCluster())
     if device == "cuda":
         check_resources("--device", "workers on cuda", 1, 1)
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
+    on_gpus = _ON_A_GPU * int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cpus = max(1, min(_CPUS, max(nodes), sum(nodes) // (workers or gpus or 1)))
-    room = gpus or sum(node // cpus for node in nodes) or 1
+    cpus = max(1, min(_CPUS, max(nodes), sum(nodes) // (workers or on_gpus or 1)))
+    room = min(on_gpus or sum(nodes), sum(node // cpus for node in nodes)) or 1
     count = min(workers or room, room, len(cases))
-    in_hand = 2 if gpus else 1
     rows = [{"case": pickle.dumps(case)} for case in cases]
     tries = ray.remote(num_cpus=0)(_Tries).remote()
     outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Worker,
-        fn_constructor_args=(ray.put((make, "cuda" if gpus else "cpu", cpus, tries)),),
-        compute=ray.data.ActorPoolStrategy(
-            size=count,
-            max_tasks_in_flight_per_actor=in_hand,
-            max_concurrent_calls_per_actor=in_hand,
-            enable_true_multi_threading=True,
-        ),
+        fn_constructor_args=(ray.put((make, "cuda" if on_gpus else "cpu", cpus, tries)),),
+        compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=1),
         num_cpus=cpus,
-        num_gpus=1 if gpus else 0,
+        num_gpus=1 / _ON_A_GPU if on_gpus else 0,
     )
     try:
         for row in track(title, outcomes.iter_rows(), len(cases)):
