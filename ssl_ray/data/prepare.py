@@ -49,17 +49,17 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     time have not changed. A volume that cannot be used is a UserError, a store that cannot be read or written an
     OSError.
     """
-    files, digests, content = _files(case), {}, {}
-    for name, file in files.items():
+    if not verify and (known := known_volume(case, preparation, store)):
+        return known, False
+    digests, content = {}, {}
+    for name, file in _files(case).items():
         try:
-            digests[name], content[name] = _read_source(file, store, verify)
+            digests[name], content[name] = _read_source(file, store)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot read: {error.strerror}") from error
     key, named = _key(preparation, digests), _named(case)
     if found := store.get(key, verify):
         return replace(found, **named), False
-    if None in content.values():  # the sources are known, but the store has no volume of them
-        return prepare_case(case, preparation, store, verify=True)
     image, label, others = read_case(case, content)
     try:
         canonical = prepare(image, label, preparation, others)
@@ -170,7 +170,7 @@ def usable(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume
     return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
 
 
-def read_case(case: Case, content: Mapping[str, bytes | None] | None = None) -> tuple[Nifti, Nifti | None, list[Nifti]]:
+def read_case(case: Case, content: Mapping[str, bytes] | None = None) -> tuple[Nifti, Nifti | None, list[Nifti]]:
     """Image, label and further channels of a case on the grid of its image; a UserError for what cannot be used.
 
     `content` has the bytes of files that were read already, under their names in the key of the store.
@@ -193,21 +193,16 @@ def _files(case: Case) -> dict[str, Path]:
     return {"image": case.image, **further, **({"label": case.label} if case.label else {})}
 
 
-def _read_source(file: Path, store: Store, verify: bool) -> tuple[str, bytes | None]:
-    """The SHA-256 of a source, and its content where it had to be read.
+def _read_source(file: Path, store: Store) -> tuple[str, bytes]:
+    """The SHA-256 of a source, and its content.
 
     The store remembers the digest under path, size and time of modification: a cohort is read in full only once.
     """
-    status = file.stat()
-    known = _remembered(file, status, store)
-    if not verify:
-        with suppress(OSError):
-            return known.read_text(), None
-    content = read_file(file)
+    status, content = file.stat(), read_file(file)
     digest = hashlib.sha256(content).hexdigest()
     if time.time_ns() - status.st_mtime_ns >= _SETTLED_NS:
         with suppress(OSError):  # without it, the next run reads the source again
-            write_file(known, digest.encode())
+            write_file(_remembered(file, status, store), digest.encode())
     return digest, content
 
 

@@ -170,7 +170,7 @@ def test_sources_that_have_not_changed_are_not_read_again(
     os.utime(case.image, (1e9, 1e9 + 1))
     read.clear()
     assert prepare_case(case, PREPARATION, store) == (volume, False)
-    assert read == [case.image]
+    assert read == [case.image, case.label]
     write_nifti(case.image, smooth_ct(SHAPE, 5), AFFINE)
     changed, fresh = prepare_case(case, PREPARATION, store)
     assert fresh
