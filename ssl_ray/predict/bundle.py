@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ssl_ray.data.resample import AXIS_CODES
 from ssl_ray.evaluate.metrics import MIDDLE
 from ssl_ray.networks.model_file import Metadata
-from ssl_ray.networks.registry import monai_segmentation
+from ssl_ray.networks.registry import module_of
 from ssl_ray.predict.card import TEMPLATES, model_card
 from ssl_ray.predict.model import Model
 from ssl_ray.storage.files import appearing, write_file
@@ -59,7 +59,12 @@ def _network(told: Metadata) -> tuple[dict[str, Any], list[str]]:
 
 
 def _monai(told: Metadata) -> tuple[str, dict[str, Any]] | None:
-    return monai_segmentation(told.network, told.patch_size, told.preparation.channels, told.classes)
+    """The class of `monai.networks.nets` that is the same network, and its arguments; None: of none."""
+    module = module_of(told.network)
+    if not hasattr(module, "MONAI_CLASS"):
+        return None
+    shapes = told.patch_size, told.preparation.channels, told.classes
+    return module.MONAI_CLASS, module.monai_options(told.network, *shapes)
 
 
 def _settings(room: str, settings: Any) -> tuple[dict[str, Any], list[str]]:
