@@ -1,4 +1,4 @@
-"""Decathlon JSON -> cases and splits, checked.
+"""Decathlon JSON -> cases, checked; and the dataset.json of a folder: its volumes, and names of label values.
 
 Format: Medical Segmentation Decathlon (Antonelli et al., 2022) as the MONAI tutorials publish it: the lists
 `training`, `validation` and `test`, whose entries are paths or `{"image": ..., "label": ...}`, and a `labels` mapping.
@@ -90,19 +90,40 @@ def _few(labels: Any) -> Any:  # before each of them is checked, and each mistak
 Section = Annotated[list[Annotated[_Entry, BeforeValidator(_path_alone)]], Field(max_length=_MOST_ENTRIES), FailFast()]
 
 
-class _Json(BaseModel):
+class _Parts(BaseModel):
     """What a file holds; other keys of the Decathlon's, such as `modality`, are ignored."""
 
-    training: Annotated[Section, Field(min_length=1)]
+    training: Section = []
     validation: Section = []
     test: Section = []
+
+
+class DatasetJson(_Parts):
+    """A dataset.json of the Decathlon or of nnU-Net, of either version."""
+
+    labels: dict[str, int | str | list[int]] = {}
+
+    def organs(self, path: Path) -> dict[int, str]:
+        """Names by value, from {"1": "liver"} or {"liver": 1}."""
+        found = {}
+        for key, value in self.labels.items():
+            number, name = (key, value) if key.isdecimal() else (value, key)
+            if not re.fullmatch(r"[0-9]{1,3}", str(number)) or name == "ignore":
+                raise UserError(f"{path}: labels.{shown(key)}: must be one organ's name and value, got {shown(value)}")
+            found[int(str(number))] = str(name)
+        return found
+
+
+class _AnyPart(_Parts):
+    """A list of a study, or a part of one."""
+
     labels: Annotated[dict[NonNegativeInt, str], BeforeValidator(_few)] = {}
 
 
-class _AnyPart(_Json):
-    """A list that need not have training volumes."""
+class _Json(_AnyPart):
+    """A list that must have training volumes."""
 
-    training: Section = []
+    training: Annotated[Section, Field(min_length=1)]
 
 
 def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool, any_part: bool = False) -> Datalist:
@@ -157,6 +178,11 @@ def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[
     if not validation:
         raise UserError(f"{listed.path}: 'validation' must list a volume in at least one pretraining source")
     return tuple(training), tuple(validation)
+
+
+def organs_of(path: Path) -> dict[int, str]:
+    """Names by label value from a dataset.json or a datalist; empty where it has none."""
+    return read_json(path, DatasetJson).organs(path)
 
 
 def subject_of(case: Case) -> str:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
-from ssl_ray.data.datalist import read_json, stem
-from ssl_ray.data.dataset_json import DatasetJson
+from ssl_ray.data.datalist import DatasetJson, read_json, stem
 from ssl_ray.data.layout_files import OWN, patient_level, usable_files
 from ssl_ray.errors import UserError
 

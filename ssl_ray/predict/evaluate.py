@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ssl_ray.console import track
-from ssl_ray.data.datalist import is_nifti, read_datalist, stem
-from ssl_ray.data.dataset_json import organs_of
+from ssl_ray.data.datalist import is_nifti, organs_of, read_datalist, stem
 from ssl_ray.data.layout_files import usable_files
 from ssl_ray.data.layouts import shared_name
 from ssl_ray.data.nifti import on_image_grid, read_label
