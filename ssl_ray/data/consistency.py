@@ -9,6 +9,9 @@ from ssl_ray.data.datalist import Case, stem
 from ssl_ray.data.splits import Splits
 from ssl_ray.errors import UserError
 
+SECTIONS = "unlabelled training", "unlabelled validation", "labelled training", "labelled validation", "labelled test"
+"""What the lists of a study hold, in the order in which one is checked against those before it."""
+
 
 def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Splits, channels: int = 1) -> None:
     """Check all lists of a study together, by names alone; `training` and `validation` are the unlabelled volumes.
@@ -27,16 +30,11 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
             rule = f"must list as many images as preparation.channels, {channels}"
             raise UserError(f"{case.place}.image: {rule}, got {len(case.images)}")
     _check_same([*labelled, *splits.validation, *splits.test], (*training, *validation))
+    held_out = held_out_sections(splits)
     seen: dict[tuple[str, str], tuple[str, Case]] = {}
-    for part, cases, held_out in (
-        ("unlabelled training", training, False),
-        ("unlabelled validation", validation, True),
-        ("labelled training", labelled, splits.folds > 0),
-        ("labelled validation", splits.validation, True),
-        ("labelled test", splits.test, True),
-    ):
+    for part, cases in sections(training, validation, splits).items():
         known = [(key, case) for case in cases for key in _known_by(case)]
-        for key, case in known if held_out else ():
+        for key, case in known if part in held_out else ():
             if key in seen:
                 other_part, other = seen[key]
                 hint = "; if these are two people, give them different subjects" if key[0] == "patient" else ""
@@ -45,6 +43,18 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
                     f"({other.image}, {other.place}), but must be in one of them alone{hint}"
                 )
         seen |= {key: (part, case) for key, case in known}
+
+
+def sections(training: Sequence[Case], validation: Sequence[Case], splits: Splits) -> dict[str, Sequence[Case]]:
+    """The cases of a study by section, each once: unlabelled ones to train and to validate on, and those of splits."""
+    labelled = {case.image: case for cases in splits.training.values() for case in cases}
+    parts = training, validation, tuple(labelled.values()), splits.validation, splits.test
+    return dict(zip(SECTIONS, parts, strict=True))
+
+
+def held_out_sections(splits: Splits) -> set[str]:
+    """Those that a network is selected or scored on, and so not trained on; in folds everybody is scored."""
+    return {*SECTIONS} - ({"unlabelled training"} if splits.folds else {"unlabelled training", "labelled training"})
 
 
 def not_nested(splits: Splits) -> str | None:

@@ -11,10 +11,10 @@ import nibabel as nib
 import numpy as np
 
 from ssl_ray.config.schema import Preparation, Study
-from ssl_ray.data.consistency import check_lists
+from ssl_ray.data.consistency import SECTIONS, check_lists, sections
 from ssl_ray.data.datalist import Case, read_unlabelled
 from ssl_ray.data.resample import canonical_grid
-from ssl_ray.data.splits import Splits, read_labelled
+from ssl_ray.data.splits import read_labelled
 from ssl_ray.data.store import VOLUME_JSON, Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import validation_share
@@ -24,7 +24,6 @@ from ssl_ray.text import reason
 
 _HEADERS = 1000
 """The most headers that are read of a group, evenly along its list: about a minute on a slow share."""
-_GROUPS = "unlabelled training", "unlabelled validation", "labelled training", "labelled validation", "labelled test"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
         held_out = validation_share(made.unlabelled)
         trained = made.labelled if config.cohort.pool else max(config.sizes)
         numbers = made.unlabelled - held_out, held_out, trained, made.validation, made.test
-        return {name: Group(number) for name, number in zip(_GROUPS, numbers, strict=True)}
+        return {name: Group(number) for name, number in zip(SECTIONS, numbers, strict=True)}
     training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
     splits = read_labelled(config.cohort, config.sizes)
     check_lists(training, validation, splits, config.preparation.channels)
@@ -69,13 +68,6 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
         part = config if name.startswith("labelled") else study.pretrain
         groups[name] = _group(cases, part.preparation, stored, study.on_bad_volume == "skip")
     return groups
-
-
-def sections(training: Sequence[Case], validation: Sequence[Case], splits: Splits) -> dict[str, Sequence[Case]]:
-    """The cases of a study by section, each once: unlabelled ones to train and to validate on, and those of splits."""
-    labelled = {case.image: case for cases in splits.training.values() for case in cases}
-    parts = training, validation, tuple(labelled.values()), splits.validation, splits.test
-    return dict(zip(_GROUPS, parts, strict=True))
 
 
 def _group(cases: Sequence[Case], preparation: Preparation, stored: dict[Any, Volume], skip: bool) -> Group:

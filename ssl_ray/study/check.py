@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 
 from ssl_ray.config.schema import Augmentation, Study
+from ssl_ray.data.consistency import held_out_sections, sections
 from ssl_ray.data.datalist import Case, subject_of
 from ssl_ray.data.patch import open_array, read_patch
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.estimate.look import Finding, Look, findings, look_at, number, sides
-from ssl_ray.estimate.volumes import sections
 from ssl_ray.evaluate.scores import sided
 from ssl_ray.finetune.patches import PatchSampler
 from ssl_ray.pretrain.picture import draw_picture
@@ -53,9 +53,7 @@ def check_study(study: Study, folders: Folders, most: int) -> tuple[dict[str, An
     evenly = {part: range(min(most, len(cases))) for part, cases in parts.items()}
     chosen = [(part, cases[n * len(cases) // len(evenly[part])]) for part, cases in parts.items() for n in evenly[part]]
     looks = look_at(chosen, preparations, study.finetune.cohort.classes)
-    held_out = {"unlabelled validation", "labelled validation", "labelled test"}
-    held_out |= {"labelled training"} if splits.folds else set()
-    found = findings(looks, patches, organs, held_out) + _flipped(study, organs)
+    found = findings(looks, patches, organs, held_out_sections(splits)) + _flipped(study, organs)
     pictures = _draw(study, Store(folders.cache, folders.scratch), parts, organs, folder)
     facts = {
         "study": study.name,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
-from ssl_ray.data.consistency import check_lists, not_nested
+from ssl_ray.data.consistency import check_lists, held_out_sections, not_nested, sections
 from ssl_ray.data.datalist import Case, read_unlabelled
 from ssl_ray.data.prepare import BadVolume, prepare_cohort, usable
 from ssl_ray.data.splits import Splits, read_labelled
@@ -79,7 +79,7 @@ def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bo
     _tell_bad(parts, folders.study / BAD_VOLUMES, skip=study.on_bad_volume == "skip")
     probed = _probed(study, store, splits, labelled) if cases and study.pretrain.probe else None
     prepared = PreparedCohorts(usable(training, unlabelled), usable(validation, unlabelled), labelled, splits, probed)
-    _check_content(prepared)
+    _check_content(cohorts, unlabelled, labelled)
     say(f"prepared {fresh + fresh_labelled} of {len(unlabelled) + len(labelled)} volumes now; the store is {store}")
     return prepared
 
@@ -112,27 +112,21 @@ def _tell_bad(bad: Sequence[tuple[str, BadVolume]], record: Path, skip: bool) ->
     say(f"going on without {count_of(len(bad), 'volume')} ({counts}), recorded in {record}:\n{table}")
 
 
-def _check_content(cohorts: PreparedCohorts) -> None:
+def _check_content(cohorts: Cohorts, unlabelled: Mapping[str, Volume], labelled: Mapping[str, Volume]) -> None:
     """The same scan under another name, in another format or orientation, is still the same patient.
 
     So it may not be trained on and held out, by its content any more than by its path.
     """
-    splits, labelled = cohorts.splits, cohorts.labelled
-    training = [volume for cases in splits.training.values() for volume in usable(cases, labelled)]
-    seen = {volume.content: volume.image_source for volume in cohorts.training}
-    parts: list[tuple[str, Sequence[Volume], Sequence[Volume]]] = [
-        ("unlabelled validation", cohorts.validation, ()),
-        ("labelled validation", usable(splits.validation, labelled), training),
-        ("labelled test", usable(splits.test, labelled), ()),
-    ]
-    if splits.folds:  # each is scored in one fold and trained on in others
-        parts[1:] = [("labelled", [one], ()) for one in training]
-    for part, volumes, others in parts:
-        seen |= {volume.content: volume.image_source for volume in others}
-        for volume in volumes:
+    held_out = held_out_sections(cohorts[2])
+    seen: dict[str, str] = {}
+    for part, cases in sections(*cohorts).items():
+        volumes = usable(cases, unlabelled if part.startswith("unlabelled") else labelled)
+        for volume in volumes if part in held_out else ():
             if volume.content in seen:
                 raise UserError(
-                    f"{volume.image_source}: this {part} volume has the same content as {seen[volume.content]}, which "
-                    "is trained or selected on"
+                    f"{volume.image_source}: this {part.removesuffix(' training')} volume has the same content as "
+                    f"{seen[volume.content]}, which is trained or selected on"
                 )
+            if part == "labelled training":  # in folds each is scored in one and trained on in others
+                seen[volume.content] = volume.image_source
         seen |= {volume.content: volume.image_source for volume in volumes}
