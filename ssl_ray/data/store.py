@@ -1,6 +1,6 @@
 """Content-addressed store of canonical arrays, in a local folder or an object store.
 
-    <cache>/<2 hex digits>/<key>/image.npy       (X, Y, Z) uint8 or uint16; (C, X, Y, Z) of several channels
+    <cache>/<2 hex digits>/<key>/image.npy       (X, Y, Z) uint8, uint16 or int16; (C, X, Y, Z) of several channels
                                  label.npy       (X, Y, Z) uint8, labelled volumes only
                                  foreground.npy  flat indices of labelled voxels, organ by organ
                                  manifest.json   what the volume is, size and digest of each array
