@@ -54,7 +54,7 @@ def prepare_case(case: Case, preparation: Preparation, store: Store, verify: boo
     digests, content = {}, {}
     for name, file in _files(case).items():
         try:
-            digests[name], content[name] = _read_source(file, store)
+            digests[name], content[file] = _read_source(file, store)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot read: {error.strerror}") from error
     key, named = _key(preparation, digests), _named(case)
@@ -170,20 +170,16 @@ def usable(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume
     return tuple(volumes[str(case.image)] for case in cases if str(case.image) in volumes)
 
 
-def read_case(case: Case, content: Mapping[str, bytes] | None = None) -> tuple[Nifti, Nifti | None, list[Nifti]]:
+def read_case(case: Case, content: Mapping[Path, bytes] | None = None) -> tuple[Nifti, Nifti | None, list[Nifti]]:
     """Image, label and further channels of a case on the grid of its image; a UserError for what cannot be used.
 
-    `content` has the bytes of files that were read already, under their names in the key of the store.
+    `content` has the bytes of files that were read already.
     """
-    known, files = content or {}, _files(case)
-    image, label = read_nifti(case.image, known.get("image")), None
-    others = [
-        on_image_grid(image, read_nifti(path, known.get(name)), path, "channel")
-        for name, path in files.items()
-        if name.startswith("image.")
-    ]
+    known = content or {}
+    image, label = read_nifti(case.image, known.get(case.image)), None
+    others = [on_image_grid(image, read_nifti(path, known.get(path)), path, "channel") for path in case.others]
     if case.label:
-        label = on_image_grid(image, read_label(case.label, known.get("label")), case.label)
+        label = on_image_grid(image, read_label(case.label, known.get(case.label)), case.label)
     return image, label, others
 
 
