@@ -10,7 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,8 +57,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     A file that cannot be read, or holds anything but named dense tensors of real numbers, is a UserError.
     """
     try:
-        with open_file(path) as file:
-            _check_uncompressed(file)
+        with open_file(path) as file:  # torch would allocate what a zip promises; those that it writes promise no more
+            promised = sum(one.file_size for one in zipfile.ZipFile(file).infolist()) if zipfile.is_zipfile(file) else 0
+            if promised > os.fstat(file.fileno()).st_size:
+                raise ValueError(f"its records promise {promised} bytes, more than it has")
         safe = path.suffix == ".safetensors"
         content: object = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -97,14 +99,6 @@ def read_entry(path: Path) -> dict[str, Any]:
         return found | dict(json.loads(found.pop(ENTRY, "{}")))
     except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot read the metadata, is it a safetensors file? {shown(error)}") from error
-
-
-def _check_uncompressed(file: BinaryIO) -> None:
-    """Refuse a zip whose records are longer than it is: torch writes none, and would allocate what it is promised."""
-    if zipfile.is_zipfile(file):
-        promised = sum(record.file_size for record in zipfile.ZipFile(file).infolist())
-        if promised > os.fstat(file.fileno()).st_size:
-            raise ValueError(f"its records promise {promised} bytes, more than it has")
 
 
 def _plain(state: object, source: str) -> dict[str, Tensor]:
