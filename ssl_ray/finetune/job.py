@@ -25,7 +25,7 @@ Record = tuple[int, dict[str, float]]
 
 @dataclass(frozen=True)
 class TrialData:
-    """Prepared volumes that a trial reads; cells of one draw share them. The classes 1, 2, ... are the organs."""
+    """Prepared volumes that a trial reads. The classes 1, 2, ... are the organs."""
 
     store: Store
     training: tuple[Volume, ...]

@@ -169,7 +169,8 @@ class PretrainingLearner:
             facts = {"step": str(step), "validation_loss": f"{self.best:.6f}", "key": self.job.key}
             described = describe(self.job.recipe.network, self.config.patch_size) | metadata(self.config.preparation)
             export(self.job.weights, weights, described | {"task": self.config.task.kind} | facts)
-            self.job.mirror.push(self.job.weights)
+            for file in (self.job.weights.with_suffix(".pt"), self.job.weights):
+                self.job.mirror.push(file)
 
     def _picture(self, step: int, rows: Mapping[str, Tensor]) -> str:
         truth, _, made, *_ = rows.values()

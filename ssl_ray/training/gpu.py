@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_ray.text import reason
 
 Body = Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
-"""Patches (B, X, Y, Z) as stored, what is drawn for them, the learning rate -> loss, gradient norm."""
+"""Patches as they are uploaded, what else a step is given, the learning rate -> loss, gradient norm."""
 
 
 class StepGraph:

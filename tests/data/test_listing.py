@@ -238,7 +238,7 @@ def test_labelled_scans_beyond_the_largest_split_are_named(tmp_path: Path, sizes
 def test_many_patients_are_listed_and_drawn_in_linear_time(tmp_path: Path) -> None:
     """20000 patients take a second, where a search for each in a list of the others takes a minute."""
     people = {f"s{number}": [Scan(f"s{number}.nii.gz", "label")] for number in range(20000)}
-    cases = tuple(Case(tmp_path / f"s{number}.nii.gz", f"s{number}", tmp_path / "label") for number in range(20000))
+    cases = tuple(Case(f"s{number}", tmp_path / f"s{number}.nii.gz", tmp_path / "label") for number in range(20000))
     usable = {str(case.image) for case in cases}
     start = time.process_time()
     parts = _parts(people, 0.2, list(people)[:10000])

@@ -47,6 +47,8 @@ def test_a_pretraining_goes_on_from_the_object_store_alone(undisturbed, cohort, 
     second = start(path)  # with a Ray of its own: that of the tests has no credentials in its environment
     assert second.wait(300) == 0, path.with_suffix(".log").read_text()[-3000:]
     assert_same(outcome(path), undisturbed)
+    (folder,) = folders_of(study).study.glob("pretrain-*")
+    assert {"best.pt", "best.safetensors"} <= set(folders_of(study).output.names(folder)), "for every machine"
 
 
 def test_a_lost_connection(cohort, tmp_path, bucket, capfd):
