@@ -16,7 +16,7 @@ from ssl_ray.report.comparison import FOREGROUND
 from ssl_ray.report.examples import Example, draw_examples
 from ssl_ray.report.results import Curves, Results
 from ssl_ray.report.statistics import estimate
-from ssl_ray.report.style import COLOUR, GREY, LINE, MARKER, end, ink, legend_above, panels, save
+from ssl_ray.report.style import COLOUR, GREY, LINE, MARKER, ink, legend_above, panels, save
 from ssl_ray.report.trials import PretrainingRun
 
 
@@ -50,8 +50,7 @@ def draw_figures(
 def _label_efficiency(results: Results) -> Figure:
     """Above: foreground Dice over labelled volumes, a line an initialisation. Below: their paired difference."""
     sizes = list(results.arms)
-    rows = 2 if results.comparisons else 1
-    figure, axes = panels(0.4 + 2.8 * rows, rows)
+    figure, axes = panels(2 if results.comparisons else 1, 2.8, 0.4)
     width = max(sizes) - min(sizes) or 1
     _draw_dice(axes[0], results, width)
     if results.comparisons:
@@ -110,11 +109,8 @@ def _draw_differences(axis: Any, results: Results, width: int) -> None:
 
 def _finetuning(results: Results) -> Figure:
     """Foreground Dice on validation over steps: a panel a size, a line a run, and the selected checkpoint."""
-    count = len(results.arms)
-    columns = min(2, count)
-    rows = -(-count // columns)
-    figure, axes = panels(0.9 + 1.9 * rows, rows, columns, sharey=True, sharex=True)
-    for axis, (size, arms) in zip(axes, results.arms.items(), strict=False):
+    figure, axes = panels(len(results.arms), 1.9, 0.9, min(2, len(results.arms)), sharey=True, sharex=True)
+    for axis, (size, arms) in zip(axes, results.arms.items(), strict=True):
         for init, arm in arms.items():
             for trial in arm.trials.values():
                 axis.plot(*zip(*trial.curve.items(), strict=True), linewidth=1.6, **LINE[init])
@@ -124,7 +120,6 @@ def _finetuning(results: Results) -> Figure:
                     axis.plot(selected, trial.curve[selected], "v", **style)
         axis.set_title(f"{size} {results.labelled}s", loc="left")
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    end(axes, count, columns)
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("foreground Dice, validation", fontsize=10)
     handles = [Line2D([], [], label=init, linewidth=1.8, **LINE[init]) for init in results.inits]
@@ -135,7 +130,7 @@ def _finetuning(results: Results) -> Figure:
 
 def _pretraining(pretraining: PretrainingRun) -> Figure:
     """Training and validation loss over steps, and the loss of a prediction that nothing was learned for."""
-    figure, (axis,) = panels(2.8)
+    figure, (axis,) = panels(1, 2.8, 0)
     axis.plot(*zip(*pretraining.loss.items(), strict=True), color=GREY, linewidth=1, label="training")
     marker = "o" if len(pretraining.validation_loss) < 40 else ""
     style: dict[str, Any] = {"color": COLOUR["pretrained"], "linewidth": 2, "marker": marker, "markersize": 4}
@@ -155,7 +150,7 @@ def _organ_map(results: Results) -> Figure:
     """Difference in Dice, organs down, labelled volumes across: orange where random is better, blue pretrained."""
     measures = [FOREGROUND.organ(number) for number in range(len(results.organs))]
     values = np.array([[results.difference(size, one) for size in results.arms] for one in measures])
-    figure, (axis,) = panels(0.8 + 0.27 * len(values))
+    figure, (axis,) = panels(1, 0.27 * len(values), 0.8)
     most = max(0.05, float(np.nanmax(np.abs(values), initial=0)))
     colours = LinearSegmentedColormap.from_list("", [COLOUR["random"], axis.get_facecolor(), COLOUR["pretrained"]])
     image = axis.imshow(values, cmap=colours, vmin=-most, vmax=most, aspect="auto")
@@ -173,16 +168,14 @@ def _organ_map(results: Results) -> Figure:
 
 def _organ_curves(results: Results, curves: Curves) -> Figure:
     """Dice on validation over steps at the primary number of labelled volumes: a panel an organ, a line a run."""
-    rows = -(-len(curves) // 2)
-    figure, axes = panels(0.8 + 1.15 * rows, rows, 2, sharex=True, sharey=True)
-    for axis, organ, by_cell in zip(axes, results.organs, curves, strict=False):
+    figure, axes = panels(len(curves), 1.15, 0.8, 2, sharex=True, sharey=True)
+    for axis, organ, by_cell in zip(axes, results.organs, curves, strict=True):
         for cell, curve in by_cell.items():
             if cell.size == results.primary:
                 axis.plot(*zip(*curve.items(), strict=True), linewidth=1.4, **LINE[cell.init])
         axis.set_title(_shortened(organ), loc="left")
         axis.set(ylim=(0, 1), yticks=[0, 0.5, 1])
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    end(axes, len(curves), 2)
     figure.supxlabel("step", fontsize=10)
     legend_above(figure, [Line2D([], [], label=init, **LINE[init]) for init in results.inits])
     return figure

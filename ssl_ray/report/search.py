@@ -18,7 +18,7 @@ from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
 from ssl_ray.report.page import literal, write_page
 from ssl_ray.report.results import newest_parent
-from ssl_ray.report.style import GREY, end, legend_above, panels, save
+from ssl_ray.report.style import GREY, legend_above, panels, save
 from ssl_ray.report.tables import Table
 from ssl_ray.report.write import Report, register_best
 from ssl_ray.search.cells import JOURNAL
@@ -71,10 +71,9 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
 
 def _draw(drawn: optuna.Study, keys: Sequence[str], metric: str) -> Figure:
     """The last score of each cell over what it had of a key, a panel a key; cells that do not read it are not there."""
-    rows = -(-len(keys) // 2)
-    figure, axes = panels(0.9 + 1.9 * rows, rows, 2, sharey=True)
+    figure, axes = panels(len(keys), 1.9, 0.9, 2, sharey=True)
     markers = {"finished": ("o", "C1"), "stopped": ("x", GREY)}
-    for axis, key in zip(axes, keys, strict=False):
+    for axis, key in zip(axes, keys, strict=True):
         shown = [trial for trial in drawn.get_trials() if trial.value is not None and key in trial.user_attrs["cell"]]
         numbers = all(isinstance(trial.user_attrs["cell"][key], int | float) for trial in shown)
         for name, (marker, colour) in markers.items():
@@ -84,7 +83,6 @@ def _draw(drawn: optuna.Study, keys: Sequence[str], metric: str) -> Figure:
         if any(getattr(trial.distributions.get(key), "log", False) for trial in shown):
             axis.set_xscale("log")
         axis.set_title(key.rpartition(".")[2], loc="left")
-    end(axes, len(keys), 2)
     figure.supylabel(metric, fontsize=10)
     dots: dict[str, Any] = {"linestyle": ""}
     handles = [Line2D([], [], label=name, marker=one[0], color=one[1], **dots) for name, one in markers.items()]

@@ -61,17 +61,18 @@ def ink() -> str:
     return str(rcParams["text.color"])
 
 
-def panels(height: float, rows: int = 1, columns: int = 1, **shared: Any) -> tuple[Figure, list[Any]]:
-    """A figure of the usual width, its height in inches, and its axes row by row."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, [*figure.subplots(rows, columns, squeeze=False, **shared).flat]
+def panels(count: int, each: float, more: float, columns: int = 1, **shared: Any) -> tuple[Figure, list[Any]]:
+    """A figure of the usual width, and the axes of so many panels; a row has `each` inches, what is around them `more`.
 
-
-def end(axes: Sequence[Any], count: int, columns: int) -> None:
-    """Blank what lies beyond so many panels; what is above the blank ones then says what is on its axis."""
+    What is above a blank panel says what is on its axis.
+    """
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, more + each * rows), layout="constrained")
+    axes = [*figure.subplots(rows, columns, squeeze=False, **shared).flat]
     for number in range(count, len(axes)):
         axes[number].set_axis_off()
         axes[number - columns].tick_params(labelbottom=True)
+    return figure, axes[:count]
 
 
 def legend_above(figure: Figure, handles: Sequence[Line2D]) -> None:
