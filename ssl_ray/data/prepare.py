@@ -100,6 +100,15 @@ def known_volume(case: Case, preparation: Preparation, store: Store) -> Volume |
     return replace(found, **_named(case)) if found else None
 
 
+def known_volumes(cases: Sequence[Case], preparation: Preparation, store: Store) -> list[Volume | None]:
+    """`known_volume` of each case; a store that cannot be read is a UserError."""
+    try:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # at the first error `map` gives up what has not begun
+            return list(pool.map(lambda case: known_volume(case, preparation, store), cases))
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
 def prepare_cohort(
     cases: Sequence[Case], preparation: Preparation, store: Store, classes: int | None = None, verify: bool = False
 ) -> tuple[dict[str, Volume], list[BadVolume], int]:
@@ -111,13 +120,8 @@ def prepare_cohort(
     cannot be used, and how many were prepared now. A store that cannot be read or written is a UserError.
     """
     remove_stale(store.folder, "tmp-*", _STALE_SECONDS)
-    known: list[Volume | None] = [None] * len(cases)
-    if not verify and len(cases) <= _LOOKED_UP:
-        try:
-            with ThreadPoolExecutor(_AT_ONCE) as pool:  # at the first error `map` gives up what has not begun
-                known = list(pool.map(lambda case: known_volume(case, preparation, store), cases))
-        except OSError as error:
-            raise UserError(str(error)) from error
+    few = not verify and len(cases) <= _LOOKED_UP
+    known = known_volumes(cases, preparation, store) if few else [None] * len(cases)
     found = list(zip(cases, known, strict=True))
     rest = [case for case, volume in found if not volume]
     volumes: dict[str, Volume] = {}

@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,26 +11,27 @@ import numpy as np
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.consistency import SECTIONS, check_lists, sections
 from ssl_ray.data.datalist import Case, read_unlabelled
-from ssl_ray.data.resample import canonical_grid
-from ssl_ray.data.splits import read_labelled
-from ssl_ray.data.store import VOLUME_JSON, Store, Volume
+from ssl_ray.data.prepare import known_volumes
+from ssl_ray.data.splits import Splits, read_labelled
+from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import validation_share
-from ssl_ray.storage.files import MANIFEST
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import reason
 
 _HEADERS = 1000
 """The most headers that are read of a group, evenly along its list: about a minute on a slow share."""
+Cohorts = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
+"""The cases of a study: unlabelled ones to train and to validate on, and the labelled splits."""
 
 
 @dataclass(frozen=True)
 class Group:
     """The volumes of one section of the datalists; None where no header could be read.
 
-    `prepared` of them are in the store on this machine's disk and take `stored_bytes`. The others will take
-    `missing_bytes`: image and label before the crop to the body, without the 8 bytes for each labelled voxel. `shape`
-    is the mean grid (X, Y, Z) in voxels.
+    `prepared` of them are in the store and take `stored_bytes`. The others will take `missing_bytes`: image and label
+    before the crop to the body, without the 8 bytes for each labelled voxel. `shape` is the mean grid (X, Y, Z) in
+    voxels.
     """
 
     volumes: int
@@ -43,7 +42,7 @@ class Group:
 
 
 def survey(study: Study, folders: Folders) -> dict[str, Group]:
-    """Read the datalists with all the checks of a run, then manifests and headers; counts alone if not made yet.
+    """Read the datalists as a run does, then manifests and headers; counts alone of a cohort that is not made yet.
 
     What is wrong with the lists, and a header that cannot be read, is a UserError.
     """
@@ -53,26 +52,29 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
         trained = made.labelled if config.cohort.pool else max(config.sizes)
         numbers = made.unlabelled - held_out, held_out, trained, made.validation, made.test
         return {name: Group(number) for name, number in zip(SECTIONS, numbers, strict=True)}
-    training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
-    splits = read_labelled(config.cohort, config.sizes)
-    check_lists(training, validation, splits, config.preparation.channels)
-    stored: dict[Any, Volume] = {}
-    groups = {}
-    # By source and preparation, as the store's own keys would need the sources' content.
-    for path in Store(folders.cache, folders.scratch).folder.glob(f"??/*/{MANIFEST}"):
-        with suppress(OSError, ValueError):  # a damaged volume counts as missing
-            volume = VOLUME_JSON.validate_json(path.read_bytes())
-            how = volume.spacing, str(volume.normalise), volume.channels, bool(volume.label_source)
-            stored[volume.image_source, *how] = volume
-    for name, cases in sections(training, validation, splits).items():
+    store, groups = Store(folders.cache, folders.scratch), {}
+    for name, cases in sections(*read_lists(study)).items():
         part = config if name.startswith("labelled") else study.pretrain
-        groups[name] = _group(cases, part.preparation, stored, study.on_bad_volume == "skip")
+        groups[name] = _group(cases, part.preparation, store, study.on_bad_volume == "skip")
     return groups
 
 
-def _group(cases: Sequence[Case], preparation: Preparation, stored: dict[Any, Volume], skip: bool) -> Group:
-    made = preparation.spacing, str(preparation.normalise.model_dump(mode="json")), preparation.channels
-    found = [stored.get((str(case.image), *made, bool(case.label))) for case in cases]
+def read_lists(study: Study) -> Cohorts:
+    """The datalists of a study, checked without reading a volume."""
+    training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
+    if training:  # the steps follow from the volumes, so that the configuration alone cannot check this
+        config = study.pretrain
+        samples = config.epochs * config.drawn(len(training)) * config.patches_per_volume
+        config.optimizer.check_warmup(config.steps or samples // config.batch_size, "pretrain.")
+    splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
+    check_lists(training, validation, splits, study.finetune.preparation.channels)
+    return training, validation, splits
+
+
+def _group(cases: Sequence[Case], preparation: Preparation, store: Store, skip: bool) -> Group:
+    from ssl_ray.data.resample import canonical_grid  # MONAI takes seconds to load, and a run only reads the lists
+
+    found = known_volumes(cases, preparation, store)
     absent = [case.image for case, volume in zip(cases, found, strict=True) if not volume]
     prepared = [volume for volume in found if volume]
     grids = []

@@ -8,21 +8,18 @@ from pathlib import Path
 
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
-from ssl_ray.data.consistency import check_lists, held_out_sections, not_nested, sections
-from ssl_ray.data.datalist import Case, read_unlabelled
+from ssl_ray.data.consistency import held_out_sections, not_nested, sections
 from ssl_ray.data.prepare import BadVolume, prepare_cohort, usable
-from ssl_ray.data.splits import Splits, read_labelled
+from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
+from ssl_ray.estimate.volumes import Cohorts, read_lists
 from ssl_ray.phantom.cohort import write_cohort
 from ssl_ray.pretrain.job import Labelled
 from ssl_ray.search.cells import BAD_VOLUMES
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.text import count_of
-
-Cohorts = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
-"""The cases of a study: unlabelled ones to train and to validate on, and the labelled splits."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,10 @@ def read_cohorts(study: Study) -> Cohorts:
     """Write the synthetic cohort if the study has one; read the datalists and check them without reading a volume."""
     if study.phantom:
         write_cohort(study.phantom)
-    training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
-    if training:  # the steps follow from the volumes, so that the configuration alone cannot check this
-        config = study.pretrain
-        samples = config.epochs * config.drawn(len(training)) * config.patches_per_volume
-        config.optimizer.check_warmup(config.steps or samples // config.batch_size, "pretrain.")
-    splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
-    check_lists(training, validation, splits, study.finetune.preparation.channels)
-    if warning := not_nested(splits):
+    cohorts = read_lists(study)
+    if warning := not_nested(cohorts[2]):
         say(warning)
-    return training, validation, splits
+    return cohorts
 
 
 def prepare_cohorts(study: Study, folders: Folders, cohorts: Cohorts, verify: bool = False) -> PreparedCohorts:

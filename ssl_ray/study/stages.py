@@ -9,6 +9,7 @@ from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
+from ssl_ray.estimate.volumes import Cohorts
 from ssl_ray.networks.model_file import versions
 from ssl_ray.pretrain.driver import Pretrained, known_pretraining, pretrain
 from ssl_ray.search.cells import cells
@@ -16,7 +17,7 @@ from ssl_ray.search.grid import finetune, trial_jobs
 from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
-from ssl_ray.study.cohorts import Cohorts, PreparedCohorts, prepare_cohorts
+from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts
 from ssl_ray.study.experiment import Step
 from ssl_ray.study.parts import recipe_of, run_params, tracker_of
 from ssl_ray.tracking.tracker import Tracker

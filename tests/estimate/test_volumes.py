@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,7 @@ def prepare_all(study: Study, paths: list[Path], place: Path | str) -> int:
     """Put volumes into a store as a run does, and return their bytes there."""
     store, size = Store(place), 0
     for path in paths:
+        os.utime(path, (0, 0))  # what was just written might be written to again, and is not remembered
         volume, _ = prepare_case(Case(path.name, path), study.pretrain.preparation, store)
         size += sum(count for count, _ in volume.files.values())
     return size
@@ -89,8 +91,9 @@ def test_what_the_store_holds_is_exact(cohort: Path, tmp_path: Path) -> None:
     size = prepare_all(study, images(cohort), folders_of(study).cache)
     group = found(study)["unlabelled training"]
     assert (group.prepared, group.stored_bytes, group.missing_bytes) == (4, size, 0)
-    other = found(load(path, ["pretrain.preparation.spacing=5"]))["unlabelled training"]
-    assert (other.prepared, other.stored_bytes) == (0, 0)
+    for change in ("spacing=5", "crop_foreground=false"):
+        other = found(load(path, [f"pretrain.preparation.{change}"]))["unlabelled training"]
+        assert (other.prepared, other.stored_bytes) == (0, 0)
 
 
 def test_the_bytes_of_two_channels(tmp_path: Path) -> None:
@@ -105,6 +108,8 @@ def test_the_bytes_of_two_channels(tmp_path: Path) -> None:
     group = found(study)["unlabelled training"]
     store, size = Store(folders_of(study).cache), 0
     for case in read_unlabelled(study.pretrain.sources)[0]:
+        for image in case.images:
+            os.utime(image, (0, 0))
         size += prepare_case(case, study.pretrain.preparation, store)[0].files["image.npy"][0]
     assert (group.volumes, group.prepared, group.missing_bytes) == (1, 0, size - _HEADER)
     group = found(study)["unlabelled training"]
@@ -143,3 +148,9 @@ def test_a_bad_header_is_named(cohort: Path, tmp_path: Path) -> None:
     group = found(load(write(tmp_path, cohort, pretrain=own, on_bad_volume="skip"), []))["unlabelled training"]
     assert group.missing_bytes is not None
     assert group.missing_bytes > 0
+
+
+def test_a_warm_up_longer_than_the_pretraining_is_refused(cohort: Path, tmp_path: Path) -> None:
+    """As a run does, which knows the number of steps when it has read the lists."""
+    with pytest.raises(UserError, match=r"pretrain\.optimizer"):
+        found(load(write(tmp_path, cohort), ["pretrain.optimizer.warmup_steps=1000"]))

@@ -16,8 +16,9 @@ from volumes import AFFINE, PREPARATION, SHAPE, make_case, smooth_ct, write_nift
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.splits import Splits
 from ssl_ray.errors import UserError
+from ssl_ray.estimate.volumes import Cohorts
 from ssl_ray.storage.folders import Folders
-from ssl_ray.study.cohorts import Cohorts, PreparedCohorts, prepare_cohorts, read_cohorts
+from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
 
 PARTS = ("unlabelled", "unlabelled_validation", "training", "validation", "test")
 
