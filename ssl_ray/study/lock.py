@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ssl_ray.errors import UserError
@@ -44,14 +44,11 @@ def only_one(folders: Folders) -> Iterator[None]:
 
 def holder(folders: Folders) -> tuple[str, float] | None:
     """Which process works on the study, as host and number, and since when (seconds since 1970); None: none does."""
-    try:
-        with _lock(folders).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip(), os.fstat(file.fileno()).st_mtime
-    except FileNotFoundError:
-        pass
+    with suppress(FileNotFoundError), _lock(folders).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip(), os.fstat(file.fileno()).st_mtime
     return None
 
 
