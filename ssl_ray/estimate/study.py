@@ -17,6 +17,7 @@ from ssl_ray.estimate.probe import probe_finetuning, probe_pretraining
 from ssl_ray.estimate.text import figure
 from ssl_ray.estimate.volumes import Group, survey
 from ssl_ray.estimate.work import Figures, estimate_grid, estimate_pretraining
+from ssl_ray.pretrain.tasks.registry import check_start
 from ssl_ray.search.grid import check_given
 from ssl_ray.storage.folders import Folders
 from ssl_ray.training.devices import DEVICES, Device
@@ -28,6 +29,7 @@ _BASIS = (
     "networks and tasks, float32, smaller steps; trials that share a GPU take turns on it, unless NVIDIA's MPS runs",
     "not in the hours: preparation, start-up, reading (MLflow shows data_wait), exchange, metrics, report",
 )
+_OF_A_SEARCH = "a search: all steps of all cells, and one pretraining; cells with other settings of it need one each"
 
 
 def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_probe: bool = True) -> Figures:
@@ -38,6 +40,8 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
     """
     groups = survey(study, folders)
     check_given(study.finetune, study.network)
+    if study.pretrains and study.pretrain.weights:
+        check_start(study.pretrain, study.network, study.pretrain.weights)
     device = DEVICES[gpu] if gpu else None
     cluster, work = _cluster(study, device), {}
     here, gpus = with_probe and not device, torch.cuda.is_available()
@@ -58,7 +62,8 @@ def estimate_study(study: Study, folders: Folders, gpu: str | None = None, with_
     lacks = _lacks(study, folders, cluster, work, grid, groups)
     volumes = {name: asdict(group) for name, group in groups.items()}
     found = {"total_seconds": hours, "cluster": cluster, "volumes": volumes, "pretraining": work, "grid": grid}
-    return found | {"basis": _BASIS, "warnings": list(lacks)}
+    basis = [*_BASIS, *([_OF_A_SEARCH] if study.search else [])]
+    return found | {"basis": basis, "warnings": list(lacks)}
 
 
 def _cluster(study: Study, device: Device | None) -> Figures:

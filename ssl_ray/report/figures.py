@@ -18,6 +18,7 @@ from ssl_ray.report.results import Curves, Results
 from ssl_ray.report.statistics import estimate
 from ssl_ray.report.style import COLOUR, GREY, LINE, MARKER, ink, legend_above, panels, save
 from ssl_ray.report.trials import PretrainingRun
+from ssl_ray.text import count_of
 
 
 def draw_figures(
@@ -118,7 +119,7 @@ def _finetuning(results: Results) -> Figure:
                 if selected in trial.curve:
                     style = {"color": COLOUR[init], "markeredgecolor": ink(), "markersize": 5.5}
                     axis.plot(selected, trial.curve[selected], "v", **style)
-        axis.set_title(f"{size} {results.labelled}s", loc="left")
+        axis.set_title(count_of(size, results.labelled), loc="left")
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("foreground Dice, validation", fontsize=10)

@@ -41,11 +41,10 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
             if prefix:
                 say(f"{file}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
     elif study.needs_weights and (given := study.pretrain.weights):
-        from ssl_ray.pretrain.tasks.registry import build_task, start_from  # MONAI takes seconds to load
+        from ssl_ray.pretrain.tasks.registry import check_start  # MONAI takes seconds to load
 
-        config = study.pretrain
-        task = build_task(config.task, study.network, config.patch_size, config.preparation.channels)
-        decoder = "its decoder is taken too" if start_from(Path(given), task) else "the decoder is new"
+        whole = check_start(study.pretrain, study.network, given)
+        decoder = "its decoder is taken too" if whole else "the decoder is new"
         say(f"pretraining goes on from {given}; {decoder}")
     with LivePage(study, folders) if last == "report" else nullcontext():
         with ThreadPoolExecutor(1) as pool:  # Ray's processes take three seconds to start, and so do these

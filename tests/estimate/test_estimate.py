@@ -147,6 +147,8 @@ def test_people_read_the_figures_of_the_json(cohort: Path, tmp_path: Path, capsy
         (["--set", "pretrain.workers=9"], "batch_size must give every worker a patch"),
         (["--set", "pretrain.sources.0.datalist=none.json"], "none.json: cannot read the datalist"),
         (["--set", "finetune.cohort.classes=3"], "finetune.cohort.classes is 3"),
+        (["--set", "finetune.weights=none.pt"], "none.pt: cannot read the weights"),
+        (["--set", "pretrain.weights=none.pt"], "none.pt: cannot read the weights"),
     ],
 )
 def test_bad_input_is_one_line(

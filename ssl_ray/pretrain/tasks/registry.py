@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ssl_ray.config.pretrain import AnyTask
+from ssl_ray.config.pretrain import AnyTask, Pretrain
 from ssl_ray.config.schema import Network
 from ssl_ray.networks.flops import Cost, counted
 from ssl_ray.networks.transfer import transfer
@@ -37,6 +37,11 @@ def start_from(weights: Path, task: Task) -> bool:
     if whole:
         task.network.load_state_dict({name: state[name] for name in trained}, strict=False)
     return whole
+
+
+def check_start(config: Pretrain, network: Network, weights: str) -> bool:
+    """Whether a pretraining that goes on from a file takes its decoder, too; raises before it starts, as it would."""
+    return start_from(Path(weights), build_task(config.task, network, config.patch_size, config.preparation.channels))
 
 
 @lru_cache(maxsize=8)
