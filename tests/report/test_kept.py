@@ -13,20 +13,31 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "runs", "sizes", "inits"),
+    ("file", "runs", "sizes", "inits", "more"),
     [
-        ("real_ct", 5, [6], ["random", "pretrained"]),
-        ("real_ct", 3, [6], ["random", "pretrained", "permuted"]),
-        ("real_ct_h200", 3, [6, 12, 24], ["random", "pretrained"]),
+        ("real_ct", 5, [6], ["random", "pretrained"], {}),
+        ("real_ct", 3, [6], ["random", "pretrained", "permuted"], {}),
+        ("real_ct", 3, [6], ["random", "pretrained"], {"name": "real_ct_frozen", "finetune.encoder.freeze": "all"}),
+        ("real_ct_h200", 3, [6, 12, 24], ["random", "pretrained"], {}),
     ],
 )
 def test_the_kept_store_gives_the_table_that_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, runs: int, sizes: list[int], inits: list[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    runs: int,
+    sizes: list[int],
+    inits: list[str],
+    more: dict[str, str],
 ) -> None:
     """`ssl-ray report` on it makes the page, and every row and every sentence of its answer is in evidence.md."""
-    restore(ROOT / "experiments" / "results" / f"{name}.tar.xz", tmp_path)
+    restore(ROOT / "experiments" / "results" / f"{file}.tar.xz", tmp_path)
     asked = f"finetune.runs={runs}", f"pretrain.pretrainings={runs}"
-    asked += f"finetune.grid.sizes={sizes}", f"finetune.grid.init={inits}"
+    asked += (
+        f"finetune.grid.sizes={sizes}",
+        f"finetune.grid.init={inits}",
+        *(f"{key}={value}" for key, value in more.items()),
+    )
     command = ["report", str(ROOT / "experiments" / "real_ct.yaml")]
     for setting in (f"output={tmp_path}", *asked):
         command += ["--set", setting]
@@ -42,5 +53,5 @@ def test_the_kept_store_gives_the_table_that_is_told(
     assert len(answer) == len(sizes) + (len(sizes) > 1), "of several questions one is the primary one"
     for line in (*rows, *answer):
         assert plain(line) in plain(told), line
-    figures = {path.name for path in (tmp_path / "real_ct" / "figures").glob("*.png")}
+    figures = {path.name for path in (tmp_path / more.get("name", "real_ct") / "figures").glob("*.png")}
     assert {"label_efficiency.png", "organ_map.png", "examples_random.png", "examples_pretrained.png"} <= figures
