@@ -6,7 +6,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # a server of the person who runs the tests
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # as `connect` has it
+# As `connect` has them on a machine of one's own. A process of Ray takes two seconds of a core to start.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # How soon Ray notices what the tests do: every start, fault and end of a training waits until Ray Train looks again,
 # and a node that was killed is lost after five checks, one every half second. A slow answer still has ten seconds.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
