@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[2]
     [
         ("real_ct", 5, [6], ["random", "pretrained"], {}),
         ("real_ct", 3, [6], ["random", "pretrained", "permuted"], {}),
-        ("real_ct", 3, [6], ["random", "pretrained"], {"name": "real_ct_frozen", "finetune.encoder.freeze": "all"}),
+        (
+            "real_ct",
+            3,
+            [6],
+            ["random", "pretrained", "permuted"],
+            {"name": "real_ct_frozen", "finetune.encoder.freeze": "all"},
+        ),
         ("real_ct_h200", 3, [6, 12, 24], ["random", "pretrained"], {}),
     ],
 )
