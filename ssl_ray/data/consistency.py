@@ -5,12 +5,27 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from ssl_ray.data.datalist import Case, stem
-from ssl_ray.data.splits import Splits
+from ssl_ray.config.schema import Finetune, Pretrain
+from ssl_ray.data.datalist import Case, read_unlabelled, stem
+from ssl_ray.data.splits import Splits, read_labelled
 from ssl_ray.errors import UserError
+
+Cohorts = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
+"""The cases of a study: unlabelled ones to train and to validate on, and the labelled splits."""
 
 SECTIONS = "unlabelled training", "unlabelled validation", "labelled training", "labelled validation", "labelled test"
 """What the lists of a study hold, in the order in which one is checked against those before it."""
+
+
+def read_lists(pretrain: Pretrain | None, finetune: Finetune) -> Cohorts:
+    """The datalists of a study, checked without reading a volume; None where nothing is pretrained."""
+    training, validation = read_unlabelled(pretrain.sources) if pretrain else ((), ())
+    if pretrain and training:  # the steps follow from the volumes, so that the configuration alone cannot check this
+        samples = pretrain.epochs * pretrain.drawn(len(training)) * pretrain.patches_per_volume
+        pretrain.optimizer.check_warmup(pretrain.steps or samples // pretrain.batch_size, "pretrain.")
+    splits = read_labelled(finetune.cohort, finetune.sizes)
+    check_lists(training, validation, splits, finetune.preparation.channels)
+    return training, validation, splits
 
 
 def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Splits, channels: int = 1) -> None:

@@ -9,10 +9,10 @@ import nibabel as nib
 import numpy as np
 
 from ssl_ray.config.schema import Preparation, Study
-from ssl_ray.data.consistency import SECTIONS, check_lists, sections
-from ssl_ray.data.datalist import Case, read_unlabelled
+from ssl_ray.data.consistency import SECTIONS, read_lists, sections
+from ssl_ray.data.datalist import Case
 from ssl_ray.data.prepare import known_volumes
-from ssl_ray.data.splits import Splits, read_labelled
+from ssl_ray.data.resample import canonical_grid
 from ssl_ray.data.store import Store
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.cohort import validation_share
@@ -21,8 +21,6 @@ from ssl_ray.text import reason
 
 _HEADERS = 1000
 """The most headers that are read of a group, evenly along its list: about a minute on a slow share."""
-Cohorts = tuple[tuple[Case, ...], tuple[Case, ...], Splits]
-"""The cases of a study: unlabelled ones to train and to validate on, and the labelled splits."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +51,13 @@ def survey(study: Study, folders: Folders) -> dict[str, Group]:
         numbers = made.unlabelled - held_out, held_out, trained, made.validation, made.test
         return {name: Group(number) for name, number in zip(SECTIONS, numbers, strict=True)}
     store, groups = Store(folders.cache, folders.scratch), {}
-    for name, cases in sections(*read_lists(study)).items():
+    for name, cases in sections(*read_lists(study.pretrain if study.pretrains else None, config)).items():
         part = config if name.startswith("labelled") else study.pretrain
         groups[name] = _group(cases, part.preparation, store, study.on_bad_volume == "skip")
     return groups
 
 
-def read_lists(study: Study) -> Cohorts:
-    """The datalists of a study, checked without reading a volume."""
-    training, validation = read_unlabelled(study.pretrain.sources) if study.pretrains else ((), ())
-    if training:  # the steps follow from the volumes, so that the configuration alone cannot check this
-        config = study.pretrain
-        samples = config.epochs * config.drawn(len(training)) * config.patches_per_volume
-        config.optimizer.check_warmup(config.steps or samples // config.batch_size, "pretrain.")
-    splits = read_labelled(study.finetune.cohort, study.finetune.sizes)
-    check_lists(training, validation, splits, study.finetune.preparation.channels)
-    return training, validation, splits
-
-
 def _group(cases: Sequence[Case], preparation: Preparation, store: Store, skip: bool) -> Group:
-    from ssl_ray.data.resample import canonical_grid  # MONAI takes seconds to load, and a run only reads the lists
-
     found = known_volumes(cases, preparation, store)
     absent = [case.image for case, volume in zip(cases, found, strict=True) if not volume]
     prepared = [volume for volume in found if volume]

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
-from ssl_ray.data.consistency import held_out_sections, not_nested, sections
+from ssl_ray.data.consistency import Cohorts, held_out_sections, not_nested, read_lists, sections
 from ssl_ray.data.prepare import BadVolume, prepare_cohort, usable
 from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.estimate.volumes import Cohorts, read_lists
 from ssl_ray.phantom.cohort import write_cohort
 from ssl_ray.pretrain.job import Labelled
 from ssl_ray.search.cells import BAD_VOLUMES
@@ -40,7 +39,7 @@ def read_cohorts(study: Study) -> Cohorts:
     """Write the synthetic cohort if the study has one; read the datalists and check them without reading a volume."""
     if study.phantom:
         write_cohort(study.phantom)
-    cohorts = read_lists(study)
+    cohorts = read_lists(study.pretrain if study.pretrains else None, study.finetune)
     if warning := not_nested(cohorts[2]):
         say(warning)
     return cohorts

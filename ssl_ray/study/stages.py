@@ -7,9 +7,9 @@ from ssl_ray.cluster.connect import hardware
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
+from ssl_ray.data.consistency import Cohorts
 from ssl_ray.data.prepare import usable
 from ssl_ray.errors import UserError
-from ssl_ray.estimate.volumes import Cohorts
 from ssl_ray.networks.model_file import versions
 from ssl_ray.pretrain.driver import Pretrained, known_pretraining, pretrain
 from ssl_ray.search.cells import cells

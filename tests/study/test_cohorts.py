@@ -13,10 +13,10 @@ import ray.data
 from studies import small_study
 from volumes import AFFINE, PREPARATION, SHAPE, make_case, smooth_ct, write_nifti
 
+from ssl_ray.data.consistency import Cohorts
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.splits import Splits
 from ssl_ray.errors import UserError
-from ssl_ray.estimate.volumes import Cohorts
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts, read_cohorts
 
