@@ -149,12 +149,12 @@ def test_a_typo_is_told_without_loading_torch_or_ray(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_driver_loads_no_monai_and_nothing_large_before_ray_starts() -> None:
-    """MONAI takes seconds; only workers need it, and the driver where it checks a transfer. The others wait for Ray."""
+    """MONAI takes seconds; only workers need it, once their data comes, and the driver where it checks a transfer."""
     code = (
         "import sys, ssl_ray.study.runner\n"
         "large = {'torch', 'mlflow', 'matplotlib', 'ray.train', 'ray.data'}\n"
         "assert not large & set(sys.modules), 'imported too early'\n"
-        "import ssl_ray.study.stages\nassert 'monai' not in sys.modules, 'imported too early'"
+        "import ssl_ray.study.stages, ssl_ray.pretrain.begin\nassert 'monai' not in sys.modules, 'imported too early'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -48,6 +48,23 @@ def leave_out_harmless_lines() -> None:
     printed.add_handler(__name__, leave_out)
 
 
+def leave_out_actors(trainer: Any) -> None:
+    """Have a TorchTrainer start no actor that does nothing: each costs one and a half seconds of a core.
+
+    One hands out the datasets that a trainer is given, and ours are opened by the workers. Another one looks up in the
+    dashboard's list of actors whether it has to clean up after Ray Train's controller, and cannot without a dashboard.
+    Where a name is gone, they start again.
+    """
+    from ray._private import worker
+
+    node = getattr(worker, "_global_node", None)  # None for a client of another machine's Ray
+    spare = ["DatasetsCallback"]
+    if node and not getattr(node, "webui_url", True):
+        spare.append("PlacementGroupCleanerCallback")
+    if made := getattr(trainer, "_create_default_callbacks", None):
+        trainer._create_default_callbacks = lambda: [one for one in made() if type(one).__name__ not in spare]
+
+
 def cluster_of_this_machine() -> str | None:
     """`host:port` of the cluster that RAY_ADDRESS=auto means, or None.
 

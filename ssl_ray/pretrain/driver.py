@@ -16,6 +16,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssl_ray.cluster.connect import check_resources, first_error
+from ssl_ray.cluster.private import leave_out_actors
 from ssl_ray.config import depends
 from ssl_ray.console import Bar, say
 from ssl_ray.data.store import Store, Volume
@@ -156,9 +157,12 @@ def _rewind(job: Job) -> None:
 
 def _train(job: Job, folders: Folders, run: Run) -> None:
     def work(job: Job) -> None:  # sent by value: Ray's controller need not import what this module or the worker does
-        from ssl_ray.pretrain.worker import train_loop
+        from ssl_ray.pretrain.begin import begin
 
-        train_loop(job)
+        beginning = begin(job)
+        from ssl_ray.pretrain.worker import train_loop  # this takes seconds
+
+        train_loop(job, beginning)
 
     config = job.recipe.settings
     trainer = TorchTrainer(
@@ -176,6 +180,7 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
             logging_config=train.LoggingConfig("WARNING"),
         ),
     )
+    leave_out_actors(trainer)
     steps = job.training.table.steps
     with Bar("pretraining", steps) as bar, Collector(job, run, bar) as collector:
         _fit(trainer)

@@ -130,14 +130,20 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of one rank, step by step; all ranks must take equally many. `feed` and `held` are as for `open_segment`.
 
-    A RuntimeError says that Ray Data did not keep the order of blocks, or lost some.
+    The first segment is opened and read at once, before anybody asks for a batch. A RuntimeError says that Ray Data did
+    not keep the order of blocks, or lost some.
     """
     size = len(table.rank_samples(0, rank, world))
     reading = (_read_ahead(open_segment(table, feed, segment, rank, world, held), size) for segment in schedule)
-    following = next(reading, None)
+    return _in_order(table, schedule, rank, world, next(reading, None), reading)
+
+
+def _in_order(
+    table: SampleTable, schedule: Sequence[range], rank: int, world: int, following: Any, reading: Iterator[Any]
+) -> Iterator[Batch]:
+    """Batches of the segments, of which `following` is opened and `reading` opens the others."""
     for segment in schedule:
         waiting, following = following, None
-        assert waiting
         for step in range(segment.start, segment.stop):
             if step == (segment.start + segment.stop) // 2:
                 following = next(reading, None)  # opens it

@@ -3,23 +3,20 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import ray
 import torch
 from ray import train
-from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 from torch import Tensor, distributed
 
+from ssl_ray.pretrain.begin import Beginning
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.learner import PretrainingLearner
 from ssl_ray.pretrain.probe import Probe
-from ssl_ray.pretrain.stream import Batch, batches, segments
 from ssl_ray.pretrain.tasks.registry import task_cost
-from ssl_ray.training.checkpoint import Saver, load_latest
+from ssl_ray.training.checkpoint import Saver
 from ssl_ray.training.meters import PREFIX, RATE, WAIT, WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
@@ -28,8 +25,8 @@ from ssl_ray.training.parallel import whole_weights
 _PREEMPTION_SECONDS = 5.0
 
 
-def train_loop(job: Job) -> None:
-    """Train from the newest whole checkpoint, or from step 0, to the end of the sample table."""
+def train_loop(job: Job, beginning: Beginning) -> None:
+    """Train from the step where the worker begins to the end of the sample table."""
     context = train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     config, table, channels = job.recipe.settings, job.training.table, job.recipe.settings.preparation.channels
@@ -41,14 +38,17 @@ def train_loop(job: Job) -> None:
     saver = Saver(job.checkpoints, job.mirror, config.keep_checkpoints, first=job.records)
     saved = time.monotonic()
 
-    start = _restore(job, rank, learner, watch)
+    start = beginning.step
+    if start:
+        learner.load(beginning.state)
+        watch.row = beginning.state["row_not_finite"]
     reporter.start(start, device_name(learner.device))
     probe = Probe(learner, job.labelled) if job.labelled else None
     found = {f"{name}_untrained": value for name, value in (probe.measure().items() if probe and not start else ())}
     totals = _Totals(world, flops, learner.device, learner.dtype)
 
     validations = {step: number for number, step in enumerate(table.boundaries(config.validate_every))}
-    for batch in _open_stream(job, rank, world, start):
+    for batch in beginning.stream:
         lr = learning_rate(config.optimizer, batch.step, table.steps)
         loss, norm = learner.step(batch.images, batch.indices, lr)
         done, last = batch.step + 1, batch.step + 1 == table.steps
@@ -84,26 +84,6 @@ def train_loop(job: Job) -> None:
             saved = time.monotonic()
         if leaving or last:
             saver.wait()
-
-
-def _restore(job: Job, rank: int, learner: PretrainingLearner, watch: Watch) -> int:
-    """Go on from the newest whole checkpoint, which rank 0 reads for all; returns its step, 0 where there is none."""
-    found = load_latest(job.checkpoints, job.key, job.mirror) if rank == 0 else None
-    plain = {name: found[name] for name in ("step", "best", "row_not_finite")} if found else {"step": 0}
-    plain = broadcast_from_rank_zero(plain)
-    if plain["step"]:
-        learner.load(found or plain)
-        watch.row = plain["row_not_finite"]
-    return int(plain["step"])
-
-
-def _open_stream(job: Job, rank: int, world: int, start: int) -> Iterator[Batch]:
-    """The rank's batches from step `start` on."""
-    # One copy for all, and a reference, as what is broadcast must stay small.
-    feed = broadcast_from_rank_zero([ray.put(job.training) if rank == 0 else None])[0]
-    config, table, itemsize = job.recipe.settings, job.training.table, np.dtype(job.training.dtype).itemsize
-    schedule = segments(table, start, world, config.block_megabytes * 2**20, config.preparation.channels * itemsize)
-    return batches(table, feed, schedule, rank, world, world * config.cpus_per_worker)
 
 
 def _keep_fault(learner: PretrainingLearner, fault: Fault, rank: int, world: int) -> str:

@@ -48,7 +48,7 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         say(f"pretraining goes on from {given}; {decoder}")
     with LivePage(study, folders) if last == "report" else nullcontext():
         with ThreadPoolExecutor(1) as pool:  # Ray's processes take three seconds to start, and so do these
-            pool.submit(lambda: [import_module(name) for name in _LATER])
+            pool.submit(lambda: [import_module(name) for name in (_LATER if last == "report" else _LATER[:-1])])
             connect(study.cluster)
         keep(study, folders)
 

@@ -19,7 +19,7 @@ from ray.dashboard import utils
 
 from ssl_ray.cluster import connect as module
 from ssl_ray.cluster.connect import check_address, connect
-from ssl_ray.cluster.private import leave_out_harmless_lines
+from ssl_ray.cluster.private import leave_out_actors, leave_out_harmless_lines
 from ssl_ray.cluster.worker import set_up_worker
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.errors import UserError
@@ -166,6 +166,22 @@ def test_a_line_that_means_nothing_is_not_printed() -> None:
     finally:
         printed.remove_handler("test")
     assert seen == lines[1:]
+
+
+@pytest.mark.parametrize("dashboard", ["", "127.0.0.1:8265", None])
+def test_a_training_starts_no_actor_that_does_nothing(dashboard: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others it starts. What cleans up by the dashboard's list stays where there is one, or nobody knows."""
+    from ray.train.torch import TorchTrainer
+
+    node = None if dashboard is None else SimpleNamespace(webui_url=dashboard)
+    monkeypatch.setattr("ray._private.worker._global_node", node)
+    trainer = TorchTrainer(lambda: None)
+    before = {type(one).__name__ for one in trainer._create_default_callbacks()}
+    leave_out_actors(trainer)
+    after = {type(one).__name__ for one in trainer._create_default_callbacks()}
+    assert after < before
+    cleaner = set() if dashboard or dashboard is None else {"PlacementGroupCleanerCallback"}
+    assert before - after == {"DatasetsCallback"} | cleaner
 
 
 def test_a_process_of_ray_begins_with_little() -> None:

@@ -130,9 +130,9 @@ def test_a_node_killed_and_replaced(undisturbed, cohort, tmp_path, cluster):
 
 ASK_AT_EVERY_STEP = """
 def work(job):
-    from ssl_ray.pretrain import worker as loop
-    loop._PREEMPTION_SECONDS = 0.0
-    loop.train_loop(job)
+    from ssl_ray.pretrain import begin, worker
+    worker._PREEMPTION_SECONDS = 0.0
+    worker.train_loop(job, begin.begin(job))
 trainer = train.TorchTrainer
 train.TorchTrainer = lambda _, **options: trainer(work, **options)
 """
