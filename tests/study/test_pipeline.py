@@ -123,7 +123,7 @@ def test_run_answers_and_a_second_run_does_nothing_again(
 def test_each_run_starts_from_the_weights_given_for_it(
     carried_out: tuple[Path, str], experiment: Experiment, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Nothing is pretrained, and files of one content, which would be one pretraining counted twice, are refused."""
+    """Nothing is pretrained, and the page names the files; equal ones, a pretraining counted twice, are refused."""
     (made,) = folders_of(load(carried_out[0])).study.glob("pretrain-*/best.safetensors")
     files = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
     for file in files:
@@ -131,7 +131,7 @@ def test_each_run_starts_from_the_weights_given_for_it(
     settings = ["finetune.runs=2", "pretrain.pretrainings=2", f"finetune.weights=[{files[0]}, {files[1]}]"]
     settings += ["finetune.grid.sizes=[2]", "finetune.grid.init=[pretrained]"]
     path = experiment("given")
-    command = ["finetune", str(path), *(word for setting in settings for word in ("--set", setting))]
+    command = ["run", str(path), *(word for setting in settings for word in ("--set", setting))]
     assert main(command) == 2
     assert "finetune.weights: each run needs a pretraining of its own; equal files are among" in capfd.readouterr().err
 
@@ -142,6 +142,8 @@ def test_each_run_starts_from_the_weights_given_for_it(
     assert not tracker.runs(kind="pretraining")
     models = sorted(folders_of(load(path)).study.glob("finetune-trials/*/model.safetensors"))
     assert [read_metadata(model).lineage["pretraining"] for model in models] == [file_digest(file) for file in files]
+    page = (folders_of(load(path)).study / "report.md").read_text()
+    assert f"- Pretrained cells: weights out of `{files[0]}`, `{files[1]}`." in page
 
 
 def test_a_failing_worker_ends_in_one_message_and_code_1(
