@@ -42,6 +42,7 @@ def train_loop(job: Job, beginning: Beginning) -> None:
     if start:
         learner.load(beginning.state)
         watch.row = beginning.state["row_not_finite"]
+        beginning.state.clear()  # as large as the network and its optimizer
     reporter.start(start, device_name(learner.device))
     probe = Probe(learner, job.labelled) if job.labelled else None
     found = {f"{name}_untrained": value for name, value in (probe.measure().items() if probe and not start else ())}

@@ -17,7 +17,7 @@ from ssl_ray.study.experiment import Step, keep
 from ssl_ray.study.live import LivePage
 from ssl_ray.study.parts import folders_of
 
-_LATER = "torch", "ssl_ray.tracking.tracker", "ssl_ray.study.reporting"
+_LATER = ["torch", "ssl_ray.tracking.tracker"]
 """What is loaded while Ray starts: none of it loads any of Ray, which two threads may not do at once."""
 
 
@@ -48,7 +48,8 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         say(f"pretraining goes on from {given}; {decoder}")
     with LivePage(study, folders) if last == "report" else nullcontext():
         with ThreadPoolExecutor(1) as pool:  # Ray's processes take three seconds to start, and so do these
-            pool.submit(lambda: [import_module(name) for name in (_LATER if last == "report" else _LATER[:-1])])
+            later = [*_LATER, "ssl_ray.study.reporting"] if last == "report" else _LATER
+            pool.submit(lambda: [import_module(name) for name in later])
             connect(study.cluster)
         keep(study, folders)
 
