@@ -7,6 +7,7 @@ import pytest
 from store import restore
 
 from ssl_ray.cli.main import main
+from ssl_ray.tracking.client import Client
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,3 +62,27 @@ def test_the_kept_store_gives_the_table_that_is_told(
         assert plain(line) in plain(told), line
     figures = {path.name for path in (tmp_path / more.get("name", "real_ct") / "figures").glob("*.png")}
     assert {"label_efficiency.png", "organ_map.png", "examples_random.png", "examples_pretrained.png"} <= figures
+
+
+PARTS = {
+    "position embeddings": "real_ct_positions",
+    "patch embedding": "real_ct_patch",
+    "blocks and last norm": "real_ct_blocks",
+    "all but position embeddings": "real_ct_others",
+}
+"""What was shuffled pretrained weights, and the study in which it was."""
+
+
+@pytest.mark.slow
+def test_the_kept_store_has_the_scores_of_shuffled_parts(tmp_path: Path) -> None:
+    """Each row of evidence.md's table has the three runs of its study, in their order, and their mean."""
+    restore(ROOT / "experiments" / "results" / "real_ct.tar.xz", tmp_path)
+    client, told = Client(f"sqlite:///{tmp_path / 'mlflow.db'}"), (ROOT / "docs" / "evidence.md").read_text()
+    for part, study in PARTS.items():
+        experiment = client.get_experiment_by_name(study)
+        assert experiment is not None
+        trials = client.find(experiment.experiment_id, kind="trial")
+        trials.sort(key=lambda run: run.data.tags["ssl_ray.run"])
+        found = [run.data.metrics["selected/test/original_dice_foreground"] for run in trials]
+        row = " | ".join(f"{value:.3f}" for value in (*found, sum(found) / len(found)))
+        assert re.search(rf"^\| {part} \| [\d,]+ \| {re.escape(row)} \|$", told, re.MULTILINE), (part, row)
