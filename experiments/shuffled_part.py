@@ -14,10 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ssl_ray.networks.protocol import Encoder
-from ssl_ray.networks.registry import build_segmentation
-from ssl_ray.networks.transfer import permute, transfer
-from ssl_ray.networks.weight_files import describe, export, load_metadata, load_weights
+from ssl_ray.finetune.learner import SegmentationLearner
+from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.random import run_seed
 from ssl_ray.study.experiment import load
 
@@ -31,22 +29,16 @@ def main() -> None:
     parser.add_argument("weights", type=Path, nargs="+")
     options = parser.parse_args()
     study = load(options.experiment)
-    config, size = study.finetune, study.finetune.patch_size
+    config, network, device = study.finetune, study.network, torch.device("cpu")
     for run, file in enumerate(options.weights):
         seed = run_seed(study.seed, "finetune", run)
-        torch.manual_seed(seed)  # as a trial does before it builds its network
-        encoder = build_segmentation(study.network, size, config.preparation.channels, config.cohort.classes).encoder
-        assert isinstance(encoder, Encoder)
-        initial = {name: weight.clone() for name, weight in encoder.state_dict().items()}
-        transfer(load_weights(file), encoder, str(file), load_metadata(file))
-        permute(encoder, seed)
-        state = {
-            name: weight if options.pattern.search(name) else initial[name]
-            for name, weight in encoder.state_dict().items()
-        }
+        starts = (None, False), (file, True)  # as the random arm, and as the permuted one
+        arms = [SegmentationLearner(config, network, device, seed, weights, permuted) for weights, permuted in starts]
+        initial, permuted = (arm.network.encoder.state_dict() for arm in arms)
+        state = {name: (permuted if options.pattern.search(name) else initial)[name] for name in initial}
         shuffled = sum(weight.numel() for name, weight in state.items() if options.pattern.search(name))
         options.folder.mkdir(parents=True, exist_ok=True)
-        export(options.folder / f"run{run}.safetensors", state, describe(study.network, size))
+        export(options.folder / f"run{run}.safetensors", state, describe(network, config.patch_size))
         total = sum(weight.numel() for weight in state.values())
         print(f"run {run}: {shuffled:,} of {total:,} numbers are shuffled pretrained ones")
 
