@@ -211,6 +211,11 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("pretrain.patch_size", [96, 96, 48], "a box of 64 voxels does not fit into patch_size [96, 96, 48]"),
         ("pretrain.task.corruption.shuffle_size", 97, "corruption: a box of 97 voxels does not fit"),
         ("pretrain.task.corruption.inpaint_size", [9, 8], "inpaint_size: the smallest side must not exceed the larg"),
+        (
+            "pretrain.task.corruption",
+            {"inpaint_boxes": 0, "outpaint_prob": 0, "shuffle_prob": 0},
+            "pretrain.task.corruption: inpaint_boxes, outpaint_prob and shuffle_prob must not all be 0: noth",
+        ),
         ("pretrain.sources", [], "pretrain.sources: at least one value, and none twice, got []"),
         ("pretrain.optimizer.lr", 0, "pretrain.optimizer.lr: input should be greater than 0, got 0"),
         ("pretrain.optimizer.weight_decay", math.inf, "weight_decay: input should be a finite number, got inf"),

@@ -276,6 +276,14 @@ def test_shuffling_comes_after_painting() -> None:
     assert not torch.equal(corrupt(patches, draws), painted)
 
 
+def test_without_painted_boxes_shuffling_is_all_there_is() -> None:
+    """With no box to in-paint and nothing to out-paint, a view is its patch with shuffled boxes."""
+    config = SHUFFLE.model_copy(update={"inpaint_boxes": 0, "outpaint_prob": 0.0})
+    patches, draws = make_patches(6), draw(config, SIZE, 1, indices(6))
+    assert torch.equal(corrupt(patches, draws), shuffle_only(patches, draws))
+    assert torch.equal(module._paint_masks(patches[:, 0], draws), patches[:, 0])
+
+
 def test_overlapping_shuffle_boxes_lose_no_value() -> None:
     """Boxes are shuffled one after the other, so that ten boxes that overlap keep the patch's multiset of values."""
     config = SHUFFLE.model_copy(update={"shuffle_size": 24})

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.config.common import Section, Share, TaskSettings, rule
 
@@ -21,13 +21,19 @@ class Corruption(Section):
 
     outpaint_prob: Share = 0.5
     growing: bool = Field(False, description="a box's side is the next one's lower bound, as MONAI draws them")
-    inpaint_boxes: PositiveInt = 6
+    inpaint_boxes: NonNegativeInt = Field(6, description="0 with outpaint_prob 0: shuffling alone")
     inpaint_size: BoxSides = (5, 32)
     outpaint_boxes: PositiveInt = 6
     outpaint_size: BoxSides = (20, 64)
     shuffle_prob: Share = 0.8
     shuffle_boxes: PositiveInt = 10
     shuffle_size: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _leaves_something_to_restore(self) -> "Corruption":
+        if not (self.inpaint_boxes or self.outpaint_prob or self.shuffle_prob):
+            raise ValueError("inpaint_boxes, outpaint_prob and shuffle_prob must not all be 0: nothing to restore")
+        return self
 
 
 class Contrastive(Section):
