@@ -34,6 +34,7 @@ class Collector:
         self._known = run.logged("lr")
         self._store = ObjectStore()
         self.fatal: list[str] = []  # what workers said about the steps that ended the training
+        self.unlearned = math.nan  # the validation loss of what needs no learning, as it was told last
         sent = iter(job.reports.get, None)
         self._thread = threading.Thread(target=self._collect, args=[sent], daemon=True)
 
@@ -73,6 +74,7 @@ class Collector:
                         self._bar.update(step, again=True)
                     case "record" | "kept":
                         step, path = int(content["step"]), content.pop("picture", None)
+                        self.unlearned = unlearned(content, self.unlearned)
                         if new := step not in self._known:
                             numbers = {name: value for name, value in content.items() if name != "step"}
                             self._run.metrics(numbers | self._store.sample(), step)
@@ -100,6 +102,11 @@ class Collector:
                 self._run.tags({NOTE: describe(self._job, self._run.id, f"pictures/{Path(path).name}", numbers)})
 
 
+def unlearned(numbers: Mapping[str, float], otherwise: float = math.nan) -> float:
+    """The validation loss of what the task can predict without learning, where it is among the numbers."""
+    return next((value for name, value in numbers.items() if re.fullmatch("validation_.*_loss", name)), otherwise)
+
+
 def progress(record: Mapping[str, float]) -> str:
     """What the progress bar says of a record."""
     facts = f"loss {record.get('loss', math.nan):.4f}, {record[RATE]:.0f} patches/s"
@@ -113,11 +120,10 @@ def progress(record: Mapping[str, float]) -> str:
 def describe(job: Job, run_id: str, path: str, numbers: Mapping[str, float]) -> str:
     """A pretraining in Markdown, with the picture of this path that it has made last, at a step with these numbers."""
     settings, steps = job.recipe.settings, job.training.table.steps
-    plain = next((value for name, value in numbers.items() if re.fullmatch("validation_.*_loss", name)), math.nan)
     shown = "A patch that it has not trained on, what the network saw of it, and what it made of that"
     return (
         f"{settings.task.kind.capitalize()} on {len(job.training.keys)} unlabelled volumes for {steps:,} steps. "
         f"**Validation loss {numbers.get('validation_loss', math.nan):.4f}** where this picture was made, and the "
-        f"weights with the lowest are kept; what needs no learning leaves {plain:.4f}.\n\n"
+        f"weights with the lowest are kept; what needs no learning leaves {unlearned(numbers):.4f}.\n\n"
         f"{picture(run_id, path, shown)}"
     )

@@ -96,7 +96,7 @@ def pretrain(
     run.datasets(_datasets(recipe, training, validation))
     with ending(run):
         _rewind(job)
-        _train(job, folders, run)
+        unlearned = _train(job, folders, run)
         precision = settled(recipe.settings.precision, folder, folders.output)
         run.params({"precision": precision})
         folders.output.pull(job.weights)
@@ -107,6 +107,11 @@ def pretrain(
         run.model(NetworkFile(f"encoder-{key[:6]}", *made))
         best = {"best_validation_loss": float(facts["validation_loss"]), "best_step": float(facts["step"])}
         run.metrics(best, steps, {})
+    if (lowest := best["best_validation_loss"]) >= unlearned:
+        say(
+            f"WARNING: the lowest validation loss is {lowest:.4f}, and what needs no learning gives {unlearned:.4f}: "
+            "weights of so short a pretraining can be worse than random ones"
+        )
     return Pretrained(known.weights, key, run.id, precision, fresh=True)
 
 
@@ -155,7 +160,9 @@ def _rewind(job: Job) -> None:
     )
 
 
-def _train(job: Job, folders: Folders, run: Run) -> None:
+def _train(job: Job, folders: Folders, run: Run) -> float:
+    """Until all steps are done -> the validation loss of what needs no learning; nan if no worker told it."""
+
     def work(job: Job) -> None:  # sent by value: Ray's controller need not import what this module or the worker does
         from ssl_ray.pretrain.begin import begin
 
@@ -194,6 +201,7 @@ def _train(job: Job, folders: Folders, run: Run) -> None:
         raise RuntimeError(f"pretraining ended before its last step, and what its workers said is lost: {job.folder}")
     if not selected:
         raise FloatingPointError("pretraining: no validation loss was finite, so that no weights were selected")
+    return collector.unlearned
 
 
 def _fit(trainer: TorchTrainer) -> None:
