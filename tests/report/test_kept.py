@@ -25,6 +25,13 @@ ROOT = Path(__file__).parents[2]
             ["random", "pretrained", "permuted"],
             {"name": "real_ct_frozen", "finetune.encoder.freeze": "all"},
         ),
+        (
+            "real_ct",
+            3,
+            [6],
+            ["random"],
+            {"name": "real_ct_cnn", "network": "{kind: dynunet, filters: [16, 32, 64, 128]}"},
+        ),
         ("real_ct_h200", 3, [6, 12, 24], ["random", "pretrained"], {}),
     ],
 )
