@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
             {"name": "real_ct_cnn", "network": "{kind: dynunet, filters: [16, 32, 64, 128]}"},
         ),
         ("real_ct_h200", 3, [6, 12, 24], ["random", "pretrained"], {}),
+        ("real_ct_tokens", 3, [6], ["random", "pretrained"], {}),
     ],
 )
 def test_the_kept_store_gives_the_table_that_is_told(
@@ -52,7 +53,8 @@ def test_the_kept_store_gives_the_table_that_is_told(
         f"finetune.grid.init={inits}",
         *(f"{key}={value}" for key, value in more.items()),
     )
-    command = ["report", str(ROOT / "experiments" / "real_ct.yaml")]
+    experiment = file.removesuffix("_h200")
+    command = ["report", str(ROOT / "experiments" / f"{experiment}.yaml")]
     for setting in (f"output={tmp_path}", *asked):
         command += ["--set", setting]
     assert main(command) == 0
@@ -69,7 +71,7 @@ def test_the_kept_store_gives_the_table_that_is_told(
         assert plain(line) in plain(told), line
     drawn = {f"examples_{init}.png" for init in inits if init != "permuted"}
     drawn |= {"organ_map.png"} if "pretrained" in inits else set()  # it shows differences
-    figures = {path.name for path in (tmp_path / more.get("name", "real_ct") / "figures").glob("*.png")}
+    figures = {path.name for path in (tmp_path / more.get("name", experiment) / "figures").glob("*.png")}
     assert {"label_efficiency.png", *drawn} <= figures
 
 
