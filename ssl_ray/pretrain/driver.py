@@ -110,7 +110,7 @@ def pretrain(
     if (lowest := best["best_validation_loss"]) >= unlearned:
         say(
             f"WARNING: the lowest validation loss is {lowest:.4f}, and what needs no learning gives {unlearned:.4f}: "
-            "weights of so short a pretraining can be worse than random ones"
+            "such weights can be worse than random ones"
         )
     return Pretrained(known.weights, key, run.id, precision, fresh=True)
 
