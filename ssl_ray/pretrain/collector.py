@@ -75,11 +75,13 @@ class Collector:
                     case "record" | "kept":
                         step, path = int(content["step"]), content.pop("picture", None)
                         self.unlearned = unlearned(content, self.unlearned)
+                        numbers = {name: value for name, value in content.items() if name != "step"}
                         if new := step not in self._known:
-                            numbers = {name: value for name, value in content.items() if name != "step"}
                             self._run.metrics(numbers | self._store.sample(), step)
                             self._known.add(step)
                             self._log_picture(path, numbers)
+                        elif kind == "record":
+                            self._run.metrics(numbers, step)
                         if new or kind == "record":  # steps that are done again are shown; the file tells old ones, too
                             self._bar.update(step, progress(content))
                     case "skipped":

@@ -94,7 +94,7 @@ class TrialCallback(tune.Callback):
             for path in (job.folder / EVALUATION, job.folder / FILE):
                 job.mirror.pull(path)  # another machine may have written it
                 run.artifact(path)
-        elif step not in run.logged("lr"):
+        else:
             run.metrics(metrics, step)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

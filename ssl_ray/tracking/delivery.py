@@ -206,6 +206,8 @@ class Delivery(Thread):
                     self.client.log_artifact(run_id, str(path), record["folder"])
             case "end":
                 self.client.set_terminated(run_id, record["status"], record["at"])
+            case "replayed":
+                pass  # MLflow has the step
             case "unreadable":
                 raise Refused("the record cannot be read")
 

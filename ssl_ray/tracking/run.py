@@ -62,7 +62,7 @@ class Logged:
 
     `status` is RUNNING, FINISHED, FAILED or KILLED, as logged last: a process that was killed leaves RUNNING. `opened`
     and `heard` are seconds since 1970, of the last start and of the last record. `step` is the last that has a learning
-    rate, `metrics` has the last value of each. `delivered`: MLflow has all of it.
+    rate, or the one that is being replayed; `metrics` has the last value of each. `delivered`: MLflow has all of it.
     """
 
     kind: str = ""
@@ -138,6 +138,8 @@ class Run:
                 summary.kind, summary.key, summary.name = (record.get(part, "") for part in ("kind", "key", "name"))
                 for metric, steps in record.get("known", {}).items():
                     self._steps[metric].update(steps)
+            case "replayed":
+                summary.step = record["step"]
             case "end":
                 summary.status = record["status"]
         self.waiting.append(record)
@@ -154,6 +156,7 @@ class Run:
     def metrics(self, values: Mapping[str, float], step: int, of: Mapping[str, Sequence[str]] | None = None) -> None:
         """Log metrics of a step; what the run has of that step already stays, so that replayed steps count once.
 
+        A training step that is replayed is noted for `ssl-ray status` alone.
         `of`: they are of the run's model, and those whose names begin with a key of it are of that dataset, which has
         this name and digest.
         """
@@ -161,6 +164,8 @@ class Run:
         if new:
             tied = {} if of is None else {"of": {key: list(value) for key, value in of.items()}}
             self.append({"do": "metrics", "at": now(), "step": step, "values": new, **tied})
+        elif "lr" in values:
+            self.append({"do": "replayed", "at": now(), "step": step})
 
     def started(self, step: int) -> None:
         """Log the step that a training goes on from: 0, and after every fault that of a checkpoint."""

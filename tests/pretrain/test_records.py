@@ -63,7 +63,7 @@ def test_what_the_queue_lost_comes_from_the_file(tmp_path: Path, left: tuple[Any
     lines += json.dumps(record(3)) + "\n" + json.dumps(record(2) | {"loss": 9.0}) + "\n"
     run = collect(tmp_path, ("started", (0, "CPU")), *left, raising(ActorDiedError()), lines=lines)
     assert run.logged("loss") == {1, 2, 3}
-    assert [entry["values"]["loss"] for entry in run.waiting if "loss" in entry["values"]] == [1, 1 / 2, 1 / 3]
+    assert [entry["values"]["loss"] for entry in run.waiting if "loss" in entry.get("values", {})] == [1, 1 / 2, 1 / 3]
 
 
 def test_a_record_that_cannot_be_logged_ends_nothing(tmp_path: Path) -> None:

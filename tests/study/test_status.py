@@ -99,6 +99,16 @@ def test_what_was_open_when_a_process_was_killed_is_not_running(study: Study) ->
         assert stage_of(study) == "pretrain"
 
 
+def test_steps_that_are_done_again_are_followed(study: Study) -> None:
+    """After a restart from an older checkpoint, or of a pretraining whose weights are gone and needed once more."""
+    folders = folders_of(study)
+    with only_one(folders):
+        weights = begin(folders, "pretraining", "p", steps=200, run=0)
+        for step, shown in ((20, 20), (50, 50), (20, 20), (50, 50), (60, 60)):
+            train(weights, step, rate=40)
+            assert status_of(study, folders)["stages"]["pretrain"]["step"] == shown
+
+
 def test_failed_cells_are_named_with_the_cause(study: Study) -> None:
     """A study with one is not finished; cells of a grid that was larger do not count."""
     folders = folders_of(study)
