@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssl_ray.config.schema import Pretrain
 from ssl_ray.data.normalise import metadata
-from ssl_ray.networks.faster import use_fast_attention, use_patch_products
+from ssl_ray.networks.faster import mkl_is_narrow, use_fast_attention, use_onednn, use_patch_products
 from ssl_ray.networks.weight_files import describe, export
 from ssl_ray.pretrain.job import Job
 from ssl_ray.pretrain.picture import draw_picture
@@ -43,7 +43,8 @@ class PretrainingLearner:
         self.dtype = resolve(self.config.precision, device)
         if device.type == "cuda":
             use_fast_attention(self.network)
-        if self.dtype != torch.float32:
+        use_onednn(self.network)
+        if self.dtype != torch.float32 or (device.type == "cpu" and mkl_is_narrow()):
             use_patch_products(self.network)
         # Part by part: a ViT's blocks share one graph, and DDP can exchange the gradients of one block during the next.
         for part in self.task.parts if self.config.compile else ():

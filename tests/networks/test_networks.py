@@ -1,5 +1,6 @@
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,12 @@ import torch
 from monai.networks.nets import UNETR, ViTAutoEnc
 from scipy import ndimage
 from torch import Tensor
+from torch.backends import mkl, mkldnn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_ray.networks.faster import use_fast_attention
+from ssl_ray.networks import faster
+from ssl_ray.networks.faster import use_fast_attention, use_onednn, use_patch_products
+from ssl_ray.networks.primus.settings import Primus
 from ssl_ray.networks.registry import build_autoencoder, build_encoder, build_segmentation
 from ssl_ray.networks.transfer import transfer
 from ssl_ray.networks.unetr.settings import Unetr
@@ -120,6 +125,78 @@ def test_fast_attention_equals_the_plain_path() -> None:
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that were called, after `aten::`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name().removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not mkldnn.is_available(), reason="this torch was built without oneDNN")
+@pytest.mark.parametrize("network", [TINY, Primus(token=8, hidden_size=24, layers=2, num_heads=2)])
+@pytest.mark.parametrize("task", ["restoring", "segmenting"])
+def test_onednn_equals_the_plain_path(network: Any, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients stay, a frozen weight stays without one, and under autocast the way is torch's own."""
+    monkeypatch.setattr(faster, "mkl_is_narrow", lambda: True)
+    outputs, gradients = [], []
+    for change in (None, use_onednn):
+        torch.manual_seed(0)
+        built: Any = build_autoencoder(network, CUBE)
+        if task == "segmenting":
+            built = build_segmentation(network, CUBE, 1, 3)
+        if change:
+            change(built)
+            use_patch_products(built)
+        frozen = next(weight for name, weight in built.named_parameters() if ".mlp." in name)
+        frozen.requires_grad_(False)
+        x = torch.rand(2, 1, *CUBE)
+
+        def compute(net: Any = built, x: Tensor = x) -> Tensor:
+            return torch.as_tensor(net(x) if task == "segmenting" else net.decode(net.encode(net.embed(x))))
+
+        with Called() as called:
+            outputs.append(compute())
+            outputs[-1].square().mean().backward()
+        assert ({"mkldnn_linear", "mkldnn_linear_backward"} <= called.names) == bool(change)
+        gradients.append({name: weight.grad for name, weight in built.named_parameters()})
+        assert frozen.grad is None
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), Called() as called:
+            compute()
+        assert "mkldnn_linear" not in called.names
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("listed", "widest", "narrow"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", "AVX512", True),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", "AVX2", False),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", "AVX512", False),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", "AVX512", False),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", "AVX512", False),
+        (None, "AVX512", False),
+    ],
+)
+def test_mkl_is_narrow_where_it_was_measured(
+    listed: str | None, widest: str, narrow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On AMD's processors with units of 512 bits; without a list, or with another maker's, torch's own way stays."""
+    if listed:
+        (tmp_path / "cpuinfo").write_text(listed)
+    monkeypatch.setattr(faster, "_CPUS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)
+    for library in (mkl, mkldnn):
+        monkeypatch.setattr(library, "is_available", lambda: True)
+    assert faster.mkl_is_narrow.__wrapped__() == narrow
 
 
 @pytest.mark.parametrize("patch_size", [CUBE, LONG])

@@ -15,6 +15,7 @@ from tiny_learner import BATCH, CPU, LEVELS, MASKED, SIDE, images_of, make, same
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_ray.networks import faster
 from ssl_ray.networks.weight_files import load_metadata
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.stream import Feed
@@ -106,8 +107,11 @@ def test_what_is_sharded_and_compiled_is_part_of_the_task(tmp_path: Path, task: 
 
 
 @TASKS
-def test_what_is_counted_is_what_a_step_computes(tmp_path: Path, task: dict[str, Any]) -> None:
+def test_what_is_counted_is_what_a_step_computes(
+    tmp_path: Path, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Floating-point operations of a patch, on the meta device, against a batch with content."""
+    monkeypatch.setattr(faster, "mkl_is_narrow", lambda: False)  # torch does not count oneDNN's products
     made = make(tmp_path, **task)
     cost = task_cost(made.config.task, made.job.recipe.network, made.config.patch_size)
     clean = scale(torch.from_numpy(images_of(made, 0)), LEVELS)
