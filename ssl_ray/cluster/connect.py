@@ -4,7 +4,9 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -42,6 +44,7 @@ def connect(settings: LocalCluster) -> None:
             # Processes that Ray starts ahead do not have the environment that ours ask for, and nobody gets them.
             os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is nobody's to take back
+            _lead_to_this_package()
             options |= {
                 "address": "local",
                 "num_cpus": settings.cpus,  # None: Ray counts them, and respects a container's limit
@@ -56,6 +59,17 @@ def connect(settings: LocalCluster) -> None:
         # `ray job stop` sends SIGTERM, which is to end the study as Ctrl-C does. This comes after `ray.init`, because
         # Ray's own handler aborts the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _lead_to_this_package() -> None:
+    """Have processes that are started from now on import this checkout of `ssl_ray`, where another one is installed.
+
+    A worker of Ray imports `set_up_worker` before it has the driver's paths.
+    """
+    root = Path(__file__).parents[2]
+    if not root.is_relative_to(sys.prefix):
+        paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
 
 
 def check_address(named: str) -> None:

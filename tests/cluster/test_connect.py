@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -188,3 +189,21 @@ def test_a_process_of_ray_begins_with_little() -> None:
     """A start has a dozen of them: what only the driver reads and prints with would cost each a seventh of a second."""
     code = "import sys, ssl_ray.cluster.worker\nassert not {'pydantic', 'rich', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_workers_take_the_package_that_the_driver_takes(tmp_path: Path) -> None:
+    """From another checkout than the installed one: its study must not be trained by the code of the other."""
+    shutil.copytree(Path(module.__file__).parents[1], tmp_path / "ssl_ray", ignore=shutil.ignore_patterns("*.pyc"))
+    code = (
+        "import ray; from ssl_ray.cluster.connect import connect; from ssl_ray.config.schema import LocalCluster\n"
+        "def found():\n"
+        "    import ssl_ray\n"
+        "    return ssl_ray.__file__\n"
+        "connect(LocalCluster(cpus=1, object_store_gigabytes=0.1))\n"
+        "print('found', found(), ray.get(ray.remote(found).remote()))"
+    )
+    ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ours, capture_output=True, text=True)
+    expected = str(tmp_path / "ssl_ray" / "__init__.py")
+    assert f"found {expected} {expected}" in done.stdout, done.stdout + done.stderr
