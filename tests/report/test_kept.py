@@ -33,7 +33,8 @@ ROOT = Path(__file__).parents[2]
             {"name": "real_ct_cnn", "network": "{kind: dynunet, filters: [16, 32, 64, 128]}"},
         ),
         ("real_ct_h200", 3, [6, 12, 24], ["random", "pretrained"], {}),
-        ("real_ct_tokens", 3, [6], ["random", "pretrained"], {}),
+        ("real_ct_tokens", 3, [6], ["random", "pretrained", "permuted"], {}),
+        ("real_ct_tokens", 3, [6], ["random", "pretrained"], {"finetune.grid.lr": "[2e-3, 4e-3]"}),
     ],
 )
 def test_the_kept_store_gives_the_table_that_is_told(
