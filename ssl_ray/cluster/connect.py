@@ -4,7 +4,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def _lead_to_this_package() -> None:
     A worker of Ray imports `set_up_worker` before it has the driver's paths.
     """
     root = Path(__file__).parents[2]
-    if not root.is_relative_to(sys.prefix):
+    if root.name not in ("site-packages", "dist-packages"):  # every interpreter finds those, after its own library
         paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
 
