@@ -5,12 +5,18 @@ import os
 import re
 import signal
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from ssl_ray.cluster.private import answers, cluster_of_this_machine, leave_out_harmless_lines
+from ssl_ray.cluster.private import (
+    answers,
+    cluster_of_this_machine,
+    for_this_machine_alone,
+    leave_out_harmless_lines,
+)
 from ssl_ray.cluster.worker import quiet, runtime_env
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.console import say
@@ -36,6 +42,7 @@ def connect(settings: LocalCluster) -> None:
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
         named = os.environ.get("RAY_ADDRESS") or "local"
+        start = for_this_machine_alone() if named == "local" else nullcontext()
         if named != "local":
             check_address(named)
         else:
@@ -51,7 +58,8 @@ def connect(settings: LocalCluster) -> None:
                 "include_dashboard": False,
             }
         try:
-            ray.init(runtime_env=runtime_env(), **options)
+            with start:
+                ray.init(runtime_env=runtime_env(), **options)
         except OSError as error:
             raise UserError(f"Ray neither starts nor is joined: {error} (see RAY_ADDRESS, RAY_TMPDIR)") from error
     if threading.current_thread() is threading.main_thread():

@@ -4,7 +4,9 @@ Each entry says what happens when a version of Ray no longer has it.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,26 @@ def leave_out_actors(trainer: Any) -> None:
         spare.append("PlacementGroupCleanerCallback")
     if made := getattr(trainer, "_create_default_callbacks", None):
         trainer._create_default_callbacks = lambda: [one for one in made() if type(one).__name__ not in spare]
+
+
+@contextmanager
+def for_this_machine_alone() -> Iterator[None]:
+    """Within, a Ray that is started listens on loopback alone, and its dashboard's agent on any port that is free.
+
+    By itself it does the first on macOS and Windows, and on Linux listens on all of the machine's addresses: its nodes
+    know each other by one of them, which a laptop changes while it trains. The agent's port is the same for all: where
+    another Ray has it, this one tries for four seconds before it goes on without. Where a name is gone, it is so again.
+    """
+    from ray._private import parameter, ray_constants
+
+    reachable, made = getattr(ray_constants, "ENABLE_RAY_CLUSTER", True), parameter.RayParams.__init__
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    parameter.RayParams.__init__ = partialmethod(made, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = reachable
+        parameter.RayParams.__init__ = made
 
 
 def cluster_of_this_machine() -> str | None:

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssl_ray.cluster.connect import connect
 from ssl_ray.config.schema import Study
@@ -15,10 +16,10 @@ from ssl_ray.study import identity
 from ssl_ray.study.cohorts import read_cohorts
 from ssl_ray.study.experiment import Step, keep
 from ssl_ray.study.live import LivePage
-from ssl_ray.study.parts import folders_of
+from ssl_ray.study.parts import folders_of, tracker_of
 
-_LATER = ["torch", "ssl_ray.tracking.tracker"]
-"""What is loaded while Ray starts: none of it loads any of Ray, which two threads may not do at once."""
+if TYPE_CHECKING:
+    from ssl_ray.tracking.tracker import Tracker
 
 
 def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]:
@@ -27,8 +28,8 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     With `verify`, all sources and stored volumes are read, also those whose times say that they have not changed.
 
     Raises:
-        UserError: when something else was begun under the study's name, and for what is wrong with its places,
-            datalists, volumes or weights.
+        UserError: when something else was begun under the study's name, when MLflow does not answer, and for what is
+            wrong with its places, datalists, volumes or weights.
     """
     folders = check_places(study)
     if last == "pretrain" and not study.needs_weights:
@@ -47,20 +48,28 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
         decoder = "its decoder is taken too" if whole else "the decoder is new"
         say(f"pretraining goes on from {given}; {decoder}")
     with LivePage(study, folders) if last == "report" else nullcontext():
-        with ThreadPoolExecutor(1) as pool:  # Ray's processes take three seconds to start, and so do these
-            later = [*_LATER, "ssl_ray.study.reporting"] if last == "report" else _LATER
-            pool.submit(lambda: [import_module(name) for name in later])
+        with ThreadPoolExecutor(1) as pool:  # Ray's processes take three seconds to start, and so does this
+            tracker = pool.submit(_meanwhile, study, last)
             connect(study.cluster)
         keep(study, folders)
 
         from ssl_ray.study.stages import carry_out_stages
 
-        failed = carry_out_stages(study, folders, cohorts, last, verify)
+        failed = carry_out_stages(study, folders, cohorts, tracker.result(), last, verify)
     if last == "report":
         from ssl_ray.study.reporting import report
 
         report(study, folders)
     return failed
+
+
+def _meanwhile(study: Study, last: Step) -> "Tracker | None":
+    """Open the study's MLflow experiment, and load what is needed then; Ray is left to the thread that starts it."""
+    tracker = None if last == "prepare" else tracker_of(study)
+    import_module("torch")
+    if last == "report":
+        import_module("ssl_ray.study.reporting")
+    return tracker
 
 
 def check_places(study: Study) -> Folders:

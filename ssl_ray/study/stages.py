@@ -19,21 +19,24 @@ from ssl_ray.storage.folders import Folders
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts
 from ssl_ray.study.experiment import Step
-from ssl_ray.study.parts import recipe_of, run_params, tracker_of
+from ssl_ray.study.parts import recipe_of, run_params
 from ssl_ray.tracking.tracker import Tracker
 
 
 def carry_out_stages(
-    study: Study, folders: Folders, cohorts: Cohorts, last: Step, verify: bool = False
+    study: Study, folders: Folders, cohorts: Cohorts, tracker: Tracker | None, last: Step, verify: bool = False
 ) -> tuple[str, ...]:
-    """The steps before the report, on the cluster that is joined -> names of cells that failed for good."""
-    prepared = prepare_cohorts(study, folders, cohorts, verify)
-    if last == "prepare":
+    """The steps before the report, on the cluster that is joined -> names of cells that failed for good.
+
+    Without a `tracker` volumes are prepared, and no more.
+    """
+    if tracker is None:
+        prepare_cohorts(study, folders, cohorts, verify)
         return ()
-    tracker = tracker_of(study)
     tracker.facts |= {"ssl_ray.versions": ", ".join(f"{name} {one}" for name, one in versions().items())}
     tracker.facts |= {"ssl_ray.hardware": hardware()}
     try:
+        prepared = prepare_cohorts(study, folders, cohorts, verify)
         trials = last != "pretrain"
         pretrained = _make_weights(study, folders, tracker, prepared, trials) if study.needs_weights else []
         return () if last == "pretrain" else _fine_tune(study, folders, tracker, prepared, pretrained)

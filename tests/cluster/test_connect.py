@@ -192,6 +192,32 @@ def test_a_process_of_ray_begins_with_little() -> None:
 
 
 @pytest.mark.slow
+def test_a_ray_for_this_machine_is_reached_from_no_other() -> None:
+    """All of it listens on loopback, and no part asks for a port that another Ray may have."""
+    code = (
+        "import psutil, ray\n"
+        "from ssl_ray.cluster.connect import connect; from ssl_ray.config.schema import LocalCluster\n"
+        "connect(LocalCluster(cpus=1, object_store_gigabytes=0.1))\n"
+        "@ray.remote\n"
+        "class Worker:\n"
+        "    def ready(self): ...\n"
+        "worker = Worker.remote()\n"
+        "ray.get(worker.ready.remote())\n"
+        "me = psutil.Process()\n"
+        "for one in [me, *me.children(recursive=True)]:\n"
+        "    for port in one.net_connections():\n"
+        "        if port.status == 'LISTEN': print(one.name(), port.laddr.ip)\n"
+        "print('agent', ray.nodes()[0]['DashboardAgentListenPort'])"
+    )
+    ours = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", code], env=ours, capture_output=True, text=True, check=True)
+    found = [line.rsplit(" ", 1) for line in done.stdout.splitlines() if line.count(" ") == 1]
+    assert {"raylet", "gcs_server", "ray::Worker", "agent"} <= {name for name, _ in found}
+    assert {where.removeprefix("::ffff:") for name, where in found if name != "agent"} == {"127.0.0.1"}
+    assert int(dict(found)["agent"]) not in (-1, 0, 52365)
+
+
+@pytest.mark.slow
 def test_workers_take_the_package_that_the_driver_takes(tmp_path: Path) -> None:
     """From another checkout than the installed one: its study must not be trained by the code of the other."""
     shutil.copytree(Path(module.__file__).parents[1], tmp_path / "ssl_ray", ignore=shutil.ignore_patterns("*.pyc"))
