@@ -10,6 +10,12 @@ from ssl_ray.cli.main import main
 from ssl_ray.tracking.client import Client
 
 ROOT = Path(__file__).parents[2]
+SLOW = {
+    "name": "real_ct_tokens_slow",
+    "tracking.experiment": "real_ct_tokens",
+    "pretrain.optimizer.lr": "4e-4",
+}
+"""A slower pretraining, compared with the same random weights."""
 
 
 @pytest.mark.slow
@@ -35,6 +41,7 @@ ROOT = Path(__file__).parents[2]
         ("real_ct_h200", 3, [6, 12, 24], ["random", "pretrained"], {}),
         ("real_ct_tokens", 3, [6], ["random", "pretrained", "permuted"], {}),
         ("real_ct_tokens", 3, [6], ["random", "pretrained"], {"finetune.grid.lr": "[2e-3, 4e-3]"}),
+        ("real_ct_tokens_slow", 3, [6, 12, 24], ["random", "pretrained"], SLOW),
     ],
 )
 def test_the_kept_store_gives_the_table_that_is_told(
@@ -54,7 +61,7 @@ def test_the_kept_store_gives_the_table_that_is_told(
         f"finetune.grid.init={inits}",
         *(f"{key}={value}" for key, value in more.items()),
     )
-    experiment = file.removesuffix("_h200")
+    experiment = re.sub("_(h200|slow)$", "", file)
     command = ["report", str(ROOT / "experiments" / f"{experiment}.yaml")]
     for setting in (f"output={tmp_path}", *asked):
         command += ["--set", setting]
