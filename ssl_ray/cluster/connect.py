@@ -42,7 +42,6 @@ def connect(settings: LocalCluster) -> None:
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
         named = os.environ.get("RAY_ADDRESS") or "local"
-        start = for_this_machine_alone() if named == "local" else nullcontext()
         if named != "local":
             check_address(named)
         else:
@@ -58,7 +57,7 @@ def connect(settings: LocalCluster) -> None:
                 "include_dashboard": False,
             }
         try:
-            with start:
+            with for_this_machine_alone() if named == "local" else nullcontext():
                 ray.init(runtime_env=runtime_env(), **options)
         except OSError as error:
             raise UserError(f"Ray neither starts nor is joined: {error} (see RAY_ADDRESS, RAY_TMPDIR)") from error

@@ -73,7 +73,8 @@ def for_this_machine_alone() -> Iterator[None]:
 
     By itself it does the first on macOS and Windows, and on Linux listens on all of the machine's addresses: its nodes
     know each other by one of them, which a laptop changes while it trains. The agent's port is the same for all: where
-    another Ray has it, this one tries for four seconds before it goes on without. Where a name is gone, it is so again.
+    another Ray has it, this one tries for four seconds before it goes on without. Where ENABLE_RAY_CLUSTER is gone, Ray
+    listens as by itself; where RayParams is, this raises AttributeError, and `ray.init` TypeError for its parameter.
     """
     from ray._private import parameter, ray_constants
 

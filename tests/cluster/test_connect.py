@@ -57,6 +57,13 @@ def closed_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def drive(code: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a driver, in a folder and with more in its environment, that joins no cluster but starts a Ray of its own."""
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "RAY_ADDRESS": "", **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_dead_address_is_named_at_once(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray itself would try for eleven minutes; it is not even asked."""
@@ -115,9 +122,7 @@ def test_a_long_temporary_folder_is_named(tmp_path: Path) -> None:
     """Ray looks at the names of its sockets before it starts any process."""
     folder = tmp_path / ("x" * 100)
     code = "from ssl_ray.cluster import connect; connect.connect(connect.LocalCluster())"
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"RAY_TMPDIR": str(folder)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = drive(code, RAY_TMPDIR=str(folder))
     assert re.search(rf"UserError: Ray .* cannot exceed \d+ bytes: {folder}/ray/.*RAY_TMPDIR", done.stderr)
     assert not list(folder.glob("ray/session_*/logs/gcs_server*"))
 
@@ -209,8 +214,8 @@ def test_a_ray_for_this_machine_is_reached_from_no_other() -> None:
         "        if port.status == 'LISTEN': print(one.name(), port.laddr.ip)\n"
         "print('agent', ray.nodes()[0]['DashboardAgentListenPort'])"
     )
-    ours = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run([sys.executable, "-c", code], env=ours, capture_output=True, text=True, check=True)
+    done = drive(code)
+    assert done.returncode == 0, done.stderr
     found = [line.rsplit(" ", 1) for line in done.stdout.splitlines() if line.count(" ") == 1]
     assert {"raylet", "gcs_server", "ray::Worker", "agent"} <= {name for name, _ in found}
     assert {where.removeprefix("::ffff:") for name, where in found if name != "agent"} == {"127.0.0.1"}
@@ -229,7 +234,6 @@ def test_workers_take_the_package_that_the_driver_takes(tmp_path: Path) -> None:
         "connect(LocalCluster(cpus=1, object_store_gigabytes=0.1))\n"
         "print('found', found(), ray.get(ray.remote(found).remote()))"
     )
-    ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ours, capture_output=True, text=True)
+    done = drive(code, tmp_path, PYTHONPATH="")
     expected = str(tmp_path / "ssl_ray" / "__init__.py")
     assert f"found {expected} {expected}" in done.stdout, done.stdout + done.stderr
