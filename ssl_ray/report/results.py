@@ -19,7 +19,7 @@ from ssl_ray.report.statistics import Array
 from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, means, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
 from ssl_ray.text import shown, without_password
-from ssl_ray.tracking.client import MlflowRun
+from ssl_ray.tracking.client import STUDY, MlflowRun
 from ssl_ray.tracking.tracker import KEY, Tracker
 
 _PLACES = "output", "cache", "scratch"
@@ -121,7 +121,10 @@ class Results:
 
 
 def newest_parent(study: Study, tracker: Tracker, kind: str) -> tuple[MlflowRun, str]:
-    """The study's newest `grid` or `search`, rather one of this very experiment, and the YAML that it was run with."""
+    """The newest `grid` or `search`, and the YAML that it was run with.
+
+    Rather one of this very experiment, and of this study than of another one that shares its MLflow experiment.
+    """
     found = tracker.runs(kind=kind)
     if not found:
         raise UserError(
@@ -132,7 +135,12 @@ def newest_parent(study: Study, tracker: Tracker, kind: str) -> tuple[MlflowRun,
     # One that is taken up again keeps its start, so that the newest is the one that was touched last.
     touched = {run.info.run_id: max(run.info.start_time, run.info.end_time or 0) for run in found}
     given = _asked(dump(study))
-    newest = max(found, key=lambda run: (_asked(configs[run.info.run_id]) == given, touched[run.info.run_id]))
+
+    def fits(run: MlflowRun) -> tuple[bool, bool, int]:
+        run_id = run.info.run_id
+        return _asked(configs[run_id]) == given, run.data.tags.get(STUDY) == study.name, touched[run_id]
+
+    newest = max(found, key=fits)
     return newest, configs[newest.info.run_id]
 
 

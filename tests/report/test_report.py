@@ -415,6 +415,25 @@ def test_a_cell_that_another_grid_finished_is_found_by_its_key(tmp_path: Path) -
     assert results.arms[6]["pretrained"].hole == "missing"
 
 
+def test_a_grid_of_another_study_in_the_same_experiment_is_not_reported(tmp_path: Path) -> None:
+    """It is newer, and has cells of the same names that began with other weights."""
+    study = make_study(tmp_path, sizes=[6], lr=[1e-4])
+    tracker = record(study, constant(study, 0.5, 0.6), tmp_path)
+    (own,) = tracker.runs(kind="grid")
+    time.sleep(0.01)
+    tracker.facts["ssl_ray.study"] = "other"
+    other = tracker.open("grid", "h", "grid", run_params(study, "finetune"))
+    other.text(dump(study.model_copy(update={"name": "other"})), "experiment.yaml")
+    other.text(
+        json.dumps({Cell.of(6, init, 1e-4, 0).name: "theirs" for init in ("random", "pretrained")}), "cells.json"
+    )
+    other.close()
+    asked = study.model_copy(update={"finetune": study.finetune.model_copy(update={"margin": 0.05})})
+    results = read_results(asked, tracker)
+    assert results.grid.info.run_id == own.info.run_id
+    assert results.arms[6]["pretrained"].trials
+
+
 def test_provenance_names_runs_and_config_without_passwords(tmp_path: Path) -> None:
     """Run ids, the weight transfer, the resolved experiment, and how to open MLflow."""
     study = make_study(tmp_path, sizes=[6], lr=[1e-4])
