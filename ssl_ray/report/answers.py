@@ -98,6 +98,10 @@ def _scope(results: Results, size: int) -> str:
         scope.append(f"for draws from this pool of {pool}{overlap}")
     if folds:
         scope.append(f"in {folds} folds")
+    rates = {init: arm.lr for init, arm in results.arms[size].items()}
+    if any(one.cell.size == size and one.cell.lr == rates.get(one.cell.init) for one in results.late):
+        # What learns faster is ahead in a short training, and may not be in a longer one.
+        scope.append(f"for trainings of {results.study.finetune.steps:,} steps")
     if results.part == "validation":
         scope.append("on the volumes that selected it")
     return " " + ", ".join(scope)

@@ -72,6 +72,11 @@ class Results:
         return [trial for trial in self.trials if trial.status == "finished"]
 
     @property
+    def late(self) -> list[Trial]:
+        """Those whose last checkpoint was the best: more steps might change what they say."""
+        return [trial for trial in self.finished if trial.metrics.get("selected/step", 0) >= self.study.finetune.steps]
+
+    @property
     def chosen(self) -> list[Arm]:
         """The arms that have a learning rate."""
         return [arm for arms in self.arms.values() for arm in arms.values() if arm.trials]

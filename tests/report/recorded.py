@@ -155,7 +155,10 @@ def concluded(study: Study, outcomes: dict[Cell, Outcome], pool: int | None = No
         Trial(
             cell,
             status[outcome.status],
-            metrics={SELECTION: aggregate(outcome.validation, outcome.organs).get(DICE_FOREGROUND, 0.0)},
+            metrics={
+                SELECTION: aggregate(outcome.validation, outcome.organs).get(DICE_FOREGROUND, 0.0),
+                "selected/step": float(outcome.selected),
+            },
             cases={"validation": outcome.validation, "test": outcome.test} if outcome.status == "FINISHED" else {},
             organs=outcome.organs,
             precision=outcome.precision,

@@ -154,6 +154,22 @@ def test_every_verdict_has_its_words(tmp_path: Path, gain: Callable[[Cell], np.n
     assert words in answer(results_of(tmp_path, gain), 6)
 
 
+@pytest.mark.parametrize(("rate", "said"), [(1e-4, True), (3e-4, False)])
+def test_a_training_that_ended_at_its_best_limits_the_answer(tmp_path: Path, rate: float, said: bool) -> None:
+    """Only that of a network which is compared, and only at its number of labels: a longer one may say otherwise."""
+    study = make_study(tmp_path, runs=3)
+    outcomes = outcomes_of(study, lambda cell: GAIN + WOBBLE[cell.run] - (0.1 if cell.lr > 1e-4 else 0))
+    for cell, outcome in outcomes.items():
+        if cell.init == "random":
+            outcome.validation = flat([0.5 if cell.lr == 1e-4 else 0.4])
+    outcomes[Cell.of(6, "random", rate, 1)].selected = 400
+    results = concluded(study, outcomes)
+    assert [len(results.late), {arm.lr for arm in results.chosen}] == [1, {1e-4}]
+    scope = "**a clear gain** for this pretraining, for these labelled volumes"
+    assert scope + (", for trainings of 400 steps." if said else ".") in answer(results, 6)
+    assert scope + "." in answer(results, 12)
+
+
 def test_not_known_says_what_would_settle_it(tmp_path: Path) -> None:
     """Patients who differ need more patients, and no number of runs alone."""
     sentence = answer(results_of(tmp_path, lambda cell: 5 * (GAIN - GAIN.mean()) + WOBBLE[cell.run]), 6)
