@@ -17,6 +17,9 @@ SLOW = {
 }
 """A slower pretraining, compared with the same random weights."""
 
+CNN = {"name": "real_ct_cnn", "network": "{kind: dynunet, filters: [16, 32, 64, 128]}"}
+"""Another network, without pretraining."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -31,17 +34,12 @@ SLOW = {
             ["random", "pretrained", "permuted"],
             {"name": "real_ct_frozen", "finetune.encoder.freeze": "all"},
         ),
-        (
-            "real_ct",
-            3,
-            [6],
-            ["random"],
-            {"name": "real_ct_cnn", "network": "{kind: dynunet, filters: [16, 32, 64, 128]}"},
-        ),
+        ("real_ct", 3, [6], ["random"], CNN),
+        ("real_ct", 3, [24], ["random"], CNN),
         ("real_ct_h200", 3, [6, 12, 24], ["random", "pretrained"], {}),
         ("real_ct_tokens", 3, [6], ["random", "pretrained", "permuted"], {}),
         ("real_ct_tokens", 3, [6], ["random", "pretrained"], {"finetune.grid.lr": "[2e-3, 4e-3]"}),
-        ("real_ct_tokens_slow", 3, [6, 12, 24], ["random", "pretrained"], SLOW),
+        ("real_ct_tokens_slow", 3, [6, 12, 24], ["random", "pretrained", "permuted"], SLOW),
     ],
 )
 def test_the_kept_store_gives_the_table_that_is_told(
