@@ -1,5 +1,6 @@
 """The report's figures: matplotlib's object interface only, no pyplot and no global state."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from ssl_ray.report.examples import Example, draw_examples
 from ssl_ray.report.results import Curves, Results
 from ssl_ray.report.statistics import estimate
 from ssl_ray.report.style import COLOUR, GREY, LINE, MARKER, ink, legend_above, panels, save
-from ssl_ray.report.trials import PretrainingRun
+from ssl_ray.report.trials import PretrainingRun, means
 from ssl_ray.text import count_of
 
 
@@ -168,12 +169,18 @@ def _organ_map(results: Results) -> Figure:
 
 
 def _organ_curves(results: Results, curves: Curves) -> Figure:
-    """Dice on validation over steps at the primary number of labelled volumes: a panel an organ, a line a run."""
+    """Dice on validation over steps at the primary number of labelled volumes: a panel an organ, a line a run.
+
+    That of a run in folds is their mean.
+    """
     figure, axes = panels(len(curves), 1.15, 0.8, 2, sharex=True, sharey=True)
     for axis, organ, by_cell in zip(axes, results.organs, curves, strict=True):
+        runs = defaultdict(list)
         for cell, curve in by_cell.items():
             if cell.size == results.primary:
-                axis.plot(*zip(*curve.items(), strict=True), linewidth=1.4, **LINE[cell.init])
+                runs[cell.init, cell.run].append(curve)
+        for (init, _), folds in runs.items():
+            axis.plot(*zip(*means(folds).items(), strict=True), linewidth=1.4, **LINE[init])
         axis.set_title(_shortened(organ), loc="left")
         axis.set(ylim=(0, 1), yticks=[0, 0.5, 1])
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))

@@ -16,7 +16,7 @@ from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import organ_keys
 from ssl_ray.report.comparison import Arm, Comparison, Measure, Shared, check_precision, choose, compare, matrix, shared
 from ssl_ray.report.statistics import Array
-from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, means, read_pretraining, read_trial
+from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
 from ssl_ray.text import shown, without_password
 from ssl_ray.tracking.client import STUDY, MlflowRun
@@ -24,7 +24,7 @@ from ssl_ray.tracking.tracker import KEY, Tracker
 
 _PLACES = "output", "cache", "scratch"
 Curves = Sequence[Mapping[Cell, Mapping[int, float]]]
-"""Dice on validation, canonical grid, by step, of the runs of the chosen learning rates: an organ each."""
+"""Dice on validation, canonical grid, by step, of the trainings at the chosen learning rates: an organ each."""
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,11 @@ def conclude(study: Study, grid: MlflowRun, trials: Sequence[Trial], **more: Any
 
 
 def read_curves(results: Results, tracker: Tracker) -> Curves:
-    """Means over the folds of a run, where it has some; without the runs that have not logged them."""
-    cells = [trial.cell for arm in results.chosen for trial in arm.trials.values()]
-    ids = {cell: [one.run_id for one in results.trials if replace(one.cell, fold=None) == cell] for cell in cells}
+    """Those of the trainings that have logged them."""
+    runs = {trial.cell for arm in results.chosen for trial in arm.trials.values()}
+    ids = {one.cell: one.run_id for one in results.trials if replace(one.cell, fold=None) in runs and one.run_id}
     curves = []
     for key in organ_keys(results.organs):
-        metric = f"validation/dice/{key}"
-        found = {cell: means([tracker.history(str(run_id), metric) for run_id in ids[cell]]) for cell in cells}
+        found = {cell: tracker.history(run_id, f"validation/dice/{key}") for cell, run_id in ids.items()}
         curves.append({cell: curve for cell, curve in found.items() if curve})
     return curves

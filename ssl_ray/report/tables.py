@@ -23,6 +23,7 @@ from ssl_ray.report.comparison import (
 from ssl_ray.report.page import literal
 from ssl_ray.report.results import Curves, Results
 from ssl_ray.report.statistics import Array, estimate
+from ssl_ray.search.cells import Cell
 from ssl_ray.tracking.client import DEVICE, MlflowRun
 from ssl_ray.tracking.tracker import Tracker
 
@@ -115,11 +116,10 @@ def cell_table(results: Results) -> Table:
     rows = []
     for trial in results.trials:
         cell, mark = trial.cell, "**" if replace(trial.cell, fold=None) in chosen else ""
-        run = str(cell.run) if cell.fold is None else f"{cell.run}, fold {cell.fold}"
         status = trial.status if trial.status == "finished" else f"**{trial.status}**"
         step = f"{trial.metrics['selected/step']:,.0f}" if "selected/step" in trial.metrics else ""
         scores = [one.value(trial.metrics[name]) if name in trial.metrics else "" for name, one in names.items()]
-        rows.append([str(cell.size), cell.init, f"{mark}{cell.lr:g}{mark}", run, status, step, *scores])
+        rows.append([str(cell.size), cell.init, f"{mark}{cell.lr:g}{mark}", _run(cell), status, step, *scores])
     header = [f"{results.labelled}s", "initialisation", "learning rate", "run", "status", "selected step"]
     header += ["Dice, validation, resampled grid (selects)"]
     header += [f"{label}, {results.part}" for label in ("Dice", "HD95 (mm)", "surface Dice")]
@@ -127,18 +127,22 @@ def cell_table(results: Results) -> Table:
 
 
 def fall_table(results: Results, curves: Curves) -> Table:
-    """Organs whose Dice on validation rose and ended at less than half of its best, a row for every run of such."""
-    chosen = {trial.cell: trial for arm in results.chosen for trial in arm.trials.values()}
+    """Organs whose Dice on validation rose and ended at less than half of its best, a row for every such training."""
+    trials = {trial.cell: trial for trial in results.trials}
     rows = []
     for organ, by_cell in zip(results.organs, curves, strict=True):
         for cell, curve in by_cell.items():
             best, last = max(curve, key=curve.__getitem__), max(curve)
             if curve[best] >= _FOUND and curve[last] < curve[best] / 2:
-                selected = int(chosen[cell].metrics.get("selected/step", last))
-                row = [literal(organ), str(cell.size), cell.init, str(cell.run), f"{curve[best]:.3f} at step {best:,}"]
+                selected = int(trials[cell].metrics.get("selected/step", last))
+                row = [literal(organ), str(cell.size), cell.init, _run(cell), f"{curve[best]:.3f} at step {best:,}"]
                 rows.append([*row, *(f"{curve[step]:.3f}" for step in (selected, last))])
     header = ["organ", f"{results.labelled}s", "initialisation", "run", "best Dice", "where selected", "at the end"]
     return Table(header, rows, 3)
+
+
+def _run(cell: Cell) -> str:
+    return str(cell.run) if cell.fold is None else f"{cell.run}, fold {cell.fold}"
 
 
 def effort_table(results: Results, tracker: Tracker) -> Table:

@@ -81,7 +81,10 @@ def read_trial(tracker: Tracker, cell: Cell, run: MlflowRun | None) -> Trial:
 
 
 def in_runs(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials with the folds of a run as one: all their cases, and means of what each of them measured."""
+    """The trials with the folds of a run as one: all their cases, and means of what each of them measured.
+
+    It has a selected step where they all selected the same.
+    """
     runs: dict[Cell, list[Trial]] = {}
     for trial in trials:
         runs.setdefault(replace(trial.cell, fold=None), []).append(trial)
@@ -90,13 +93,20 @@ def in_runs(trials: Sequence[Trial]) -> list[Trial]:
             folds[0],
             cell=cell,
             status=min((fold.status for fold in folds), key=("failed", "unfinished", "missing", "finished").index),
-            metrics=means([fold.metrics for fold in folds]),
+            metrics=_measured(folds),
             curve=means([fold.curve for fold in folds]),
             cases={part: [case for fold in folds for case in fold.cases.get(part, ())] for part in get_args(Part)},
             nonfinite=any(fold.nonfinite for fold in folds),
         )
         for cell, folds in runs.items()
     ]
+
+
+def _measured(folds: Sequence[Trial]) -> dict[str, float]:
+    metrics = means([fold.metrics for fold in folds])
+    if len({fold.metrics.get("selected/step") for fold in folds}) > 1:
+        metrics.pop("selected/step", None)
+    return metrics
 
 
 def means(values: Sequence[Mapping[K, float]]) -> dict[K, float]:

@@ -135,3 +135,23 @@ def test_the_control_stands_beside_the_claim(tmp_path: Path) -> None:
     page = " ".join(report.markdown.read_text().split())
     assert "Permuted is a control: the pretrained weights, shuffled within each tensor" in page
     assert re.search(r"\| +0\.506 \|", page)
+
+
+def test_the_report_of_folds_that_selected_different_steps(tmp_path: Path) -> None:
+    """An organ's fall is that of one training, at the step that it selected; a run of different ones has no step."""
+    study = in_folds(tmp_path)
+    outcomes = fold_outcomes(study)
+    for cell, outcome in outcomes.items():
+        outcome.selected = 400 if cell.fold == 0 else 200
+        if cell.fold == 0:
+            outcome.organ_curves = {"liver": {200: 0.4, 400: 0.1}, "spleen": {200: 0.5, 400: 0.6}}
+        else:
+            outcome.organ_curves = {"liver": {200: 0.4, 400: 0.5}, "spleen": {200: 0.5, 400: 0.2}}
+    tracker = record(study, outcomes, tmp_path)
+    text = write_report(study, tracker, tmp_path / "report").markdown.read_text()
+    falls = [re.split(r" +\| +", line.strip("| ")) for line in text.splitlines() if " at step " in line and "|" in line]
+    assert len(falls) == 2 * 3 * FOLDS
+    assert ["liver", "6", "random", "0, fold 0", "0.400 at step 200", "0.100", "0.100"] in falls
+    assert ["spleen", "6", "pretrained", "2, fold 1", "0.500 at step 200", "0.500", "0.200"] in falls
+    for arm in concluded(study, outcomes, PATIENTS).arms[6].values():
+        assert all("selected/step" not in trial.metrics for trial in arm.trials.values())
