@@ -36,6 +36,8 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
         ["plan", "x.yaml", "--gpu", "abacus"],
         ["phantom", "x", "--volumes", "0"],
         ["phantom", "x", "--splits", "0"],
+        ["phantom", "x", "--seed", "-1"],
+        ["new", "x", "--seed", "9223372036854775808"],
         ["datalist", "x", "--validation", "2"],
         ["predict", "x", "y"],
         ["predict", "x", "y", "-o", "z", "--overlap", "1"],

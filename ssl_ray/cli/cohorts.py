@@ -11,7 +11,7 @@ from ssl_ray.config.schema import PhantomCohort
 from ssl_ray.console import say
 
 Sizes = Annotated[str, typer.Option(metavar="N,N", help="Labelled training volumes of nested splits.")]
-Seed = Annotated[int, typer.Option(metavar="S")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, metavar="S")]
 Subject = Annotated[
     str | None,
     typer.Option(metavar="REGEX", help=r"The patient in a path below DIR, e.g. '(A-\d+)'; else by layout."),

@@ -160,14 +160,10 @@ def ui(
 
 
 def _carry_out(study: Study, last: Step, fresh: bool = False, verify: bool = False) -> None:
-    from ssl_ray.study.identity import set_aside
     from ssl_ray.study.lock import only_one
     from ssl_ray.study.parts import folders_of
     from ssl_ray.study.runner import carry_out
 
-    folders = folders_of(study)
-    with only_one(folders):
-        if fresh and (kept := set_aside(study, folders)):
-            say(f"the old study is kept: {kept}")
-        if carry_out(study, last, verify):
+    with only_one(folders_of(study)):
+        if carry_out(study, last, verify, fresh):
             raise typer.Exit(1)

@@ -1,9 +1,9 @@
 """What the sections of an experiment share: types of fields, kinds of a section, optimizer."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from ssl_ray.errors import UserError
 
@@ -34,6 +34,17 @@ def _three(value: Any) -> Any:
     return [value] * 3 if isinstance(value, int | float | str) else value
 
 
+def _within(annotation: Any, types: tuple[Any, ...]) -> bool:
+    return annotation in types or any(_within(part, types) for part in get_args(annotation))
+
+
+def _as_text(value: Any) -> Any:
+    """The value with truth as YAML spells it, which is no number."""
+    if isinstance(value, list | tuple):
+        return [_as_text(one) for one in value]
+    return str(value).lower() if isinstance(value, bool) else value
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -48,7 +59,19 @@ one_or_more = rule(lambda values: 0 < len(set(values)) == len(values), "at least
 
 
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A section of the YAML: unknown keys, NaN and infinity are refused, values do not change after loading."""
+    """A section of the YAML: unknown keys, NaN and infinity are refused, values do not change after loading.
+
+    So is a truth value for a number, which pydantic would take for 1: `freeze: true` would freeze for one step.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        fields = {key: cls.model_fields[key].annotation for key in given if key in cls.model_fields}
+        numbers = {key for key, annotation in fields.items() if not _within(annotation, (bool, str, Any))}
+        return {key: _as_text(value) if key in numbers else value for key, value in given.items()}
 
 
 class Storage(NamedTuple):

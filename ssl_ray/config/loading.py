@@ -74,11 +74,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
     value = _read_yaml(text, f"--set {override}: the value is not valid YAML")
-    *parents, last = key.strip().split(".")
+    searched = key.strip().removeprefix("search.space.")  # a dotted key there is one name
+    *parents, last = key.strip().split(".") if searched == key.strip() else ("search", "space", searched)
     node: Any = tree
+    known: list[type[BaseModel]] = [Study]
     try:
         for part in parents:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+            at: Any = int(part) if isinstance(node, list) else part
+            inner = node[at] if isinstance(node, list) else node.setdefault(part, {})
+            fields = [one.model_fields[part] for one in known if part in one.model_fields]
+            known = known if isinstance(node, list) else [one for field in fields for one in sections(field.annotation)]
+            if isinstance(inner, str) and any(map(kinds, known)):
+                inner = node[at] = {"kind": inner}  # for which `task: masked` is short
+            node = inner
         node[int(last) if isinstance(node, list) else last] = value
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"--set {override}: no such section, or no such place in a list (they count from 0)") from error

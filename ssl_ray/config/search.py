@@ -3,7 +3,7 @@
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,10 @@ _SEARCHED = re.compile(
 """Keys that say how one cell is trained, not which cells and volumes there are."""
 
 
+WHOLE = "int", "logint"
+LOGARITHMIC = "loguniform", "logint"
+
+
 def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """One distribution, its values hashable; ends that YAML reads as text, such as 1e-4, become numbers."""
     kind, values = next(iter(given.items()), ("", ()))
@@ -27,25 +31,29 @@ def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         fits = bool(values) and not any(value in values[:place] for place, value in enumerate(values))
     else:
         try:
-            low, high = values = tuple(int(str(value)) if kind == "int" else float(value) for value in values)
-            fits = (0 if kind == "loguniform" else -math.inf) < low < high < math.inf
+            low, high = values = tuple(int(str(value)) if kind in WHOLE else float(value) for value in values)
+            fits = (0 if kind in LOGARITHMIC else -math.inf) < low < high < math.inf
         except (TypeError, ValueError):
             fits = False
     if len(given) != 1 or not fits:
         raise ValueError(
-            "one of choice (values, none twice), uniform, loguniform (positive) and int (whole): [lowest, highest], "
-            f"got {given}"
+            "one of choice (values, none twice), uniform, loguniform (positive), int (whole) and logint (whole, "
+            f"positive): [lowest, highest], got {given}"
         )
     return {kind: values}
 
 
 Distribution = Annotated[
-    dict[Literal["choice", "uniform", "loguniform", "int"], tuple[Any, ...]], AfterValidator(_fits)
+    dict[Literal["choice", "uniform", "loguniform", "int", "logint"], tuple[Any, ...]], AfterValidator(_fits)
 ]
 """E.g. `{loguniform: [1.0e-4, 1.0e-2]}`; both ends may be drawn. A choice of one value sets it."""
 
 _METRIC = "^((original_)?dice_foreground|dice_with_background|published_dice|original_surface_dice|original_hd95)$"
 """Of `ssl_ray.evaluate.scores`. Those on the original grid are measured at the end of a trial alone."""
+
+
+def _better(metric: str | None) -> Literal["max", "min"]:
+    return "min" if metric == "original_hd95" else "max"  # a distance, in mm; the others are overlaps
 
 
 class Search(Section):
@@ -55,7 +63,9 @@ class Search(Section):
     scheduler: Literal["none", "asha"] = Field("none", description="asha: stops the worse cells early")
     samples: PositiveInt = Field(20, description="cells; algorithm grid has every combination of its choices instead")
     metric: str = Field("dice_foreground", pattern=_METRIC, description="on the validation volumes")
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] = Field(
+        default_factory=lambda given: _better(given.get("metric")), description="what is better: by the metric"
+    )
     budget: PositiveFloat | None = Field(None, description="hours, over all restarts, pretrainings included")
     space: dict[str, Distribution] = Field(min_length=1, description="by dotted key of the experiment; size, init")
 
@@ -65,6 +75,8 @@ class Search(Section):
             raise ValueError("space: with algorithm grid, every key must have a choice")
         if self.scheduler == "asha" and self.metric.startswith("original_"):
             raise ValueError(f"metric: asha needs one that every validation measures, got {self.metric}")
+        if self.mode != _better(self.metric):
+            raise ValueError(f"mode: of {self.metric} the best is the {_better(self.metric)}, got {self.mode}")
         return self
 
 
@@ -76,6 +88,8 @@ def resolved(experiment: S, values: Mapping[str, Any]) -> S:
 
 def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given: Mapping[str, Sequence[Any]]) -> None:
     """Refuse a key that cannot be searched, and a value that is refused beside all else that may be drawn (50 draws).
+
+    Of a range both ends are tried, and two values between them.
 
     `given` are the values of `size` and `init` in the grid; where the space does not draw them, there is one of each.
     """
@@ -90,13 +104,29 @@ def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given:
             raise ValueError(f"search.space.{name}: must be a choice out of the grid's {list(there)}")
     base, draw = {name: there[0] for name, there in given.items()}, random.Random(0)
     beside = [base, *({**base, **{key: draw.choice(values) for key, values in drawn.items()}} for _ in range(50))]
-    for key, value in ((key, value) for key, values in drawn.items() for value in values):
+    for key, value in ((key, value) for key, one in space.items() for value in _tried(one)):
         cells = [{**others, key: value} for others in beside]
         cells = [cell for cell in cells if key in given or key in placed(experiment, cell)[1]]
         refusals = list(takewhile(bool, (_refusal(experiment, cell) for cell in cells)))
         if len(refusals) == len(cells):
             rule = f"is refused: {refusals[0]}" if cells else "is read by none of the kinds that are set or drawn"
-            raise ValueError(f"search.space.{key}: {value!r} {rule}")
+            whole = isinstance(value, float) and "choice" not in space[key] and not value.is_integer()
+            hint = "; int and logint draw whole numbers" if whole else ""
+            raise ValueError(f"search.space.{key}: {value!r} {rule}{hint}")
+
+
+def _tried(distribution: Distribution) -> Iterator[Any]:
+    """Its values, and between two ends the kind of number that is drawn there: seldom a whole one."""
+    for kind, values in distribution.items():
+        yield from values
+        if kind not in ("choice", *WHOLE):
+            low, high = values
+            yield from (drawn_number(low + share * (high - low), low, high) for share in (0.00123456, 0.314159))
+
+
+def drawn_number(exact: float, low: float, high: float) -> float:
+    """A number that was drawn between two ends, as a cell has it: to four digits."""
+    return min(max(float(f"{exact:.4g}"), low), high)
 
 
 def _refusal(experiment: BaseModel, values: Mapping[str, Any]) -> str:

@@ -127,7 +127,7 @@ class TrialCallback(tune.Callback):
     ) -> None:
         """Log the network, what it scored, and both in words."""
         part = "test" if f"selected/test/{ORIGINAL_DICE_FOREGROUND}" in metrics else "validation"
-        name, weights, settings = cell.name.replace(".", "_"), job.folder / MODEL_FILE, job.config.preparation
+        name, weights, settings = cell.file_name.replace(".", "_"), job.folder / MODEL_FILE, job.config.preparation
         grid = settings.channels, settings.spacing
         run.model(NetworkFile(name, str(weights), digest, int(metrics["selected/step"]), True, *grid))
         read = _datasets(cell, job).items()

@@ -78,11 +78,16 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For run names and folders, e.g. `n06-pretrained-lr0.0001-run0`."""
+        """For people and MLflow, e.g. `n06-pretrained-lr0.0001-run0`."""
         others = (item for item in self.settings.items() if item[0] != RATE)
         more = "".join(f"{key.rpartition('.')[2]}{value}-" for key, value in others)
         fold = "" if self.fold is None else f"-fold{self.fold}"
         return f"n{self.size:02d}-{self.init}-lr{self.lr!r}-{more}run{self.run}{fold}"
+
+    @property
+    def file_name(self) -> str:
+        """The name as one part of a path, cut where it is long: beside it stands the cell's key."""
+        return self.name.replace("/", "_")[:150]
 
     @property
     def lineage(self) -> dict[str, str | int | float | None]:

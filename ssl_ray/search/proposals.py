@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from ssl_ray.config.overrides import placed
 from ssl_ray.config.schema import Finetune, Search
+from ssl_ray.config.search import LOGARITHMIC, WHOLE, drawn_number
 from ssl_ray.random import number
 from ssl_ray.search.cells import Cell
 from ssl_ray.storage.files import write_file
@@ -99,11 +100,11 @@ class Proposals:
             if kind == "choice":
                 labels = _labels(values)
                 drawn[key] = values[labels.index(trial.suggest_categorical(key, labels))]
-            elif kind == "int":
-                drawn[key] = trial.suggest_int(key, *values)
+            elif kind in WHOLE:
+                drawn[key] = trial.suggest_int(key, *values, log=kind in LOGARITHMIC)
             else:
-                exact = trial.suggest_float(key, *values, log=kind == "loguniform")
-                drawn[key] = min(max(float(f"{exact:.4g}"), values[0]), values[1])
+                exact = trial.suggest_float(key, *values, log=kind in LOGARITHMIC)
+                drawn[key] = drawn_number(exact, *values)
         if drawn["init"] == "random":
             drawn = {key: value for key, value in drawn.items() if not key.startswith("pretrain.")}
         chosen = {"size": drawn["size"], "init": drawn["init"], **placed(self._experiment, drawn)[1]}

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from studies import small_tree, write_study
 
 from ssl_ray.config.loading import dump, flatten, parse
 from ssl_ray.config.schema import Finetune, Preparation, Pretrain, Study
@@ -243,6 +244,12 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("finetune.grid.init", ["new"], "grid.init.0: input should be 'random', 'pretrained' or 'permuted', got 'new'"),
         ("finetune.grid.init", ["random", "permuted"], "permuted is a control beside the other two, got ['random', '"),
         ("finetune.encoder", {"freeze": -1}, "finetune.encoder.freeze: input should be 'none' or 'all', got -1"),
+        ("finetune.encoder.freeze", True, "finetune.encoder.freeze: input should be 'none' or 'all', got 'true'"),
+        ("finetune.runs", True, "finetune.runs: input should be a valid integer, unable to parse string as an int"),
+        ("finetune.grid.lr", [True], "finetune.grid.lr.0: input should be a valid number, unable to parse string"),
+        ("pretrain.patch_size", True, "patch_size.0: input should be a valid integer, unable to parse string"),
+        ("pretrain.optimizer.clip_norm", True, "clip_norm: input should be a valid number, unable to parse string"),
+        ("name", True, "name: input should be a valid string, got True"),
         ("finetune.encoder", {"layer_decay": 0}, "layer_decay: input should be greater than 0, got 0"),
         ("finetune.cohort.folds", 5, "folds: are of the subjects of a 'pool', which is not given, got 5"),
         ("finetune.cohort.folds", 2, "cohort.folds: input should be greater than or equal to 3, got 2"),
@@ -355,6 +362,24 @@ def test_overrides_replace_and_add(file: Path) -> None:
     assert study.finetune.cohort.splits == {6: "other.json", 12: "twelve.json"}
     assert study.tracking.uri is None
     assert study.output == "a=b"
+
+
+def test_overrides_reach_below_a_short_form_and_a_searched_key(tmp_path: Path) -> None:
+    """`task: masked` has the keys of its kind, and a dotted key of the space is one name."""
+    search = {"algorithm": "random", "space": {"finetune.optimizer.lr": {"loguniform": [1e-4, 1e-2]}}}
+    pretrain = {"patch_size": 32, "task": "masked"}
+    tree = small_tree(network="primus", pretrain=pretrain, finetune={"patch_size": 32, "steps": 9}, search=search)
+    given = [
+        "pretrain.task.ratio=0.5",
+        "network.token=16",
+        "search.space.finetune.optimizer.lr={choice: [0.001]}",
+        "search.space.init={choice: [random, pretrained]}",
+    ]
+    study = load(write_study(tmp_path / "short.yaml", tree), given)
+    assert study.pretrain.task.model_dump(include={"kind", "ratio"}) == {"kind": "masked", "ratio": 0.5}
+    assert study.network.model_dump(include={"kind", "token"}) == {"kind": "primus", "token": 16}
+    assert study.search
+    assert study.search.space["finetune.optimizer.lr"] == {"choice": (1e-3,)}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def test_a_search_survives_dump() -> None:
         "finetune.optimizer.lr": {"loguniform": ["1e-4", 1e-2]},
         "finetune.augmentation.shift": {"uniform": [0, 1]},
         "pretrain.patches_per_volume": {"int": [1, 4]},
+        "pretrain.steps": {"logint": [100, 10_000]},
         "pretrain.task.kind": {"choice": ["restoration", "masked"]},
         "finetune.optimizer.betas": {"choice": [[0.9, 0.95], [0.9, 0.999]]},
         "pretrain.task.ratio": {"choice": [0.5, 0.75]},
@@ -60,6 +61,10 @@ def test_a_search_survives_dump() -> None:
             {"pretrain.task.kind": {"choice": ["masked"]}, "pretrain.task.ratio": {"uniform": [0.5, 1.5]}},
             "search.space.pretrain.task.ratio: 1.5 is refused",
         ),
+        ({"finetune.encoder.freeze": {"uniform": [1, 8]}}, "int and logint draw whole numbers"),
+        ({"pretrain.optimizer.warmup_steps": {"loguniform": [10, 90]}}, "valid integer, got a number with a fract"),
+        ({"pretrain.steps": {"loguniform": [100, 10000]}}, "search.space.pretrain.steps: 112.2 is refused"),
+        ({"pretrain.steps": {"logint": [0, 10]}}, "one of choice"),
         ({"size": {"choice": [2, 4]}}, "must be a choice out of the grid's [2]"),
         ({"size": {"int": [1, 2]}}, "must be a choice out of the grid's [2]"),
         ({"init": {"choice": ["pretrained"]}}, "must be a choice out of the grid's ['random']"),
@@ -104,6 +109,8 @@ def test_a_wrong_distribution_is_named(tmp_path: Path, distribution: dict[str, A
         ({"space": LR, "algorithm": "grid"}, {}, "with algorithm grid, every key must have a choice"),
         ({"space": LR, "scheduler": "asha", "metric": "original_hd95"}, {}, "asha needs one that every validation"),
         ({"space": LR, "metric": "dice"}, {}, "search.metric"),
+        ({"space": LR, "metric": "original_hd95", "mode": "max"}, {}, "mode: of original_hd95 the best is the min"),
+        ({"space": LR, "mode": "min"}, {}, "mode: of dice_foreground the best is the max, got min"),
         ({"space": LR, "sampels": 3}, {}, "did you mean 'samples'?"),
         ({"space": LR}, {"runs": 2}, "a search has one run"),
         ({"space": LR}, {"grid": {"init": ["random"], "lr": [1e-3]}}, "grid.lr (0.001,)"),
@@ -114,12 +121,21 @@ def test_a_wrong_distribution_is_named(tmp_path: Path, distribution: dict[str, A
             "search.space.init: must be a choice out of the grid's",
         ),
     ],
-    ids=["empty", "grid", "asha", "metric", "key", "runs", "rates", "folds", "inits"],
+    ids=["empty", "grid", "asha", "metric", "far is bad", "overlap is good", "key", "runs", "rates", "folds", "inits"],
 )
 def test_what_does_not_go_together_is_refused(
     tmp_path: Path, search: dict[str, Any], finetune: dict[str, Any], words: str
 ) -> None:
     assert words in refusal(tmp_path, search, **finetune)
+
+
+def test_of_a_distance_the_lowest_is_the_best() -> None:
+    """Unless it is said, as if it were said."""
+    for metric, mode in (("original_hd95", "min"), ("original_surface_dice", "max")):
+        study = small_study(pretrain={"patch_size": 32}, finetune=FINETUNE, search={"space": LR, "metric": metric})
+        assert study.search
+        assert study.search.mode == mode
+        assert parse(dump(study), "again") == study
 
 
 def test_a_value_is_refused_only_where_it_fits_with_nothing_that_may_be_drawn(tmp_path: Path) -> None:

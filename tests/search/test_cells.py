@@ -82,6 +82,18 @@ def test_a_cell_is_an_experiment() -> None:
     assert own.seed == study.seed
 
 
+def test_the_folder_of_a_cell_can_be_made_whatever_is_searched(tmp_path: Path) -> None:
+    """Fifteen keys with long values, and one with a path: its name is cut there, and stays whole for people."""
+    searched = {f"finetune.augmentation.some_key_{number}": 0.123456789 for number in range(15)}
+    for more in ({}, searched, {"pretrain.weights": "from/elsewhere.safetensors"}):
+        cell = Cell.of(6, "random", 1e-4, **more)
+        folder = tmp_path / f"{cell.file_name}-01234567"
+        folder.mkdir()
+        assert folder.parent == tmp_path
+        assert (cell.file_name == cell.name) == (not more)
+    assert "some_key_14" in Cell.of(6, "random", 1e-4, **searched).name
+
+
 def test_the_grid_is_every_combination_in_every_run() -> None:
     """Without rates of its own, it has the optimizer's."""
     changes = {**GRID, "runs": 3, "optimizer": {"lr": 5e-4}}
