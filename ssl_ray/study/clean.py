@@ -1,6 +1,8 @@
 """`ssl-ray clean`: what a study has on disk, and what neither a result nor an unfinished training needs any more."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,7 +17,6 @@ from ssl_ray.tracking.logged import read_logged
 from ssl_ray.tracking.run import Logged
 
 Keep = Literal["best", "all"]
-_SELECTED = f"selected/validation/{DICE_FOREGROUND}"
 
 
 class Item(NamedTuple):
@@ -32,13 +33,15 @@ def inventory(study: Study, folders: Folders, keep: Keep = "all") -> list[Item]:
 
     All that an unfinished training has is needed, and so is all of whose training no journal on this machine tells.
     With `keep` best, of the finished cells of each size and initialisation only one has its weights kept: the one that
-    did best on validation.
+    did best on validation, by the search's metric if it is one.
     """
     output, runs = folders.output, read_logged(folders)
+    metric, mode = (study.search.metric, study.search.mode) if study.search else (DICE_FOREGROUND, "max")
+    surpassed = partial(_surpassed, runs=runs, metric=f"selected/validation/{metric}", lower=mode == "min")
     files = output.kept(folders.study).list()
     sizes: dict[Item, int] = {}
     for name, size in files.items():
-        place, why = _unneeded(name, files, runs, keep)
+        place, why = _unneeded(name, files, runs, surpassed if keep == "best" else None)
         item = Item(folders.study / (place or name.partition("/")[0]), 0, why, not why)
         sizes[item] = sizes.get(item, 0) + size
     beside = {"cache": (Place.parse(folders.cache), "prepared volumes, which other studies may share")}
@@ -68,7 +71,9 @@ def render(items: Sequence[Item]) -> str:
     return "\n".join([*lines, f"can go: {decimal(sum(item.bytes for item in items if not item.needed))}"])
 
 
-def _unneeded(name: str, files: Mapping[str, int], runs: Sequence[Logged], keep: Keep) -> tuple[str, str]:
+def _unneeded(
+    name: str, files: Mapping[str, int], runs: Sequence[Logged], surpassed: Callable[[Logged], bool] | None
+) -> tuple[str, str]:
     """The folder, or file, in the study's folder that may be removed with the file `name`, and why; empty if none."""
     by_key = {(run.kind, run.key): run for run in runs}
     match name.split("/"):
@@ -81,7 +86,7 @@ def _unneeded(name: str, files: Mapping[str, int], runs: Sequence[Logged], keep:
             run = next((run for run in runs if run.kind == "trial" and run.key[:8] == cell[-8:]), None)
             if _over(run) and part in ("checkpoints", "faults"):
                 return f"finetune-trials/{cell}/{part}", "training states of finished cells"
-            if keep == "best" and run and part.endswith(".safetensors") and _surpassed(run, runs):
+            if surpassed and run and part.endswith(".safetensors") and surpassed(run):
                 return f"finetune-trials/{cell}/{part}", "weights of cells that are not the best on validation"
         case ["ray", folder, *_]:
             stage, _, key = folder.partition("-")
@@ -97,10 +102,11 @@ def _over(run: Logged | None) -> bool:
     return run is not None and (run.status == "FINISHED" or (run.status == "KILLED" and bool(run.tags.get(STOPPED))))
 
 
-def _surpassed(run: Logged, runs: Sequence[Logged]) -> bool:
+def _surpassed(run: Logged, runs: Sequence[Logged], metric: str, lower: bool) -> bool:
     """Whether a finished cell, of which MLflow has everything, did worse on validation than another of its arm."""
     arm = run.params.get("size"), run.params.get("init")
     rivals = [one for one in runs if one.kind == "trial" and one.status == "FINISHED"]
     rivals = [one for one in rivals if (one.params.get("size"), one.params.get("init")) == arm]
-    best = max(rivals, key=lambda one: one.metrics.get(_SELECTED, 0.0), default=run)
+    scores = {one.key: one.metrics[metric] * (-1 if lower else 1) for one in rivals if metric in one.metrics}
+    best = max(rivals, key=lambda one: scores.get(one.key, -math.inf), default=run)
     return run.status == "FINISHED" and run.delivered and run.key != best.key

@@ -8,12 +8,15 @@ from journals import begin, begin_cells, delivered, train, write
 from studies import small_tree, write_study
 
 from ssl_ray.cli.main import main
+from ssl_ray.config.schema import Search
 from ssl_ray.evaluate.scores import DICE_FOREGROUND
 from ssl_ray.search.cells import STOPPED
 from ssl_ray.study.clean import inventory
 from ssl_ray.study.experiment import load
 from ssl_ray.study.lock import only_one
 from ssl_ray.study.parts import folders_of
+
+SPACE = {"finetune.optimizer.lr": {"loguniform": (1e-4, 1e-2)}}
 
 
 @pytest.fixture
@@ -65,6 +68,23 @@ def test_only_what_is_over_can_go(experiment: Path) -> None:
     assert removable(experiment, "best") - removable(experiment) == {f"finetune-trials/{first}/model.safetensors"}
     (folders_of(load(experiment)).study / "pretrain-done" / "best.safetensors").unlink()
     assert removable(experiment) == states
+
+
+def test_the_best_of_a_search_is_by_its_own_metric(experiment: Path) -> None:
+    """The first cell is the worse one by Dice, and the better one by distance."""
+    study = load(experiment)
+    folders = folders_of(study)
+    first, second, *_ = sorted(cells_of(experiment), key=lambda name: name[-8:])
+    for number, (name, key) in enumerate(begin_cells(study, folders).items()):
+        trial = begin(folders, "trial", key, name, size=2, init="random")
+        if number < 2:
+            trial.metrics({"selected/validation/original_hd95": 5.0 + number}, 5)
+            trial.close("FINISHED")
+            delivered(trial)
+    searched = study.model_copy(update={"search": Search(metric="original_hd95", space=SPACE)})
+    for of, worse in ((study, first), (searched, second)):
+        gone = {item.path.parent.name for item in inventory(of, folders, "best") if item.path.suffix == ".safetensors"}
+        assert gone == {worse}
 
 
 def test_weights_that_mlflow_has_not_got_stay(experiment: Path) -> None:
