@@ -22,31 +22,23 @@ if TYPE_CHECKING:
     from ssl_ray.tracking.tracker import Tracker
 
 
-def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]:
+def carry_out(study: Study, last: Step, verify: bool = False, fresh: bool = False) -> tuple[str, ...]:
     """Prepare, pretrain, fine-tune, report, as far as the step `last`; return the names of cells that failed for good.
 
-    With `verify`, all sources and stored volumes are read, also those whose times say that they have not changed.
+    With `verify`, all sources and stored volumes are read, also those whose times say that they have not changed. With
+    `fresh`, what the study has written before is set aside, once all that can be looked at beforehand is right.
 
     Raises:
         UserError: when something else was begun under the study's name, when MLflow does not answer, and for what is
             wrong with its places, datalists, volumes or weights.
     """
-    folders = check_places(study)
+    folders = check_places(study, fresh)
     if last == "pretrain" and not study.needs_weights:
         raise UserError("finetune.grid.init: this study trains only from random weights")
     cohorts = read_cohorts(study)
-    if study.finetune.weights:
-        from ssl_ray.search.grid import check_given  # it loads torch
-
-        for file, prefix in check_given(study.finetune, study.network).items():
-            if prefix:
-                say(f"{file}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
-    elif study.needs_weights and (given := study.pretrain.weights):
-        from ssl_ray.pretrain.tasks.registry import check_start  # MONAI takes seconds to load
-
-        whole = check_start(study.pretrain, study.network, given)
-        decoder = "its decoder is taken too" if whole else "the decoder is new"
-        say(f"pretraining goes on from {given}; {decoder}")
+    _check_weights(study)
+    if fresh and (kept := identity.set_aside(study, folders)):
+        say(f"the old study is kept: {kept}")
     with LivePage(study, folders) if last == "report" else nullcontext():
         with ThreadPoolExecutor(1) as pool:  # Ray's processes take three seconds to start, and so does this
             tracker = pool.submit(_meanwhile, study, last)
@@ -63,6 +55,22 @@ def carry_out(study: Study, last: Step, verify: bool = False) -> tuple[str, ...]
     return failed
 
 
+def _check_weights(study: Study) -> None:
+    """Look at the weights that are given to start from."""
+    if study.finetune.weights:
+        from ssl_ray.search.grid import check_given  # it loads torch
+
+        for file, prefix in check_given(study.finetune, study.network).items():
+            if prefix:
+                say(f"{file}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
+    elif study.needs_weights and (given := study.pretrain.weights):
+        from ssl_ray.pretrain.tasks.registry import check_start  # MONAI takes seconds to load
+
+        whole = check_start(study.pretrain, study.network, given)
+        decoder = "its decoder is taken too" if whole else "the decoder is new"
+        say(f"pretraining goes on from {given}; {decoder}")
+
+
 def _meanwhile(study: Study, last: Step) -> "Tracker | None":
     """Open the study's MLflow experiment, and load what is needed then; Ray is left to the thread that starts it."""
     tracker = None if last == "prepare" else tracker_of(study)
@@ -72,11 +80,20 @@ def _meanwhile(study: Study, last: Step) -> "Tracker | None":
     return tracker
 
 
-def check_places(study: Study) -> Folders:
-    """The study's folders, once they can be written to and hold no study of this name with another configuration."""
+def check_places(study: Study, fresh: bool = False) -> Folders:
+    """The study's folders, once they can be written to and hold no study of this name with another configuration.
+
+    Or one that is to be set aside (`fresh`), from whose weights nothing is to start.
+    """
     folders = folders_of(study)
     folders.check_writable()
-    identity.check_unchanged(study, folders)
+    if fresh:
+        for file in filter(None, (*(study.finetune.weights or ()), study.pretrain.weights)):
+            if Path(file).resolve().is_relative_to(folders.study.resolve()):
+                rule = "--fresh would move these weights away with the old study: copy them elsewhere, or give this"
+                raise UserError(f"{file}: {rule} study another name")
+    else:
+        identity.check_unchanged(study, folders)
     lasts = folders.output.origin or Path(study.output).is_absolute()
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not lasts:
         say(

@@ -156,3 +156,24 @@ def test_fresh_does_not_rename_what_others_share(begun: Path) -> None:
     study = load(begun, ["tracking.experiment=ours"])
     with pytest.raises(UserError, match="may hold other studies"):
         identity.set_aside(study, folders_of(study))
+
+
+def test_fresh_sets_nothing_aside_before_the_new_study_is_looked_at(
+    begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake in it, or weights that would move away, cost the old study nothing."""
+    folder = folders_of(load(begun)).study
+    (folder / "pretrain-a").mkdir()
+    weights = folder / "pretrain-a" / "best.safetensors"
+    weights.touch()
+    for setting, told in (
+        ("pretrain.sources.0.datalist=nope.json", "nope.json"),
+        ("finetune.weights=nowhere.safetensors", "nowhere.safetensors"),
+        (f"finetune.weights={weights}", "--fresh would move these weights away"),
+        (f"pretrain.weights={weights}", "--fresh would move these weights away"),
+    ):
+        assert main(["run", str(begun), "--fresh", "--set", setting]) == 2
+        told_of = " ".join(capsys.readouterr().err.split())
+        assert told in told_of
+        assert (folder / "pretrain.yaml").is_file()
+        assert [one.name for one in folder.parent.glob("faults*")] == ["faults"]
