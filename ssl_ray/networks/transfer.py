@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_ray.errors import UserError
 from ssl_ray.networks.protocol import Encoder
+from ssl_ray.networks.weight_files import spelled
 from ssl_ray.text import shown
 
 
@@ -59,8 +60,8 @@ def transfer(
         raise UserError(f"{source}: {_first(diverged)}: NaN or infinite weights; the pretraining has diverged")
     # The metadata explain a mismatch best. The number of heads shows in no shape: only they can tell it.
     for name, here in vit.settings.items():
-        if metadata.get(name, str(here)) != str(here):
-            raise UserError(f"{source}: trained with {name} {metadata[name]}, but this network has {here}")
+        if metadata.get(name, spelled(here)) != spelled(here):
+            raise UserError(f"{source}: trained with {name} {metadata[name]}, but this network has {spelled(here)}")
 
     missing = [key for key in wanted if key not in encoder]
     unexpected = [key for key in encoder if key not in wanted]

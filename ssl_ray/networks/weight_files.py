@@ -28,8 +28,13 @@ ENTRY = "ssl_ray"
 
 def describe(network: Network, patch_size: Sequence[int]) -> dict[str, str]:
     """Metadata for `export`: what `transfer` must know of an autoencoder and cannot see in its weights."""
-    read = network.model_dump(exclude=set(network.segmentation_only))
-    return {name: str(value) for name, value in read.items()} | {"patch_size": str(list(patch_size))}
+    read = network.model_dump(mode="json", exclude=set(network.segmentation_only))
+    return {name: spelled(value) for name, value in read.items()} | {"patch_size": spelled(list(patch_size))}
+
+
+def spelled(value: Any) -> str:
+    """A setting as metadata have it: a string as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -87,7 +92,7 @@ def load_metadata(path: Path) -> dict[str, str]:
     found = read_entry(path)
     if isinstance(network := found.get("network"), dict):
         found |= network
-    return {shown(name): shown(value) for name, value in found.items()}
+    return {shown(name): shown(spelled(value)) for name, value in found.items()}
 
 
 def read_entry(path: Path) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def read_embedder(place: str) -> tuple[Embedder, Path]:
     kinds = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(Network)[0])}
     try:
         kind = kinds[entry["kind"]]
-        # `describe` wrote them as text.
+        # `describe` wrote them as JSON, which is YAML, and strings as they are.
         network = kind.model_validate({key: yaml.safe_load(entry[key]) for key in kind.model_fields if key in entry})
         prepared = json.loads(entry["preparation"])
         preparation = Preparation.model_validate({key: prepared[key] for key in prepared if key != "version"})

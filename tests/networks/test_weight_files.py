@@ -1,5 +1,6 @@
 """Files of weights: ours come back bit for bit, those of others are read or refused, and none runs code."""
 
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from monai.networks.nets import UNETR, ViTAutoEnc
 from safetensors.torch import save
 from torch import Tensor
 
+from ssl_ray.config.common import NetworkSettings
 from ssl_ray.errors import UserError
 from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.networks.unetr.settings import Unetr
-from ssl_ray.networks.weight_files import describe, export, load_metadata, load_weights
+from ssl_ray.networks.weight_files import ENTRY, describe, export, load_metadata, load_weights, spelled
 
 TINY = Unetr(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
 CUBE, LONG = (32, 32, 32), (48, 32, 32)
@@ -187,3 +189,24 @@ def test_metadata_of_others_are_read(tmp_path: Path) -> None:
         path.write_bytes(save({"a": torch.zeros(1)}, {"ssl_ray": broken}))
         with pytest.raises(UserError, match="cannot read the metadata"):
             load_metadata(path)
+
+
+class Wide(NetworkSettings):
+    """A network of somebody else's, whose settings are no plain numbers."""
+
+    kind: str = "wide"
+    widths: tuple[int, ...] = (32, 64)
+    mlp: int | None = None
+    rotary: bool = True
+
+
+def test_settings_of_any_type_come_back(tmp_path: Path) -> None:
+    """As strings or JSON, from a pretraining's file and from a trial's, which has the whole section."""
+    ours = {"kind": "wide", "widths": "[32, 64]", "mlp": "null", "rotary": "true"}
+    export(tmp_path / "made.safetensors", trained().state_dict(), describe(Wide(), CUBE))  # type: ignore[arg-type]
+    assert load_metadata(tmp_path / "made.safetensors") == ours | {"patch_size": "[32, 32, 32]"}
+    entry = {ENTRY: json.dumps({"network": Wide().model_dump(mode="json")})}
+    (tmp_path / "trial.safetensors").write_bytes(save(trained().state_dict(), entry))
+    found = load_metadata(tmp_path / "trial.safetensors")
+    assert ours.items() <= found.items()
+    assert all(found[name] == spelled(value) for name, value in Wide().model_dump().items())
