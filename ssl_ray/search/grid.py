@@ -126,7 +126,7 @@ def trial_jobs(
             seed=trial_seed,
             data=data,
             weights=start.weights if start else None,
-            folder=folders.study / "finetune-trials" / f"{cell.name}-{cell_key[:8]}",
+            folder=folders.study / "finetune-trials" / f"{cell.file_name}-{cell_key[:8]}",
             mirror=folders.output,
             key=cell_key,
             made_by=start.run_id if start else None,

@@ -1,12 +1,16 @@
 """Where a study keeps what it writes, out of the places that its experiment names."""
 
 from dataclasses import dataclass, field
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
 from ssl_ray.errors import UserError
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.object_store import Place
+
+_SHARED = "artifacts", "cache", "mlflow.db"
+"""In the output folder: MLflow's, and where prepared volumes lie unless the experiment says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class Folders:
             rule = "Ray would write user and password into its own files there; give them in the environment"
             raise UserError(f"output: {rule}, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         place = Place.parse(cache) if cache else Place.parse(output) / "cache"
+        own = Place.parse(output) / name
+        if name.lower() in _SHARED or (own.store == place.store and normpath(own.path) == normpath(place.path)):
+            rule = "the study's folder in output would be one that all studies share; give it another name"
+            raise UserError(f"name: {rule}, got {name!r}")
         return cls(name, Mirror.of(output, scratch), place.local or place.uri, scratch)
 
     @property
