@@ -32,15 +32,32 @@ def open_file(path: Path, most: int | None = None) -> BufferedReader:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file to: it is renamed to `path` at the end, and removed on an error."""
+def appearing(path: Path, replace: bool = True) -> Iterator[Path]:
+    """A path beside `path` to write a file to: it is renamed to `path` at the end, and removed on an error.
+
+    Without `replace`, a file that has appeared there meanwhile stays: it may be in use already.
+    """
     part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         yield part
-        os.replace(part, path)
+        if replace:
+            os.replace(part, path)
+        else:
+            _link(part, path)
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def _link(part: Path, path: Path) -> None:
+    """Give a file a further name, unless it is taken: other than a look and a rename, that is one step."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a filesystem without hard links: a look and a rename it is
+        if not path.exists():
+            part.rename(path)
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:

@@ -31,7 +31,9 @@ from mlflow.tracking.context.registry import resolve_tags
 from requests.exceptions import HTTPError
 
 from ssl_ray.errors import UserError
+from ssl_ray.storage.files import appearing, remove_stale
 from ssl_ray.text import without_password
+from ssl_ray.tracking.uri import sqlite_file
 
 # A private name of MLflow, as is MAX_RETRY_COUNT below. This logger tells of every table that MLflow creates, and shows
 # a traceback whenever a database does not answer. If MLflow renames it, these lines appear in the terminal; no more.
@@ -63,6 +65,8 @@ class Client(MlflowClient):
             from mlflow.store.db import utils
 
             utils.MAX_RETRY_COUNT = 1  # instead of ten tries in 100 seconds: `Delivery` tries again by itself
+            if file := sqlite_file(uri):
+                _begin(file)
         super().__init__(uri)
 
     def find(self, experiment_id: str | None, **tags: str) -> list[MlflowRun]:
@@ -76,6 +80,23 @@ class Client(MlflowClient):
         """Steps of every metric of a run."""
         metrics = self.get_run(run_id).data.metrics
         return {metric: [point.step for point in self.get_metric_history(run_id, metric)] for metric in metrics}
+
+
+def _begin(database: Path) -> None:
+    """See to it that MLflow's SQLite file is there, with all tables.
+
+    By itself MLflow makes them in the file, in some fifty steps that are each for good: cut off between two of them, or
+    where two processes do it at once, no MLflow ever opens the file again.
+    """
+    remove_stale(database.parent, f".{database.name}.*.part*", seconds=3600)  # the * at the end: its journal
+    if database.exists():
+        return
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    with appearing(database, replace=False) as part:
+        store = SqlAlchemyStore(f"sqlite:///{part}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+        store.engine.dispose()  # close the file, so that all is in it and nobody has it open by its first name
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Where a study's MLflow is. MLflow itself takes a second to import, and is not imported here."""
 
 import os
+from pathlib import Path
 
 from ssl_ray.config.schema import Tracking
 from ssl_ray.errors import UserError
@@ -27,3 +28,9 @@ def tracking_uri(settings: Tracking, folders: Folders) -> str:
     if set("?%") & set(str(path)):
         raise UserError(f"output: MLflow's database cannot lie at {path}: no ? and no %, or a server in tracking.uri")
     return f"sqlite:///{path}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file that a tracking URI of SQLite names; None for servers, other databases, and one in memory."""
+    scheme, _, path = uri.partition("?")[0].partition(":///")
+    return Path(path) if scheme == "sqlite" and path and not path.startswith((":", "file:")) else None

@@ -1,5 +1,6 @@
 """Local folders and object stores behave alike; a fault of either is named in one line."""
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.storage import object_store as storage
+from ssl_ray.storage.files import appearing
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.object_store import Place
@@ -88,6 +91,23 @@ def test_what_is_written_is_read(place: Place) -> None:
     file.remove()
     file.remove()
     assert file.list() == place.list() == {}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_files_that_appear_at_once_the_first_stays(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the filesystem has hard links or not; nothing is left of the other one, nor of one that was not ended."""
+    if not links:
+        monkeypatch.setattr(os, "link", mock.Mock(side_effect=PermissionError))
+    path = tmp_path / "file"
+    with appearing(path, replace=False) as first, appearing(path, replace=False) as second:
+        first.write_text("first")  # the inner one appears first
+        second.write_text("second")
+    with contextlib.suppress(KeyboardInterrupt), appearing(tmp_path / "other", replace=False) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert {one.name: one.read_text() for one in tmp_path.iterdir()} == {"file": "second"}
 
 
 def test_folders_go_up_down_and_elsewhere(place: Place, tmp_path: Path) -> None:
@@ -223,6 +243,16 @@ def test_a_place_that_is_none_of_ours_is_named_with_its_key(output: str, cache: 
     """The message begins with the key of the experiment."""
     with pytest.raises(UserError, match=f"^{key}: "):
         Folders.of("study", output, cache)
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("artifacts", None), ("Cache", None), ("mlflow.db", None), ("lung", "out/lung"), ("lung", "out/../out/lung/")],
+)
+def test_a_study_has_no_folder_that_others_share(name: str, cache: str | None) -> None:
+    """`--fresh` would move it away for all of them."""
+    with pytest.raises(UserError, match=r"^name: .* give it another name, got"):
+        Folders.of(name, "out", cache)
 
 
 def test_the_environment_fills_in_what_the_uri_leaves_out(

@@ -2,7 +2,10 @@
 
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
@@ -75,6 +79,28 @@ def test_a_database_that_cannot_be_opened_is_told_at_once(tmp_path: Path, folder
     with pytest.raises(UserError, match=r"tracking\.uri: MLflow at sqlite:.* not answer .*unable to open database"):
         Tracker(Tracking(uri=f"sqlite:///{tmp_path}"), folders)
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.slow
+def test_a_database_is_whole_whoever_dies_while_making_it(folders: Folders) -> None:
+    """A study that begins in an empty output is killed, two more begin at once: they and later ones have their runs."""
+    output = folders.output.folder
+    program = (
+        "import sys; from ssl_ray.config.schema import Tracking; from ssl_ray.storage.folders import Folders\n"
+        "from ssl_ray.tracking.tracker import Tracker\n"
+        "sys.stdin.read(); Tracker(Tracking(), Folders.of(sys.argv[1], sys.argv[2])).stop()"
+    )
+    commands = [[sys.executable, "-c", program, name, str(output)] for name in ("killed", "b", "c")]
+    killed, *others = [subprocess.Popen(command, stdin=subprocess.PIPE) for command in commands]
+    killed.stdin.close()  # type: ignore[union-attr]
+    runs.wait_for(lambda: [*output.glob("*mlflow.db*")], "a database", seconds=120)
+    killed.kill()
+    for other in others:
+        other.stdin.close()  # type: ignore[union-attr]
+    assert [process.wait(120) for process in (killed, *others)] == [-signal.SIGKILL, 0, 0]
+    tracker = Tracker(Tracking(), folders)
+    assert {"b", "c", folders.name} <= {one.name for one in tracker.client.search_experiments()}
+    tracker.stop()
 
 
 @pytest.mark.parametrize("name", ["a?b", "%41", "50%"])
