@@ -126,15 +126,16 @@ class _Json(_AnyPart):
     training: Annotated[Section, Field(min_length=1)]
 
 
-def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool, any_part: bool = False) -> Datalist:
+def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool | None) -> Datalist:
     """Read and check one list, in or below `root`, which none of its paths may leave; errors name file, entry and rule.
 
     `labelled`: training and validation entries need a label, and test entries without one are left out, as the
-    published BTCV list names test images whose labels are not public. `any_part`: it may be without training volumes.
+    published BTCV list names test images whose labels are not public. None, for a trained model: all entries, with the
+    labels that they have, which need not be there; it may be without training volumes.
     """
     base = Path(os.path.abspath(root))
     path = base / datalist
-    listed = read_json(path, _AnyPart if any_part else _Json)
+    listed = read_json(path, _AnyPart if labelled is None else _Json)
     real = cache(os.path.realpath)
     cases = {
         section: [
@@ -150,7 +151,7 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool, any
             if first := known.get(real(str(image))):  # also by a link to it
                 raise UserError(f"{case.place}: {image} is listed twice, first in {first.place}")
             known[real(str(image))] = case
-        for volume in (*case.images, case.label):
+        for volume in (*case.images, case.label if labelled else None):
             if volume and not os.path.isfile(volume):
                 raise UserError(f"{case.place}: no such file: {shown(volume)}")
     count = Counter(case.id for case in chain(*cases.values()))
@@ -215,10 +216,10 @@ def read_json(path: Path, model: type[_Model]) -> _Model:
         raise UserError(f"{place}: {rule[0].lower()}{rule[1:]}{got}") from None
 
 
-def _case(base: Path, place: str, entry: _Entry, labelled: bool, real: Callable[[str], str]) -> Case:
+def _case(base: Path, place: str, entry: _Entry, labelled: bool | None, real: Callable[[str], str]) -> Case:
     if labelled and not entry.label:
         raise UserError(f"{place}: needs a 'label', got only {shown(entry.image[0])}")
-    label = [entry.label] if labelled and entry.label else []
+    label = [entry.label] if labelled is not False and entry.label else []
     inside = []
     for number, path in enumerate(entry.image + label):
         key = "label" if number == len(entry.image) else f"image.{number}" if number else "image"

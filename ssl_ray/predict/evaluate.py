@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 
 from ssl_ray.console import track
-from ssl_ray.data.datalist import is_nifti, organs_of, read_datalist, stem
+from ssl_ray.data.datalist import is_nifti, organs_of, stem
 from ssl_ray.data.layout_files import usable_files
 from ssl_ray.data.layouts import shared_name
 from ssl_ray.data.nifti import on_image_grid, read_label
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import evaluate_original
 from ssl_ray.evaluate.scores import CaseScores, aggregate
-from ssl_ray.predict.inputs import named
+from ssl_ray.predict.inputs import listed_in, named
 from ssl_ray.predict.run import TOLD
 from ssl_ray.text import shown
 from ssl_ray.training.prefetch import ahead
@@ -112,8 +112,7 @@ def pairs_of(predictions: Path, labels: Path) -> tuple[Pairs, dict[str, str], in
         return {stem(predictions): (predictions, labels)}, {}, 0
     made = _maps(predictions)
     if labels.suffix == ".json":
-        listed = read_datalist(labels.parent, labels.name, labelled=True, any_part=True)
-        cases = named([*listed.training, *listed.validation, *listed.test])
+        cases = named([case for part in listed_in(labels).values() for case in part])
         true = {case.id: case.label for case in cases if case.label}
     else:
         true = _maps(labels)

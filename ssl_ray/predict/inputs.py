@@ -27,13 +27,18 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
 
     A folder stands for all images below it. A file is a volume, or a channel of one where its name ends as nnU-Net's
     do, in `_0000`, `_0001`; a datalist says which images are one volume, and `part` which of its volumes are meant.
-    The name, which may hold folders, is that of the file without suffix and channel.
+    The name, which may hold folders, is that of the file without suffix and channel; a part's volumes are called as
+    they are among all of their list, as the datalist gives the names to `pairs_of`, too.
 
     Raises:
-        UserError: for an input that is not there, no volume at all, another number of channels, and names that collide.
+        UserError: for an input that is not there, no volume at all, another number of channels, names that collide, and
+            a `part` where no input is a datalist.
     """
+    if part and not any(place.suffix == ".json" for place in inputs):
+        raise UserError(f"--part {part}: is a part of a datalist (.json), and {', '.join(map(str, inputs))} is none")
     files: list[Path] = []
     cases: list[Case] = []
+    others: set[Path] = set()  # images of the parts that are not meant
     left_out: dict[str, str] = {}
     for place in inputs:
         if place.is_dir():
@@ -43,16 +48,18 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
             left_out |= {str(place / path): "a label map, by its name or folder" for path in labels}
             files += [place / path for path in found if path not in labels]
         elif place.suffix == ".json":
-            listed = read_datalist(place.parent, place.name, labelled=False, any_part=True)
-            parts = [part] if part else ["training", "validation", "test"]
-            cases += [case for one in parts for case in getattr(listed, one)]
+            for one, listed in listed_in(place).items():
+                cases += listed
+                others |= {case.image for case in listed if part not in (None, one)}
         elif not place.exists():
             raise UserError(f"{place}: no such file or folder")
         elif is_nifti(place.name):
             files.append(place)
         else:
             raise UserError(f"{place}: must be a folder, a .nii or .nii.gz file, or a datalist (.json)")
-    cases = named([*cases, *_grouped(files, channels)])
+    single = _grouped(files, channels)
+    others -= {case.image for case in single}
+    cases = [case for case in named([*cases, *single]) if case.image not in others]
     if not cases:
         why = "".join(f"; {shown(path)}: {reason}" for path, reason in list(left_out.items())[:3])
         raise UserError(f"{', '.join(map(str, inputs))}: no volume in it{why}")
@@ -63,6 +70,12 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
                 "by a datalist, or by names that end in _0000, _0001 and so on"
             )
     return cases, left_out
+
+
+def listed_in(place: Path) -> dict[Part, tuple[Case, ...]]:
+    """The volumes of a datalist by part, whose labels need not be there."""
+    listed = read_datalist(place.parent, place.name, labelled=None)
+    return {"training": listed.training, "validation": listed.validation, "test": listed.test}
 
 
 def _grouped(files: Sequence[Path], channels: int) -> list[Case]:

@@ -7,6 +7,7 @@ import pytest
 from volumes import touch
 
 from ssl_ray.errors import UserError
+from ssl_ray.predict.evaluate import pairs_of
 from ssl_ray.predict.inputs import cases_of
 
 
@@ -52,6 +53,34 @@ def test_equal_names_get_their_folders(tmp_path: Path) -> None:
     touch(tmp_path, "p2/ct.nii")
     with pytest.raises(UserError, match=r"would have the output p2/ct\.nii\.gz, as .*p2/ct"):
         names(tmp_path)
+
+
+def test_a_part_has_the_names_of_the_whole_list(tmp_path: Path) -> None:
+    """So `evaluate` finds its label maps by the list; an image of another part counts where it is an input itself."""
+    parts = {"training": ["training/p1", "training/p2"], "test": ["test/p5", "test/p6"], "validation": ["val/p7"]}
+    entries = {
+        part: [{"image": f"{place}/ct.nii.gz", "label": f"{place}/truth.nii.gz"} for place in places]
+        for part, places in parts.items()
+    }
+    entries["validation"][0].pop("label")
+    touch(tmp_path, *[f"{place}/ct.nii.gz" for places in parts.values() for place in places])
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps(entries))
+    cases, _ = cases_of([listed], 1, "test")
+    assert [case.id for case in cases] == ["test/p5/ct", "test/p6/ct"]
+    touch(tmp_path / "out", *[f"{case.id}.nii.gz" for case in cases])
+    pairs, alone, missing = pairs_of(tmp_path / "out", listed)
+    assert pairs == {case.id: (tmp_path / f"out/{case.id}.nii.gz", case.label) for case in cases}
+    assert (alone, missing) == ({}, 2)
+    more = cases_of([listed, tmp_path / "training/p1/ct.nii.gz"], 1, "test")[0]
+    assert {case.id for case in more} == {"training/p1/ct", "test/p5/ct", "test/p6/ct"}
+
+
+def test_a_part_is_one_of_a_datalist(tmp_path: Path) -> None:
+    """A folder has none, whatever its folders are called: it would stand for all of its scans."""
+    touch(tmp_path, "training/a.nii.gz", "test/b.nii.gz")
+    with pytest.raises(UserError, match=r"--part test: is a part of a datalist \(\.json\), and .* is none"):
+        cases_of([tmp_path], 1, "test")
 
 
 def test_what_is_no_volume_is_refused(tmp_path: Path) -> None:
