@@ -3,23 +3,25 @@
 import csv
 import io
 import json
+import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssl_ray.data.datalist import Case
 from ssl_ray.errors import UserError
-from ssl_ray.predict.case import LABELS, OrganSize, Outputs, predict_case
+from ssl_ray.predict.case import LABELS, OVERLAYS, PROBABILITIES, OrganSize, Outputs, predict_case
 from ssl_ray.predict.model import Model
 from ssl_ray.predict.segment import Manner, Segmenter
 from ssl_ray.predict.workers import Device, Work, over_cases
 from ssl_ray.storage.files import file_digest, write_file
 
 TOLD, SIZES = "dataset.json", "organs.csv"
-"""In the output: names of the labels and how they were made, and the organs' sizes in every case."""
+"""In the output: names of the labels, how and of which cases they were made; the organs' sizes in every case."""
 _COLUMNS = ("case", "label", "organ", "voxels", "millilitres", "components", "seconds")
 
 
@@ -38,11 +40,13 @@ def predict_all(
     `resume`: leave out what an earlier run with the same models and settings has finished.
 
     Raises:
-        UserError: where models disagree, and where the output holds what this run would overwrite or mix with.
+        UserError: where models disagree, and where the output holds what this run would overwrite or mix with, scans
+            and their true labels above all.
     """
     told = models[0].metadata
     Segmenter(models, manner, torch.device("cpu"))  # weights that do not fit are told before any worker starts
-    done = _begin(outputs, _told(models, manner, outputs), resume)
+    made = _told(models, manner, outputs)
+    done, begun = _begin(outputs, made, cases, resume)
     waiting = [case for case in cases if case.id not in done]
 
     def make(on: torch.device) -> Work[tuple[list[OrganSize], float]]:
@@ -54,12 +58,14 @@ def predict_all(
         for case, outcome in over_cases("segmenting", waiting, make, device, workers) if waiting else ():
             if isinstance(outcome, UserError):
                 bad[str(case.image)] = str(outcome)
+                begun.discard(case.id)
                 continue
             sizes, seconds = outcome
             for one in sizes:
                 organ = one.number, told.organs[one.number - 1], one.voxels, f"{one.millilitres:.3f}", one.components
                 csv.writer(file).writerow([case.id, *organ, f"{seconds:.1f}"])
             file.flush()
+    _write_told(outputs, made, begun)  # what somebody puts in the place of a failed case is not ours
     return len(waiting) - len(bad), bad
 
 
@@ -72,15 +78,21 @@ def _told(models: Sequence[Model], manner: Manner, outputs: Outputs) -> dict[str
         "probabilities": outputs.probabilities,
         **asdict(manner),
     }
-    return {"labels": {str(number): name for number, name in enumerate(["background", *organs])}, "prediction": made}
+    labels = {str(number): name for number, name in enumerate(["background", *organs])}
+    told: dict[str, Any] = json.loads(json.dumps({"labels": labels, "prediction": made}))  # as it is read again
+    return told
 
 
-def _begin(outputs: Outputs, told: Mapping[str, Any], resume: bool) -> set[str]:
-    """Write what is told of all cases, and nothing else over what is there -> names of the cases that are complete."""
+def _begin(outputs: Outputs, told: dict[str, Any], cases: Sequence[Case], resume: bool) -> tuple[set[str], set[str]]:
+    """Write what is told of all cases, unless this run would replace files that are not ours.
+
+    Returns names of the cases that are complete, and of all that this run and earlier ones into the folder begin: a
+    label map of theirs without its rows was written just before its run was cut off.
+    """
     path, sizes = outputs.folder / TOLD, outputs.folder / SIZES
-    content = json.dumps(told, indent=1)
     if not path.is_file() and sizes.exists():
         raise UserError(f"{sizes}: is no file of ours; take another folder")
+    earlier, begun = _read_told(path)
     rows = defaultdict(list)
     if sizes.is_file():
         for row in csv.reader(io.StringIO(sizes.read_text())):
@@ -92,10 +104,43 @@ def _begin(outputs: Outputs, told: Mapping[str, Any], resume: bool) -> set[str]:
     if path.is_file() and (resume or done or rows["case"] != [[*_COLUMNS]]):
         if not resume:
             raise UserError(f"{path}: an earlier run wrote into this folder: --continue goes on with it")
-        if path.read_text() != content:
+        if earlier != told:
             raise UserError(f"{path}: the earlier run had other models or settings; take another folder")
+    _check_free(outputs, [case for case in cases if case.id not in done], begun, again=bool(earlier))
     text = io.StringIO()
     csv.writer(text).writerows([_COLUMNS, *(row for name in sorted(done) for row in rows[name])])
     write_file(sizes, text.getvalue().encode())
-    write_file(path, content.encode())
-    return done
+    begun |= {case.id for case in cases}
+    _write_told(outputs, told, begun)
+    return done, begun
+
+
+def _check_free(outputs: Outputs, cases: Sequence[Case], begun: Collection[str], again: bool) -> None:
+    """Refuse to replace an image or a true label, whoever made it, and any file that no run of ours began.
+
+    `again`: the folder is that of an earlier run, whose failed cases may have left pictures and probabilities.
+    """
+    given = {os.path.realpath(image): f"an image of {case.id}" for case in cases for image in case.images}
+    given |= {os.path.realpath(case.label): f"the true label of {case.id}" for case in cases if case.label}
+    kinds = [LABELS, OVERLAYS, *([PROBABILITIES] if outputs.probabilities else [])]
+    for case in cases:
+        for kind in kinds:
+            path = outputs.folder / kind.format(case.id)
+            if what := given.get(os.path.realpath(path)):
+                raise UserError(f"{path}: is {what}, which the output would replace; take another folder")
+            ours = case.id in begun or (again and kind != LABELS)
+            if os.path.lexists(path) and not ours:
+                raise UserError(f"{path}: is there already, and no earlier run of ours wrote it; take another folder")
+
+
+def _read_told(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """What an earlier run told of its cases, and their names; nothing of a file that is none of ours."""
+    try:
+        told = json.loads(path.read_text())
+        return told, set(told.pop("cases"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}, set()
+
+
+def _write_told(outputs: Outputs, told: Mapping[str, Any], begun: Collection[str]) -> None:
+    write_file(outputs.folder / TOLD, json.dumps({**told, "cases": sorted(begun)}, indent=1).encode())

@@ -1,6 +1,8 @@
 """One volume from file to file: the label map lies on the scan's own grid, and says what the network said."""
 
+import json
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import permutations, product
 from pathlib import Path
@@ -14,13 +16,15 @@ from nibabel.orientations import inv_ornt_aff
 from numpy.typing import NDArray
 from scipy import ndimage
 from tiny_model import write_model
-from volumes import oblique_affine, smooth_ct
+from volumes import oblique_affine, smooth_ct, touch
 
 from ssl_ray.data.datalist import Case
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import to_original_grid
 from ssl_ray.predict.case import Outputs, measure, predict_case
-from ssl_ray.predict.inputs import read_prepared
+from ssl_ray.predict.inputs import cases_of, read_prepared
+from ssl_ray.predict.model import Model
+from ssl_ray.predict.run import SIZES, predict_all
 from ssl_ray.predict.segment import Segmenter, manner_of
 
 AFFINE = oblique_affine((2.2, 2.6, 4.1), 25, flip=True)
@@ -31,6 +35,28 @@ SHAPE = (31, 26, 17)
 def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
     model = write_model(tmp_path_factory.mktemp("model"))
     return Segmenter([model], manner_of(model.metadata)[0], torch.device("cpu"))
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """For `predict_all`, whose work is done in this process."""
+
+    def here(title: str, cases: Sequence[Case], make: Any, device: str, workers: None) -> Iterator[tuple[Case, Any]]:
+        for case in cases:
+            try:
+                yield case, make(torch.device("cpu"))(case)
+            except UserError as error:
+                yield case, error
+
+    monkeypatch.setattr("ssl_ray.predict.run.over_cases", here)
+    return write_model(tmp_path / "model")
+
+
+def predict(model: Model, folder: Path, *inputs: Path, probabilities: bool = False, resume: bool = False) -> int:
+    """How many cases are segmented now."""
+    cases, _ = cases_of(inputs, 1)
+    outputs = Outputs(folder, probabilities)
+    return predict_all([model], manner_of(model.metadata)[0], cases, outputs, resume=resume)[0]
 
 
 def write(path: Path, voxels: NDArray[Any], affine: NDArray[Any] = AFFINE, kind: Any = nib.Nifti1Image) -> Any:
@@ -176,3 +202,54 @@ def test_channels_must_share_a_grid(tmp_path: Path) -> None:
     assert nib.load(tmp_path / "made.nii.gz").shape == SHAPE
     with pytest.raises(UserError, match=r"c\.nii\.gz: the channel's affine"):
         predict_case(replace(case, others=(tmp_path / "c.nii.gz",)), two, Outputs(tmp_path))
+
+
+def test_scans_and_true_labels_are_never_replaced(tmp_path: Path, model: Model) -> None:
+    """Nor any other file that no run of ours wrote: it is named before anything is written."""
+    scans, truth, out = tmp_path / "scans", tmp_path / "labelsTs", tmp_path / "out"
+    scans.mkdir()
+    scan = scans / "case1.nii.gz"
+    write(scan, smooth_ct(SHAPE))
+    touch(truth, "case1.nii.gz")
+    touch(out, "overlays/case1.png", "probabilities/case1.npz")
+    kept = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))}
+    with pytest.raises(UserError, match=r"scans/case1\.nii\.gz: is an image of case1, which the output would replace"):
+        predict(model, scans, scan)
+    with pytest.raises(UserError, match=r"labelsTs/case1\.nii\.gz: is there already, and no earlier run of ours wrote"):
+        predict(model, truth, scan)
+    with pytest.raises(UserError, match=r"out/overlays/case1\.png: is there already"):
+        predict(model, out, scan)
+    (out / "overlays/case1.png").rename(tmp_path / "a.png")
+    kept[tmp_path / "a.png"] = kept.pop(out / "overlays/case1.png")
+    with pytest.raises(UserError, match=r"out/probabilities/case1\.npz: is there already"):
+        predict(model, out, scan, probabilities=True)
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps({"test": [{"image": "scans/case1.nii.gz", "label": "labelsTs/case1.nii.gz"}]}))
+    kept[listed] = listed.read_bytes()
+    (tmp_path / "linked").symlink_to(truth)
+    with pytest.raises(UserError, match=r"linked/case1\.nii\.gz: is the true label of case1"):
+        predict(model, tmp_path / "linked", listed)
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))} == kept
+    assert predict(model, out, scan) == 1, "probabilities that are not asked for are in nobody's way"
+
+
+def test_what_a_run_was_writing_when_it_was_cut_off_is_written_again(tmp_path: Path, model: Model) -> None:
+    """A label map without rows is ours if the run began its case, and somebody's own if it did not, or failed in it."""
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.nii.gz", smooth_ct(SHAPE))
+    a, b, bad, out = tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", tmp_path / "bad.nii.gz", tmp_path / "out"
+    bad.write_bytes(b"no scan")
+    assert predict(model, out, a, bad) == 1
+    rows = (out / SIZES).read_text().splitlines(keepends=True)
+    (out / SIZES).write_text("".join(rows[:2]))
+    assert predict(model, out, a, resume=True) == 1
+    (out / SIZES).write_text("".join(rows[:1]))
+    assert predict(model, out, a) == 1, "with nothing complete, no --continue is needed"
+    write(bad, smooth_ct(SHAPE))
+    for name in ("b", "bad"):
+        touch(out, f"{name}.nii.gz")
+    for scan in (b, bad):
+        with pytest.raises(UserError, match=rf"out/{scan.name}: is there already"):
+            predict(model, out, a, scan, resume=True)
+        (out / scan.name).unlink()
+    assert predict(model, out, a, b, bad, resume=True) == 2
