@@ -207,7 +207,7 @@ def _plain(files: Files) -> Layout:
     """Any folder: label maps are known by their folder or name, and belong to the image of the same name."""
     found = Layout("plain folder")
     images, labels = _told_apart(files, found.left_out)
-    _pair(found, images, _alike(images, labels, lambda path: (*_parents(path), shared_name(path))))
+    _pair(found, images, _alike(images, labels, shared_path))
     folders = [_people(PurePosixPath(scan.image)) for scan in found.scans]
     # Folders that all scans share are no patient's.
     shared = len([*takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))])
@@ -279,9 +279,9 @@ def _parents(path: PurePosixPath) -> Key:
     return tuple(rest for name in names if (rest := _FOLDER.sub("", name).strip("_- ")))
 
 
-def shared_name(path: PurePosixPath) -> str:
-    """What the names of an image and its label share."""
-    return re.sub(r"[_\-. ]+", "_", _WORDS.sub("", stem(path))).strip("_")
+def shared_path(path: PurePosixPath) -> Key:
+    """What the folders, and the names, of an image and its label share."""
+    return *_parents(path), re.sub(r"[_\-. ]+", "_", _WORDS.sub("", stem(path))).strip("_")
 
 
 def _patient(path: PurePosixPath) -> Key:

@@ -13,7 +13,7 @@ import pandas as pd
 from ssl_ray.console import track
 from ssl_ray.data.datalist import is_nifti, organs_of, stem
 from ssl_ray.data.layout_files import usable_files
-from ssl_ray.data.layouts import shared_name
+from ssl_ray.data.layouts import Key, shared_path
 from ssl_ray.data.nifti import on_image_grid, read_label
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import evaluate_original
@@ -99,8 +99,9 @@ def _only(case: CaseScores, values: Iterable[int]) -> CaseScores:
 def pairs_of(predictions: Path, labels: Path) -> tuple[Pairs, dict[str, str], int]:
     """Prediction and truth by case, the reason by path for predictions without truth, and how many truths are left.
 
-    Two files, or two folders whose files are matched by name below them: the same name, or one that differs in words
-    such as `label` and `img` alone. `labels` may be a datalist, whose images gave the predictions their names.
+    Two files, or two folders whose files are matched by folder and name below them: the same, or one that differs in
+    words such as `label` and `img` alone, if no other file could be meant; no label map is taken for two predictions.
+    `labels` may be a datalist, whose images gave the predictions their names.
 
     Raises:
         UserError: where nothing is there, or nothing matches.
@@ -116,23 +117,30 @@ def pairs_of(predictions: Path, labels: Path) -> tuple[Pairs, dict[str, str], in
         true = {case.id: case.label for case in cases if case.label}
     else:
         true = _maps(labels)
-    alike: dict[str, list[str]] = defaultdict(list)
-    for name in true:
-        alike[shared_name(PurePosixPath(name))].append(name)
-    pairs: dict[str, tuple[Path, Path]] = {}
+    truths, claims = _alike(true.keys() - made.keys()), _alike(made.keys() - true.keys())
+    pairs = {name: (path, true[name]) for name, path in made.items() if name in true}
     alone: dict[str, str] = {}
-    for name, path in made.items():
-        fitting = [name] if name in true else alike[shared_name(PurePosixPath(name))]
-        if len(fitting) == 1:
-            pairs[name] = path, true[fitting[0]]
-        else:
-            several = f"could be of {' or of '.join(fitting[:2])}"
-            alone[str(path)] = several if fitting else f"no label map of its name in {labels}"
+    for key, names in claims.items():
+        fitting = truths.get(key, [])
+        if len(names) == len(fitting) == 1:
+            pairs[names[0]] = made[names[0]], true[fitting[0]]
+            continue
+        why = f"no label map of its name in {labels}"
+        if fitting:
+            why = f"{' or '.join(names[:2])} could be of {' or of '.join(fitting[:2])}"
+        alone |= {str(made[name]): why for name in names}
     if not pairs:
         found = f"{len(made)} and {len(true)} label maps"
         raise UserError(f"{predictions} and {labels}: no two files of the same name among {found}")
-    missing = len(true) - len({truth for _, truth in pairs.values()})
-    return pairs, alone, missing
+    return dict(sorted(pairs.items())), alone, len(true) - len(pairs)
+
+
+def _alike(names: Iterable[str]) -> dict[Key, list[str]]:
+    """Names that differ in words such as `label` and `img` alone, by what they share."""
+    found: dict[Key, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        found[shared_path(PurePosixPath(name))].append(name)
+    return found
 
 
 def _maps(place: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from volumes import oblique_affine, organ_labels, write_nifti
+from volumes import oblique_affine, organ_labels, touch, write_nifti
 
 from ssl_ray.cli.main import main
 from ssl_ray.errors import UserError
@@ -92,6 +92,48 @@ def test_files_are_paired_by_name(tmp_path: Path) -> None:
     assert names_of(tmp_path / "ours", tmp_path / "list.json") == {1: "liver"}
     with pytest.raises(UserError, match="no two files of the same name among 1 and 3 label maps"):
         pairs_of(tmp_path / "ours", tmp_path / "labels")
+
+
+def test_no_truth_is_another_patients_or_taken_twice(tmp_path: Path) -> None:
+    """Folders are a part of the name; a prediction that could be of several truths, or one of several, is named."""
+    for place, names in {
+        "folders": ("p1/seg", "p2/seg", "p3/seg"),
+        "truth of one": ("p1/seg",),
+        "exact": ("case01", "case01_seg"),
+        "one": ("case01",),
+        "unclear": ("img1", "seg1", "mask2"),
+        "labels": ("label1", "label2", "gt2"),
+        "scans": ("p1/ct", "p2/ct"),
+        "by patient": ("p1/label", "labels/p2/label"),
+    }.items():
+        touch(tmp_path / place, *[f"{name}.nii.gz" for name in names])
+
+    def matched(made: str, labels: str) -> tuple[dict[str, str], dict[str, str], int]:
+        pairs, alone, missing = pairs_of(tmp_path / made, tmp_path / labels)
+        truths = {name: truth.relative_to(tmp_path / labels).as_posix() for name, (_, truth) in pairs.items()}
+        return truths, {Path(path).relative_to(tmp_path / made).as_posix(): why for path, why in alone.items()}, missing
+
+    nothing = f"no label map of its name in {tmp_path}"
+    assert matched("folders", "truth of one") == (
+        {"p1/seg": "p1/seg.nii.gz"},
+        dict.fromkeys(["p2/seg.nii.gz", "p3/seg.nii.gz"], f"{nothing}/truth of one"),
+        0,
+    )
+    assert matched("exact", "one") == ({"case01": "case01.nii.gz"}, {"case01_seg.nii.gz": f"{nothing}/one"}, 0)
+    assert matched("scans", "by patient") == (
+        {"p1/ct": "p1/label.nii.gz", "p2/ct": "labels/p2/label.nii.gz"},
+        {},
+        0,
+    )
+    with pytest.raises(UserError, match="no two files of the same name among 3 and 3"):
+        matched("unclear", "labels")
+    touch(tmp_path, "unclear/a.nii.gz", "labels/a.nii.gz")
+    assert matched("unclear", "labels") == (
+        {"a": "a.nii.gz"},
+        dict.fromkeys(["img1.nii.gz", "seg1.nii.gz"], "img1 or seg1 could be of label1")
+        | {"mask2.nii.gz": "mask2 could be of gt2 or of label2"},
+        3,
+    )
 
 
 def test_labels_that_mean_something_else_are_refused(tmp_path: Path) -> None:
