@@ -41,7 +41,7 @@ from ssl_ray.tracking.delivery import Delivery
 from ssl_ray.tracking.models import register
 from ssl_ray.tracking.run import REFERENCE, Record, now
 from ssl_ray.tracking.run import Run as Run
-from ssl_ray.tracking.uri import URI, tracking_uri
+from ssl_ray.tracking.uri import URI, sqlite_file, tracking_uri
 from ssl_ray.tracking.view import experiment_tags, link
 
 T = TypeVar("T")
@@ -85,12 +85,17 @@ class Tracker:
         name = hashlib.sha256(f"format 3 {without_password(self.uri)} {self.experiment}".encode()).hexdigest()[:12]
         home = folders.study / "journal" / name
         self._delivery = delivery = Delivery(self.uri, home, self._find, folders.output.pull)
-        if not settings.uri and self.uri == os.environ.get(URI):
-            delivery.place += f" (out of {URI}, as tracking.uri is not set)"
+        if (variable := os.environ.get(URI)) and not settings.uri:
+            begun = f"where the study was begun, so {URI} is not read"
+            taken = f"out of {URI}, as tracking.uri is not set"
+            delivery.place += f" ({taken if self.uri == variable else begun})"
             if create:
                 say(f"MLflow: {delivery.place}")
+        if not create and (database := sqlite_file(self.uri)) and not database.exists():
+            raise self._missing  # asking MLflow would make it
         try:
-            folders.output.folder.mkdir(parents=True, exist_ok=True)
+            if create:
+                folders.output.folder.mkdir(parents=True, exist_ok=True)
             with timeout(5):  # a wrong address is to be found out within seconds
                 delivery.experiment_id = delivery.ask(self._find)
         except (Away, MlflowException, OSError) as error:
@@ -104,18 +109,25 @@ class Tracker:
         else:
             self.settle()  # says what only the next training delivers
 
+    @property
+    def _where(self) -> str:
+        return f"{self._delivery.place}: MLflow experiment {self.experiment!r}"
+
+    @property
+    def _missing(self) -> MissingExperiment:
+        return MissingExperiment(f"{self._where} does not exist; run the study first")
+
     def _find(self, client: Client) -> str:
         """MLflow's id of the experiment, which is made if need be."""
         found = client.get_experiment_by_name(self.experiment)
-        where = f"{self._delivery.place}: MLflow experiment {self.experiment!r}"
         if found is None and not self._create:
-            raise MissingExperiment(f"{where} does not exist; run the study first")
+            raise self._missing
         if found is None:
             # A local store would put artifacts under the current directory; a server decides for itself.
             artifacts = None if self.uri.startswith(("http", "databricks")) else self._artifacts.as_uri()
             return str(client.create_experiment(self.experiment, artifacts, experiment_tags(self.study)))
         if found.lifecycle_stage == "deleted":
-            raise UserError(f"{where} is deleted; restore it, or name another one in tracking.experiment")
+            raise UserError(f"{self._where} is deleted; restore it, or name another one in tracking.experiment")
         for key, value in experiment_tags(self.study).items():
             if found.tags.get(key) != value:
                 client.set_experiment_tag(found.experiment_id, key, value)

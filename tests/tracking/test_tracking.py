@@ -22,7 +22,7 @@ from outside import Said
 from ssl_ray.config.schema import Tracking
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
-from ssl_ray.tracking.tracker import PRETRAINING_RUN, Tracker, rename_experiment
+from ssl_ray.tracking.tracker import PRETRAINING_RUN, MissingExperiment, Tracker, rename_experiment
 from ssl_ray.tracking.uri import tracking_uri
 
 Track = Callable[..., Tracker]
@@ -127,6 +127,36 @@ def test_the_servers_variable_counts_where_the_study_names_none(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter@127.0.0.1:9")
     with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9 \(out of MLFLOW_TRACKING_URI.* not answer"):
         Tracker(Tracking(), Folders.of("y", str(tmp_path / "output")))
+
+
+def test_a_study_stays_where_it_was_begun_and_another_one_in_its_output_does_not(
+    monkeypatch: pytest.MonkeyPatch, track: Track, folders: Folders, said: Said, database: Path
+) -> None:
+    """SQLite that other studies use does not overrule MLFLOW_TRACKING_URI; the study's own does, and that is said."""
+    own, other = track().uri, Folders.of("other", str(folders.output.folder))
+    server = f"sqlite:///{shutil.copyfile(database, folders.output.folder.parent / 'server.db')}"
+    assert tracking_uri(Tracking(), other) == own
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    assert tracking_uri(Tracking(), other) == server
+    assert tracking_uri(Tracking(experiment=folders.name), other) == own
+    assert track().uri == own
+    assert said.count(f"MLflow: {own} (where the study was begun, so MLFLOW_TRACKING_URI is not read)") == 1
+    (folders.output.folder / "mlflow.db").write_bytes(b"cannot be read")
+    assert tracking_uri(Tracking(), folders) == own, "it may have been begun there"
+
+
+@pytest.mark.parametrize("uri", [None, "sqlite:///{}/of/mine.db"])
+def test_who_only_reads_makes_no_database(
+    uri: str | None, tmp_path: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report on a study that was never begun says so, and its output is as it was: MLFLOW_TRACKING_URI counts yet."""
+    settings = Tracking(uri=uri and uri.format(tmp_path))
+    with pytest.raises(MissingExperiment, match=r"MLflow experiment .* does not exist; run the study first"):
+        Tracker(settings, folders, create=False)
+    assert not [*tmp_path.iterdir()]
+    assert not rename_experiment(settings, folders, "old")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
+    assert tracking_uri(Tracking(), folders) == "http://host"
 
 
 @pytest.mark.filterwarnings("ignore:.*sqlite.*")
