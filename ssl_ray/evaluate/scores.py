@@ -30,8 +30,9 @@ ORIGINAL_FALSE_POSITIVES = "original_false_positives"
 """Original grid: mean over volumes of the number of absent organs that were predicted."""
 
 Scores = Sequence[float | None]
-_SIDED = re.compile(r"(?i)(?<!c)left|(?<!b)right|(?<![a-z])(l|r|lt|rt|sin|dex)(?![a-z])")
-"""Names of organs of which there are two: kidney_left, LeftKidney, R lung, lt kidney."""
+_SIDED = re.compile(r"(?i)(?<!c)left|(?<!b)right|(?<![a-z])([lr](?![a-z\d])|(lt|rt|sin|dex)(?![a-z]))")
+"""Names of organs of which there are two: kidney_left, LeftKidney, R lung, lt kidney; not the vertebra L1."""
+_OTHER_SIDE = {"l": "r", "r": "l"}
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,17 @@ def organ_keys(organs: Sequence[str]) -> list[str]:
 
 
 def sided(organs: Sequence[str]) -> list[str]:
-    """The organs whose names say that they are on one side, which a flip would turn into the other."""
-    return [name for name in organs if _SIDED.search(name)]
+    """The organs whose names say that they are on one side, which a flip would turn into the other.
+
+    By a word, or by a partner that is called the same but for one letter: rkid and lkid, LungL and LungR.
+    """
+    known = {name.lower() for name in organs}
+    return [name for name in organs if _SIDED.search(name) or not known.isdisjoint(_partners(name.lower()))]
+
+
+def _partners(name: str) -> set[str]:
+    """What the same organ of the other side may be called, if a letter says the side."""
+    return {f"{name[:at]}{_OTHER_SIDE[one]}{name[at + 1 :]}" for at, one in enumerate(name) if one in _OTHER_SIDE}
 
 
 def _table(cases: Sequence[CaseScores], field: str, columns: int) -> NDArray[np.float64]:

@@ -409,6 +409,16 @@ def test_organs_of_one_side_are_known_by_their_names() -> None:
     """Whole words, their short forms and Latin ones; not what only holds such letters."""
     one_side = ["kidney_left", "Left lung", "LeftKidney", "Parotid L", "kidney_L", "lung-r", "Rt lung", "A. dex"]
     assert sided([*one_side, "liver", "clefts", "portal vein", "sinus"]) == one_side
+    assert not sided(["L1", "vertebrae_L1", "vertebrae_L5", "rib_l4", "lung", "lad"]), "lumbar, and no other side"
+
+
+@pytest.mark.parametrize(
+    "pair", ["rkid lkid", "rad lad", "LungL LungR", "RAG LAG", "RKidney lkidney", "LV RV", "LLL RLL", "rib_l4 rib_r4"]
+)
+def test_organs_of_one_side_are_known_by_the_other_one(pair: str) -> None:
+    """As BTCV abbreviates them: their names differ in the letter of the side, whichever it is of the name."""
+    btcv = ["spl", "gall", "eso", "liv", "sto", "aor", "ivc", "veins", "pan", "colon", "rectum", "L1", "L2"]
+    assert sided([*btcv, *pair.split()]) == pair.split()
 
 
 def test_scores_survive_json() -> None:
