@@ -133,7 +133,9 @@ def why(error: BaseException) -> str:
 def source() -> dict[str, str]:
     """Tags of MLflow's own names: the command, who has given it, and the commit, if this package is in a checkout."""
     program = Path(sys.argv[0]).name
-    command = shlex.join(["ssl-ray" if program == "__main__.py" else program, *sys.argv[1:]])
+    # Word by word: quoted for the shell, a password with an apostrophe no longer looks like a part of its URI.
+    words = map(without_password, sys.argv[1:])
+    command = shlex.join(["ssl-ray" if program == "__main__.py" else program, *words])
     found: dict[str, str] = resolve_tags({"mlflow.source.name": command})
     tags = {key: value for key, value in found.items() if not key.startswith(_GIT)}  # of what lies around the program
     with suppress(Exception):  # no git, no checkout, or one that git does not trust

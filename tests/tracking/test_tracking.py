@@ -1,6 +1,7 @@
 """MLflow runs: found again by key, complete, in order."""
 
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from outside import Said
 from ssl_ray.config.schema import Tracking
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
+from ssl_ray.tracking.client import source
 from ssl_ray.tracking.tracker import PRETRAINING_RUN, MissingExperiment, Tracker, rename_experiment
 from ssl_ray.tracking.uri import tracking_uri
 
@@ -157,6 +159,15 @@ def test_who_only_reads_makes_no_database(
     assert not rename_experiment(settings, folders, "old")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host")
     assert tracking_uri(Tracking(), folders) == "http://host"
+
+
+@pytest.mark.parametrize("password", ["hunter", "'hunter", "hun'ter", "$(hunter)", r"hunter\\"])
+def test_the_command_that_mlflow_shows_has_no_password(password: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the shell wants quoted, the words are those that were typed, without it."""
+    typed = [f"cache=s3://me:{password}@bucket/x y", f"tracking.uri=postgresql://me:{password}@host/db", "name=it's"]
+    monkeypatch.setattr(sys, "argv", ["/bin/ssl-ray", "run", *typed])
+    told = shlex.split(source()["mlflow.source.name"])
+    assert told == ["ssl-ray", "run", "cache=s3://bucket/x y", "tracking.uri=postgresql://host/db", "name=it's"]
 
 
 @pytest.mark.filterwarnings("ignore:.*sqlite.*")
