@@ -52,11 +52,13 @@ def serving(uri: str, artifacts: Path, port: int | None = None) -> Iterator[tupl
     """
     port = _free(port)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--artifacts-destination", str(artifacts)]
+    command += ["--artifacts-destination", str(artifacts)]
+    # The URI may have a password, and everybody on the machine can read a command line.
+    environment = {**os.environ, "MLFLOW_BACKEND_STORE_URI": uri}
     # Without the processes in which MLflow's server would run jobs of its own.
-    quick = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=quick)
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
         try:
             server = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + _SECONDS

@@ -17,11 +17,16 @@ from ssl_ray.study.parts import tracker_of
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.filterwarnings("ignore:.*sqlite.*")
 def test_the_command_serves_the_studys_store_until_it_is_ended(tmp_path: Path) -> None:
-    """The link that it prints is whole, its server has the experiment and its view, and nothing is left afterwards."""
-    path = write_study(tmp_path / "small.yaml", small_tree(tmp_path))
+    """The link that it prints is whole, its server has the experiment and its view, and nothing is left afterwards.
+
+    No process shows the password of the store on its command line, which everybody can read.
+    """
+    tracking = {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}?password=hunter"}
+    path = write_study(tmp_path / "small.yaml", small_tree(tmp_path, tracking=tracking))
     place_database(tmp_path / "mlflow.db")
-    tracker = tracker_of(small_study(tmp_path))
+    tracker = tracker_of(small_study(tmp_path, tracking=tracking))
     tracker.stop()
     log = tmp_path / "ui.log"
     with log.open("wb") as out:
@@ -43,7 +48,9 @@ def test_the_command_serves_the_studys_store_until_it_is_ended(tmp_path: Path) -
         assert answer["experiment"]["name"] == tracker.experiment
         assert f"mlflow.sharedViewState.{key}" in {tag["key"] for tag in answer["experiment"]["tags"]}
         started = psutil.Process(process.pid).children(recursive=True)
-        assert started
+        assert {"mlflow", "uvicorn"} <= {word for one in started for word in one.cmdline()}
+        assert not [one for one in started if "hunter" in " ".join(one.cmdline())]
+        assert "hunter" not in log.read_text()
         process.terminate()  # as Ctrl-C, which a test process in the background may ignore
         assert process.wait(60) == 0
         _, left = psutil.wait_procs(started, 30)
