@@ -25,7 +25,10 @@ Record = tuple[int, dict[str, float]]
 
 @dataclass(frozen=True)
 class TrialData:
-    """Prepared volumes that a trial reads. The classes 1, 2, ... are the organs."""
+    """Prepared volumes that a trial reads. The classes 1, 2, ... are the organs.
+
+    As Tune gets it, and writes it into files, the place of `store` has no password; the trial is given the whole one.
+    """
 
     store: Store
     training: tuple[Volume, ...]

@@ -27,6 +27,7 @@ from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
 from ssl_ray.storage.files import file_digest, write_file
 from ssl_ray.storage.folders import Folders
+from ssl_ray.storage.object_store import Place
 from ssl_ray.tracking.run import Run, ending
 from ssl_ray.tracking.tracker import Tracker
 
@@ -106,7 +107,9 @@ def trial_jobs(
     folders: Folders,
 ) -> tuple[str, dict[Cell, TrialJob]]:
     """The grid's key, a digest of what all cells depend on, and what each cell's trial is started with."""
-    store, jobs = Store(folders.cache, folders.scratch), {}
+    place, jobs = Place.parse(folders.cache), {}
+    # Tune writes each trial's job into files: what opens the store goes to the trials another way, see `tune_cells`.
+    store = Store(place.local or place.anonymous.uri, folders.scratch)
     whole = [splits.cases] * splits.folds or [splits.validation, splits.test]
     # More runs, with pretrainings of their own, belong to the same grid.
     told = _told([usable(part, volumes) for part in whole])
@@ -186,6 +189,22 @@ class _Cells(Searcher):
         return {}  # Tune pickles it for `Tuner.restore`, which we do not use
 
 
+class _Stop(tune.Stopper):
+    """Asks a function whether a trial ends at a record of its."""
+
+    def __init__(self, function: Callable[[str, dict[str, Any]], bool]) -> None:
+        self._function = function
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self._function(trial_id, result)
+
+    def stop_all(self) -> bool:
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as above; a search's function holds the whole experiment, with the passwords of its URIs
+
+
 def tune_cells(
     config: Finetune,
     cells: Iterator[tuple[Cell, TrialJob]],
@@ -196,21 +215,20 @@ def tune_cells(
     stop: Callable[[str, dict[str, Any]], bool] | None = None,
 ) -> None:
     """Have Ray Tune train these cells, so many at once where there is room; `stop` ends a trial at a record of its."""
-    needed = config.cpus_per_trial, config.gpus_per_trial
-    check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed)
+    needed = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
+    check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed.values())
 
-    def trainable(space: Mapping[str, Any]) -> None:
+    def trainable(space: Mapping[str, Any], store: Store) -> None:
         import torch
 
         from ssl_ray.finetune.trial import Trial  # the trial's process loads MONAI, the driver does not
 
         torch.set_num_threads(max(1, int(config.cpus_per_trial)))
-        device = torch.device("cuda" if config.gpus_per_trial else "cpu")
-        job: TrialJob = space["job"]
-        if job.weights and job.weights.is_relative_to(folders.output.folder):
-            folders.output.pull(job.weights)  # another machine may have written them
+        job: TrialJob = replace(space["job"], data=replace(space["job"].data, store=store))
+        if job.weights and job.weights.is_relative_to(job.mirror.folder):
+            job.mirror.pull(job.weights)  # another machine may have written them
         try:
-            trial = Trial(job, device)
+            trial = Trial(job, torch.device("cuda" if config.gpus_per_trial else "cpu"))
         except UserError as error:  # reported, not raised: Tune would try the trial again, with the same end
             tune.report({"failure": str(error)})
             return
@@ -223,9 +241,10 @@ def tune_cells(
         except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})
 
-    resources = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
+    # Through Ray's memory, into no file of Tune's: the store's place may hold a password.
+    opened = tune.with_parameters(trainable, store=Store(folders.cache, folders.scratch))
     tuner = tune.Tuner(
-        tune.with_resources(trainable, resources),
+        tune.with_resources(opened, needed),
         tune_config=tune.TuneConfig(
             search_alg=_Cells(cells),
             num_samples=-1,
@@ -236,7 +255,7 @@ def tune_cells(
         run_config=tune.RunConfig(
             name=f"finetune-{key}",
             **folders.ray_storage,
-            stop=stop,
+            stop=_Stop(stop) if stop else None,
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             callbacks=[runs],
             verbose=0,

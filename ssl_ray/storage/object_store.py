@@ -89,6 +89,12 @@ class Place:
         return urlsplit(self.store)._replace(path=quote(self.path.partition("/")[2])).geturl()
 
     @property
+    def anonymous(self) -> "Place":
+        """The same place without user and password: what may be written down."""
+        parts = urlsplit(self.store)
+        return replace(self, store=parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
+
+    @property
     def digest(self) -> str:
         """16 hex digits that tell this place from every other, whoever's credentials reach it."""
         return hashlib.sha256(f"{self.path}?{urlsplit(self.store).query}".encode()).hexdigest()[:16]

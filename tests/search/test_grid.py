@@ -1,11 +1,22 @@
 """The grid without Ray: what its MLflow run keeps."""
 
+import contextlib
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import pytest
+from ray import cloudpickle, tune
+from studies import small_study
+
+from ssl_ray.data.splits import Splits
+from ssl_ray.data.store import Store
+from ssl_ray.finetune import trial
 from ssl_ray.search import grid
+from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import CELLS, Cell
 from ssl_ray.storage.folders import Folders
 
@@ -34,3 +45,25 @@ def test_cells_of_a_wider_grid_stay_known_while_mlflow_is_away(tmp_path: Path) -
     for some in (jobs, dict(list(jobs.items())[:1])):
         grid._open("grid", some, folders, tracker, {}, "")  # type: ignore[arg-type]
         assert set(json.loads(tracker.texts[CELLS]).values()) == {"key0", "key1"}
+
+
+@pytest.mark.parametrize("cache", ["s3://me:hunter@bucket/cache?region=here", "/here/cache"])
+def test_tune_writes_no_password_and_a_trial_has_it(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a trial's configuration and of how it is run, which Tune pickles into files, none holds a secret."""
+    folders, given, trained = Folders.of("x", "/out", cache), dict[str, Any](), list[Any]()
+    config = small_study(finetune={"grid": {"init": ["random"]}}).finetune
+    monkeypatch.setattr(grid, "check_resources", lambda *_: None)
+    monkeypatch.setattr(tune, "Tuner", lambda trainable, **how: given.update(trainable=trainable, **how) or mock.Mock())
+    monkeypatch.setattr(trial, "Trial", lambda job, _: trained.append(job) or mock.MagicMock())
+    splits = Splits({2: ()}, (), (), ("organ",))
+    _, jobs = grid.trial_jobs(config, small_study().network, 0, splits, {}, [], folders)
+    stop = functools.partial(lambda study, *_: bool(study), "the study of a search, s3://me:hunter@bucket/cache")
+    grid.tune_cells(config, iter(jobs.items()), 1, folders, "key", mock.MagicMock(TrialCallback), stop)
+    assert given["run_config"].stop("1", {})
+    space = given["tune_config"].search_alg.suggest("1")
+    for written in (space, given["run_config"].stop, given["tune_config"]):
+        assert b"hunter" not in cloudpickle.dumps(written)
+    with contextlib.suppress(FileNotFoundError):  # this one leaves no network
+        given["trainable"](space)
+    (job,) = trained
+    assert (job.data.store, job.key) == (Store(folders.cache), next(iter(jobs.values())).key)

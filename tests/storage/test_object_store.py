@@ -1,10 +1,13 @@
 """A study whose output and store lie in an object store, here an S3 server on loopback."""
 
 import shutil
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from moto.server import ThreadedMotoServer
 from runs import SAVED, assert_same, kill, outcome, saved, start, wait_for, write
+from studies import place_database, small_tree, write_study
 
 from ssl_ray.cli.main import main
 from ssl_ray.study.experiment import load
@@ -49,6 +52,29 @@ def test_a_pretraining_goes_on_from_the_object_store_alone(undisturbed, cohort, 
     assert_same(outcome(path), undisturbed)
     (folder,) = folders_of(study).study.glob("pretrain-*")
     assert {"best.pt", "best.safetensors"} <= set(folders_of(study).output.names(folder)), "for every machine"
+
+
+def test_a_store_with_a_password_trains_and_nothing_on_disk_has_it(ray_cluster, cohort, tmp_path, bucket):
+    """A search reads its volumes by the password in `cache`; neither its folder nor Ray's session holds it."""
+    import ray
+
+    uri, _ = bucket
+    password = f"hunter{uuid4().hex}"
+    tree = small_tree(
+        tmp_path,
+        cohort,
+        cache=uri.replace("alone", f"me:{password}@alone"),
+        scratch=str(tmp_path / "scratch"),
+        finetune={"grid": {"init": ["random"]}, "steps": 2, "validate_every": 1},
+        search={"scheduler": "asha", "samples": 1, "space": {"finetune.optimizer.lr": {"loguniform": [1e-4, 1e-2]}}},
+    )
+    place_database(tmp_path / "mlflow.db")
+    path = write_study(tmp_path / "small.yaml", tree)
+    assert main(["finetune", str(path)]) == 0
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    written = [one for folder in (tmp_path, session) for one in folder.rglob("*") if one.is_file() and one != path]
+    assert {"params.pkl", "tuner.pkl", "model.safetensors"} <= {one.name for one in written}
+    assert not [one for one in written if password.encode() in one.read_bytes()]
 
 
 def test_a_lost_connection(cohort, tmp_path, bucket, capfd):
