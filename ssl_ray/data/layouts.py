@@ -10,29 +10,12 @@ from pathlib import Path, PurePosixPath
 
 from ssl_ray.data.datalist import DatasetJson, read_json, stem
 from ssl_ray.data.layout_files import OWN, patient_level, usable_files
+from ssl_ray.data.layout_names import Key, is_label_map, kinds_of, parents, people_folders, shared_path
 from ssl_ray.errors import UserError
 
 Files = Sequence[PurePosixPath]
-Key = tuple[str, ...]
-_LABEL = r"labels?|lbl|d?seg|segm|segmentations?|masks?|msk|gt|annotations?|rtstruct|rtss"
-_FOLDER = re.compile(
-    rf"^(?:(?P<label>(?i:{_LABEL}|derivatives))|(?P<image>(?i:images?|img|rawdata))|(?i:scans?|ct|volumes?))(?![a-z])"
-)
-"""How the folders of label maps and of images begin: labelsTr, images_v2; not `labelled`."""
-_LABEL_FOLDER = re.compile(rf"(?i)(?<!no)(?<!without)[_\- ]({_LABEL})$")
-"""How a folder of label maps may end instead: Lung_Mask; not `no_label`."""
-_LABEL_NAME = re.compile(rf"(?i)^({_LABEL})(?![a-z])|[_\-. ]({_LABEL})[_\-]?\d*$")
-"""Names of label maps that lie among the images: label0001, segmentation-3, s1_seg."""
-_WORDS = re.compile(rf"(?i)(?<![a-z])({_LABEL}|images?|img|imaging|volumes?|vol|scans?|ct|combined)(?![a-z])")
-"""What an image and its label may be called beside what they share."""
-_PART = re.compile(
-    r"(?i)(tr|ts|va|train(ing)?|test(ing)?|val(idation)?|(un)?label+ed|data)?[ _-]*((batch|part)[ _-]*\d+)?"
-)
-"""What folders are called that hold a part of the volumes, not one patient's; the first three with `images` before."""
 _TEST = re.compile(r"(?i)images?ts|test(ing)?")
 _CHANNEL = re.compile(r"(.*)_(\d{4})")
-_NOT_CT = re.compile(r"(?i)(^|_)(T[12]w?|FLAIR|PDw|bold|dwi|adc|sbref|swi|pet|suv|mri?|cbct|(?<!low_)(?<!full_)dose)$")
-"""Names, or BIDS's suffixes, of scans of other kinds."""
 
 
 @dataclass
@@ -85,6 +68,10 @@ def read_layout(folder: Path) -> Layout:
         scan.test |= any(map(_TEST.fullmatch, PurePosixPath(scan.image).parts[:-1]))
         scan.test &= scan.label is not None
     if not found.scans:
+        kinds = sorted({*kinds_of(files).values()})
+        if len(kinds) > 1 and "" not in kinds:
+            rule = "keep those of one in a folder, or, for channels of one volume, write a list with `image: [a, b]`"
+            raise UserError(f"{folder}: has no CT but scans of several kinds, {', '.join(kinds)}: {rule}")
         why = "".join(f"; {name}: {reason}" for name, reason in list(found.left_out.items())[:3])
         raise UserError(f"{folder}: no image (.nii or .nii.gz) in it{why}")
     return found
@@ -148,7 +135,7 @@ def _nnunet(files: Files) -> Layout | None:
             found.left_out[str(path)] = f"channel {channel} of a scan, which most scans do not have"
         elif not mine or channel == "0000":
             listed[path] = tuple(mine[one] for one in usual[1:])
-    _pair(found, [*listed], _alike([*listed], labels, lambda path: (*_parents(path), stem(path).removesuffix("_0000"))))
+    _pair(found, [*listed], _alike([*listed], labels, lambda path: (*parents(path), stem(path).removesuffix("_0000"))))
     for scan in found.scans:
         scan.others = listed[PurePosixPath(scan.image)]
     return found
@@ -207,8 +194,13 @@ def _plain(files: Files) -> Layout:
     """Any folder: label maps are known by their folder or name, and belong to the image of the same name."""
     found = Layout("plain folder")
     images, labels = _told_apart(files, found.left_out)
-    _pair(found, images, _alike(images, labels, shared_path))
-    folders = [_people(PurePosixPath(scan.image)) for scan in found.scans]
+    owners = _alike(images, labels, shared_path)
+    if kind := "".join({*kinds_of(images).values()}):  # that of all; the label of x_t1 may also be called x
+        longer = {label.with_name(f"{stem(label)}_{kind}"): label for label in labels}
+        of_kind = _alike(images, [*longer], shared_path)
+        owners |= {label: of_kind[name] for name, label in longer.items() if not owners[label]}
+    _pair(found, images, owners)
+    folders = [people_folders(PurePosixPath(scan.image)) for scan in found.scans]
     # Folders that all scans share are no patient's.
     shared = len([*takewhile(lambda level: len(set(level)) == 1, zip(*folders, strict=False))])
     level, doubt = patient_level([parts[shared:] for parts in folders])
@@ -220,29 +212,16 @@ def _plain(files: Files) -> Layout:
 
 
 def _told_apart(files: Files, left_out: dict[str, str]) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
-    """Images and label maps, by the name or the nearest folder that says which; scans other than CT are left out."""
-    images: list[PurePosixPath] = []
-    labels: list[PurePosixPath] = []
-    for path in files:
-        if is_label_map(path):
-            labels.append(path)
-        elif match := _NOT_CT.search(stem(path)):
-            left_out[str(path)] = f"no CT by its name, which ends in {match[0]}"
-        else:
-            images.append(path)
-    return images, labels
+    """Images and label maps, by the name or the nearest folder that says which.
 
-
-def is_label_map(path: PurePosixPath) -> bool:
-    """Whether a file is a label map by its name, or by the nearest folder that says what it holds."""
-    nearest = next(filter(None, map(_kind, reversed(path.parts[:-1]))), "")
-    return bool(_LABEL_NAME.search(stem(path))) or nearest == "label"
-
-
-def _kind(folder: str) -> str:
-    """What a folder holds by its name: label, image, or "" where it does not say."""
-    match = _FOLDER.match(folder)
-    return "label" if _LABEL_FOLDER.search(folder) else (match and match.lastgroup) or ""
+    Scans that are no CT by their names are left out, unless all are of the same kind.
+    """
+    labels = [path for path in files if is_label_map(path)]
+    kinds = kinds_of(files)
+    if len({*kinds.values()}) < 2:
+        return [*kinds], labels
+    left_out |= {str(path): f"no CT by its name, which ends in {kind}" for path, kind in kinds.items() if kind}
+    return [path for path, kind in kinds.items() if not kind], labels
 
 
 def _alike(images: Files, labels: Files, key: Callable[[PurePosixPath], Key]) -> dict[PurePosixPath, Files]:
@@ -273,22 +252,6 @@ def _pair(found: Layout, images: Files, owners: Mapping[PurePosixPath, Files]) -
         found.scans.append(scan)
 
 
-def _parents(path: PurePosixPath) -> Key:
-    """The folders of an image or its label, without what says which of the two it is."""
-    names = [_LABEL_FOLDER.sub("", part) for part in path.parts[:-1]]
-    return tuple(rest for name in names if (rest := _FOLDER.sub("", name).strip("_- ")))
-
-
-def shared_path(path: PurePosixPath) -> Key:
-    """What the folders, and the names, of an image and its label share."""
-    return *_parents(path), re.sub(r"[_\-. ]+", "_", _WORDS.sub("", stem(path))).strip("_")
-
-
 def _patient(path: PurePosixPath) -> Key:
     """BIDS's folders of patient and session."""
     return tuple(part for part in path.parts[:-1] if part.startswith(("sub-", "ses-")))
-
-
-def _people(path: PurePosixPath) -> list[str]:
-    """The folders of an image that could be a patient's."""
-    return [part for part in path.parts[:-1] if not _PART.fullmatch(_FOLDER.sub("", part).strip("_- "))]

@@ -7,6 +7,7 @@ from volumes import touch
 
 from ssl_ray.data.layouts import Layout
 from ssl_ray.data.listing import find_scans, summary
+from ssl_ray.errors import UserError
 
 
 def found_in(root: Path, *names: str) -> Layout:
@@ -59,6 +60,35 @@ def test_scans_of_other_kinds_are_named(tmp_path: Path) -> None:
     found = found_in(tmp_path, *other, *ct)
     assert list(pairs(found)) == ct
     assert set(found.left_out) == set(other)
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("images/{}_t1.nii.gz", "labels/{}.nii.gz"),
+        ("images/{}_t1.nii.gz", "labels/{}_seg.nii.gz"),
+        ("{}_T2.nii.gz", "{}_T2_seg.nii.gz"),
+        ("{}/t1.nii.gz", "{}/seg.nii.gz"),
+        ("sub-{0}/anat/sub-{0}_T1w.nii.gz", "derivatives/sub-{0}/anat/sub-{0}_T1w_dseg.nii.gz"),
+    ],
+)
+def test_scans_of_one_other_kind_are_the_images_where_there_is_no_ct(tmp_path: Path, image: str, label: str) -> None:
+    """MRI is named by its weighting, and its label map often without it."""
+    expected = {image.format(name): label.format(name) for name in ("p1", "p2")}
+    found = found_in(tmp_path, *expected, *expected.values())
+    assert pairs(found) == expected
+    assert not found.left_out
+
+
+def test_scans_of_several_kinds_are_their_owners_to_choose(tmp_path: Path) -> None:
+    """They may be channels of one volume, or scans of one patient that are not on one grid."""
+    touch(tmp_path, *[f"images/p{number}_{kind}.nii.gz" for number in range(3) for kind in ("t1", "t2")])
+    touch(tmp_path, "labels/p0.nii.gz")
+    rule = (
+        r"no CT but scans of several kinds, t1, t2: keep those of one in a folder, or, .* list with `image: \[a, b\]`"
+    )
+    with pytest.raises(UserError, match=rule):
+        find_scans(tmp_path)
 
 
 @pytest.mark.parametrize(
