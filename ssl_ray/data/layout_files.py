@@ -1,14 +1,15 @@
-"""The files of a folder that a list may name, why it may not name the others, and which folders are patients'."""
+"""The files of a folder that a list may name, why it may not name the others, and what the names of all say."""
 
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from ssl_ray.data.datalist import is_nifti
+from ssl_ray.data.datalist import is_nifti, stem
 from ssl_ray.text import BREAKS, shown
 
+Key = tuple[str, ...]
 OWN = "ssl_ray_labels"
 """Folder under the root for label maps that we make out of masks."""
 _IMAGES = re.compile(r"(?i)\.(mha|mhd|nrrd|img|mgz)$|\.nii")
@@ -18,6 +19,23 @@ _DICOM = re.compile(r"(?i)\.(dcm|dicom|ima)$|^[^.]*$|^[\d.]+$")
 """Names that files of a DICOM series have; a few of those without a suffix are looked into."""
 _PATIENT = re.compile(r"(?i)(patients?|pat|pt|subjects?|subj?|cases?)[ _-]*\d+")
 """What folders of a patient are often called; p1 and s1 may be a phase and a session."""
+_LABEL = r"labels?|lbl|d?seg|segm|segmentations?|masks?|msk|gt|annotations?|rtstruct|rtss"
+_FOLDER = re.compile(
+    rf"^(?:(?P<label>(?i:{_LABEL}|derivatives))|(?P<image>(?i:images?|img|rawdata))|(?i:scans?|ct|volumes?))(?![a-z])"
+)
+"""How the folders of label maps and of images begin: labelsTr, images_v2; not `labelled`."""
+_LABEL_FOLDER = re.compile(rf"(?i)(?<!no)(?<!without)[_\- ]({_LABEL})$")
+"""How a folder of label maps may end instead: Lung_Mask; not `no_label`."""
+_LABEL_NAME = re.compile(rf"(?i)^({_LABEL})(?![a-z])|[_\-. ]({_LABEL})[_\-]?\d*$")
+"""Names of label maps that lie among the images: label0001, segmentation-3, s1_seg."""
+_WORDS = re.compile(rf"(?i)(?<![a-z])({_LABEL}|images?|img|imaging|volumes?|vol|scans?|ct|combined)(?![a-z])")
+"""What an image and its label may be called beside what they share."""
+_PART = re.compile(
+    r"(?i)(tr|ts|va|train(ing)?|test(ing)?|val(idation)?|(un)?label+ed|data)?[ _-]*((batch|part)[ _-]*\d+)?"
+)
+"""What folders are called that hold a part of the volumes, not one patient's; the first three with `images` before."""
+_KIND = re.compile(r"(?i)(?:^|_)(T[12]w?|FLAIR|PDw|bold|dwi|adc|sbref|swi|pet|suv|mri?|cbct|(?<!low_)(?<!full_)dose)$")
+"""Names, or BIDS's suffixes, of scans that are no CT."""
 
 
 def usable_files(folder: Path) -> tuple[list[PurePosixPath], dict[str, str]]:
@@ -66,6 +84,40 @@ def patient_level(folders: Sequence[Sequence[str]]) -> tuple[int, str]:
     first, second, *_ = sorted(tops[shared])
     where = f"{shown(first)} and in {shown(second)}"
     return 0, f" (the first one, but {shown(shared)} lies in {where}: if it is one patient's, give --subject)"
+
+
+def is_label_map(path: PurePosixPath) -> bool:
+    """Whether a file is a label map by its name, or by the nearest folder that says what it holds."""
+    nearest = next(filter(None, map(_holds, reversed(path.parts[:-1]))), "")
+    return bool(_LABEL_NAME.search(stem(path))) or nearest == "label"
+
+
+def _holds(folder: str) -> str:
+    """What a folder holds by its name: label, image, or "" where it does not say."""
+    match = _FOLDER.match(folder)
+    return "label" if _LABEL_FOLDER.search(folder) else (match and match.lastgroup) or ""
+
+
+def kinds_of(files: Iterable[PurePosixPath]) -> dict[PurePosixPath, str]:
+    """What each scan among the files is if it is no CT, by its name: t1, FLAIR, or "" where it does not say."""
+    scans = [path for path in files if not is_label_map(path)]
+    return {path: match[1] if (match := _KIND.search(stem(path))) else "" for path in scans}
+
+
+def parents(path: PurePosixPath) -> Key:
+    """The folders of an image or its label, without what says which of the two it is."""
+    names = [_LABEL_FOLDER.sub("", part) for part in path.parts[:-1]]
+    return tuple(rest for name in names if (rest := _FOLDER.sub("", name).strip("_- ")))
+
+
+def shared_path(path: PurePosixPath) -> Key:
+    """What the folders, and the names, of an image and its label share."""
+    return *parents(path), re.sub(r"[_\-. ]+", "_", _WORDS.sub("", stem(path))).strip("_")
+
+
+def people_folders(path: PurePosixPath) -> list[str]:
+    """The folders of an image that could be a patient's."""
+    return [part for part in path.parts[:-1] if not _PART.fullmatch(_FOLDER.sub("", part).strip("_- "))]
 
 
 def _unfit(path: PurePosixPath, real: str, root: str) -> str | None:

@@ -9,8 +9,17 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from ssl_ray.data.datalist import DatasetJson, read_json, stem
-from ssl_ray.data.layout_files import OWN, patient_level, usable_files
-from ssl_ray.data.layout_names import Key, is_label_map, kinds_of, parents, people_folders, shared_path
+from ssl_ray.data.layout_files import (
+    OWN,
+    Key,
+    is_label_map,
+    kinds_of,
+    parents,
+    patient_level,
+    people_folders,
+    shared_path,
+    usable_files,
+)
 from ssl_ray.errors import UserError
 
 Files = Sequence[PurePosixPath]

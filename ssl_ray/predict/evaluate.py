@@ -12,8 +12,7 @@ import pandas as pd
 
 from ssl_ray.console import track
 from ssl_ray.data.datalist import is_nifti, organs_of, stem
-from ssl_ray.data.layout_files import usable_files
-from ssl_ray.data.layout_names import Key, shared_path
+from ssl_ray.data.layout_files import Key, shared_path, usable_files
 from ssl_ray.data.nifti import on_image_grid, read_label
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import evaluate_original

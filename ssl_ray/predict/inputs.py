@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.datalist import Case, is_nifti, read_datalist, stem
-from ssl_ray.data.layout_files import usable_files
-from ssl_ray.data.layout_names import is_label_map
+from ssl_ray.data.layout_files import is_label_map, usable_files
 from ssl_ray.data.normalise import CanonicalVolume, prepare
 from ssl_ray.data.prepare import read_case
 from ssl_ray.errors import UserError
