@@ -193,7 +193,8 @@ def _check_header(header: Any, place: str) -> int:
     if dtype.kind not in "iuf":
         raise ValueError(f"voxels must be integers or floats, got {dtype}")
     if len(shape) < 3 or any(side != 1 for side in shape[3:]):
-        raise ValueError(f"must be a 3D volume, got shape {tuple(shape)}")
+        mend = "; split it into a file for each channel and list them as `image: [a, b]`" if len(shape) > 3 else ""
+        raise ValueError(f"must be a 3D volume, got shape {tuple(shape)}{mend}")
     if min(shape[:3]) < 2:
         raise ValueError(f"every axis must have at least 2 voxels, got shape {tuple(shape)}")
     count = math.prod(int(side) for side in shape)

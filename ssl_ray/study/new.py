@@ -123,6 +123,8 @@ def _contents(cases: Sequence[Case], organs: dict[int, str]) -> dict[str, Any]:
     looks = look_at([("", case) for case in cases[:: 1 + len(cases) // _IMAGES]], {"": recipe}, 256)
     ends = [look.labelled for look in looks if look.organs]
     foreign = [look.refused for look in looks if look.refused.startswith("not a CT")]
+    if not foreign and all(look.refused for look in looks):
+        raise UserError(f"a run would refuse all {len(looks)} labelled volumes that were read: {looks[0].refused}")
     for look in looks:
         if look.refused and look.refused not in foreign:
             say(f"a run would refuse: {look.refused}")

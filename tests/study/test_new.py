@@ -130,6 +130,23 @@ def test_a_study_of_volumes_with_two_channels(tmp_path: Path, monkeypatch: pytes
         assert [image.name[2:] for image in case.images] == ["_0000.nii.gz", "_0001.nii.gz"]
 
 
+def test_volumes_that_a_run_would_refuse_give_no_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Decathlon's Prostate keeps its channels in one 4D file: the first reason is told, and what to do."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        both = np.stack([smooth_ct(SHAPE, number + seed) for seed in (0, 50)], -1)
+        write_nifti(tmp_path / f"mr/images/p{number}.nii.gz", both, AFFINE)
+        write_nifti(tmp_path / f"mr/labels/p{number}.nii.gz", organ_labels(SHAPE, 3, number), AFFINE)
+    assert main(["new", "mr"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "a run would refuse all 4 labelled volumes that were read: " in told
+    assert f"must be a 3D volume, got shape {(*SHAPE, 2)}; split it into a file for each channel" in told
+    assert "list them as `image: [a, b]`" in told
+    assert not (tmp_path / "mr.yaml").exists()
+
+
 @pytest.mark.parametrize(("labelled", "unlabelled", "least"), [(2, 5, 3), (3, 0, 4), (0, 5, 3)])
 def test_too_few_patients_are_refused(
     tmp_path: Path, labelled: int, unlabelled: int, least: int, capsys: pytest.CaptureFixture[str]
