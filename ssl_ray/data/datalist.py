@@ -29,6 +29,8 @@ _MOST_BYTES, _MOST_ENTRIES = 20_000_000, 250_000
 """Bytes of a list, and volumes of one of its sections: terabytes of volumes, and read within half a gigabyte."""
 _MOST_LABELS, _MOST_CHANNELS = 256, 256
 """A label is one byte. Images of a volume: more than any scanner makes."""
+IGNORE = "ignore"
+"""nnU-Net's name of the label of voxels that nobody has looked at."""
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -103,12 +105,17 @@ class DatasetJson(_Parts):
 
     labels: dict[str, int | str | list[int]] = {}
 
-    def organs(self, path: Path) -> dict[int, str]:
-        """Names by value, from {"1": "liver"} or {"liver": 1}."""
+    def organs(self, path: Path, for_scores: bool = False) -> dict[int, str]:
+        """Names by value, from {"1": "liver"} or {"liver": 1}; regions, and voxels to ignore, are nothing to train on.
+
+        `for_scores`: nnU-Net's regions, of several values, are left out, and `ignore` is the name of its value.
+        """
         found = {}
         for key, value in self.labels.items():
+            if for_scores and isinstance(value, list):
+                continue
             number, name = (key, value) if key.isdecimal() else (value, key)
-            if not re.fullmatch(r"[0-9]{1,3}", str(number)) or name == "ignore":
+            if not re.fullmatch(r"[0-9]{1,3}", str(number)) or (name == IGNORE and not for_scores):
                 raise UserError(f"{path}: labels.{shown(key)}: must be one organ's name and value, got {shown(value)}")
             found[int(str(number))] = str(name)
         return found
@@ -181,9 +188,9 @@ def read_unlabelled(sources: Iterable[Source]) -> tuple[tuple[Case, ...], tuple[
     return tuple(training), tuple(validation)
 
 
-def organs_of(path: Path) -> dict[int, str]:
-    """Names by label value from a dataset.json or a datalist; empty where it has none."""
-    return read_json(path, DatasetJson).organs(path)
+def names_in(path: Path) -> dict[int, str]:
+    """Names by label value from a dataset.json or a datalist, `IGNORE` among them; empty where it has none."""
+    return read_json(path, DatasetJson).organs(path, for_scores=True)
 
 
 def subject_of(case: Case) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ssl_ray.console import track
-from ssl_ray.data.datalist import is_nifti, organs_of, stem
+from ssl_ray.data.datalist import IGNORE, is_nifti, names_in, stem
 from ssl_ray.data.layout_files import Key, shared_path, usable_files
 from ssl_ray.data.nifti import on_image_grid, read_label
 from ssl_ray.errors import UserError
@@ -65,8 +65,10 @@ class Evaluation:
 def evaluate_all(pairs: Pairs, names: Mapping[int, str], tolerance: float) -> tuple[Evaluation, dict[str, str]]:
     """Score pairs on the grid of the truth; and the reason by path of prediction for those that cannot be.
 
-    `names` are those of labels; the tolerance of surface Dice is in mm.
+    `names` are those of labels; voxels whose true label is called `ignore` count as background in both. The tolerance
+    of surface Dice is in mm.
     """
+    ignored = [value for value, name in names.items() if name == IGNORE]
 
     def score(item: tuple[str, tuple[Path, Path]]) -> CaseScores | UserError:
         name, (prediction, truth) = item
@@ -76,6 +78,8 @@ def evaluate_all(pairs: Pairs, names: Mapping[int, str], tolerance: float) -> tu
         except UserError as error:
             return error
         predicted, voxels = (one.voxels.astype(np.uint8, order="C") for one in (made, true))
+        unknown = np.isin(voxels, ignored)
+        predicted[unknown] = voxels[unknown] = 0
         return evaluate_original(name, predicted, voxels, true.affine, _LABELS, tolerance)
 
     threads = min(_THREADS, len(os.sched_getaffinity(0))) - 1
@@ -84,7 +88,7 @@ def evaluate_all(pairs: Pairs, names: Mapping[int, str], tolerance: float) -> tu
     bad = {path: str(one) for path, one in zip(made, outcomes, strict=True) if isinstance(one, UserError)}
     scored = [one for one in outcomes if isinstance(one, CaseScores)]
     there = {n for case in scored for n, extra in enumerate(case.false_positives or (), 1) if extra is not False}
-    organs = {value: names.get(value, f"label {value}") for value in sorted({*there, *names} - {0})}
+    organs = {value: names.get(value, f"label {value}") for value in sorted({*there, *names} - {0, *ignored})}
     return Evaluation(organs, tuple(_only(case, organs) for case in scored), tolerance), bad
 
 
@@ -165,6 +169,6 @@ def names_of(predictions: Path, labels: Path) -> dict[int, str]:
 def _names(place: Path) -> dict[int, str]:
     folder = place if place.is_dir() else place.parent
     for path in (place, folder / TOLD, folder.parent / TOLD):
-        if path.suffix == ".json" and path.is_file() and (found := organs_of(path)):
+        if path.suffix == ".json" and path.is_file() and (found := names_in(path)):
             return found
     return {}

@@ -13,7 +13,7 @@ from volumes import oblique_affine, organ_labels, touch, write_nifti
 from ssl_ray.cli.main import main
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import evaluate_original
-from ssl_ray.predict.evaluate import names_of, pairs_of
+from ssl_ray.predict.evaluate import evaluate_all, names_of, pairs_of
 
 AFFINE = oblique_affine((1.2, 1.1, 3.0), 20)
 SHAPE = (20, 18, 9)
@@ -145,6 +145,36 @@ def test_labels_that_mean_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels" / "dataset.json").write_text(json.dumps({"labels": {"liver": 2}}))
     with pytest.raises(UserError, match=r"label 2 is Spleen in .*made and liver in .*labels"):
         names_of(tmp_path / "made", tmp_path / "labels")
+
+
+def test_regions_of_nnunet_name_no_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several values are no organ's, so each of them stays what it is; what is no name at all is refused."""
+    maps(tmp_path / "made", "a")
+    maps(tmp_path / "labels", "a")
+    told = tmp_path / "made" / "dataset.json"
+    told.write_text(json.dumps({"labels": {"background": 0, "kidney": [1, 2], "tumor": 2}}))
+    command = ["evaluate", str(tmp_path / "made"), str(tmp_path / "labels")]
+    assert main(command) == 0
+    tree = json.loads((tmp_path / "made" / "evaluation.json").read_text())
+    assert tree["labels"] == {"1": "label 1", "2": "tumor"}
+    told.write_text(json.dumps({"labels": {"kidney": "one"}}))
+    assert main(command) == 2
+    assert "labels.kidney: must be one organ's name and value, got one" in capsys.readouterr().err
+
+
+def test_voxels_to_ignore_are_not_scored(tmp_path: Path) -> None:
+    """Neither what is predicted there nor the label itself, which nnU-Net calls `ignore`."""
+    truth = organ_labels(SHAPE, 4)
+    wrong = np.where(truth == 3, 1, truth).astype(np.uint8)
+    write_nifti(tmp_path / "labels/a.nii.gz", truth, AFFINE)
+    write_nifti(tmp_path / "made/a.nii.gz", wrong, AFFINE)
+    labels = {"background": 0, "liver": 1, "spleen": 2, "ignore": 3}
+    (tmp_path / "labels" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    pairs, names = (f(tmp_path / "made", tmp_path / "labels") for f in (pairs_of, names_of))
+    evaluation, bad = evaluate_all(pairs[0], names, 1)
+    assert not bad
+    assert evaluation.organs == {1: "liver", 2: "spleen"}
+    assert evaluation.cases[0].original_dice == [1.0, 1.0]
 
 
 def test_one_bad_file_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
