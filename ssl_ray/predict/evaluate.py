@@ -55,10 +55,15 @@ class Evaluation:
         )
 
     def table(self) -> str:
-        """Means over the volumes that have an organ, or lack it, and over all organs of a volume, for people."""
+        """Means over the volumes that have an organ, or lack it, and over all organs of a volume, for people.
+
+        Of false positives the last row has the number a volume, as the report has it.
+        """
         rows = self.rows().set_index(["case", "label", "organ"]).astype(float)  # a column may hold None alone
         means = rows.groupby("organ", sort=False).mean()
-        means.loc["all organs"] = rows.groupby("case").mean().mean()
+        of_volumes = rows.groupby("case").mean()
+        of_volumes["false_positives"] = rows.groupby("case")["false_positives"].sum()
+        means.loc["all organs"] = of_volumes.mean()
         return str(means.to_string(float_format="%.3f", na_rep="-"))
 
 
@@ -82,7 +87,7 @@ def evaluate_all(pairs: Pairs, names: Mapping[int, str], tolerance: float) -> tu
         predicted[unknown] = voxels[unknown] = 0
         return evaluate_original(name, predicted, voxels, true.affine, _LABELS, tolerance)
 
-    threads = min(_THREADS, len(os.sched_getaffinity(0))) - 1
+    threads = min(_THREADS, _cores()) - 1
     outcomes = list(track("scoring", ahead(score, pairs.items(), threads), len(pairs)))
     made = [str(prediction) for prediction, _ in pairs.values()]
     bad = {path: str(one) for path, one in zip(made, outcomes, strict=True) if isinstance(one, UserError)}
@@ -90,6 +95,11 @@ def evaluate_all(pairs: Pairs, names: Mapping[int, str], tolerance: float) -> tu
     there = {n for case in scored for n, extra in enumerate(case.false_positives or (), 1) if extra is not False}
     organs = {value: names.get(value, f"label {value}") for value in sorted({*there, *names} - {0, *ignored})}
     return Evaluation(organs, tuple(_only(case, organs) for case in scored), tolerance), bad
+
+
+def _cores() -> int:
+    """That this process may use, where the system says it; macOS does not."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _only(case: CaseScores, values: Iterable[int]) -> CaseScores:

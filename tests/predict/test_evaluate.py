@@ -177,6 +177,22 @@ def test_voxels_to_ignore_are_not_scored(tmp_path: Path) -> None:
     assert evaluation.cases[0].original_dice == [1.0, 1.0]
 
 
+def test_the_table_counts_false_positives_as_the_report_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all organs the number a volume, of one organ the share; also where the system tells no cores, as macOS."""
+    monkeypatch.delattr("os.sched_getaffinity")
+    truth = (organ_labels(SHAPE, 2) > 0).astype(np.uint8)
+    for name, extra in (("a", (2, 3)), ("b", (2,))):
+        made = truth.copy()
+        for value in extra:
+            made[value, :2] = value
+        write_nifti(tmp_path / f"labels/{name}.nii.gz", truth, AFFINE)
+        write_nifti(tmp_path / f"made/{name}.nii.gz", made, AFFINE)
+    evaluation, _ = evaluate_all(pairs_of(tmp_path / "made", tmp_path / "labels")[0], {}, 1)
+    shown = {" ".join(line.split()[:2]): line.split()[-1] for line in evaluation.table().splitlines()}
+    assert (shown["label 1"], shown["label 2"], shown["label 3"]) == ("-", "1.000", "0.500")
+    assert evaluation.tree()["means"]["original_false_positives"] == 1.5 == float(shown["all organs"])
+
+
 def test_one_bad_file_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is listed with the reason, and so is one without truth; the exit code says so."""
     maps(tmp_path / "made", "a", "b", "c", "d")
