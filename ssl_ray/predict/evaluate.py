@@ -157,10 +157,16 @@ def _alike(names: Iterable[str]) -> dict[Key, list[str]]:
 
 
 def _maps(place: Path) -> dict[str, Path]:
-    """Label maps below a folder, or the file itself, by name without suffix."""
+    """Label maps below a folder, or the file itself, by name without suffix; a UserError where two have one name."""
     if place.is_file():
         return {stem(place): place}
-    return {str(path.with_name(stem(path))): place / path for path in usable_files(place)[0]}
+    found: dict[str, Path] = {}
+    for path in usable_files(place)[0]:
+        name = str(path.with_name(stem(path)))
+        if name in found:
+            raise UserError(f"{place / path}: has the name of {found[name]}; which of both is meant? Move one away")
+        found[name] = place / path
+    return found
 
 
 def names_of(predictions: Path, labels: Path) -> dict[int, str]:

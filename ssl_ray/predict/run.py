@@ -137,8 +137,8 @@ def _read_told(path: Path) -> tuple[dict[str, Any], set[str]]:
     """What an earlier run told of its cases, and their names; nothing of a file that is none of ours."""
     try:
         told = json.loads(path.read_text())
-        return told, set(told.pop("cases"))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return told, set(told.pop("cases", ()))
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}, set()
 
 

@@ -136,6 +136,13 @@ def test_no_truth_is_another_patients_or_taken_twice(tmp_path: Path) -> None:
     )
 
 
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    """One of them would be scored, and nobody knows which."""
+    touch(tmp_path, "made/a.nii", "made/a.nii.gz", "labels/a.nii.gz")
+    with pytest.raises(UserError, match=r"made/a\.nii\.gz: has the name of .*made/a\.nii; which of both is meant"):
+        pairs_of(tmp_path / "made", tmp_path / "labels")
+
+
 def test_labels_that_mean_something_else_are_refused(tmp_path: Path) -> None:
     """Where names are beside both, a value must be the same organ; nnU-Net writes them the other way round."""
     for folder, labels in (("made", {"0": "background", "1": "liver", "2": "Spleen"}), ("labels", {"spleen": 2})):
