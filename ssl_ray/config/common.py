@@ -55,6 +55,16 @@ Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeVa
 """Millimetres along the three axes; one number in the YAML means three equal ones."""
 PatchSize = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_three)]
 """Voxels along the three axes; one number in the YAML means three equal ones. The network says what fits."""
+
+_HOW = {"compile", "on_nonfinite", "max_skipped", "max_failures", "checkpoint_minutes"}
+"""Fields that say how a stage is carried out, not what it computes: they may change before it goes on."""
+
+PRETRAIN_HOW = _HOW | {
+    *("workers", "shard", "microbatch", "gpu", "cpus_per_worker", "block_megabytes"),
+    *("log_every", "picture_every", "probe", "checkpoint_every", "keep_checkpoints"),
+}
+FINETUNE_HOW = _HOW | {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "sliding_window_batch"}
+
 one_or_more = rule(lambda values: 0 < len(set(values)) == len(values), "at least one value, and none twice")
 
 

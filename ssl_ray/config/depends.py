@@ -2,7 +2,7 @@
 
 Keys are digests of what these functions give, together with the content of the volumes, and a study that goes on is
 compared by them. A key holds the setting (`precision: auto`), never what it comes to on some machine. Every field of a
-section counts, a new one too, unless it is named here.
+section counts, a new one too, unless it is named here or in `ssl_ray.config.common`.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ssl_ray.config.common import FINETUNE_HOW, PRETRAIN_HOW
 from ssl_ray.config.schema import Finetune, Network, Preparation, Pretrain
 
 Stage = Literal["pretrain", "finetune"]
@@ -17,15 +18,6 @@ Stage = Literal["pretrain", "finetune"]
 VERSION: dict[Stage, int] = {"pretrain": 1, "finetune": 2}
 """Of the code that trains. Raise it where the same settings and volumes give other weights or scores
 (`tests/test_versions.py` sees it); that of the preparation is in `ssl_ray.data.normalise`."""
-
-_HOW = {"compile", "on_nonfinite", "max_skipped", "max_failures", "checkpoint_minutes"}
-"""Fields that say how a stage is carried out, not what it computes: they may change before it goes on."""
-
-_PRETRAIN_HOW = _HOW | {
-    *("workers", "shard", "microbatch", "gpu", "cpus_per_worker", "block_megabytes"),
-    *("log_every", "picture_every", "probe", "checkpoint_every", "keep_checkpoints"),
-}
-_FINETUNE_HOW = _HOW | {"max_concurrent_trials", "cpus_per_trial", "gpus_per_trial", "sliding_window_batch"}
 
 _PRETRAIN_APART = {"sources", "pretrainings", "weights"}
 _FINETUNE_APART = {"cohort", "grid", "runs", "margin", "primary", "weights"}
@@ -40,7 +32,7 @@ def preparation(settings: Preparation, version: int, sources: Mapping[str, str])
 
 def pretraining(settings: Pretrain, network: Network) -> dict[str, Any]:
     """What the pretrained weights depend on, beside the volumes and the seed."""
-    tree = settings.model_dump(mode="json", exclude=_PRETRAIN_HOW | _PRETRAIN_APART)
+    tree = settings.model_dump(mode="json", exclude=PRETRAIN_HOW | _PRETRAIN_APART)
     if settings.task.compares_patches:
         tree["workers"] = settings.worker_range[1]  # negatives are the worker's own patches
     elif "contrastive" in tree["task"]:
@@ -52,7 +44,7 @@ def pretraining(settings: Pretrain, network: Network) -> dict[str, Any]:
 
 def finetuning(settings: Finetune, network: Network) -> dict[str, Any]:
     """What a trial with these settings depends on, beside the volumes, the seed and the weights it starts from."""
-    tree = settings.model_dump(mode="json", exclude=_FINETUNE_HOW | _FINETUNE_APART)
+    tree = settings.model_dump(mode="json", exclude=FINETUNE_HOW | _FINETUNE_APART)
     tree |= {"version": VERSION["finetune"], "cohort": {"classes": settings.cohort.classes}}
     if settings.encoder.freeze == "all":
         del tree["encoder"]["layer_decay"]

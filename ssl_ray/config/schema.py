@@ -120,7 +120,8 @@ class Study(Section):
                     "finetune: a search has one run, no folds, and draws rates by search.space.finetune.optimizer.lr; "
                     f"got runs {tuned.runs}, cohort.folds {tuned.cohort.folds}, grid.lr {tuned.grid.lr}"
                 )
-            check_space(self, self.search.space, {"size": tuned.sizes, "init": tuned.grid.init})
+            given = {"size": tuned.sizes, "init": tuned.grid.init}
+            check_space(self, self.search.space, given, makes_weights=not tuned.weights)
         return self
 
     @property

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from ssl_ray.config.common import Section
+from ssl_ray.config.common import FINETUNE_HOW, PRETRAIN_HOW, Section
 from ssl_ray.config.overrides import S, changed, keys, placed
 from ssl_ray.text import did_you_mean
 
@@ -17,6 +17,8 @@ _SEARCHED = re.compile(
     r"(finetune\.(?!weights)|pretrain\.|network\.)(?!(cohort|grid|runs|margin|primary|sources|pretrainings)\b)"
 )
 """Keys that say how one cell is trained, not which cells and volumes there are."""
+_HOW = {f"pretrain.{key}" for key in PRETRAIN_HOW} | {f"finetune.{key}" for key in FINETUNE_HOW}
+"""Keys on which no result depends: all cells would be the same."""
 
 
 WHOLE = "int", "logint"
@@ -69,6 +71,12 @@ class Search(Section):
     budget: PositiveFloat | None = Field(None, description="hours, over all restarts, pretrainings included")
     space: dict[str, Distribution] = Field(min_length=1, description="by dotted key of the experiment; size, init")
 
+    @property
+    def cells(self) -> int:
+        """How many are drawn; fewer are trained where some are the same."""
+        combinations = math.prod(len(one["choice"]) for one in self.space.values() if "choice" in one)
+        return combinations if self.algorithm == "grid" else self.samples
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Search":
         if self.algorithm == "grid" and not all("choice" in one for one in self.space.values()):
@@ -86,14 +94,15 @@ def resolved(experiment: S, values: Mapping[str, Any]) -> S:
     return changed(experiment, {**grid, "finetune.primary": None, "search": None, **values})
 
 
-def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given: Mapping[str, Sequence[Any]]) -> None:
+def check_space(
+    experiment: BaseModel, space: Mapping[str, Distribution], given: Mapping[str, Sequence[Any]], makes_weights: bool
+) -> None:
     """Refuse a key that cannot be searched, and a value that is refused beside all else that may be drawn (50 draws).
 
-    Of a range both ends are tried, and two values between them.
-
-    `given` are the values of `size` and `init` in the grid; where the space does not draw them, there is one of each.
+    Of a range both ends are tried, and two values between them. `given` are the values of `size` and `init` in the
+    grid; where the space does not draw them, there is one of each.
     """
-    valid = [*given, *(key for key in keys(type(experiment)) if _SEARCHED.match(key))]
+    valid = [*given, *(key for key in keys(type(experiment)) if _SEARCHED.match(key) and key not in _HOW)]
     drawn = {key: values for key, one in space.items() for values in one.values()}
     for key in drawn.keys() - valid:
         meant = did_you_mean(key, valid)
@@ -113,6 +122,9 @@ def check_space(experiment: BaseModel, space: Mapping[str, Distribution], given:
             whole = isinstance(value, float) and "choice" not in space[key] and not value.is_integer()
             hint = "; int and logint draw whole numbers" if whole else ""
             raise ValueError(f"search.space.{key}: {value!r} {rule}{hint}")
+    unread = [key for key in drawn if key.startswith("pretrain.")]
+    if unread and (not makes_weights or set(drawn.get("init", given["init"][:1])) == {"random"}):
+        raise ValueError(f"search.space.{unread[0]}: no cell reads it, as none starts from weights of this study")
 
 
 def _tried(distribution: Distribution) -> Iterator[Any]:

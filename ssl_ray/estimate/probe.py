@@ -47,6 +47,7 @@ def probe_finetuning(study: Study) -> tuple[float, float]:
     config, rate = study.finetune, study.finetune.optimizer.lr
     device = _device(config.gpus_per_trial > 0, config.cpus_per_trial)
     learner = SegmentationLearner(config, study.network, device, seed=0)
+    learner.thaw(config.steps)  # as in most steps, where the encoder is frozen at first
     patch = config.preparation.channels, *config.patch_size
     images = torch.rand(config.volumes_per_step * config.patches_per_volume, *patch, device=device)
     labels = torch.randint(config.cohort.classes, images[:, :1].shape, device=device, dtype=torch.uint8)

@@ -53,11 +53,13 @@ def estimate_grid(
 ) -> Figures:
     """The fine-tuning trials, with the seconds of an optimizer step and of predicting a sliding window."""
     config, sides = study.finetune, study.finetune.patch_size
-    trials = study.search.samples if study.search else len(cells(config))
+    trials = study.search.cells if study.search else len(cells(config))
     batch = config.volumes_per_step * config.patches_per_volume
     places = [float(config.max_concurrent_trials or trials)]
     places += [cluster["cpus"] / config.cpus_per_trial] if cluster["cpus"] is not None else []
-    places += [cluster["gpus"] / config.gpus_per_trial] if config.gpus_per_trial else []
+    # Where a GPU is named, a trial is timed on a whole one if it has no share of its own.
+    share = config.gpus_per_trial or float(cluster["cpus"] is None)
+    places += [cluster["gpus"] / share] if share else []
     at_once = min(trials, max(1, int(min(places))))
     cost = network_cost(build_segmentation, study.network, sides, config.preparation.channels, config.cohort.classes)
     validations = math.ceil(config.steps / config.validate_every)

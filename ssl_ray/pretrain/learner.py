@@ -174,11 +174,13 @@ class PretrainingLearner:
                 self.job.mirror.push(file)
 
     def _picture(self, step: int, rows: Mapping[str, Tensor]) -> str:
-        truth, _, made, *_ = rows.values()
+        truth, seen, made, *_ = rows.values()
         # The patch of the first batch with the most structure says most.
         chosen = int(truth.flatten(1).std(dim=1).argmax())
         path = self.job.folder / "pictures" / f"patch_{step:07d}.png"
-        error = float((made[chosen] - truth[chosen]).abs().mean())
+        differences, hidden = (made[chosen] - truth[chosen]).abs(), seen[chosen].isnan()
+        # What a masked network makes of the tokens that it saw is arbitrary: no loss is taken there.
+        error = float((differences[hidden] if hidden.any() else differences).mean())
         shown = {name: patches[chosen].float().cpu().numpy() for name, patches in rows.items()}
         draw_picture(path, shown, f"step {step}, L1 {error:.4f}", self.config.preparation.spacing)
         self.job.mirror.push(path)

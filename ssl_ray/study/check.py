@@ -112,6 +112,8 @@ def _draw(
         for case in order[:_TRIES]:
             with suppress(UserError):
                 volume, _ = prepare_case(case, preparation, store)
+                if labelled and volume.largest_label >= study.finetune.cohort.classes:
+                    continue  # it is among the findings
                 name = f"{part.replace(' ', '_')}.png"
                 rows, labels = _labelled(study, store, volume, part) if labelled else _unlabelled(study, store, volume)
                 draw_picture(folder / name, rows, f"{part}: {case.id}", preparation.spacing, labels, organs)

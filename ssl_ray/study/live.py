@@ -10,7 +10,7 @@ from ssl_ray.config.schema import Study
 from ssl_ray.report.page import TEMPLATES, literal, to_html
 from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
-from ssl_ray.study.status import render, state_of, status_of
+from ssl_ray.study.status import render, state_of, status_of, steps_of
 from ssl_ray.tracking.logged import read_logged
 
 _SECONDS, _SHARE = 5.0, 50
@@ -63,7 +63,9 @@ def write_live(study: Study, folders: Folders, stopped: bool = False) -> Path:
         "study": study,
         "state": state,
         "status": render(facts),
-        "trials": [(run, state_of(run, 0.0)) for run in logged if run.kind == "trial"],
+        "trials": [
+            (run, state_of(run, 0.0), steps_of(run, study.finetune.steps)) for run in logged if run.kind == "trial"
+        ],
         "picture": pictures[-1].relative_to(folders.study) if pictures else None,
         "now": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "literal": literal,

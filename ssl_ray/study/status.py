@@ -76,7 +76,7 @@ def _finetuning(study: Study, folders: Folders, runs: Sequence[Logged], since: f
     """All cells of the grid, or of the search, together; those of a former, larger grid do not count."""
     config = study.finetune
     parents = [run for run in runs if run.kind in ("grid", "search")]
-    mine, total = [run for run in runs if run.kind == "trial"], study.search.samples if study.search else 0
+    mine, total = [run for run in runs if run.kind == "trial"], study.search.cells if study.search else 0
     named = {run.key: run.name for run in mine}
     if not study.search:
         names = {cell.name for cell in cells(config)}
@@ -101,22 +101,35 @@ def state_of(run: Logged, since: float) -> str:
 
 
 def _together(runs: Sequence[Logged], total: int, steps: int, patches: int, since: float) -> Facts:
-    """Trainings of so many steps, and patches a step: `total` of them, `runs` those that were begun."""
+    """Trainings of so many steps, and patches a step: `total` of them, `runs` those that were begun.
+
+    One that a search gave other steps has its own.
+    """
     states = [(run, state_of(run, since)) for run in runs]
+    own = [steps_of(run, steps) for run in runs]
+    whole = sum(own) + steps * (total - len(own))
     counts = Counter(state for _, state in states)
     over = counts["finished"] + counts["stopped"]
     begun = "finished" if over >= total > 0 else "interrupted" if over else "not begun"
-    done = sum(steps if state in ("finished", "stopped") else run.step for run, state in states)
+    done = sum(
+        full if state in ("finished", "stopped") else run.step for full, (run, state) in zip(own, states, strict=True)
+    )
     rate = sum(run.metrics.get(_RATE, 0.0) for run, state in states if state == "running") / patches
     return {
         "state": next((one for one in ("running", "failed", "interrupted") if counts[one]), begun),
         "total": total,
         **counts,
         "step": done,
-        "steps": steps * total,
+        "steps": whole,
         "steps_per_second": rate or None,
-        "seconds_left": (steps * total - done) / rate if rate else None,
+        "seconds_left": (whole - done) / rate if rate else None,
     }
+
+
+def steps_of(run: Logged, steps: int) -> int:
+    """How many a training takes: by what it logged, or else so many."""
+    name = "steps" if run.kind == "pretraining" else "finetune.steps"
+    return int(run.params.get(name, steps))
 
 
 def render(facts: Mapping[str, Any]) -> str:

@@ -65,6 +65,8 @@ def test_a_search_survives_dump() -> None:
         ({"pretrain.optimizer.warmup_steps": {"loguniform": [10, 90]}}, "valid integer, got a number with a fract"),
         ({"pretrain.steps": {"loguniform": [100, 10000]}}, "search.space.pretrain.steps: 112.2 is refused"),
         ({"pretrain.steps": {"logint": [0, 10]}}, "one of choice"),
+        ({"finetune.cpus_per_trial": {"choice": [1, 2]}}, "not a key that can be searched"),
+        ({"pretrain.optimizer.lr": {"loguniform": [1e-4, 1e-2]}}, "pretrain.optimizer.lr: no cell reads it, as none"),
         ({"size": {"choice": [2, 4]}}, "must be a choice out of the grid's [2]"),
         ({"size": {"int": [1, 2]}}, "must be a choice out of the grid's [2]"),
         ({"init": {"choice": ["pretrained"]}}, "must be a choice out of the grid's ['random']"),

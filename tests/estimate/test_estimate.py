@@ -14,9 +14,11 @@ from torch import Tensor
 from ssl_ray.cli.main import main
 from ssl_ray.config.schema import Study
 from ssl_ray.estimate.measured import trial_seconds
+from ssl_ray.estimate.probe import probe_finetuning
 from ssl_ray.estimate.text import render
 from ssl_ray.estimate.volumes import Group, survey
 from ssl_ray.estimate.work import count_windows, estimate_grid, estimate_pretraining
+from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.registry import build_autoencoder, build_segmentation
 from ssl_ray.study.experiment import load
@@ -105,6 +107,37 @@ def test_trials_that_run_at_once_share_the_time(cohort: Path, tmp_path: Path) ->
     assert one["trial_seconds"] > 100 * 0.5
     assert one["total_seconds"] == 4 * one["trial_seconds"]
     assert two["total_seconds"] == 2 * one["trial_seconds"]
+
+
+def test_a_search_is_as_many_trials_as_it_trains(tmp_path: Path, cohort: Path) -> None:
+    """A grid of two choices is two trials, not twenty samples."""
+    path = write(tmp_path, cohort, search={"algorithm": "grid", "space": {"finetune.optimizer.lr": {"choice": [1, 2]}}})
+    study, volumes = study_of(path, "finetune.grid.init=[random]", "finetune.grid.sizes=[2]")
+    assert estimate_grid(study, volumes, ROOMY, 0.5, 0.025)["trials"] == 2
+
+
+def test_trials_that_are_timed_on_a_whole_gpu_take_turns_on_it(tmp_path: Path, cohort: Path) -> None:
+    """Without a share of one, four trials on two GPUs of a kind that is not here are two rounds."""
+    study, volumes = study_of(write(tmp_path, cohort))
+    named = {"cpus": None, "gpus": 2}
+    assert study.finetune.gpus_per_trial == 0
+    assert estimate_grid(study, volumes, named, 0.5, 0.025)["concurrent_trials"] == 2
+
+
+def test_a_step_is_timed_as_most_of_them_are(tmp_path: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the encoder trained, where it is frozen at first; without, where it always is."""
+    trained = []
+
+    def look(learner: SegmentationLearner, *_: Any) -> None:
+        encoder = learner.network.encoder
+        trained.append(any(weight.requires_grad for weight in encoder.parameters()))
+
+    monkeypatch.setattr(SegmentationLearner, "step", look)
+    for freeze in ("none", 10, "all"):
+        study, _ = study_of(write(tmp_path, cohort), f"finetune.encoder.freeze={freeze}")
+        probe_finetuning(study)
+    assert trained[:1] + trained[-1:] == [True, False]
+    assert sum(trained) == 2 * len(trained) / 3
 
 
 def test_nothing_is_written_and_nothing_started(

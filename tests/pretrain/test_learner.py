@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_ray.networks import faster
 from ssl_ray.networks.weight_files import load_metadata
+from ssl_ray.pretrain import learner
 from ssl_ray.pretrain.learner import scale
 from ssl_ray.pretrain.stream import Feed
 from ssl_ray.pretrain.tasks.registry import task_cost
@@ -149,6 +150,19 @@ def test_a_validation_is_fixed_and_has_a_baseline_and_a_picture(
     assert made.best == found["validation_loss"]
     facts = load_metadata(made.job.weights)
     assert (facts["task"], facts["step"]) == (made.config.task.kind, "7")
+
+
+def test_the_error_of_a_picture_is_what_the_task_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L1 over all of a restored patch, and over the dropped voxels of a masked one, whatever is made of the others."""
+    titles: list[str] = []
+    monkeypatch.setattr(learner, "draw_picture", lambda path, rows, title, *_: titles.append(title))
+    truth, seen, made = torch.rand(1, 1, 8, 8, 8), torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 1, 8, 8, 8)
+    seen[..., 4:] = torch.nan
+    made[..., 4:] = truth[..., 4:] + 0.25
+    drawing = make(tmp_path)
+    drawing._picture(3, {"ground truth": truth, "seen": seen, "made": made})
+    drawing._picture(3, {"ground truth": truth, "corrupted": seen.nan_to_num(), "restored": truth - 0.5})
+    assert titles == ["step 3, L1 0.2500", "step 3, L1 0.5000"]
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +25,9 @@ SPACE: dict[str, Any] = {
 }
 
 
-def study(init: str = "pretrained", **search: Any) -> Study:
+def study(inits: Sequence[str] = ("pretrained",), **search: Any) -> Study:
     """Trials of 900 steps, whose first rung is at 100."""
-    finetune = {"grid": {"init": [init]}, "steps": 900, "validate_every": 100}
+    finetune = {"grid": {"init": list(inits)}, "steps": 900, "validate_every": 100}
     search = {"space": SPACE, "samples": 8} | search
     return small_study(pretrain={"patch_size": 32}, finetune=finetune, search=search)
 
@@ -148,8 +148,10 @@ def test_cells_are_within_the_space_and_have_what_they_read(tmp_path: Path) -> N
 
 
 def test_random_weights_read_nothing_of_a_pretraining(tmp_path: Path) -> None:
-    one = proposals(tmp_path, init="random")
-    assert {tuple(cell.settings) for _, cell in drawn(one)} == {("finetune.optimizer.lr",)}
+    inits = "random", "pretrained"
+    one = proposals(tmp_path, inits=inits, space=SPACE | {"init": {"choice": list(inits)}})
+    read = {(cell.init, any(key.startswith("pretrain.") for key in cell.settings)) for _, cell in drawn(one)}
+    assert read == {("random", False), ("pretrained", True)}
 
 
 def test_another_search_draws_other_cells(tmp_path: Path) -> None:

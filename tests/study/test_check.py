@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib.image
@@ -73,6 +74,21 @@ def test_what_a_run_would_refuse_is_told_with_its_file(
     assert str(bad / "other.nii.gz") in page
     assert page.count("<figure>") == 3
     assert main(["check", str(experiment), "--set", place, "--set", "on_bad_volume=skip"]) == 0, "a run goes on without"
+
+
+def test_labels_beyond_the_classes_are_told(
+    experiment: Path, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the list does not name them: too few classes are what is looked for, and have neither name nor picture."""
+    root = shutil.copytree(cohort, tmp_path / "nameless", ignore=shutil.ignore_patterns("store"))
+    listed = json.loads((root / "labelled_4.json").read_text())
+    (root / "labelled_4.json").write_text(json.dumps({key: listed[key] for key in listed if key != "labels"}))
+    given = f"finetune.cohort={{root: {root}, classes: 2, splits: {{4: labelled_4.json}}}}"
+    assert main(["check", str(experiment), "--set", given]) == 2
+    printed = capsys.readouterr()
+    assert "REFUSED" in printed.out, printed.err
+    folder = experiment.parent / "output" / "small" / "check"
+    assert {path.stem for path in folder.glob("*.png")} == {"unlabelled_training", "unlabelled_validation"}
 
 
 def test_only_so_many_volumes_are_read(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:

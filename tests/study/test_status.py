@@ -1,10 +1,12 @@
 """`ssl-ray status`: right at every moment of a study, of a killed one too, and without touching anything."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from journals import begin, begin_cells, train
@@ -15,6 +17,7 @@ from ssl_ray.config.schema import Study
 from ssl_ray.search.cells import FAILURE
 from ssl_ray.storage.folders import Folders
 from ssl_ray.study.experiment import KEPT, keep, load, load_kept
+from ssl_ray.study.live import write_live
 from ssl_ray.study.lock import only_one
 from ssl_ray.study.parts import folders_of, tracker_of
 from ssl_ray.study.status import render, status_of
@@ -65,6 +68,35 @@ def test_a_study_from_its_beginning_to_its_end(study: Study) -> None:
         begin(folders, "grid", "g").close()
         assert stage_of(study) == "report"
     assert stage_of(study) == "finished"
+
+
+@pytest.mark.parametrize(
+    ("search", "cells"),
+    [({"algorithm": "grid", "samples": 9}, 4), ({"algorithm": "random", "samples": 9}, 9)],
+)
+def test_a_search_has_its_own_cells_and_they_their_own_steps(
+    tmp_path: Path, search: dict[str, Any], cells: int
+) -> None:
+    """A grid every combination, whatever `samples` says; what is not drawn yet counts with the experiment's steps."""
+    space = {"finetune.steps": {"choice": [100, 800]}, "finetune.optimizer.lr": {"choice": [1e-3, 1e-2]}}
+    tuned = {"steps": 100, "grid": {"init": ["random"]}}
+    study = small_study(tmp_path, finetune=tuned, search={"space": space, **search})
+    folders = folders_of(study)
+    with only_one(folders):
+        begin(folders, "search", "s")
+        for number, steps in enumerate((100, 800, 800)):
+            trial = begin(folders, "trial", f"{number}cell", **{"finetune.steps": steps})
+            train(trial, 80, rate=40)
+            if number < 2:
+                trial.close()
+        facts = status_of(study, folders)
+        found = facts["stages"]["finetune"]
+        whole = 100 + 800 + 800 + (cells - 3) * 100
+        assert (found["total"], found["steps"], found["step"]) == (cells, whole, 100 + 800 + 80)
+        rate = 40 / (study.finetune.volumes_per_step * study.finetune.patches_per_volume)
+        assert found["seconds_left"] == pytest.approx((whole - 980) / rate)
+        assert f"2 of {cells} finished" in render(facts)
+        assert "<td>80 of 800</td>" in re.sub(r"<td[^>]*>", "<td>", write_live(study, folders).read_text())
 
 
 def test_it_is_about_the_study_as_it_is_carried_out(tmp_path: Path) -> None:
