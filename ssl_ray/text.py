@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ssl_ray.errors import UserError
+
 BREAKS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Characters that break a line, steer a terminal, or cannot be encoded: control characters and half surrogates."""
 
@@ -29,6 +31,15 @@ def without_password(text: str) -> str:
     (`shown`, `reason`), the experiment as it is kept (`config.loading`), and what MLflow is told.
     """
     return _PARAMETER.sub(r"\1***", _USER.sub(r"\1", text))
+
+
+def check_encoded(key: str, uri: str) -> None:
+    """Refuse a URI with a character in its credentials or parameters at which `without_password` ends: a UserError."""
+    rest = uri.partition("://")[2]
+    user, query = "" if rest.startswith("/") else rest.rpartition("@")[0], rest.partition("?")[2]
+    if re.search(r"[\s\"<>]", user) or re.search(r"[\s\"<>']", query):
+        rule = "blanks, quotes, < and > in its user, password and parameters must be percent-encoded, as %20"
+        raise UserError(f"{key}: not a valid URI: {rule}")
 
 
 def shown(value: Any, length: int = 300) -> str:

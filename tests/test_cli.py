@@ -183,7 +183,7 @@ def test_phantom_then_datalist(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*arguments, "--splits", "2"]) == 2
     assert "holds the cohort" in capsys.readouterr().err
     assert main(["datalist", str(tmp_path), "--splits", "1", "--validation", "0.3"]) == 2
-    assert "a list with other content is there already" in capsys.readouterr().err
+    assert "there already with other content" in capsys.readouterr().err
     for path in tmp_path.glob("*led*.json"):
         path.unlink()
     assert main(["datalist", str(tmp_path), "--splits", "1", "--validation", "0.3"]) == 0

@@ -10,7 +10,8 @@ from studies import small_study, small_tree
 from ssl_ray.config.loading import dump, flatten, parse
 from ssl_ray.errors import UserError
 from ssl_ray.study.parts import folders_of, run_params
-from ssl_ray.text import reason, shown, without_password
+from ssl_ray.text import check_encoded, reason, shown, without_password
+from ssl_ray.tracking.uri import tracking_uri
 
 SECRET = "wJalr/XUtnFEMI+K7MDENG@bPx"
 URIS = [
@@ -36,6 +37,37 @@ def test_a_secret_is_left_out_of_any_text(uri: str, around: str) -> None:
     for length in range(4, 60):
         assert "hunt" not in shown(text, length)
     assert "hunter" not in reason(OSError(text))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://me:hun ter@host/db",
+        'https://me:hun"ter@host',
+        "https://me:a/hun<ter@host",
+        "sqlite:///x.db?password=hun'ter",
+        "s3://bucket/x?secret_key=hun ter",
+    ],
+)
+def test_a_secret_that_could_not_be_left_out_is_refused(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a text has it, nobody sees where it ends. It is told with its key, and not shown; encoded, it is taken."""
+    study = small_study(tmp_path)
+    named = study.model_copy(update={"tracking": study.tracking.model_copy(update={"uri": uri})})
+    unnamed = study.model_copy(update={"tracking": study.tracking.model_copy(update={"uri": None})})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for key, place in (
+        ("tracking.uri", lambda: tracking_uri(named.tracking, folders_of(named))),
+        ("MLFLOW_TRACKING_URI", lambda: tracking_uri(unnamed.tracking, folders_of(unnamed))),
+        ("cache", lambda: folders_of(study.model_copy(update={"cache": uri}))),
+    ):
+        with pytest.raises(UserError, match=f"^{key}: .*percent-encoded") as caught:
+            place()
+        assert "ter" not in str(caught.value).replace("parameters", "").replace("characters", "")
+    for plain in (uri.replace(" ", "%20").replace('"', "%22").replace("<", "%3C").replace("'", "%27"), "/a b/x@y"):
+        check_encoded("key", plain)
+        assert "hun" not in without_password(plain)
 
 
 @pytest.mark.parametrize("piece", ["://", "://:", "://a:a", "?key", "&token", "?", ":/@", "a", "=", "?key="])

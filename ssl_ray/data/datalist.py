@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, FailFast, Field, NonNegativeInt
 from ssl_ray.config.schema import Source
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import read_file
-from ssl_ray.text import BREAKS, shown
+from ssl_ray.text import BREAKS, did_you_mean, shown
 
 _SUFFIX = re.compile(r"(?i)\.nii(\.gz)?\Z")
 """Scanners and Windows also write `.NII.GZ`."""
@@ -83,10 +83,14 @@ def _path_alone(entry: Any) -> Any:
     return {"image": entry} if isinstance(entry, str) else entry
 
 
-def _few(labels: Any) -> Any:  # before each of them is checked, and each mistake kept
-    if isinstance(labels, dict) and len(labels) > _MOST_LABELS:
+def _names(labels: Any) -> Any:  # before each of them is checked, and each mistake kept
+    if not isinstance(labels, dict):
+        return labels
+    if len(labels) > _MOST_LABELS:
         raise ValueError(f"must name at most {_MOST_LABELS} label values")
-    return labels
+    values = [value for value in labels.values() if type(value) is int]
+    reversed_ = len(set(values)) == len(labels)  # {"liver": 1}, as nnU-Net has them
+    return {value: name for name, value in labels.items()} if reversed_ else labels
 
 
 Section = Annotated[list[Annotated[_Entry, BeforeValidator(_path_alone)]], Field(max_length=_MOST_ENTRIES), FailFast()]
@@ -124,7 +128,7 @@ class DatasetJson(_Parts):
 class _AnyPart(_Parts):
     """A list of a study, or a part of one."""
 
-    labels: Annotated[dict[NonNegativeInt, str], BeforeValidator(_few)] = {}
+    labels: Annotated[dict[NonNegativeInt, str], BeforeValidator(_names)] = {}
 
 
 class _Json(_AnyPart):
@@ -219,6 +223,9 @@ def read_json(path: Path, model: type[_Model]) -> _Model:
         key = ".".join(shown(part, 80) for part in first["loc"] if part != "[key]")
         rule = first["msg"].removeprefix("Value error, ")
         place = f"{path}: {key}" if key else str(path)
+        if first["type"] == "missing" and isinstance(there := first["input"], dict):
+            meant = did_you_mean(key.rpartition(".")[2], [*map(str, there)]) or f"got {shown(list(there), 100)}"
+            raise UserError(f"{place}: this key is required; {meant}") from None
         got = "" if first["type"] == "json_invalid" else f", got {reprlib.repr(first['input'])}"
         raise UserError(f"{place}: {rule[0].lower()}{rule[1:]}{got}") from None
 

@@ -128,7 +128,8 @@ def _unfit(path: PurePosixPath, real: str, root: str) -> str | None:
         return "control characters in its name"
     if not os.path.isfile(real):
         return "not a regular file" if os.path.exists(real) else "a link that leads nowhere"
-    return None if real.startswith(root) else f"a link that leaves the root, to {real}"
+    outside = f"a link out of this folder, to {real}: copy it, or give a folder that holds both"
+    return None if real.startswith(root) else outside
 
 
 def _is_dicom(path: Path) -> bool:

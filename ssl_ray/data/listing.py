@@ -251,8 +251,9 @@ def _write(folder: Path, lists: dict[str, dict[str, list[Scan]]], organs: dict[i
         for part, scans in parts.items():
             tree[part] = [_entry(scan) for scan in scans]
         texts[folder / file] = json.dumps(tree, indent=1) + "\n"
-    for path, text in texts.items():
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise UserError(f"{path}: a list with other content is there already; move it away first")
+    if others := [path for path, text in texts.items() if path.exists() and path.read_text(encoding="utf-8") != text]:
+        names = ", ".join(path.name for path in others)
+        rule = "there already with other content, as with other options: move away first what is not needed"
+        raise UserError(f"{folder}: {names}: {rule}")
     for path, text in texts.items():
         write_file(path, text.encode())

@@ -1,9 +1,9 @@
 """The labelled cohort: which volumes each number of labels means, in published lists or drawn from a pool."""
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from ssl_ray.config.schema import LabelledCohort
@@ -121,8 +121,18 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
     organs = tuple(names[value][1] if value in names else f"label {value}" for value in range(1, cohort.classes))
     if 0 < (most := max(names, default=0)) < cohort.classes - 1:
         say(f"WARNING: {names[most][0]} names labels up to {most}, but {rule}: does any volume have a {most + 1}?")
+    _tell_shared_labels(lists.values())
     training = {size: listed.training for size, listed in lists.items()}
     return Splits(training, first.validation, first.test, organs, cohort.pool is not None, cohort.folds or 0)
+
+
+def _tell_shared_labels(lists: Iterable[Datalist]) -> None:
+    """Say which images have one label map: of two phases of a scan it may be right, a copied line it seldom is."""
+    labels: dict[Path | None, Case] = {}
+    for case in chain(*((*listed.training, *listed.validation, *listed.test) for listed in lists)):
+        first = labels.setdefault(case.label, case)
+        if case.label and first.image != case.image:
+            say(f"WARNING: {case.place}: {case.label} is the label map of {first.image}, too: is it of both?")
 
 
 def _written(case: Case | None) -> str:

@@ -171,6 +171,8 @@ def _odd_organs(looks: Sequence[Look], organs: Sequence[str]) -> Iterator[Findin
             yield Finding(f"class {value}, {organ}", f"no {where} that was read has it, so that nothing learns it")
         if not with_it:
             continue
+        if organ == f"label {value}" and any(other != f"label {n}" for n, other in enumerate(organs, 1)):
+            yield Finding(f"class {value}", f"in {len(with_it)} volumes, without a name in the list, as others have")
         median = float(np.median([look.organs[value] for look in with_it]))
         for look in with_it if len(with_it) >= _ENOUGH else ():
             ratio = look.organs[value] / median

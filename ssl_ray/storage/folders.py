@@ -8,6 +8,7 @@ from typing import Any
 from ssl_ray.errors import UserError
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.storage.object_store import Place
+from ssl_ray.text import check_encoded
 
 _SHARED = "artifacts", "cache", "mlflow.db"
 """In the output folder: MLflow's, and where prepared volumes lie unless the experiment says otherwise."""
@@ -31,6 +32,7 @@ class Folders:
     def of(cls, name: str, output: str, cache: str | None = None, scratch: str | None = None) -> "Folders":
         """The folders that an experiment's keys of these names stand for; a URI that is none of ours is a UserError."""
         for key, text in {"output": output, "cache": cache or output}.items():
+            check_encoded(key, text)
             try:
                 Place.parse(text)
             except UserError as error:

@@ -95,6 +95,8 @@ def _grid(images: Sequence[Path], gpu: bool) -> dict[str, Any]:
     for path in images[:: 1 + len(images) // _HEADERS]:
         try:
             header: Any = nib.load(path)
+            if len(header.shape) < 3:
+                raise ValueError(f"not a volume, got shape {header.shape}")
         except Exception as error:  # nibabel's, zlib's and the system's; `check` and `run` name every such file
             say(f"left out of the median spacing: {path}: {reason(error)}")
             continue

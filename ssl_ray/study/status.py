@@ -56,6 +56,7 @@ def status_of(study: Study, folders: Folders, logged: Sequence[Logged] | None = 
         "heard_seconds": round(time.time() - max(run.heard for run in runs), 1) if runs else None,
         "stages": stages,
         "report": str(page) if page.exists() else None,
+        "folder": str(folders.study.absolute()),
     }
 
 
@@ -141,6 +142,8 @@ def render(facts: Mapping[str, Any]) -> str:
     for name, found in facts["stages"].items():
         lines.append(f"  {name:<9} {', '.join(_words(found))}")
         lines += [f"    FAILED {cell}: {why}" for cell, why in found.get("failures", {}).items()]
+    if facts["stage"] == "not begun":
+        lines.append(f"  nothing in {facts['folder']}; relative paths are from the folder that a command is run in")
     if facts["report"]:
         lines.append(f"  report    {facts['report']}")
     if facts["stage"] in ("failed", "interrupted"):

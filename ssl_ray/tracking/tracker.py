@@ -115,7 +115,7 @@ class Tracker:
 
     @property
     def _missing(self) -> MissingExperiment:
-        return MissingExperiment(f"{self._where} does not exist; run the study first")
+        return MissingExperiment(f"{self._where} does not exist; run the study first, or this in its folder")
 
     def _find(self, client: Client) -> str:
         """MLflow's id of the experiment, which is made if need be."""

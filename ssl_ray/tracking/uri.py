@@ -8,6 +8,7 @@ from pathlib import Path
 from ssl_ray.config.schema import Tracking
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
+from ssl_ray.text import check_encoded
 
 URI = "MLFLOW_TRACKING_URI"
 """Environment variable of MLflow's own; a study that names a server does not read it."""
@@ -22,6 +23,7 @@ def tracking_uri(settings: Tracking, folders: Folders) -> str:
     path, variable = folders.output.folder / "mlflow.db", os.environ.get(URI)
     begun = variable and not folders.output.origin and _has_experiment(path, settings.experiment or folders.name)
     if uri := settings.uri or (None if begun else variable):
+        check_encoded("tracking.uri" if settings.uri else URI, uri)
         return uri
     if folders.output.origin:
         raise UserError(

@@ -174,7 +174,7 @@ def test_volumes_of_one_name_in_different_splits_are_different_cases(root: Path)
         ({"training": [{**pair(1), "image": "loop.nii.gz"}]}, "no such file: {root}/loop.nii.gz"),
         ({"training": [{**pair(1), "image": "a.mha"}]}, "training.0.image: 'a.mha' must end in .nii or .nii.gz"),
         ({"training": []}, "training: list should have at least 1 item"),
-        ({"validation": [pair(1)]}, "training: field required"),
+        ({"validation": [pair(1)]}, "training: this key is required; got ['validation']"),
         ({"training": [pair(1), "images/v2.nii.gz"]}, "training.1: needs a 'label', got only images/v2.nii.gz"),
         ({"training": [pair(1)], "validation": [{"image": "images/v2.nii.gz"}]}, "validation.0: needs a 'label'"),
         ({"training": {"image": "a"}}, "training: input should be a valid array, got {{'image': 'a'}}"),
@@ -182,7 +182,7 @@ def test_volumes_of_one_name_in_different_splits_are_different_cases(root: Path)
         ({"training": [pair(1)], "validation": "images/v2.nii.gz"}, "validation: input should be a valid array"),
         ({"training": [pair(1), 5]}, "training.1: must be a path or {{image, label}}, got 5"),
         ({"training": [[pair(1)]]}, "training.0: must be a path or {{image, label}}"),
-        ({"training": [{"label": "labels/v1.nii.gz"}]}, "training.0.image: field required, got {{'label'"),
+        ({"training": [{"label": "labels/v1.nii.gz"}]}, "training.0.image: this key is required; got ['label']"),
         ({"training": [{**pair(1), "image": ""}]}, "training.0.image: '' must end in .nii or .nii.gz"),
         ({"training": [""]}, "training.0: needs a 'label', got only "),
         ({"training": [{**pair(1), "image": "a\0.nii"}]}, "0.image: 'a\\x00.nii' must end in .nii"),
@@ -190,7 +190,9 @@ def test_volumes_of_one_name_in_different_splits_are_different_cases(root: Path)
         ({"training": [{**pair(1), "image": {"path": 1}}]}, "0.image: input should be a valid "),
         ({"training": [{**pair(1), "label": None}]}, "training.0: needs a 'label'"),
         ({"training": [pair(1)], "labels": ["background"]}, "labels: input should be an object, got ['background']"),
-        ({"training": [pair(1)], "labels": {"spleen": 1}}, "labels.spleen: input should be a valid integer"),
+        ({"train": [pair(1)]}, "training: this key is required; did you mean 'train'?"),
+        ({"training": [pair(1)], "labels": {"spleen": 1, "liver": 1}}, "labels.spleen: input should be a valid integ"),
+        ({"training": [pair(1)], "labels": {"spleen": "one"}}, "labels.spleen: input should be a valid integer"),
         ({"training": [pair(1)], "labels": None}, "labels: input should be an object, got None"),
     ],
 )  # fmt: skip
@@ -205,6 +207,24 @@ def test_a_wrong_list_is_refused(root: Path, tree: dict[str, Any], rule: str) ->
     (root / "loop.nii.gz").symlink_to("loop.nii.gz")
     (root / "list.json").write_text(json.dumps(tree).replace("{out}", str(out)))
     assert rule.format(root=root, out=out) in refusal(root)
+
+
+def test_names_may_be_in_nnunets_order(root: Path) -> None:
+    """Its second version has {"spleen": 1} where the Decathlon has {"1": "spleen"}."""
+    for labels in ({"0": "background", "1": "spleen"}, {"background": 0, "spleen": 1}):
+        (root / "list.json").write_text(json.dumps({"training": [pair(1)], "labels": labels}))
+        assert read_datalist(root, "list.json", labelled=True).labels == {0: "background", 1: "spleen"}
+
+
+def test_one_label_map_of_two_images_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line that was copied, with another image alone: on one grid nothing else would show it."""
+    lists = {"training": [pair(1), {**pair(2), "label": pair(1)["label"]}], "validation": [pair(3)]}
+    (root / "list.json").write_text(json.dumps(lists))
+    cohort = LabelledCohort(root=str(root), classes=2, pool="list.json", sizes=(1,))
+    read_labelled(cohort, (1,))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "training.1: " in told
+    assert f"{root}/labels/v1.nii.gz is the label map of {root}/images/v1.nii.gz, too" in told
 
 
 @pytest.mark.parametrize("text", ["", "{", "{'training': []}", "\ufeff{}", "[" * 100_000, '{"training": [NULL]}'])

@@ -47,7 +47,7 @@ for name, path_, rule in (
     ("path of 100,000 folders", "x/" * 10**5 + "v.nii", "no such file"),
     ("number", 5, "must be a path"), ("null", None, "must be a path"), ("list", ["v1.nii"], "must be a path"),
     ("true", True, "must be a path"), ("NaN", NAN, "must be a path"),
-    ("no image", {"label": "v1.nii"}, "image: field required"),
+    ("no image", {"label": "v1.nii"}, "image: this key is required"),
     ("number among channels", {"image": ["v1.nii", 5]}, "image.1: input should be a valid string"),
     ("image is deep", {"image": json.loads("[" * 180 + "]" * 180)}, "image.0: input should be a valid string"),
 ):  # fmt: skip
@@ -60,7 +60,7 @@ for name, section in {"object": {}, "null": None, "text": "v1.nii", "number": 1e
     ROWS.add(f"section is {name}", entries("v1.nii", validation=section), "validation: input should be a valid array")
 for name, text, rule in (
     ("list", "[]", "input should be an object"), ("number", "5", "be an object"), ("null", "null", "an object"),
-    ("empty object", "{}", "training: field required"), ("100,000 brackets", "[" * 10**5, "invalid JSON"),
+    ("empty object", "{}", "training: this key is required"), ("100,000 brackets", "[" * 10**5, "invalid JSON"),
     ("100,000 objects", '{"a":' * 10**5, "invalid JSON"), ("trailing garbage", '{"training": ["v1.nii"]} x', "JSON"),
     ("cut", '{"training": ["v1.n', "invalid JSON"), ("Python", "{'training': []}", "invalid JSON"),
     ("integer of 100,000 digits", '{"numTraining": ' + "9" * 10**5 + "}", "invalid JSON"),
@@ -70,7 +70,7 @@ for name, text, rule in (
     ("NaN beside the list", '{"training": ["v1.nii"], "numTraining": NaN}', {"cases": 1}),
     ("labels are a list", '{"training": ["v1.nii"], "labels": ["a"]}', "labels: input should be an object"),
     ("labels are text with a line break", '{"training": ["v1.nii"], "labels": "a\\nb"}', "labels: input should be"),
-    ("labels are turned round", '{"training": ["v1.nii"], "labels": {"liver": 1}}', "labels.liver: "),
+    ("labels are turned round twice", '{"training": ["v1.nii"], "labels": {"liver": 1, "x": 1}}', "labels.liver: "),
     ("label value is infinite", '{"training": ["v1.nii"], "labels": {"1e999": "x"}}', "labels.1e999: "),
     ("label value of 5,000 digits", '{"training": ["v1.nii"], "labels": {"' + "9" * 5000 + '": "x"}}', "labels.999"),
     ("label value is negative", '{"training": ["v1.nii"], "labels": {"-1": "x"}}', "labels.-1: "),

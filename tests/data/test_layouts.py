@@ -338,7 +338,7 @@ def test_what_prepare_would_refuse_is_not_listed(tmp_path: Path) -> None:
     assert odd == "control characters in its name"
     assert "images/bad\\nname.nii.gz" in summary(root, Layout("", left_out={"images/bad\nname.nii.gz": odd}))
     left_out = {
-        "images/out.nii.gz": f"leaves the root, to {tmp_path}/out/x.nii.gz",
+        "images/out.nii.gz": f"a link out of this folder, to {tmp_path}/out/x.nii.gz: copy it",
         "images/none.nii.gz": "leads nowhere",
         "images/a2.nii.gz": "a link to images/a.nii.gz",
         "images/pipe.nii.gz": "not a regular file",

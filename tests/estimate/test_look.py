@@ -1,6 +1,6 @@
 """What `ssl-ray check` finds in volumes: each planted fault is named with its file, and a good cohort has none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +23,12 @@ def cases(folder: Path) -> list[tuple[str, Case]]:
     return [(part, make_case(folder, f"v{n}", n, labelled=part != FREE)) for n, part in enumerate(parts)]
 
 
-def found(chosen: list[tuple[str, Case]], classes: int = 4, patch: float = 4) -> list[Finding]:
+def found(
+    chosen: list[tuple[str, Case]], classes: int = 4, patch: float = 4, organs: Sequence[str] = ORGANS
+) -> list[Finding]:
     looks = look_at(chosen, dict.fromkeys((TRAINING, TEST, FREE), PREPARATION), classes)
     patches = dict.fromkeys((TRAINING, TEST, FREE), [patch] * 3)
-    return findings(looks, patches, ORGANS[: classes - 1], {TEST})
+    return findings(looks, patches, organs[: classes - 1], {TEST})
 
 
 def test_what_a_volume_shows_is_what_nibabel_and_numpy_say(tmp_path: Path) -> None:
@@ -122,6 +124,14 @@ def test_a_scan_that_is_scored_and_trained_on_is_found_under_any_name(tmp_path: 
     assert one.refused
     assert str(chosen[0][1].image) in one.what
     assert not any("the same scan" in one.what for one in found([*chosen, (FREE, replace(twin, label=None))]))
+
+
+def test_an_organ_without_a_name_is_told_where_others_have_one(tmp_path: Path) -> None:
+    """The list names fewer than the maps have; where none has a name, it is by numbers that they are known."""
+    chosen = cases(tmp_path)
+    for organs, told in ((("liver", "spleen", "label 3"), True), (("label 1", "label 2", "label 3"), False)):
+        unnamed = [one for one in found(chosen, organs=organs) if "without a name" in one.what]
+        assert [one.place for one in unnamed] == ["class 3"] * told
 
 
 def test_classes_windows_and_patches_are_told_of_the_study(tmp_path: Path) -> None:

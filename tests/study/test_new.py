@@ -101,11 +101,13 @@ def test_without_a_dataset_json_the_values_are_read_and_mri_gets_percentiles(
         write_nifti(tmp_path / f"mr/images/p{number}.nii.gz", bright, AFFINE)
         write_nifti(tmp_path / f"mr/labels/p{number}.nii.gz", organ_labels(SHAPE, 4, number), AFFINE)
     (tmp_path / "mr/images/p5.nii.gz").write_bytes(b"<html>404</html>")
+    write_nifti(tmp_path / "mr/images/scout.nii.gz", np.zeros((8, 8), np.float32), AFFINE)
     cut_off = tmp_path / "mr/images/p4.nii.gz"
     cut_off.write_bytes(cut_off.read_bytes()[:-2000])
     assert main(["new", "mr", "--study", "2024.yaml"]) == 0
     printed = capsys.readouterr().out
     assert "left out of the median spacing: " in printed
+    assert "scout.nii.gz: ValueError: not a volume, got shape (8, 8)" in printed
     assert "a run would refuse: " in printed
     assert "mr/images/p4.nii.gz: " in printed
     study = load("2024.yaml")

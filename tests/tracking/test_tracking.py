@@ -99,7 +99,8 @@ def test_a_database_is_whole_whoever_dies_while_making_it(folders: Folders) -> N
     killed.kill()
     for other in others:
         other.stdin.close()  # type: ignore[union-attr]
-    assert [process.wait(120) for process in (killed, *others)] == [-signal.SIGKILL, 0, 0]
+    assert [other.wait(120) for other in others] == [0, 0]
+    assert killed.wait(120) in (-signal.SIGKILL, 0), "it may have been faster"
     tracker = Tracker(Tracking(), folders)
     assert {"b", "c", folders.name} <= {one.name for one in tracker.client.search_experiments()}
     tracker.stop()
