@@ -26,7 +26,7 @@ from ssl_ray.networks.transfer import transfer
 from ssl_ray.networks.weight_files import load_metadata, load_weights, read_entry
 from ssl_ray.predict.inputs import read_prepared
 from ssl_ray.predict.model import find, read_model
-from ssl_ray.storage.files import appearing
+from ssl_ray.storage.files import appearing, open_file
 from ssl_ray.text import shown
 
 _BATCH = 4
@@ -113,8 +113,13 @@ def write_features(
 ) -> tuple[int, dict[str, str]]:
     """Write features as Parquet, a row for each volume (their mean) or token -> number of rows, bad cases by image.
 
-    `made_by`, the digest of the encoder's file, is kept in the metadata of the table.
+    `made_by`, the digest of the encoder's file, is kept in the metadata of the table. A UserError where there is
+    another file that is no Parquet: a scan perhaps.
     """
+    if output.exists():
+        with open_file(output) as there:
+            if there.read(4) != b"PAR1":
+                raise UserError(f"{output}: is there already, and is no Parquet file; give another name")
     bad: dict[str, str] = {}
     numbers = [(name, pa.int32()) for name in ("i", "j", "k")] + [(name, pa.float64()) for name in ("x", "y", "z")]
     columns = [("case", pa.string()), *(numbers if tokens else []), ("features", pa.list_(pa.float32()))]

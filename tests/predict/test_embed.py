@@ -18,7 +18,7 @@ from ssl_ray.networks.primus.settings import Primus
 from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.networks.unetr.settings import Unetr
 from ssl_ray.networks.weight_files import describe, export
-from ssl_ray.predict.embed import read_embedder
+from ssl_ray.predict.embed import read_embedder, write_features
 from ssl_ray.predict.inputs import read_prepared
 
 AFFINE = oblique_affine((2.2, 2.6, 4.1), 25, flip=True)
@@ -80,3 +80,14 @@ def test_a_network_without_encoder_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, network=DynUnet(filters=(4, 8, 8)), patch_size=(16, 16, 16))
     with pytest.raises(UserError, match="a dynunet has no encoder"):
         read_embedder(str(tmp_path))
+
+
+def test_only_a_table_of_features_is_replaced(tmp_path: Path) -> None:
+    """A scan that was given as the output, with the arguments exchanged, stays as it is, and nothing is computed."""
+    scan, table = tmp_path / "scan.nii.gz", tmp_path / "features.parquet"
+    scan.write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"scan\.nii\.gz: is there already, and is no Parquet file"):
+        write_features((pytest.fail("computed") for _ in range(1)), "digest", scan, tokens=False)
+    assert scan.read_bytes() == b"precious"
+    for _ in range(2):
+        assert write_features([], "digest", table, tokens=False) == (0, {})
