@@ -36,7 +36,9 @@ def without_password(text: str) -> str:
 def check_encoded(key: str, uri: str) -> None:
     """Refuse a URI with a character in its credentials or parameters at which `without_password` ends: a UserError."""
     rest = uri.partition("://")[2]
-    user, query = "" if rest.startswith("/") else rest.rpartition("@")[0], rest.partition("?")[2]
+    user, query = rest.rpartition("@")[0], rest.partition("?")[2]
+    if rest.startswith("/") or ("/" in user and ":" not in user):
+        user = ""  # an @ in a path
     if re.search(r"[\s\"<>]", user) or re.search(r"[\s\"<>']", query):
         rule = "blanks, quotes, < and > in its user, password and parameters must be percent-encoded, as %20"
         raise UserError(f"{key}: not a valid URI: {rule}")

@@ -65,7 +65,8 @@ def test_a_secret_that_could_not_be_left_out_is_refused(
         with pytest.raises(UserError, match=f"^{key}: .*percent-encoded") as caught:
             place()
         assert "ter" not in str(caught.value).replace("parameters", "").replace("characters", "")
-    for plain in (uri.replace(" ", "%20").replace('"', "%22").replace("<", "%3C").replace("'", "%27"), "/a b/x@y"):
+    encoded = uri.replace(" ", "%20").replace('"', "%22").replace("<", "%3C").replace("'", "%27")
+    for plain in (encoded, "/a b/x@y", "s3://bucket/a b@c"):
         check_encoded("key", plain)
         assert "hun" not in without_password(plain)
 

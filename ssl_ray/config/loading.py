@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ssl_ray.config.overrides import kinds, sections
 from ssl_ray.config.schema import Study
+from ssl_ray.config.search import DISTRIBUTIONS
 from ssl_ray.errors import UserError
 from ssl_ray.text import did_you_mean, shown, without_password
 
@@ -74,8 +75,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
     value = _read_yaml(text, f"--set {override}: the value is not valid YAML")
-    searched = key.strip().removeprefix("search.space.")  # a dotted key there is one name
-    *parents, last = key.strip().split(".") if searched == key.strip() else ("search", "space", searched)
+    parents, last = _parts(key.strip())
     node: Any = tree
     known: list[type[BaseModel]] = [Study]
     try:
@@ -90,6 +90,17 @@ def _override(tree: dict[str, Any], override: str) -> None:
         node[int(last) if isinstance(node, list) else last] = value
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"--set {override}: no such section, or no such place in a list (they count from 0)") from error
+
+
+def _parts(key: str) -> tuple[list[str], str]:
+    """The sections of a dotted key, and its last part; in a search's space, a dotted key is one name."""
+    *parents, last = key.split(".")
+    if parents[:2] != ["search", "space"]:
+        return parents, last
+    inner = parents[2:]
+    if inner and last in DISTRIBUTIONS:
+        return [*parents[:2], ".".join(inner)], last
+    return parents[:2], ".".join([*inner, last])
 
 
 _NO_KEY = re.compile(r"str|constrained-(int|float)|literal\[.*\]|tuple\[.*\]|\[key\]")

@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -17,10 +17,11 @@ _SEARCHED = re.compile(
     r"(finetune\.(?!weights)|pretrain\.|network\.)(?!(cohort|grid|runs|margin|primary|sources|pretrainings)\b)"
 )
 """Keys that say how one cell is trained, not which cells and volumes there are."""
-_HOW = {f"pretrain.{key}" for key in PRETRAIN_HOW} | {f"finetune.{key}" for key in FINETUNE_HOW}
-"""Keys on which no result depends: all cells would be the same."""
+_HOW = {f"pretrain.{key}" for key in PRETRAIN_HOW - {"workers"}} | {f"finetune.{key}" for key in FINETUNE_HOW}
+"""Keys on which no result depends: all cells would be the same. A contrastive loss depends on the workers."""
 
-
+_Kind = Literal["choice", "uniform", "loguniform", "int", "logint"]
+DISTRIBUTIONS: tuple[str, ...] = get_args(_Kind)
 WHOLE = "int", "logint"
 LOGARITHMIC = "loguniform", "logint"
 
@@ -45,9 +46,7 @@ def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     return {kind: values}
 
 
-Distribution = Annotated[
-    dict[Literal["choice", "uniform", "loguniform", "int", "logint"], tuple[Any, ...]], AfterValidator(_fits)
-]
+Distribution = Annotated[dict[_Kind, tuple[Any, ...]], AfterValidator(_fits)]
 """E.g. `{loguniform: [1.0e-4, 1.0e-2]}`; both ends may be drawn. A choice of one value sets it."""
 
 _METRIC = "^((original_)?dice_foreground|dice_with_background|published_dice|original_surface_dice|original_hd95)$"

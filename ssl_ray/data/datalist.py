@@ -147,6 +147,8 @@ def read_datalist(root: str | Path, datalist: str | Path, *, labelled: bool | No
     base = Path(os.path.abspath(root))
     path = base / datalist
     listed = read_json(path, _AnyPart if labelled is None else _Json)
+    if labelled and IGNORE in listed.labels.values():
+        raise UserError(f"{path}: labels: voxels to {IGNORE} are nothing to train on; give a list without that label")
     real = cache(os.path.realpath)
     cases = {
         section: [
@@ -235,14 +237,23 @@ def _case(base: Path, place: str, entry: _Entry, labelled: bool | None, real: Ca
         raise UserError(f"{place}: needs a 'label', got only {shown(entry.image[0])}")
     label = [entry.label] if labelled is not False and entry.label else []
     inside = []
+    if labelled is None and label and not (_fits(label[0]) and _within(base, label[0], real)):
+        label = []  # nobody needs it
     for number, path in enumerate(entry.image + label):
         key = "label" if number == len(entry.image) else f"image.{number}" if number else "image"
-        if BREAKS.search(path) or not is_nifti(path):
+        if not _fits(path):
             raise UserError(f"{place}.{key}: '{shown(path)}' must end in .nii or .nii.gz, without control characters")
-        target = os.path.normpath(os.path.join(base, path))
-        # The root may itself be a link. What counts for a link inside of it is the place that it leads to.
-        if not real(target).startswith(os.path.join(real(str(base)), "")):
+        if not _within(base, path, real):
             raise UserError(f"{place}.{key}: {shown(path)} leaves the root {base}")
-        inside.append(Path(target))
+        inside.append(Path(os.path.normpath(base / path)))
     image, *others = inside[: len(entry.image)]
     return Case(stem(image), image, inside[-1] if label else None, shown(entry.subject), place, tuple(others))
+
+
+def _fits(path: str) -> bool:
+    return is_nifti(path) and not BREAKS.search(path)
+
+
+def _within(base: Path, path: str, real: Callable[[str], str]) -> bool:
+    """Whether a path leads below the root, which may itself be a link; of a link inside of it, where that leads to."""
+    return real(os.path.normpath(base / path)).startswith(os.path.join(real(str(base)), ""))

@@ -99,9 +99,9 @@ def _holds(folder: str) -> str:
 
 
 def kinds_of(files: Iterable[PurePosixPath]) -> dict[PurePosixPath, str]:
-    """What each scan among the files is if it is no CT, by its name: t1, FLAIR, or "" where it does not say."""
+    """What each scan among the files is if it is no CT, by its name: t1, flair, or "" where it does not say."""
     scans = [path for path in files if not is_label_map(path)]
-    return {path: match[1] if (match := _KIND.search(stem(path))) else "" for path in scans}
+    return {path: match[1].lower() if (match := _KIND.search(stem(path))) else "" for path in scans}
 
 
 def parents(path: PurePosixPath) -> Key:

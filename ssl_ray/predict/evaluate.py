@@ -113,7 +113,8 @@ def pairs_of(predictions: Path, labels: Path) -> tuple[Pairs, dict[str, str], in
     """Prediction and truth by case, the reason by path for predictions without truth, and how many truths are left.
 
     Two files, or two folders whose files are matched by folder and name below them: the same, or one that differs in
-    words such as `label` and `img` alone, if no other file could be meant; no label map is taken for two predictions.
+    words such as `label` and `img` alone, if no other file could be meant; no label map is taken for two predictions. A
+    prediction in no folder is that of a label map in any, if the names say so.
     `labels` may be a datalist, whose images gave the predictions their names.
 
     Raises:
@@ -130,29 +131,31 @@ def pairs_of(predictions: Path, labels: Path) -> tuple[Pairs, dict[str, str], in
         true = {case.id: case.label for case in cases if case.label}
     else:
         true = _maps(labels)
-    truths, claims = _alike(true.keys() - made.keys()), _alike(made.keys() - true.keys())
     pairs = {name: (path, true[name]) for name, path in made.items() if name in true}
-    alone: dict[str, str] = {}
-    for key, names in claims.items():
-        fitting = truths.get(key, [])
-        if len(names) == len(fitting) == 1:
-            pairs[names[0]] = made[names[0]], true[fitting[0]]
-            continue
-        why = f"no label map of its name in {labels}"
-        if fitting:
-            why = f"{' or '.join(names[:2])} could be of {' or of '.join(fitting[:2])}"
-        alone |= {str(made[name]): why for name in names}
+    left, free = made.keys() - true.keys(), true.keys() - made.keys()
+    alone = {str(made[name]): f"no label map of its name in {labels}" for name in sorted(left)}
+    for part in (slice(None), slice(-1, None)):  # `predict` leaves out folders where names tell cases apart
+        claims, truths = _alike((name for name in left if "/" not in name or not part.start), part), _alike(free, part)
+        for key in claims.keys() & truths.keys():
+            names, fitting = claims[key], truths[key]
+            if len(names) == len(fitting) == 1:
+                pairs[names[0]] = made[names[0]], true[fitting[0]]
+                del alone[str(made[names[0]])]
+                left, free = left - {*names}, free - {*fitting}
+            else:
+                why = f"{' or '.join(names[:2])} could be of {' or of '.join(fitting[:2])}"
+                alone |= {str(made[name]): why for name in names}
     if not pairs:
         found = f"{len(made)} and {len(true)} label maps"
         raise UserError(f"{predictions} and {labels}: no two files of the same name among {found}")
     return dict(sorted(pairs.items())), alone, len(true) - len(pairs)
 
 
-def _alike(names: Iterable[str]) -> dict[Key, list[str]]:
-    """Names that differ in words such as `label` and `img` alone, by what they share."""
+def _alike(names: Iterable[str], part: slice) -> dict[Key, list[str]]:
+    """Names that differ in words such as `label` and `img` alone, by what they share of folders and name."""
     found: dict[Key, list[str]] = defaultdict(list)
     for name in sorted(names):
-        found[shared_path(PurePosixPath(name))].append(name)
+        found[shared_path(PurePosixPath(name))[part]].append(name)
     return found
 
 

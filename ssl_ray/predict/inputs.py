@@ -37,7 +37,7 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
         raise UserError(f"--part {part}: is a part of a datalist (.json), and {', '.join(map(str, inputs))} is none")
     files: list[Path] = []
     cases: list[Case] = []
-    others: set[Path] = set()  # images of the parts that are not meant
+    others, meant = set[Path](), set[Path]()  # images of the parts of lists
     left_out: dict[str, str] = {}
     for place in inputs:
         if place.is_dir():
@@ -49,7 +49,7 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
         elif place.suffix == ".json":
             for one, listed in listed_in(place).items():
                 cases += listed
-                others |= {case.image for case in listed if part not in (None, one)}
+                (meant if part in (None, one) else others).update(case.image for case in listed)
         elif not place.exists():
             raise UserError(f"{place}: no such file or folder")
         elif is_nifti(place.name):
@@ -57,7 +57,7 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
         else:
             raise UserError(f"{place}: must be a folder, a .nii or .nii.gz file, or a datalist (.json)")
     single = _grouped(files, channels)
-    others -= {case.image for case in single}
+    others -= meant | {case.image for case in single}
     cases = [case for case in named([*cases, *single]) if case.image not in others]
     if not cases:
         why = "".join(f"; {shown(path)}: {reason}" for path, reason in list(left_out.items())[:3])

@@ -106,6 +106,8 @@ def _begin(outputs: Outputs, told: dict[str, Any], cases: Sequence[Case], resume
             raise UserError(f"{path}: an earlier run wrote into this folder: --continue goes on with it")
         if earlier != told:
             raise UserError(f"{path}: the earlier run had other models or settings; take another folder")
+    if begun is None:  # an earlier version did not write down which; rows come some time after their label maps
+        begun = {case.id for case in cases} if resume and earlier == told else set()
     _check_free(outputs, [case for case in cases if case.id not in done], begun, again=bool(earlier))
     text = io.StringIO()
     csv.writer(text).writerows([_COLUMNS, *(row for name in sorted(done) for row in rows[name])])
@@ -133,11 +135,11 @@ def _check_free(outputs: Outputs, cases: Sequence[Case], begun: Collection[str],
                 raise UserError(f"{path}: is there already, and no earlier run of ours wrote it; take another folder")
 
 
-def _read_told(path: Path) -> tuple[dict[str, Any], set[str]]:
-    """What an earlier run told of its cases, and their names; nothing of a file that is none of ours."""
+def _read_told(path: Path) -> tuple[dict[str, Any], set[str] | None]:
+    """What an earlier run told of its cases, and their names if it did; nothing of a file that is none of ours."""
     try:
         told = json.loads(path.read_text())
-        return told, set(told.pop("cases", ()))
+        return told, set(told.pop("cases")) if "cases" in told else None
     except (OSError, ValueError, TypeError, AttributeError):
         return {}, set()
 

@@ -87,7 +87,7 @@ class Cell:
     @property
     def file_name(self) -> str:
         """The name as one part of a path, cut where it is long: beside it stands the cell's key."""
-        return self.name.replace("/", "_")[:150]
+        return self.name.replace("/", "_").encode()[:246].decode(errors="ignore")
 
     @property
     def lineage(self) -> dict[str, str | int | float | None]:

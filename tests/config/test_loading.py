@@ -373,6 +373,8 @@ def test_overrides_reach_below_a_short_form_and_a_searched_key(tmp_path: Path) -
         "pretrain.task.ratio=0.5",
         "network.token=16",
         "search.space.finetune.optimizer.lr={choice: [0.001]}",
+        "search.space.finetune.steps.choice=[9, 12]",
+        "search.space.size.choice=[2]",
         "search.space.init={choice: [random, pretrained]}",
     ]
     study = load(write_study(tmp_path / "short.yaml", tree), given)
@@ -380,6 +382,8 @@ def test_overrides_reach_below_a_short_form_and_a_searched_key(tmp_path: Path) -
     assert study.network.model_dump(include={"kind", "token"}) == {"kind": "primus", "token": 16}
     assert study.search
     assert study.search.space["finetune.optimizer.lr"] == {"choice": (1e-3,)}
+    assert study.search.space["finetune.steps"] == {"choice": (9, 12)}
+    assert study.search.space["size"] == {"choice": (2,)}
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,14 @@ def test_what_does_not_go_together_is_refused(
     assert words in refusal(tmp_path, search, **finetune)
 
 
+def test_a_contrastive_loss_may_be_searched_over_workers() -> None:
+    """Its negatives are a worker's own patches; no other result depends on their number."""
+    pretrain = {"patch_size": 32, "task": {"contrastive": {"enabled": True}}}
+    space = {"pretrain.workers": {"choice": [1, 2]}}
+    tuned = FINETUNE | {"grid": {"init": ["pretrained"]}}
+    assert small_study(pretrain=pretrain, finetune=tuned, search={"space": space}).search
+
+
 def test_of_a_distance_the_lowest_is_the_best() -> None:
     """Unless it is said, as if it were said."""
     for metric, mode in (("original_hd95", "min"), ("original_surface_dice", "max")):

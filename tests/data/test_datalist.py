@@ -216,6 +216,14 @@ def test_names_may_be_in_nnunets_order(root: Path) -> None:
         assert read_datalist(root, "list.json", labelled=True).labels == {0: "background", 1: "spleen"}
 
 
+@pytest.mark.parametrize("labels", [{"1": "liver", "2": "ignore"}, {"background": 0, "liver": 1, "ignore": 2}])
+def test_voxels_to_ignore_are_not_trained_on(root: Path, labels: dict[str, Any]) -> None:
+    """As an organ they would be learned, and scored; for a trained model the list is good."""
+    (root / "list.json").write_text(json.dumps({"training": [pair(1)], "labels": labels}))
+    assert "voxels to ignore are nothing to train on" in refusal(root)
+    assert read_datalist(root, "list.json", labelled=None).labels[2] == "ignore"
+
+
 def test_one_label_map_of_two_images_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A line that was copied, with another image alone: on one grid nothing else would show it."""
     lists = {"training": [pair(1), {**pair(2), "label": pair(1)["label"]}], "validation": [pair(3)]}

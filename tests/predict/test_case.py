@@ -24,7 +24,7 @@ from ssl_ray.evaluate.metrics import to_original_grid
 from ssl_ray.predict.case import Outputs, measure, predict_case
 from ssl_ray.predict.inputs import cases_of, read_prepared
 from ssl_ray.predict.model import Model
-from ssl_ray.predict.run import SIZES, predict_all
+from ssl_ray.predict.run import SIZES, TOLD, predict_all
 from ssl_ray.predict.segment import Segmenter, manner_of
 
 AFFINE = oblique_affine((2.2, 2.6, 4.1), 25, flip=True)
@@ -245,6 +245,10 @@ def test_what_a_run_was_writing_when_it_was_cut_off_is_written_again(tmp_path: P
     assert predict(model, out, a, resume=True) == 1
     (out / SIZES).write_text("".join(rows[:1]))
     assert predict(model, out, a) == 1, "with nothing complete, no --continue is needed"
+    told = json.loads((out / TOLD).read_text())
+    (out / TOLD).write_text(json.dumps({key: told[key] for key in told if key != "cases"}))
+    (out / SIZES).write_text("".join(rows[:1]))
+    assert predict(model, out, a, resume=True) == 1, "begun by a version that did not say of which cases"
     write(bad, smooth_ct(SHAPE))
     for name in ("b", "bad"):
         touch(out, f"{name}.nii.gz")

@@ -136,6 +136,32 @@ def test_no_truth_is_another_patients_or_taken_twice(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("made", "truth"),
+    [
+        (("sub-01_ct", "sub-02_ct"), ("sub-01/sub-01_seg", "sub-02/sub-02_seg")),
+        (("p1", "p2"), ("p1/p1", "p2/p2")),
+        (("sub-1_ct",), ("derivatives/manual/sub-1/anat/sub-1_seg",)),
+        (("case1", "case2"), ("labelsTr/case1", "labelsTr/case2")),
+    ],
+)
+def test_a_prediction_without_folder_finds_its_truth_in_any(
+    made: tuple[str, ...], truth: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As `predict` writes them where names are enough; one that is in two folders stays unclear."""
+    touch(tmp_path, *[f"made/{name}.nii.gz" for name in made], *[f"true/{name}.nii.gz" for name in truth])
+    pairs, alone, missing = pairs_of(tmp_path / "made", tmp_path / "true")
+    assert {name: found for name, (_, found) in pairs.items()} == {
+        name: tmp_path / f"true/{found}.nii.gz" for name, found in zip(made, truth, strict=True)
+    }
+    assert (alone, missing) == ({}, 0)
+    touch(tmp_path, f"true/elsewhere/{truth[0].rpartition('/')[2]}.nii.gz", "made/x.nii.gz", "true/x.nii.gz")
+    pairs, alone, missing = pairs_of(tmp_path / "made", tmp_path / "true")
+    assert [*pairs] == sorted([*made[1:], "x"])
+    assert "could be of" in alone[str(tmp_path / f"made/{made[0]}.nii.gz")]
+    assert missing == 2
+
+
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     """One of them would be scored, and nobody knows which."""
     touch(tmp_path, "made/a.nii", "made/a.nii.gz", "labels/a.nii.gz")

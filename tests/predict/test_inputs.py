@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from volumes import touch
 
+from ssl_ray.data.datalist import read_datalist
 from ssl_ray.errors import UserError
 from ssl_ray.predict.evaluate import pairs_of
 from ssl_ray.predict.inputs import cases_of
@@ -74,6 +75,31 @@ def test_a_part_has_the_names_of_the_whole_list(tmp_path: Path) -> None:
     assert (alone, missing) == ({}, 2)
     more = cases_of([listed, tmp_path / "training/p1/ct.nii.gz"], 1, "test")[0]
     assert {case.id for case in more} == {"training/p1/ct", "test/p5/ct", "test/p6/ct"}
+
+
+def test_parts_of_several_lists_are_what_any_of_them_says(tmp_path: Path) -> None:
+    """Lists of folds hold out each image once: those of validation are all of them."""
+    touch(tmp_path, *[f"{name}.nii.gz" for name in "abc"])
+    lists = []
+    for held_out in "abc":
+        lists.append(tmp_path / f"{held_out}.json")
+        training = [f"{name}.nii.gz" for name in "abc" if name != held_out]
+        lists[-1].write_text(json.dumps({"training": training, "validation": [f"{held_out}.nii.gz"]}))
+    for part in ("training", "validation"):
+        assert {case.id for case in cases_of(lists, 1, part)[0]} == {*"abc"}
+
+
+@pytest.mark.parametrize("label", ["../elsewhere.nii.gz", "a.nrrd", "linked/a.nii.gz"])
+def test_a_label_that_nobody_needs_is_in_nobodys_way(tmp_path: Path, label: str) -> None:
+    """Where a list leads out of its folder, or to another format, a scan is still one; its label is not taken."""
+    root = tmp_path / "root"
+    touch(root, "a.nii.gz")
+    (root / "linked").symlink_to(tmp_path)
+    (root / "list.json").write_text(json.dumps({"training": [{"image": "a.nii.gz", "label": label}]}))
+    (case,) = cases_of([root / "list.json"], 1)[0]
+    assert (case.id, case.label) == ("a", None)
+    with pytest.raises(UserError, match=r"leaves the root|must end in"):
+        read_datalist(root, "list.json", labelled=True)
 
 
 def test_a_part_is_one_of_a_datalist(tmp_path: Path) -> None:

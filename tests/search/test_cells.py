@@ -87,6 +87,7 @@ def test_the_folder_of_a_cell_can_be_made_whatever_is_searched(tmp_path: Path) -
     searched = {f"finetune.augmentation.some_key_{number}": 0.123456789 for number in range(15)}
     for more in ({}, searched, {"pretrain.weights": "from/elsewhere.safetensors"}):
         cell = Cell.of(6, "random", 1e-4, **more)
+        assert cell.file_name == cell.name.replace("/", "_")[:246]
         folder = tmp_path / f"{cell.file_name}-01234567"
         folder.mkdir()
         assert folder.parent == tmp_path
