@@ -4,8 +4,8 @@
     python experiments/results/store.py restore FILE.tar.xz OUTPUT
 
 OUTPUT is the output folder, spelt as the run had it, from the folder that it was run in. `ssl-ray report` then makes
-the page again, and `ssl-ray run` goes on from there: what is finished is not trained again. A pretraining is, where a new
-cell starts from its weights.
+the page again, and `ssl-ray run` goes on from there: what is finished is not trained again. A pretraining is, where a
+new cell starts from its weights.
 """
 
 import sqlite3

@@ -104,6 +104,8 @@ class Tracker:
                 text = f"tracking.uri: MLflow at {delivery.place} does not answer ({delivery.away})"
                 raise UserError(text) from error
         if create:
+            if not home.is_dir() and [*folders.study.glob("journal/*")]:
+                say(f"WARNING: {self._where}: not where the study was begun; what was finished there is not known here")
             home.mkdir(parents=True, exist_ok=True)
             delivery.start()
         else:

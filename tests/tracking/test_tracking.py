@@ -144,6 +144,10 @@ def test_a_study_stays_where_it_was_begun_and_another_one_in_its_output_does_not
     assert tracking_uri(Tracking(experiment=folders.name), other) == own
     assert track().uri == own
     assert said.count(f"MLflow: {own} (where the study was begun, so MLFLOW_TRACKING_URI is not read)") == 1
+    assert not said.count("not where the study was begun")
+    for _ in range(2):
+        Tracker(Tracking(uri=server), folders).stop()
+    assert said.count("not where the study was begun; what was finished there is not known here") == 1
     (folders.output.folder / "mlflow.db").write_bytes(b"cannot be read")
     assert tracking_uri(Tracking(), folders) == own, "it may have been begun there"
 
