@@ -151,6 +151,7 @@ def test_the_report_of_folds_that_selected_different_steps(tmp_path: Path) -> No
     text = write_report(study, tracker, tmp_path / "report").markdown.read_text()
     falls = [re.split(r" +\| +", line.strip("| ")) for line in text.splitlines() if " at step " in line and "|" in line]
     assert len(falls) == 2 * 3 * FOLDS
+    assert "one line a run, the mean of its folds" in text
     assert ["liver", "6", "random", "0, fold 0", "0.400 at step 200", "0.100", "0.100"] in falls
     assert ["spleen", "6", "pretrained", "2, fold 1", "0.500 at step 200", "0.500", "0.200"] in falls
     for arm in concluded(study, outcomes, PATIENTS).arms[6].values():
