@@ -129,10 +129,14 @@ def read_labelled(cohort: LabelledCohort, sizes: Sequence[int]) -> Splits:
 def _tell_shared_labels(lists: Iterable[Datalist]) -> None:
     """Say which images have one label map: of two phases of a scan it may be right, a copied line it seldom is."""
     labels: dict[Path | None, Case] = {}
+    twice: dict[Path, str] = {}
     for case in chain(*((*listed.training, *listed.validation, *listed.test) for listed in lists)):
         first = labels.setdefault(case.label, case)
         if case.label and first.image != case.image:
-            say(f"WARNING: {case.place}: {case.label} is the label map of {first.image}, too: is it of both?")
+            twice[case.image] = f"{case.place}: {case.label} is the label map of {first.image}, too: is it of both?"
+    if twice:
+        told, *more = twice.values()
+        say(f"WARNING: {told}{f' (and {len(more)} more such)' if more else ''}")
 
 
 def _written(case: Case | None) -> str:
