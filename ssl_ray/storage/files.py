@@ -54,7 +54,7 @@ def _link(part: Path, path: Path) -> None:
     try:
         os.link(part, path)
     except FileExistsError:
-        pass
+        pass  # the first stays
     except OSError:  # a filesystem without hard links: a look and a rename it is
         if not path.exists():
             part.rename(path)

@@ -1,8 +1,8 @@
 """`ssl-ray clean`: what a study has on disk, and what neither a result nor an unfinished training needs any more."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,11 +37,11 @@ def inventory(study: Study, folders: Folders, keep: Keep = "all") -> list[Item]:
     """
     output, runs = folders.output, read_logged(folders)
     metric, mode = (study.search.metric, study.search.mode) if study.search else (DICE_FOREGROUND, "max")
-    surpassed = partial(_surpassed, runs=runs, metric=f"selected/validation/{metric}", lower=mode == "min")
+    surpassed = _surpassed(runs, f"selected/validation/{metric}", lower=mode == "min") if keep == "best" else set()
     files = output.kept(folders.study).list()
     sizes: dict[Item, int] = {}
     for name, size in files.items():
-        place, why = _unneeded(name, files, runs, surpassed if keep == "best" else None)
+        place, why = _unneeded(name, files, runs, surpassed)
         item = Item(folders.study / (place or name.partition("/")[0]), 0, why, not why)
         sizes[item] = sizes.get(item, 0) + size
     beside = {"cache": (Place.parse(folders.cache), "prepared volumes, which other studies may share")}
@@ -72,7 +72,7 @@ def render(items: Sequence[Item]) -> str:
 
 
 def _unneeded(
-    name: str, files: Mapping[str, int], runs: Sequence[Logged], surpassed: Callable[[Logged], bool] | None
+    name: str, files: Mapping[str, int], runs: Sequence[Logged], surpassed: Collection[str]
 ) -> tuple[str, str]:
     """The folder, or file, in the study's folder that may be removed with the file `name`, and why; empty if none."""
     by_key = {(run.kind, run.key): run for run in runs}
@@ -86,7 +86,7 @@ def _unneeded(
             run = next((run for run in runs if run.kind == "trial" and run.key[:8] == cell[-8:]), None)
             if _over(run) and part in ("checkpoints", "faults"):
                 return f"finetune-trials/{cell}/{part}", "training states of finished cells"
-            if surpassed and run and part.endswith(".safetensors") and surpassed(run):
+            if run and run.key in surpassed and part.endswith(".safetensors"):
                 return f"finetune-trials/{cell}/{part}", "weights of cells that are not the best on validation"
         case ["ray", folder, *_]:
             stage, _, key = folder.partition("-")
@@ -102,11 +102,15 @@ def _over(run: Logged | None) -> bool:
     return run is not None and (run.status == "FINISHED" or (run.status == "KILLED" and bool(run.tags.get(STOPPED))))
 
 
-def _surpassed(run: Logged, runs: Sequence[Logged], metric: str, lower: bool) -> bool:
-    """Whether a finished cell, of which MLflow has everything, did worse on validation than another of its arm."""
-    arm = run.params.get("size"), run.params.get("init")
-    rivals = [one for one in runs if one.kind == "trial" and one.status == "FINISHED"]
-    rivals = [one for one in rivals if (one.params.get("size"), one.params.get("init")) == arm]
-    scores = {one.key: one.metrics[metric] * (-1 if lower else 1) for one in rivals if metric in one.metrics}
-    best = max(rivals, key=lambda one: scores.get(one.key, -math.inf), default=run)
-    return run.status == "FINISHED" and run.delivered and run.key != best.key
+def _surpassed(runs: Sequence[Logged], metric: str, lower: bool) -> set[str]:
+    """Keys of the finished cells, of which MLflow has everything, that did worse than another one of their arm."""
+    arms: dict[tuple[str | None, str | None], list[Logged]] = defaultdict(list)
+    for run in runs:
+        if run.kind == "trial" and run.status == "FINISHED":
+            arms[run.params.get("size"), run.params.get("init")].append(run)
+
+    def score(run: Logged) -> float:
+        return run.metrics[metric] * (-1 if lower else 1) if metric in run.metrics else -math.inf
+
+    best = {max(rivals, key=score).key for rivals in arms.values()}
+    return {run.key for rivals in arms.values() for run in rivals if run.delivered and run.key not in best}

@@ -106,16 +106,13 @@ def _together(runs: Sequence[Logged], total: int, steps: int, patches: int, sinc
 
     One that a search gave other steps has its own.
     """
-    states = [(run, state_of(run, since)) for run in runs]
-    own = [steps_of(run, steps) for run in runs]
-    whole = sum(own) + steps * (total - len(own))
-    counts = Counter(state for _, state in states)
+    states = [(run, state_of(run, since), steps_of(run, steps)) for run in runs]
+    whole = sum(own for *_, own in states) + steps * (total - len(states))
+    counts = Counter(state for _, state, _ in states)
     over = counts["finished"] + counts["stopped"]
     begun = "finished" if over >= total > 0 else "interrupted" if over else "not begun"
-    done = sum(
-        full if state in ("finished", "stopped") else run.step for full, (run, state) in zip(own, states, strict=True)
-    )
-    rate = sum(run.metrics.get(_RATE, 0.0) for run, state in states if state == "running") / patches
+    done = sum(own if state in ("finished", "stopped") else run.step for run, state, own in states)
+    rate = sum(run.metrics.get(_RATE, 0.0) for run, state, _ in states if state == "running") / patches
     return {
         "state": next((one for one in ("running", "failed", "interrupted") if counts[one]), begun),
         "total": total,
