@@ -34,7 +34,9 @@ class TrialCallback(tune.Callback):
     """Of every run, but for those of the grid."""
     bar: Bar
     done: int
-    """Steps of the cells that were finished before."""
+    """Number of cells that were finished before."""
+    steps: int
+    """By which the bar counts a cell, whatever number of its own a search has given it."""
     tell: Callable[[Cell, Mapping[str, float] | None], None] = lambda cell, metrics: None
     """Is told of a cell that is not to be tried again: finished with metrics, stopped without any, None: not finite."""
     completed: int = 0
@@ -80,9 +82,9 @@ class TrialCallback(tune.Callback):
         if "failure" in result:
             return
         run, step, metrics = self._open[trial.trial_id], result["step"], result["metrics"]
-        self._steps[trial.trial_id] = step
+        self._steps[trial.trial_id] = step * self.steps // _of(trial)[1].config.steps
         loss = f"loss {metrics['loss']:.3f} ({_of(trial)[0].name})" if "loss" in metrics else ""
-        self.bar.update(self.done + sum(self._steps.values()), loss)
+        self.bar.update(self.done * self.steps + sum(self._steps.values()), loss)
         if "started_at" in metrics:  # the first record of every start
             run.started(step)
             run.params({"precision": result["precision"]})
@@ -109,7 +111,7 @@ class TrialCallback(tune.Callback):
             self._fail(trial, failure, failure, {NONFINITE: "true"} if trial.last_result.get("nonfinite") else {})
             return
         run, metrics = self._open.pop(trial.trial_id), trial.last_result["metrics"]
-        self._steps[trial.trial_id] = job.config.steps
+        self._steps[trial.trial_id] = self.steps
         if stopped := "selected/step" not in metrics:
             run.tags({STOPPED: f"at step {trial.last_result['step']}"})
         run.close("KILLED" if stopped else "FINISHED")

@@ -81,9 +81,8 @@ def finetune(
     for job in finished:  # a driver that was killed may not have come to this
         job.clear()
     with ending(grid_run), Bar("fine-tuning", len(jobs) * config.steps) as bar:
-        done = len(finished) * config.steps
-        bar.update(done)
-        runs = TrialCallback(tracker, grid_run.id, params, bar, done)
+        bar.update(len(finished) * config.steps)
+        runs = TrialCallback(tracker, grid_run.id, params, bar, len(finished), config.steps)
         used = sorted({job.weights for job in pending.values() if job.weights})
         reports = [check_transfer(config, network, weights) for weights in used]
         for report in reports[:1]:  # the others differ in their numbers alone

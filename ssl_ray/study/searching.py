@@ -132,8 +132,8 @@ def run_search(
         try:
             for cells in Rounds(study, proposals, folders, tracker, prepared, given)(places):
                 with Bar("search", proposals.total * config.steps) as bar:
-                    done = (proposals.counts().total() - len(proposals.unfinished())) * config.steps
-                    runs = TrialCallback(tracker, parent.id, names, bar, done, proposals.tell)
+                    done = proposals.counts().total() - len(proposals.unfinished())
+                    runs = TrialCallback(tracker, parent.id, names, bar, done, config.steps, proposals.tell)
                     tune_cells(config, cells, places, folders, key, runs, proposals.stop)
         except KeyboardInterrupt:
             if proposals.left > 0:

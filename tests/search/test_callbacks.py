@@ -44,7 +44,9 @@ class Told:
     def started(self, *_: Any) -> None: ...
     def metrics(self, values: Any, *_: Any) -> None: ...
     def text(self, *_: Any) -> None: ...
-    def update(self, *_: Any) -> None: ...
+    def update(self, done: int, *_: Any) -> None:
+        self.shown = done
+
 
 
 def trial_of(told: Told, **result: Any) -> Any:
@@ -58,7 +60,7 @@ def trial_of(told: Told, **result: Any) -> Any:
 
 
 def callback_of(told: Told, **changes: Any) -> TrialCallback:
-    arguments: Any = (told, "grid", run_params(small_study(), "finetune"), told, 0)
+    arguments: Any = (told, "grid", run_params(small_study(), "finetune"), told, 2, 100)
     return TrialCallback(*arguments, **changes)
 
 
@@ -98,3 +100,13 @@ def test_a_stopped_trial_is_no_failed_one() -> None:
     assert (told.status, told.labels[STOPPED], told.labels[FAILURE]) == ("KILLED", "at step 10", "")
     assert (callback.completed, callback.failed) == (0, [])
     assert told.labels["cleared"] == "yes"
+
+
+def test_the_bar_counts_a_cell_as_a_whole_however_long_it_is() -> None:
+    """A search may give a cell another number of steps than the experiment has, by which the bar counts."""
+    told = Told()
+    callback, result = callback_of(told), {"step": 15, "metrics": {"loss": 0.1}}
+    trial = trial_of(told, **result)
+    callback.on_trial_start(0, [], trial)
+    callback.on_trial_result(0, [], trial, result)
+    assert told.shown == 250, "two cells of 100 before, and half of one"
