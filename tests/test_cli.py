@@ -188,3 +188,12 @@ def test_phantom_then_datalist(tmp_path: Path, capsys: pytest.CaptureFixture[str
         path.unlink()
     assert main(["datalist", str(tmp_path), "--splits", "1", "--validation", "0.3"]) == 0
     assert "labelled_1.json: 1 training" in capsys.readouterr().out
+
+
+def test_a_report_on_what_was_never_begun_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder made for it would look like a study."""
+    path = write_study(tmp_path / "study.yaml", small_tree(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["report", str(path)]) == 2
+    assert "run the study first" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -73,9 +73,7 @@ def report_again(experiment: Experiment, overrides: Overrides) -> None:
     from ssl_ray.study.parts import folders_of
     from ssl_ray.study.reporting import report
 
-    folders = folders_of(study)
-    folders.check_writable()
-    report(study, folders)  # also of a study that this version would not go on with
+    report(study, folders_of(study))  # also of a study that this version would not go on with
 
 
 @app.command(epilog="Example: ssl-ray check my_study.yaml; ssl-ray check my_study.yaml --volumes 1000 --json")

@@ -48,14 +48,26 @@ def new_study(
     """
     if path.exists():
         raise UserError(f"{path}: is there already; name another file with --study, or move it away")
-    found = find_scans(folder, subject)
+    found, there = find_scans(folder, subject), {file.name for file in folder.glob("*.json")}
     try:
         folds, share = _held_out(folder, found, test)
         written = write_datalists(folder, found, [], 0.2, share, seed, folds=folds > 0)
     finally:  # what was found explains what is missing
         say(summary(folder, found))
-    if "unlabelled.json" not in written:
-        raise UserError(f"{folder}: too few scans are left to pretrain on; give fewer to --test")
+    try:
+        if "unlabelled.json" not in written:
+            raise UserError(f"{folder}: too few scans are left to pretrain on; give fewer to --test")
+        text = _experiment(folder, path, found, folds, seed, gpu)
+    except UserError:  # lists without a study would stand in the way of the next try
+        for file in written.keys() - there:
+            (folder / file).unlink()
+        raise
+    write_file(path, text.encode())
+    return written
+
+
+def _experiment(folder: Path, path: Path, found: Layout, folds: int, seed: int, gpu: bool) -> str:
+    """The experiment of the lists that are in the folder now, as the file `path` will have it."""
     labelled = read_datalist(folder, "labelled.json", labelled=True)
     unlabelled = read_datalist(folder, "unlabelled.json", labelled=False)
     every = (*labelled.training, *labelled.validation, *labelled.test)
@@ -71,8 +83,7 @@ def new_study(
     facts |= {"name": json.dumps(name), "root": json.dumps(str(folder), ensure_ascii=False)}
     text = templates("ssl_ray.study").get_template("experiment.yaml.j2").render(facts, gpu=gpu, seed=seed)
     parse(text, str(path))
-    write_file(path, text.encode())
-    return written
+    return text
 
 
 def _held_out(folder: Path, found: Layout, test: float | None) -> tuple[int, float]:

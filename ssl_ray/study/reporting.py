@@ -12,6 +12,7 @@ from ssl_ray.tracking.server import PORT
 def report(study: Study, folders: Folders) -> None:
     """Write table, figures and page from MLflow alone, and show the table."""
     tracker = tracker_of(study, create=False)
+    folders.check_writable()  # not before: what was never begun leaves no folder
     if study.search:
         from ssl_ray.report.search import write_search_report
 

@@ -48,7 +48,6 @@ class Told:
         self.shown = done
 
 
-
 def trial_of(told: Told, **result: Any) -> Any:
     """What Tune has of the cell's trial, whose weights a run has made."""
     config = CELL.apply(small_study(finetune={"optimizer": {"lr": 1e-4}, "steps": 30}).finetune)

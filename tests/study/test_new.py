@@ -146,7 +146,7 @@ def test_volumes_that_a_run_would_refuse_give_no_study(
     assert "a run would refuse all 4 labelled volumes that were read: " in told
     assert f"must be a 3D volume, got shape {(*SHAPE, 2)}; split it into a file for each channel" in told
     assert "list them as `image: [a, b]`" in told
-    assert not (tmp_path / "mr.yaml").exists()
+    assert not [*tmp_path.rglob("*.yaml"), *tmp_path.rglob("*.json")], "lists alone would refuse the next try"
 
 
 @pytest.mark.parametrize(("labelled", "unlabelled", "least"), [(2, 5, 3), (3, 0, 4), (0, 5, 3)])
