@@ -4,7 +4,7 @@ import math
 
 from ssl_ray.report.comparison import FOREGROUND, Arm, Comparison
 from ssl_ray.report.results import Results
-from ssl_ray.report.statistics import MOST_PATIENTS, MOST_RUNS, Multiplier, Verdict, needed
+from ssl_ray.report.statistics import MOST_PATIENTS, MOST_RUNS, Estimate, Multiplier, Verdict, needed
 from ssl_ray.report.tables import over_runs
 from ssl_ray.text import count_of
 
@@ -57,9 +57,8 @@ def answer(results: Results, size: int) -> str:
     else:
         runs, patients = found.differences.shape
         scored = f"{count_of(runs, 'run')}, {count_of(patients, f'{results.part} {results.subjects}')}"
-        bounds = f"{FOREGROUND.signed(found.found.low)} to {FOREGROUND.signed(found.found.high)}"
         words, scope = verdict(results, size)
-        change = f"{FOREGROUND.signed(found.found.mean)} (95 % CI {bounds}; {scored})"
+        change = f"{_interval(found.found)[:-1]}; {scored})"
         text = f"{start}, pretraining changes foreground Dice by {change}: **{words}**{scope}."
     return " ".join([text, *_notes(results, size)])
 
@@ -108,14 +107,19 @@ def _scope(results: Results, size: int) -> str:
 
 
 def _notes(results: Results, size: int) -> list[str]:
-    """What would settle the question, what pretraining is worth in labels, and what was left out."""
+    """What would show a difference, what pretraining is worth in labels, the control, and what was left out."""
     found, common = results.comparisons.get(size), results.common[size]
     notes = []
     if found and found.verdict is Verdict.UNKNOWN:
-        notes.append(_settled(found, results))
+        notes.append(_needed(found, results))
     # With the most labels, "at least 1 times" would only say that random was not measured with more.
     if found and (worth := found.worth) and (worth.edges[1] > 1 or min(worth.point, worth.low) < 1):
-        notes.append(f"Here pretraining is worth {_times(worth)}.")
+        unsure = worth.low <= 1 <= worth.high
+        start = "What pretraining is worth in labels is not known:" if unsure else "Here pretraining is worth"
+        notes.append(f"{start} {_times(worth)}.")
+    if control := results.controlled(size):
+        named = zip(("permuted - random", "pretrained - permuted"), control, strict=True)
+        notes.append(f"The control: {', '.join(f'{name} {_interval(one)}' for name, one in named)}.")
     lost = [trial.cell.name for arm in results.arms[size].values() for trial in arm.nonfinite]
     if lost:
         notes.append(
@@ -131,17 +135,24 @@ def _notes(results: Results, size: int) -> list[str]:
     return notes
 
 
-def _settled(found: Comparison, results: Results) -> str:
-    """Like `About 9 runs, or about 120 patients, would settle it (80 % power for 0.02).`"""
-    runs, patients = needed(found.differences, results.study.finetune.margin)
+def _needed(found: Comparison, results: Results) -> str:
+    """Like `As far as 3 runs can tell, about 9 runs, or about 120 patients, would show a difference of 0.02 (80 %)`."""
+    margin = results.study.finetune.margin
+    runs, patients = needed(found.differences, margin, len(results.arms))
     asked = (runs, MOST_RUNS, "runs"), (patients, MOST_PATIENTS, f"{results.subjects}s")
     able = [f"{f'more than {most}' if n > most else f'about {n}'} {noun}" for n, most, noun in asked if n is not None]
     unable = [noun for n, _, noun in asked if n is None]
-    power = f"(80 % power for {results.study.finetune.margin:g})"
-    sentence = f"{', or '.join(able)}{',' if len(able) > 1 else ''} would settle it {power}" if able else ""
-    refused = f"no number of {' or of '.join(unable)} alone would do" if unable else ""
-    text = "; ".join(filter(None, [sentence, refused]))
-    return f"{text[0].upper()}{text[1:]}."
+    told = f"a difference of {margin:g}, if there is one (80 % power)"
+    shown = [f"{', or '.join(able)}{',' if len(able) > 1 else ''} would show {told}"] if able else []
+    refused = f"no number of {' or of '.join(unable)} alone would" + ("" if able else f" show {told}")
+    known = f"As far as {count_of(len(found.differences), 'run')} can tell"
+    return f"{known}, {'; '.join([*shown, *([refused] if unable else [])])}."
+
+
+def _interval(found: Estimate) -> str:
+    """Like `+0.012 (95 % CI -0.003 to +0.027)`."""
+    bounds = f"{FOREGROUND.signed(found.low)} to {FOREGROUND.signed(found.high)}"
+    return FOREGROUND.signed(found.mean) + ("" if math.isnan(found.low) else f" (95 % CI {bounds})")
 
 
 def _times(worth: Multiplier) -> str:

@@ -14,8 +14,19 @@ from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import organ_keys
-from ssl_ray.report.comparison import Arm, Comparison, Measure, Shared, check_precision, choose, compare, matrix, shared
-from ssl_ray.report.statistics import Array
+from ssl_ray.report.comparison import (
+    FOREGROUND,
+    Arm,
+    Comparison,
+    Measure,
+    Shared,
+    check_precision,
+    choose,
+    compare,
+    matrix,
+    shared,
+)
+from ssl_ray.report.statistics import Array, Estimate, estimate
 from ssl_ray.report.trials import Part, PretrainingRun, Trial, in_runs, read_pretraining, read_trial
 from ssl_ray.search.cells import BAD_VOLUMES, CELLS, Cell, cells
 from ssl_ray.text import shown, without_password
@@ -116,6 +127,17 @@ class Results:
         found = {init: self.matrix(size, init, measure) for init, arm in self.arms[size].items() if arm.trials}
         missing = np.isnan(sum(found.values()))
         return {init: np.where(missing, np.nan, values) for init, values in found.items()}
+
+    def controlled(self, size: int) -> tuple[Estimate, Estimate] | None:
+        """Foreground Dice, permuted - random and pretrained - permuted, over what all three arms share."""
+        arms = [*self.arms[size].values(), *([self.controls[size]] if size in self.controls else [])]
+        if len(arms) < 3 or not all(arm.trials for arm in arms):
+            return None
+        over = shared(arms, self.part)
+        if not over.runs or not over.patients:
+            return None
+        random, pretrained, permuted = (matrix(arm, over, self.part, FOREGROUND) for arm in arms)
+        return estimate(permuted - random), estimate(pretrained - permuted)
 
     def difference(self, size: int, measure: Measure) -> float:
         """Mean of pretrained minus random; nan where an arm has no score."""

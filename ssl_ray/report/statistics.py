@@ -1,4 +1,4 @@
-"""What a matrix of paired differences, runs x patients, says: interval, p, verdict, what settles it, what it is worth.
+"""What a matrix of paired differences, runs x patients, says: interval, p, verdict, runs it takes, worth in labels.
 
 Both are samples: another training run and another patient would have given other numbers. So the model is a two-way
 layout without replication, both ways random: d[r, p] = delta + run r + patient p + rest (Scheffé, *The Analysis of
@@ -60,9 +60,10 @@ def standard_error(squares: tuple[Any, Any, Any], runs: Any, patients: Any) -> t
     """Standard error of the mean and degrees of freedom of its t distribution; nan without any spread.
 
     The variance is a sum of mean squares, and never less than runs or patients alone would give. Satterthwaite's (1946)
-    degrees of freedom are taken back, by the share in it of runs or patients, whichever are fewer, towards theirs
-    alone: the sum is too small too often just when few runs happen to agree (92.3 % are covered then, and 94.6 % this
-    way).
+    degrees of freedom are taken back towards those of runs or patients alone, whichever are fewer, by the share of
+    theirs in the sum: it is too small too often just when few runs happen to agree. Without that 92.3 % are covered in
+    the worst setting of the tests; and with the share of what they add to the rest, which is nothing where they agree,
+    12 % of studies with three questions are falsely clear. This way it is 95 % and 6 %.
     """
     between, among, rest = squares
     total = between + among - rest
@@ -72,7 +73,7 @@ def standard_error(squares: tuple[Any, Any, Any], runs: Any, patients: Any) -> t
     freedom = np.where(between >= most, runs - 1.0, patients - 1.0)
     freedom = np.where(total >= most, most**2 / own, freedom)
     fewer, scarce = np.minimum(runs, patients) - 1, np.where(np.less_equal(runs, patients), between, among)
-    share = np.maximum(scarce - rest, 0) / most
+    share = scarce / most
     return np.sqrt(most / (runs * patients)), np.maximum(1 / (share / fewer + (1 - share) / freedom), 1)
 
 
@@ -118,11 +119,14 @@ def judge(found: Estimate, shape: tuple[int, int], adjusted: float, margin: floa
         return Verdict.TOO_SMALL if excludes and agreed else Verdict.NO_DIFFERENCE
     if enough and agreed:
         return Verdict.GAIN if found.mean > 0 else Verdict.LOSS
-    return Verdict.UNCORRECTED if excludes and not agreed else Verdict.UNKNOWN
+    return Verdict.UNCORRECTED if enough and excludes else Verdict.UNKNOWN
 
 
-def needed(differences: Array, margin: float) -> tuple[int | None, int | None]:
+def needed(differences: Array, margin: float, questions: int = 1) -> tuple[int | None, int | None]:
     """How many runs, or patients, would show a difference of the margin with 80 % power, the other staying as it is.
+
+    It is as good a guess as the variances are that few runs tell, and holds for the first of so many `questions` that
+    Holm's correction is made for, which has to pass the strictest.
 
     None: no number of them alone would do; `MOST_RUNS + 1` or `MOST_PATIENTS + 1`: more than that.
     """
@@ -130,13 +134,13 @@ def needed(differences: Array, margin: float) -> tuple[int | None, int | None]:
     between, among, rest = map(float, mean_squares(differences))
     by_run, by_patient = max(0.0, (between - rest) / patients), max(0.0, (among - rest) / runs)
 
-    def settle(count: Any, scored: Any) -> Any:
+    def shows(count: Any, scored: Any) -> Any:
         error, freedom = standard_error((rest + scored * by_run, rest + count * by_patient, rest), count, scored)
-        return (stats.t.ppf(1 - ALPHA / 2, freedom) + stats.t.ppf(POWER, freedom)) * error <= margin
+        return (stats.t.ppf(1 - ALPHA / questions / 2, freedom) + stats.t.ppf(POWER, freedom)) * error <= margin
 
     more = np.arange(max(runs + 1, LEAST), MOST_RUNS + 1), np.arange(patients + 1, MOST_PATIENTS + 1)
-    enough = settle(more[0], patients), settle(runs, more[1])
-    ever = patients >= LEAST and settle(_ENDLESS, patients), runs >= LEAST and settle(runs, _ENDLESS)
+    enough = shows(more[0], patients), shows(runs, more[1])
+    ever = patients >= LEAST and shows(_ENDLESS, patients), runs >= LEAST and shows(runs, _ENDLESS)
     most = MOST_RUNS + 1, MOST_PATIENTS + 1
     by_runs, by_patients = (
         int(min(counts[seen], default=over)) if possible else None
@@ -174,7 +178,7 @@ def beyond(pretrained: Array, random: Array, sizes: Sequence[int], volumes: Arra
 
 
 def multiplier(pretrained: Array, random: Array, sizes: Sequence[int], size: int) -> Multiplier | None:
-    """What pretraining is worth at `size` labelled volumes; None where more labels did not help the random arm.
+    """What pretraining is worth at `size` labelled volumes; None where it is not known that more labels help random.
 
     The point is the smallest m at which random reaches the pretrained mean; the interval are all m whose difference
     may be 0 (Fieller's way), `estimate` over runs and patients.
@@ -185,8 +189,8 @@ def multiplier(pretrained: Array, random: Array, sizes: Sequence[int], size: int
         sizes: labelled volumes of the grid, ascending.
         size: one of them.
     """
-    levels = random.mean((-2, -1))
-    if levels[-1] <= levels[0]:
+    rise = estimate(random[-1] - random[0])
+    if rise.mean <= 0 or rise.low <= 0:  # where there is no interval, the mean has to do
         return None
     many = candidates(sizes, size)
     found = estimate(beyond(pretrained, random, sizes, many * size))

@@ -212,7 +212,10 @@ def _compared(results: Results, size: int, measure: Measure) -> list[str]:
     row = [str(len(common.runs)), str(patients), *shown, _difference(results, size, measure)]
     if control := results.controls.get(size):
         lost = [str(run) for run in common.runs if run not in control.trials]
-        row += [f"no run {', '.join(lost)}" if lost else _mean(measure, matrix(control, common, results.part, measure))]
+        if lost:
+            return [*row, f"no run {', '.join(lost)}"]
+        unscored = np.isnan(sum(results.scores(size, measure).values()))  # in the other arms
+        row += [_mean(measure, np.where(unscored, np.nan, matrix(control, common, results.part, measure)))]
     return row
 
 

@@ -170,11 +170,13 @@ def test_a_training_that_ended_at_its_best_limits_the_answer(tmp_path: Path, rat
     assert scope + "." in answer(results, 12)
 
 
-def test_not_known_says_what_would_settle_it(tmp_path: Path) -> None:
+def test_not_known_says_what_would_show_a_difference(tmp_path: Path) -> None:
     """Patients who differ need more patients, and no number of runs alone."""
     sentence = answer(results_of(tmp_path, lambda cell: 5 * (GAIN - GAIN.mean()) + WOBBLE[cell.run]), 6)
     assert re.search(
-        r"About \d+ volumes would settle it \(80 % power for 0.02\); no number of runs alone would do\.", sentence
+        r"As far as 3 runs can tell, about \d+ volumes would show a difference of 0.02, if there is one \(80 % power\)"
+        r"; no number of runs alone would\.",
+        sentence,
     )
 
 

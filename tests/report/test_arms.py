@@ -115,7 +115,11 @@ def test_the_control_changes_nothing_of_the_claim(tmp_path: Path, fate: str) -> 
         assert np.array_equal(found.differences, expected.differences)
         assert (found.verdict, found.adjusted, found.worth) == (expected.verdict, expected.adjusted, expected.worth)
         assert honest_table(results).rows[0][:7] == honest_table(before).rows[0]
-        assert answer(results, size) == answer(before, size)
+        claim, _, control = answer(results, size).partition(" The control: ")
+        assert claim == answer(before, size)
+        told = {"fine": "permuted - random +0.010 (95 % CI +0.000 to +0.020), pretrained - permuted +0.05"}
+        assert control.startswith({"all failed": "", **told}.get(fate, "permuted - random +0."))
+        assert bool(control) == (fate != "all failed")
     assert answers(results)[0] == answers(before)[0]
     column = [row[-1] for row in honest_table(results).rows[:2]]
     shown = {"better": "0.750 ± 0.054", "one run failed": "no run 1", "all failed": "no run 0, 1, 2"}

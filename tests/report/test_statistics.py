@@ -1,7 +1,7 @@
 """How often the report's statistics are right: whole studies, drawn by the thousand from truths that are known.
 
-Scores scatter as they were seen to: between patients with a standard deviation of 0.04, from training run to training
-run by 0 to 0.04, and by 0.03 for what neither explains.
+Differences scatter as they were seen to: between patients with a standard deviation of 0.04, from training run to
+training run by 0 to 0.04, and by 0.03 for what neither explains; in `experiments/results/`, other ways, too (`SEEN`).
 """
 
 import itertools
@@ -33,16 +33,23 @@ from ssl_ray.report.statistics import (
 REPEATS = 10_000
 PATIENT, REST = 0.04, 0.03
 RUN_SPREADS = (0.0, 0.01, 0.02, 0.04)
+SEEN = ((0.04, 0.03), (0.007, 0.055), (0.05, 0.08))
+"""Standard deviations between patients, and of the rest."""
 SHAPES = [*itertools.product((3, 5, 10), (6, 12, 40))]
 MARGIN = 0.02
 
 
 def drawn(
-    random: np.random.Generator, runs: int, patients: int, run_spread: float, rest: float | Array = REST
+    random: np.random.Generator,
+    runs: int,
+    patients: int,
+    run_spread: float,
+    rest: float | Array = REST,
+    patient: float = PATIENT,
 ) -> Array:
     """Differences without effect: (REPEATS, runs, patients)."""
     by_run = random.normal(0, run_spread, (REPEATS, runs, 1))
-    by_patient = random.normal(0, PATIENT, (REPEATS, 1, patients))
+    by_patient = random.normal(0, patient, (REPEATS, 1, patients))
     return by_run + by_patient + random.normal(0, rest, (REPEATS, runs, patients))
 
 
@@ -53,12 +60,20 @@ def covers(found: Estimate, truth: float | Array = 0.0) -> float:
 
 @pytest.mark.parametrize(("runs", "patients"), [*SHAPES, (3, 3), (10, 3)])
 def test_the_interval_holds_the_truth_as_often_as_it_says(runs: int, patients: int) -> None:
-    """95 % is said: at least 93 % in every setting, and without effect at most 7 % of all studies are called clear."""
+    """95 % is said: at least 94 % in every setting, so that without effect at most 6 % of all studies are clear."""
     random = np.random.default_rng([runs, patients])
-    for run_spread in RUN_SPREADS:
-        found = estimate(drawn(random, runs, patients, run_spread))
-        assert covers(found) >= 0.93, run_spread
-        assert np.mean(found.p < ALPHA) <= 0.07, run_spread
+    for run_spread, (patient, rest) in itertools.product(RUN_SPREADS, SEEN):
+        found = estimate(drawn(random, runs, patients, run_spread, rest, patient))
+        assert covers(found) >= 0.94, (run_spread, patient, rest)
+        assert np.mean(found.p < ALPHA) <= 0.06, (run_spread, patient, rest)
+
+
+def test_runs_that_are_not_normal_are_covered_less() -> None:
+    """One in five is another, as in `experiments/real_ct.yaml`: three cannot know, and 80 % hold the truth."""
+    random = np.random.default_rng(13)
+    seen = np.array([-0.003, 0.0, 0.125, 0.036, -0.014])
+    runs = random.choice(seen - seen.mean(), (REPEATS, 3, 1))
+    assert 0.75 <= covers(estimate(runs + drawn(random, 3, 40, 0))) <= 0.85
 
 
 @pytest.mark.parametrize(("runs", "patients"), [(2, 6), (2, 12), (2, 40), (10, 2)])
@@ -67,7 +82,7 @@ def test_two_runs_or_two_patients_are_too_few_to_conclude_from(runs: int, patien
     random = np.random.default_rng([runs, patients])
     assert all(covers(estimate(drawn(random, runs, patients, spread))) >= 0.89 for spread in RUN_SPREADS)
     found = Estimate(0.3, 0.2, 0.4, 0.001)
-    assert judge(found, (runs, patients), 0.001, MARGIN) is Verdict.UNKNOWN
+    assert {judge(found, (runs, patients), adjusted, MARGIN) for adjusted in (0.001, 0.2)} == {Verdict.UNKNOWN}
     assert judge(Estimate(0.0, -0.01, 0.01, 0.9), (runs, patients), 0.9, MARGIN) is Verdict.UNKNOWN
 
 
@@ -97,19 +112,18 @@ def test_draws_that_overlap_speak_for_their_pool(runs: int, size: int) -> None:
         assert covers(estimate(differences), volumes.mean((-2, -1))) >= 0.93, run_spread
 
 
-def test_three_label_counts_are_one_study() -> None:
-    """Without effect, Holm calls at most 5 % of the studies clear at any count, on average over the settings."""
+@pytest.mark.parametrize(("patient", "rest"), SEEN)
+def test_three_label_counts_are_one_study(patient: float, rest: float) -> None:
+    """Without effect, Holm calls at most 5 % of the studies clear at any count on average, and 7 % in every setting."""
     random, false = np.random.default_rng(3), []
     for (runs, patients), run_spread in itertools.product([(3, 6), (3, 12), (5, 12), (3, 40)], RUN_SPREADS):
         # Patients that gain from pretraining at 6 labels tend to do so at 12: half of their variance is common.
-        common = random.normal(0, PATIENT * math.sqrt(0.5), (REPEATS, 1, patients))
-        own = random.normal(0, PATIENT * math.sqrt(0.5), (3, REPEATS, 1, patients))
-        by_run = random.normal(0, run_spread, (3, REPEATS, runs, 1))
-        found = [
-            estimate(common + own[k] + by_run[k] + random.normal(0, REST, (REPEATS, runs, patients))) for k in range(3)
-        ]
+        common = random.normal(0, patient * math.sqrt(0.5), (REPEATS, 1, patients))
+        own = random.normal(0, patient * math.sqrt(0.5), (3, REPEATS, 1, patients))
+        found = [estimate(common + own[k] + drawn(random, runs, patients, run_spread, rest, 0)) for k in range(3)]
         adjusted = holm(np.stack([one.p for one in found], -1))
         false.append(np.mean((adjusted < ALPHA).any(-1)))
+        assert false[-1] <= 0.07, (runs, patients, run_spread)
     assert np.mean(false) <= 0.05
 
 
@@ -158,6 +172,7 @@ def test_what_would_settle_it_does() -> None:
     by_patient = math.sqrt(PATIENT**2 + REST**2 / 3) * exact[1]
     more, scored = needed(by_run + by_patient + noise, 0.03)
     assert more is not None
+    assert more < (needed(by_run + by_patient + noise, 0.03, questions=3)[0] or 0), "Holm asks more of each of three"
     for runs, seen in ((more, 0.78), (more - 1, 0.0)):
         power = np.mean(estimate(drawn(random, runs, 40, spread) + 0.03).p < ALPHA)
         assert seen <= power <= (1 if seen else 0.8)
@@ -290,6 +305,8 @@ def test_labels_that_did_not_help_are_worth_nothing_countable() -> None:
     pretrained = 0.6 + random.normal(0, 0.01, (3, 8))
     assert multiplier(pretrained, without, SIZES, 6) is None
     assert multiplier(pretrained, without[:1], SIZES[:1], 6) is None
+    unsure = LEVELS[:, None, None] + np.array([0, 0.2, -0.2])[:, None] * np.array([0, 0, 1])[:, None, None]
+    assert multiplier(pretrained, unsure + np.linspace(0, 0.01, 8), SIZES, 6) is None, "its rise is not known"
 
 
 @pytest.mark.parametrize(("runs", "patients", "folds"), [(3, 30, 5), (3, 12, 3), (5, 30, 5), (10, 30, 5)])
