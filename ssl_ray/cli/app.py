@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ssl_ray.console import Bar, say
+from ssl_ray.console import Bar, console, say
 from ssl_ray.errors import UserError
 from ssl_ray.text import without_password
 
@@ -41,7 +41,7 @@ class _Commands(TyperGroup):
             _tell("finished work is kept, the same command goes on")
             raise typer.Exit(1) from error
         finally:
-            Bar.quiet = False
+            Bar.quiet = console.stderr = False
 
 
 def _tell(message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ssl_ray.cli.app import app
-from ssl_ray.cli.options import AsJson, Quiet, writable
+from ssl_ray.cli.options import AsJson, Quiet, print_json, writable
 from ssl_ray.console import say
 from ssl_ray.text import count_of, shown
 
@@ -101,12 +101,14 @@ def evaluate(
     if not evaluation.cases:
         _end(bad | failed, len(bad | failed))
     folder = output or (predictions if predictions.is_dir() else predictions.parent)
-    tree = json.dumps(evaluation.tree())
+    tree = evaluation.tree()
     with writable(folder):
-        write_file(folder / "evaluation.json", tree.encode())
+        write_file(folder / "evaluation.json", json.dumps(tree).encode())
         write_file(folder / "evaluation.csv", evaluation.rows().to_csv(index=False).encode())
-    say(tree if as_json else evaluation.table())
-    if not as_json:
+    if as_json:
+        print_json(tree)
+    else:
+        say(evaluation.table())
         say(f"{len(evaluation.cases)} volumes; {folder / 'evaluation.csv'}, {folder / 'evaluation.json'}")
         if missing:
             say(f"{count_of(missing, 'label map')} in {labels} without a prediction: nothing is counted for them")

@@ -1,14 +1,16 @@
 """Arguments that verbs share."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ssl_ray.console import Bar
+from ssl_ray.console import Bar, console
 from ssl_ray.errors import UserError
+from ssl_ray.text import without_password
 
 Experiment = Annotated[Path, typer.Argument(help="The study's YAML, e.g. experiments/demo.yaml.")]
 Overrides = Annotated[
@@ -23,11 +25,21 @@ def _be_quiet(value: bool) -> bool:
     return value
 
 
-AsJson = Annotated[bool, typer.Option("--json", metavar="", callback=_be_quiet, help="Everything, for programs.")]
+def _leave_stdout(value: bool) -> bool:
+    console.stderr |= value
+    return _be_quiet(value)
+
+
+AsJson = Annotated[bool, typer.Option("--json", metavar="", callback=_leave_stdout, help="Everything, for programs.")]
 Quiet = Annotated[
     bool,
     typer.Option("--quiet", "-q", metavar="", callback=_be_quiet, help="No progress: results, warnings and errors."),
 ]
+
+
+def print_json(tree: Any) -> None:
+    """One line of JSON without passwords; with `--json`, all that `say` has to tell goes to stderr."""
+    print(without_password(json.dumps(tree, default=str)))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Verbs of a study: look at its volumes, plan it, carry it out, see how far it is, report on it, tidy up."""
 
-import json
 import sys
 from contextlib import nullcontext
 from typing import Annotated, Literal, TypeAlias
@@ -8,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from ssl_ray.cli.app import app
-from ssl_ray.cli.options import AsJson, Experiment, Overrides, Quiet
+from ssl_ray.cli.options import AsJson, Experiment, Overrides, Quiet, print_json
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.study.experiment import Step, load, load_kept
@@ -45,7 +44,7 @@ def plan(
     if folders.output.origin is None:
         identity.check_unchanged(study, folders)
     found = estimate_study(study, folders, gpu, with_probe=not no_probe)
-    say(json.dumps(found) if as_json else render(found))
+    print_json(found) if as_json else say(render(found))
 
 
 @app.command(epilog="Example: ssl-ray prepare my_study.yaml --set on_bad_volume=skip")
@@ -95,7 +94,7 @@ def check(
     folders = folders_of(study)
     folders.check_writable()
     found, text = check_study(study, folders, volumes)
-    say(json.dumps(found) if as_json else f"{text}\npage: {found['page']}")
+    print_json(found) if as_json else say(f"{text}\npage: {found['page']}")
     if study.on_bad_volume != "skip" and any(one["refused"] for one in found["findings"]):
         raise typer.Exit(2)
 
@@ -108,7 +107,7 @@ def status(experiment: Experiment, overrides: Overrides, as_json: AsJson = False
     from ssl_ray.study.status import render, status_of
 
     found = status_of(study, Folders.of(study.name, study.output, study.cache, study.scratch))
-    say(json.dumps(found) if as_json else render(found))
+    print_json(found) if as_json else say(render(found))
 
 
 @app.command(epilog="Example: ssl-ray clean experiments/demo.yaml --dry-run; ssl-ray clean demo.yaml --keep best --yes")
@@ -134,7 +133,7 @@ def clean(
         if not dry_run and (yes or (sys.stdin.isatty() and not as_json and typer.confirm("remove what can go?"))):
             removed = remove(folders, items)
     if as_json:
-        say(json.dumps({"removed_bytes": removed, "items": [item._asdict() for item in items]}, default=str))
+        print_json({"removed_bytes": removed, "items": [item._asdict() for item in items]})
     elif not dry_run:
         say(f"removed {removed:,} bytes" if removed else "nothing is removed; --yes removes without asking")
 

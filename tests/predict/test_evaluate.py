@@ -74,6 +74,21 @@ def test_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == tree
 
 
+def test_json_stands_alone_beside_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program reads stdout; who watches it sees on stderr what was left out."""
+    maps(tmp_path / "made", "a", "b")
+    maps(tmp_path / "labels", "a", "b")
+    (tmp_path / "made" / "b.nii.gz").write_bytes(b"")
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "made"), str(tmp_path / "labels"), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert [case["case"] for case in json.loads(printed.out)["cases"]] == ["a"]
+    assert "FAILED: " in printed.err
+    assert "1 failed; 1 volume complete" in printed.err
+    assert main(["evaluate", str(tmp_path / "made"), str(tmp_path / "labels")]) == 2
+    assert "FAILED: " in capsys.readouterr().out
+
+
 def pairs(made: Path, labels: Path) -> dict[str, str]:
     return {name: truth.name for name, (_, truth) in pairs_of(made, labels)[0].items()}
 
