@@ -120,7 +120,7 @@ class Proposals:
                 self.end(trial, TrialState.FAIL, note=f"the same as number {other.number}")
                 return False
         self.open[cell] = trial
-        self._keep()
+        self.keep()
         return True
 
     def stop(self, trial_id: str, result: Mapping[str, Any]) -> bool:
@@ -132,7 +132,7 @@ class Proposals:
         if step in self._trials()[trial.number].intermediate_values:  # again, after a fault
             return False
         trial.report(score, step)
-        self._keep()
+        self.keep()
         return trial.should_prune() and step < result["config"]["job"].config.steps
 
     def tell(self, cell: Cell, metrics: Mapping[str, float] | None) -> None:
@@ -145,14 +145,15 @@ class Proposals:
         """Nothing more comes of a cell."""
         trial.set_user_attr("note", note)
         self._drawn.tell(trial, value, state)
-        self._keep()
+        self.keep()
+
+    def keep(self) -> None:
+        """Write down how much of the budget is used up, and bring the journal to where it is kept."""
+        self._drawn.set_user_attr("seconds", round(time.monotonic() - self._began, 1))
+        self._mirror.push(self.path)
 
     def _trials(self) -> list[FrozenTrial]:
         return self._drawn.get_trials(deepcopy=False)
-
-    def _keep(self) -> None:
-        self._drawn.set_user_attr("seconds", round(time.monotonic() - self._began, 1))
-        self._mirror.push(self.path)
 
 
 def _labels(values: Sequence[Any]) -> list[Any]:

@@ -141,6 +141,7 @@ def run_search(
             say("search: its budget is used up; with more, the same command goes on")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            proposals.keep()  # a pretraining may have been cut off, whose time counts
             parent.artifact(proposals.path)
     say(f"search: {', '.join(f'{count} {status}' for status, count in proposals.counts().items())}")
     return tuple(proposals.cell(one).name for one in proposals.unfinished() if proposals.left > 0)

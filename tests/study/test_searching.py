@@ -13,7 +13,9 @@ from ssl_ray.errors import UserError
 from ssl_ray.search.cells import JOURNAL, Cell
 from ssl_ray.search.proposals import Proposals
 from ssl_ray.storage.mirror import Mirror
-from ssl_ray.study.searching import Rounds
+from ssl_ray.study import searching
+from ssl_ray.study.parts import folders_of
+from ssl_ray.study.searching import Rounds, run_search
 
 SPACE: dict[str, Any] = {
     "finetune.optimizer.lr": {"loguniform": [1e-4, 1e-2]},
@@ -131,3 +133,28 @@ def test_nothing_begins_once_the_budget_is_used_up(tmp_path: Path) -> None:
     rounds.proposals._began -= 3601
     assert train(rounds) == []
     assert rounds.proposals.counts() == {}
+
+
+def test_a_pretraining_that_is_cut_off_has_used_up_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every start of the command would have the whole budget again."""
+    now, left = 1000.0, list[float]()
+
+    class Pretraining(Rounds):
+        def __call__(self, places: int) -> Any:
+            nonlocal now
+            left.append(self.proposals.left)
+            now += 3601
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(searching, "Rounds", Pretraining)
+    monkeypatch.setattr(searching.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    study = small_study(tmp_path, finetune={"grid": {"init": ["pretrained"]}}, search={"space": SPACE, "budget": 1})
+    folders = folders_of(study)
+    folders.study.mkdir(parents=True)
+    run = SimpleNamespace(id="", text=lambda *_: None, artifact=lambda _: None, close=lambda *_: None)
+    tracker: Any = SimpleNamespace(open=lambda *_: run)
+    prepared: Any = None
+    for _ in range(2):
+        run_search(study, folders, tracker, prepared, (), {})
+    assert left == [3600, -1]
