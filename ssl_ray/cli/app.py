@@ -26,7 +26,7 @@ class _Commands(TyperGroup):
             super().invoke(ctx)
         except (typer.Exit, typer.TyperException):
             raise  # Typer's own: an exit code, or a wrong command line
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, typer.Abort) as error:  # Abort: the same at a question
             _tell("interrupted; what is finished is kept, and the same command goes on")
             raise typer.Exit(1) from error
         except Exception as error:

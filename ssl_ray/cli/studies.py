@@ -126,15 +126,17 @@ def clean(
     from ssl_ray.study.lock import only_one
 
     folders, removed = Folders.of(study.name, study.output, study.cache, study.scratch), 0
-    with nullcontext() if dry_run else only_one(folders):
+    # Without its folder here, nothing of the study can go, and nothing is to be made for it.
+    with only_one(folders) if folders.study.is_dir() and not dry_run else nullcontext():
         items = inventory(study, folders, keep)
         if not as_json:
             say(render(items))
-        if not dry_run and (yes or (sys.stdin.isatty() and not as_json and typer.confirm("remove what can go?"))):
+        can_go = not dry_run and any(not item.needed for item in items)
+        if can_go and (yes or (sys.stdin.isatty() and not as_json and typer.confirm("remove what can go?"))):
             removed = remove(folders, items)
     if as_json:
         print_json({"removed_bytes": removed, "items": [item._asdict() for item in items]})
-    elif not dry_run:
+    elif can_go:
         say(f"removed {removed:,} bytes" if removed else "nothing is removed; --yes removes without asking")
 
 

@@ -1,5 +1,6 @@
 """`ssl-ray clean`: what a result or an unfinished training needs is never removed, and every byte is accounted for."""
 
+import io
 import json
 from pathlib import Path
 
@@ -140,6 +141,31 @@ def test_nothing_is_removed_unasked_and_what_can_go_is_removed_with_yes(
     left = {path for path in folder.rglob("*") if path.is_file()}
     assert before - left == {path for path in before if any(path.is_relative_to(one) for one in listed)}
     assert removable(experiment) == set()
+
+
+class Terminal(io.StringIO):
+    """A person's, with what they type; at its end they press Ctrl-D."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("typed", "code"), [("n\n", 0), ("y\n", 0), ("", 1)])
+def test_it_asks_where_something_can_go(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str, code: int
+) -> None:
+    """Only yes removes; who leaves at the question has not found a fault of the program's."""
+    before = removable(experiment)
+    monkeypatch.setattr("sys.stdin", Terminal(typed))
+    assert main(["clean", str(experiment)]) == code
+    printed = capsys.readouterr()
+    assert "remove what can go?" in printed.out
+    assert "raised at" not in printed.err
+    assert ("interrupted" in printed.err) == bool(code)
+    assert removable(experiment) == (set() if typed == "y\n" else before)
+    if typed == "y\n":
+        assert main(["clean", str(experiment)]) == 0
+        assert "remove what can go?" not in capsys.readouterr().out
 
 
 def test_a_study_that_runs_is_not_cleaned(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,12 +192,17 @@ def test_the_command_takes_a_second_and_writes_nothing(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(("command", "told"), [(["status"], "not begun"), (["clean", "--yes"], "can go: 0 bytes")])
 def test_a_study_that_was_not_begun_has_no_folder_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    told: str,
 ) -> None:
     """Asking is not beginning."""
     monkeypatch.chdir(tmp_path)
     path = write_study(tmp_path / "small.yaml", small_tree())
-    assert main(["status", str(path)]) == 0
-    assert "not begun" in capsys.readouterr().out
+    assert main([*command, str(path)]) == 0
+    assert told in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [path]
