@@ -13,7 +13,7 @@ _Item = TypeVar("_Item")
 _LOG_SECONDS = 20.0
 """Shortest time between two lines of progress where there is no terminal, e.g. under `ray job submit`."""
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: str) -> None:
@@ -28,14 +28,18 @@ class Bar:
 
     def __init__(self, title: str, total: int) -> None:
         self._columns: list[bars.ProgressColumn] = [
-            bars.TextColumn("{task.description}"),
+            bars.TextColumn("{task.description}", markup=False),
             *([bars.BarColumn(bar_width=10)] if console.is_terminal else []),
             bars.MofNCompleteColumn(),
             bars.TimeElapsedColumn(),
             bars.TimeRemainingColumn(compact=True),
             bars.TextColumn("left"),
             # On a narrow terminal these are cut, not the numbers before them.
-            bars.TextColumn("{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            bars.TextColumn(
+                "{task.fields[facts]}",
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
         ]
         self._progress = bars.Progress(*self._columns, console=console, expand=True, speed_estimate_period=3600)
         self._progress.add_task(title, start=False, total=total, facts="")

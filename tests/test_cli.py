@@ -1,5 +1,6 @@
 """Commands as a user types them, short of training."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from studies import small_tree, write_study
 
 from ssl_ray.cli import studies
 from ssl_ray.cli.main import main
+from ssl_ray.console import Bar, say
 from ssl_ray.errors import UserError
 
 COMMANDS = ["run", "plan", "prepare", "pretrain", "finetune", "report", "check", "status", "clean", "ui"]
@@ -101,6 +103,36 @@ def test_a_folder_that_cannot_be_used_is_the_users_to_mend(
         arguments = [str(write_study(tmp_path / "a.yaml", tree))]
     assert main([command[0], *arguments, *command[1:]]) == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "code"), [("out", 2), (None, 1)])
+def test_a_full_disk_is_told_by_its_file_or_as_what_it_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str | None,
+    code: int,
+) -> None:
+    """A write of Python names no file, from which folder it is not known."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ssl_ray.phantom.cohort.write_cohort", fail)
+    assert main(["phantom", "."]) == code
+    printed = capsys.readouterr().err
+    assert "No space left on device" in printed
+    assert "None" not in printed
+
+
+def test_what_is_said_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing in the name of a file or a cell is a code of the terminal library's, in a bar or in a line."""
+    text = "/data/scan:x:1.nii.gz [red]cell[/blue] 10.0.0.1:on:5"
+    say(text)
+    with Bar(text, 1) as bar:
+        bar.update(1, text)
+    assert capsys.readouterr().out.count(text) == 3
 
 
 def test_libraries_log_no_password(tmp_path: Path) -> None:

@@ -48,6 +48,6 @@ def writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not Path(error.filename or "").absolute().is_relative_to(folder.absolute()):
-            raise
+        if not error.filename or not Path(error.filename).absolute().is_relative_to(folder.absolute()):
+            raise  # also a full disk, where Python often names no file
         raise UserError(f"{error.filename}: {error.strerror}") from error
