@@ -18,7 +18,7 @@ _SECONDS, _SHARE = 5.0, 50
 
 
 class LivePage:
-    """Writes the page from a thread until it is left; after an error once more, as what was stopped.
+    """Writes the page from a thread until it is ended or left; after an error once more, as what was stopped.
 
     A study that has a report keeps that until the next is ready.
     """
@@ -33,11 +33,16 @@ class LivePage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.end()
+        there = {name for name in ("report.md", "report.html") if (self._folders.study / name).exists()}
+        if kind is not None and self._thread.ident and there == {"report.html"}:
+            self._write(stopped=True)
+
+    def end(self) -> None:
+        """Leave the page to the report, which is written next."""
         self._ended.set()
         if self._thread.ident:
             self._thread.join()
-            if kind is not None and (self._folders.study / "report.html").exists():
-                self._write(stopped=True)
 
     def _watch(self) -> None:
         took = 0.0

@@ -39,7 +39,7 @@ def carry_out(study: Study, last: Step, verify: bool = False, fresh: bool = Fals
     _check_weights(study)
     if fresh and (kept := identity.set_aside(study, folders)):
         say(f"the old study is kept: {kept}")
-    with LivePage(study, folders) if last == "report" else nullcontext():
+    with LivePage(study, folders) if last == "report" else nullcontext() as page:
         with ThreadPoolExecutor(1) as pool:  # Ray's processes take three seconds to start, and so does this
             tracker = pool.submit(_meanwhile, study, last)
             connect(study.cluster)
@@ -48,10 +48,11 @@ def carry_out(study: Study, last: Step, verify: bool = False, fresh: bool = Fals
         from ssl_ray.study.stages import carry_out_stages
 
         failed = carry_out_stages(study, folders, cohorts, tracker.result(), last, verify)
-    if last == "report":
-        from ssl_ray.study.reporting import report
+        if page:
+            from ssl_ray.study.reporting import report
 
-        report(study, folders)
+            page.end()
+            report(study, folders)
     return failed
 
 

@@ -9,8 +9,9 @@ from journals import begin, begin_cells, train
 from studies import small_study
 
 from ssl_ray.config.schema import Study
+from ssl_ray.errors import UserError
 from ssl_ray.pretrain.picture import draw_picture
-from ssl_ray.study import live
+from ssl_ray.study import live, runner
 from ssl_ray.study.live import LivePage
 from ssl_ray.study.lock import only_one
 from ssl_ray.study.parts import folders_of
@@ -71,6 +72,32 @@ def test_it_says_that_the_study_was_stopped(study: Study, monkeypatch: pytest.Mo
     assert "the same ssl-ray run goes on" in page
     assert "http-equiv" not in page
     assert "running" not in page
+
+
+def test_it_says_that_the_report_failed(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the last step that writes the page; one that cannot be written leaves the page that was there."""
+    monkeypatch.setattr(live, "_SECONDS", 0.05)
+    page = folders_of(study).study / "report.html"
+
+    def train_it(*_: object) -> tuple[str, ...]:
+        while not page.exists():
+            time.sleep(0.05)
+        return ()
+
+    def report(*_: object) -> None:
+        before = page.stat().st_mtime_ns
+        time.sleep(0.3)
+        assert page.stat().st_mtime_ns == before, "nothing else writes it meanwhile"
+        raise UserError("MLflow does not answer")
+
+    for name in ("read_cohorts", "connect", "_meanwhile"):
+        monkeypatch.setattr(runner, name, lambda *_: None)
+    monkeypatch.setattr("ssl_ray.study.stages.carry_out_stages", train_it)
+    monkeypatch.setattr("ssl_ray.study.reporting.report", report)
+    with pytest.raises(UserError, match="MLflow does not answer"):
+        runner.carry_out(study, "report")
+    assert "small: stopped" in page.read_text()
+    assert "http-equiv" not in page.read_text()
 
 
 def test_a_report_stays_until_there_is_a_new_one(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
