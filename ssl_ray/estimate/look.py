@@ -113,11 +113,11 @@ def findings(
 
 def sides(lengths: Iterable[float]) -> str:
     """Lengths along three axes."""
-    return " x ".join(f"{side:.3g}" for side in lengths)
+    return " x ".join(map(number, lengths))
 
 
 def number(value: float) -> str:
-    """A volume or an intensity, in three digits or whole."""
+    """A length, a volume or an intensity, in three digits or whole."""
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 

@@ -33,5 +33,8 @@ def figure(name: str, value: Any) -> str:
     if "seconds" in name:
         return f"{value:.3g} s" if value < 60 else str(timedelta(seconds=round(value)))
     unit = "B" if "bytes" in name else "FLOP" if "flops" in name else None
-    power = min(6, int(math.log10(max(value, 1)) // 3)) if unit else 0
-    return f"{value / 1000**power:.3g} {' kMGTPE'[power].strip()}{unit}" if unit else f"{value:,.10g}"
+    if not unit:
+        return f"{value:,.10g}"
+    value = float(f"{value:.3g}")  # first: 999,700 bytes are 1 MB
+    power = min(8, int(math.log10(max(value, 1)) // 3))
+    return f"{value / 1000**power:.3g} {' kMGTPEZY'[power].strip()}{unit}"

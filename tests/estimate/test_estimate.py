@@ -15,7 +15,7 @@ from ssl_ray.cli.main import main
 from ssl_ray.config.schema import Study
 from ssl_ray.estimate.measured import trial_seconds
 from ssl_ray.estimate.probe import probe_finetuning
-from ssl_ray.estimate.text import render
+from ssl_ray.estimate.text import figure, render
 from ssl_ray.estimate.volumes import Group, survey
 from ssl_ray.estimate.work import count_windows, estimate_grid, estimate_pretraining
 from ssl_ray.finetune.learner import SegmentationLearner
@@ -171,6 +171,21 @@ def test_people_read_the_figures_of_the_json(cohort: Path, tmp_path: Path, capsy
     assert figures["object store"].strip() == f"{tree['pretraining']['object_store_bytes'] / 1e3:.3g} kB"
     assert lines[1].split() == ["total", "2:00:00"]
     assert figures["step"].strip() == "-"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("bytes", 999_700, "1 MB"),
+        ("bytes", 999_400, "999 kB"),
+        ("flops", 1.23e21, "1.23 ZFLOP"),
+        ("bytes", 0, "0 B"),
+        ("steps", 99_970, "99,970"),
+    ],
+)
+def test_no_figure_has_an_exponent(name: str, value: float, text: str) -> None:
+    """Its unit grows with it, also where rounding makes it larger."""
+    assert figure(name, value) == text
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,16 @@ from volumes import AFFINE, PREPARATION, SHAPE, make_case, oblique_affine, organ
 
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.normalisations.intensities import sampled
-from ssl_ray.estimate.look import Finding, findings, look_at
+from ssl_ray.estimate.look import Finding, findings, look_at, sides
 
 TRAINING, TEST, FREE = "labelled training", "labelled test", "unlabelled training"
 ORGANS = ("liver", "spleen", "kidney")
+
+
+def test_lengths_are_written_out() -> None:
+    """A whole body is not 1.8e+03 mm."""
+    assert sides([1800, 500, 999.7]) == "1,800 x 500 x 1,000"
+    assert sides([0.703, 0.7, 5.25]) == "0.703 x 0.7 x 5.25"
 
 
 def cases(folder: Path) -> list[tuple[str, Case]]:
