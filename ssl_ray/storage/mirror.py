@@ -66,4 +66,4 @@ class Mirror:
 
     def names(self, path: Path) -> set[str]:
         """Names of the files and folders that are kept in a folder."""
-        return {name.partition("/")[0] for name in self.kept(path).list()}
+        return self.kept(path).names()

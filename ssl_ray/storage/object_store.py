@@ -163,6 +163,12 @@ class Place:
         files = [info for info in found if info.type == fs.FileType.File]
         return {PurePosixPath(info.path).relative_to(self.path).as_posix(): int(info.size) for info in files}
 
+    def names(self) -> set[str]:
+        """Names of the files and folders that are right below here; none where there is nothing."""
+        with _naming(self):
+            found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return {info.base_name for info in found}
+
     def remove(self) -> None:
         """Remove a file, or a folder with all that is in it; nothing happens where there is nothing."""
         with _naming(self), suppress(FileNotFoundError):  # another process may be faster
