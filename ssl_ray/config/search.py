@@ -20,6 +20,9 @@ _SEARCHED = re.compile(
 _HOW = {f"pretrain.{key}" for key in PRETRAIN_HOW - {"workers"}} | {f"finetune.{key}" for key in FINETUNE_HOW}
 """Keys on which no result depends: all cells would be the same. A contrastive loss depends on the workers."""
 
+_POWER = re.compile(r"(?i)[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+")
+"""A number with an exponent. Every other value of the experiment is read by its type; a choice has none."""
+
 _Kind = Literal["choice", "uniform", "loguniform", "int", "logint"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(_Kind)
 WHOLE = "int", "logint"
@@ -27,10 +30,10 @@ LOGARITHMIC = "loguniform", "logint"
 
 
 def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    """One distribution, its values hashable; ends that YAML reads as text, such as 1e-4, become numbers."""
+    """One distribution, its values hashable; numbers that YAML reads as text, such as 1e-4, become numbers."""
     kind, values = next(iter(given.items()), ("", ()))
     if kind == "choice":
-        values = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        values = tuple(map(_read, values))
         fits = bool(values) and not any(value in values[:place] for place, value in enumerate(values))
     else:
         try:
@@ -44,6 +47,12 @@ def _fits(given: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
             f"positive): [lowest, highest], got {given}"
         )
     return {kind: values}
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_read, value))
+    return float(value) if isinstance(value, str) and _POWER.fullmatch(value) else value
 
 
 Distribution = Annotated[dict[_Kind, tuple[Any, ...]], AfterValidator(_fits)]

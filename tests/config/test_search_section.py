@@ -25,20 +25,24 @@ def refusal(folder: Path, search: Mapping[str, Any], **finetune: Any) -> str:
 
 
 def test_a_search_survives_dump() -> None:
-    """All distributions; ends that YAML reads as text are numbers."""
+    """All distributions; numbers that YAML reads as text are numbers."""
     space = {
         "finetune.optimizer.lr": {"loguniform": ["1e-4", 1e-2]},
         "finetune.augmentation.shift": {"uniform": [0, 1]},
+        "finetune.optimizer.weight_decay": {"choice": ["1e-5", "1.e2", 1e-4]},
         "pretrain.patches_per_volume": {"int": [1, 4]},
         "pretrain.steps": {"logint": [100, 10_000]},
         "pretrain.task.kind": {"choice": ["restoration", "masked"]},
-        "finetune.optimizer.betas": {"choice": [[0.9, 0.95], [0.9, 0.999]]},
+        "finetune.optimizer.betas": {"choice": [["9e-1", 0.95], [0.9, 0.999]]},
         "pretrain.task.ratio": {"choice": [0.5, 0.75]},
         "init": {"choice": ["random", "pretrained"]},
     }
     study = small_study(pretrain={"patch_size": 32}, finetune={"steps": 9}, search={"space": space, "budget": 2})
     assert study.search
     assert study.search.space["finetune.optimizer.lr"] == {"loguniform": (1e-4, 1e-2)}
+    assert study.search.space["finetune.optimizer.weight_decay"] == {"choice": (1e-5, 100.0, 1e-4)}
+    assert study.search.space["finetune.optimizer.betas"] == {"choice": ((0.9, 0.95), (0.9, 0.999))}
+    assert study.search.space["pretrain.task.kind"] == {"choice": ("restoration", "masked")}
     assert parse(dump(study), "again") == study
 
 
