@@ -74,7 +74,7 @@ class Study(Section):
     @model_validator(mode="after")
     def _pretrains_once_or_for_each_run(self) -> "Study":
         pretrainings, runs, files = self.pretrain.pretrainings, self.finetune.runs, self.finetune.weights
-        if pretrainings not in (1, runs):
+        if self.needs_weights and pretrainings not in (1, runs):
             raise ValueError(
                 f"pretrain.pretrainings: must be 1 or as many as finetune.runs, as runs that share a pretraining with "
                 f"some of the others would depend on each other; got {pretrainings} for {runs} runs"

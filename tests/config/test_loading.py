@@ -332,6 +332,14 @@ def test_a_wrong_normalisation_is_named_as_it_was_written(file: Path, written: s
     assert len(message.splitlines()) == 1
 
 
+def test_without_a_pretraining_their_number_does_not_matter(file: Path) -> None:
+    """A study of three runs may begin with one from random weights."""
+    several = "pretrain.pretrainings=3"
+    assert not load(file, [several, "finetune.grid.init=[random]"]).pretrains
+    given = "finetune.weights=[a.pt, b.pt, c.pt]"
+    assert "must be 1 or as many as finetune.runs" in refusal(file, several, given)
+
+
 def test_weights_from_elsewhere_may_have_other_channels(file: Path) -> None:
     """The study's own pretraining is not made, and its preparation not read."""
     options = ["finetune.preparation.channels=2", "finetune.weights=two.safetensors"]
