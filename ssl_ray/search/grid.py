@@ -188,22 +188,6 @@ class _Cells(Searcher):
         return {}  # Tune pickles it for `Tuner.restore`, which we do not use
 
 
-class _Stop(tune.Stopper):
-    """Asks a function whether a trial ends at a record of its."""
-
-    def __init__(self, function: Callable[[str, dict[str, Any]], bool]) -> None:
-        self._function = function
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self._function(trial_id, result)
-
-    def stop_all(self) -> bool:
-        return False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # as above; a search's function holds the whole experiment, with the passwords of its URIs
-
-
 def tune_cells(
     config: Finetune,
     cells: Iterator[tuple[Cell, TrialJob]],
@@ -254,7 +238,7 @@ def tune_cells(
         run_config=tune.RunConfig(
             name=f"finetune-{key}",
             **folders.ray_storage,
-            stop=_Stop(stop) if stop else None,
+            stop=stop,  # which Tune pickles into a file, too
             failure_config=tune.FailureConfig(max_failures=config.max_failures),
             callbacks=[runs],
             verbose=0,

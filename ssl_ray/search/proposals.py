@@ -70,6 +70,10 @@ class Proposals:
                 self._drawn.enqueue_trial(dict(zip(self.search.space, values, strict=True)), skip_if_exists=True)
             self.total = len(self._trials())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles `stop` into a file, and the experiment has the passwords of its URIs."""
+        return {}
+
     @property
     def left(self) -> float:
         """Seconds that are left of the budget."""

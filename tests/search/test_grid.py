@@ -1,7 +1,6 @@
 """The grid without Ray: what its MLflow run keeps."""
 
 import contextlib
-import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +16,10 @@ from ssl_ray.data.store import Store
 from ssl_ray.finetune import trial
 from ssl_ray.search import grid
 from ssl_ray.search.callbacks import TrialCallback
-from ssl_ray.search.cells import CELLS, Cell
+from ssl_ray.search.cells import CELLS, JOURNAL, Cell
+from ssl_ray.search.proposals import Proposals
 from ssl_ray.storage.folders import Folders
+from ssl_ray.storage.mirror import Mirror
 
 
 class Away:
@@ -48,22 +49,27 @@ def test_cells_of_a_wider_grid_stay_known_while_mlflow_is_away(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("cache", ["s3://me:hunter@bucket/cache?region=here", "/here/cache"])
-def test_tune_writes_no_password_and_a_trial_has_it(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_writes_no_password_and_a_trial_has_it(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a trial's configuration and of how it is run, which Tune pickles into files, none holds a secret."""
     folders, given, trained = Folders.of("x", "/out", cache), dict[str, Any](), list[Any]()
-    config = small_study(finetune={"grid": {"init": ["random"]}}).finetune
+    space = {"finetune.optimizer.lr": {"loguniform": [1e-4, 1e-2]}}
+    study = small_study(finetune={"grid": {"init": ["random"]}}, search={"space": space}, cache=cache)
+    assert study.search
+    config = study.finetune
     monkeypatch.setattr(grid, "check_resources", lambda *_: None)
     monkeypatch.setattr(tune, "Tuner", lambda trainable, **how: given.update(trainable=trainable, **how) or mock.Mock())
     monkeypatch.setattr(trial, "Trial", lambda job, _: trained.append(job) or mock.MagicMock())
     splits = Splits({2: ()}, (), (), ("organ",))
-    _, jobs = grid.trial_jobs(config, small_study().network, 0, splits, {}, [], folders)
-    stop = functools.partial(lambda study, *_: bool(study), "the study of a search, s3://me:hunter@bucket/cache")
+    _, jobs = grid.trial_jobs(config, study.network, 0, splits, {}, [], folders)
+    stop = Proposals(study.search, config, study, tmp_path / JOURNAL, Mirror(tmp_path), "search").stop
     grid.tune_cells(config, iter(jobs.items()), 1, folders, "key", mock.MagicMock(TrialCallback), stop)
-    assert given["run_config"].stop("1", {})
-    space = given["tune_config"].search_alg.suggest("1")
-    for written in (space, given["run_config"].stop, given["tune_config"]):
+    assert not given["run_config"].stop("1", {})
+    cell = given["tune_config"].search_alg.suggest("1")
+    for written in (cell, given["run_config"].stop, given["tune_config"]):
         assert b"hunter" not in cloudpickle.dumps(written)
     with contextlib.suppress(FileNotFoundError):  # this one leaves no network
-        given["trainable"](space)
+        given["trainable"](cell)
     (job,) = trained
     assert (job.data.store, job.key) == (Store(folders.cache), next(iter(jobs.values())).key)
