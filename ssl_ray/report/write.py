@@ -12,23 +12,13 @@ from typing import Any
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
+from ssl_ray.report import tables
 from ssl_ray.report.answers import answers, verdict
 from ssl_ray.report.comparison import FOREGROUND, SELECTION
 from ssl_ray.report.examples import read_examples
 from ssl_ray.report.figures import draw_figures
 from ssl_ray.report.page import TEMPLATES, literal, write_page
 from ssl_ray.report.results import Results, read_curves, read_results
-from ssl_ray.report.tables import (
-    Table,
-    cell_table,
-    effort_table,
-    fall_table,
-    honest_table,
-    organ_table,
-    over_runs,
-    published_table,
-    running_table,
-)
 from ssl_ray.text import count_of, reason, without_password
 from ssl_ray.tracking.client import MlflowException
 from ssl_ray.tracking.tracker import NOTE, Tracker
@@ -58,21 +48,21 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     results = read_results(study, tracker)
     curves, examples = read_curves(results, tracker), read_examples(results, tracker)
     figures = draw_figures(results, curves, examples, folder / "figures")
-    found, honest = answers(results), honest_table(results)
+    found, honest = answers(results), tables.honest_table(results)
     values: dict[str, Any] = {
         "study": study,
         "tracker": tracker,
         "results": results,
         "answers": found,
         "honest": honest,
-        "published": published_table(results),
-        "running": running_table(results),
-        "organs": {size: organ_table(results, size) for size in results.arms},
-        "cells": cell_table(results),
+        "published": tables.published_table(results),
+        "running": tables.running_table(results),
+        "organs": {size: tables.organ_table(results, size) for size in results.arms},
+        "cells": tables.cell_table(results),
         "examples": examples,
-        "falls": fall_table(results, curves),
-        "effort": effort_table(results, tracker),
-        "dice_of": partial(over_runs, results, measure=FOREGROUND),
+        "falls": tables.fall_table(results, curves),
+        "effort": tables.effort_table(results, tracker),
+        "dice_of": partial(tables.over_runs, results, measure=FOREGROUND),
         "figures": {path.stem for path in figures},
     }
     values |= {function.__name__: function for function in (count_of, day, literal, without_password)}
@@ -85,7 +75,7 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     return Report(table.rstrip(), *pages, figures)
 
 
-def _show_answer(results: Results, tracker: Tracker, found: Sequence[str], table: Table, folder: Path) -> str:
+def _show_answer(results: Results, tracker: Tracker, found: Sequence[str], table: tables.Table, folder: Path) -> str:
     """Log `answer.csv` and the figure with the grid's run, describe the experiment -> the run's description."""
     run_id, figure = results.grid.info.run_id, folder / "figures" / "label_efficiency.png"
     with (folder / "answer.csv").open("w", encoding="utf-8", newline="") as file:

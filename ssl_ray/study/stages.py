@@ -115,15 +115,5 @@ def _fine_tune(
         from ssl_ray.study.searching import run_search  # it loads Optuna
 
         return run_search(study, folders, tracker, prepared, pretrained, content)
-    return finetune(
-        config,
-        study.network,
-        study.seed,
-        splits,
-        labelled,
-        pretrained,
-        folders,
-        tracker,
-        run_params(study, "finetune"),
-        dump(study),
-    )
+    given = study.seed, splits, labelled, pretrained, folders, tracker
+    return finetune(config, study.network, *given, run_params(study, "finetune"), dump(study))

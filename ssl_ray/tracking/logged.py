@@ -34,18 +34,7 @@ def ask_logged(settings: Tracking, folders: Folders) -> list[Logged]:
         points = tracker.client.get_metric_history(info.run_id, "lr") if info.status == "RUNNING" else []
         last = max(points, key=lambda point: point.timestamp, default=None)
         heard = last.timestamp if last else info.end_time or info.start_time
-        found.append(
-            Logged(
-                data.tags.get(KIND, ""),
-                data.tags.get(KEY, ""),
-                info.run_name,
-                info.status,
-                info.start_time / 1000,
-                heard / 1000,
-                last.step if last else 0,
-                data.metrics,
-                data.params,
-                data.tags,
-            )
-        )
+        named = data.tags.get(KIND, ""), data.tags.get(KEY, ""), info.run_name, info.status
+        when = info.start_time / 1000, heard / 1000, last.step if last else 0
+        found.append(Logged(*named, *when, data.metrics, data.params, data.tags))
     return sorted(found, key=lambda run: run.opened)
