@@ -4,7 +4,7 @@ Each entry says what happens when a version of Ray no longer has it.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
@@ -115,20 +115,3 @@ def answers(address: str, seconds: float) -> bool:
         except grpc.FutureTimeoutError:
             return False
     return True
-
-
-def object_store_statistics() -> Mapping[str, float]:
-    """Bytes of all nodes' object stores: `used`, `capacity`, and `spilled` to disk since the cluster started.
-
-    They are what `ray memory --stats-only` prints; Ray has no public function for them. Where the names are gone, this
-    raises ImportError or AttributeError, and `training.meters.ObjectStore` goes on without these metrics.
-    """
-    from ray._private import internal_api
-    from ray._private.state import state
-
-    found = internal_api.get_memory_info_reply(state, timeout_seconds=5.0).store_stats
-    return {
-        "used": float(found.object_store_bytes_used),
-        "capacity": float(found.object_store_bytes_avail),
-        "spilled": float(found.spilled_bytes_total),
-    }

@@ -20,7 +20,7 @@ from ssl_ray.tracking.client import DEVICE
 from ssl_ray.tracking.run import Run
 from ssl_ray.tracking.tracker import NOTE
 from ssl_ray.tracking.view import picture
-from ssl_ray.training.meters import RATE, WAIT, ObjectStore
+from ssl_ray.training.meters import RATE, WAIT
 
 
 class Collector:
@@ -32,7 +32,6 @@ class Collector:
     def __init__(self, job: Job, run: Run, bar: Bar) -> None:
         self._job, self._run, self._bar = job, run, bar
         self._known = run.logged("lr")
-        self._store = ObjectStore()
         self.fatal: list[str] = []  # what workers said about the steps that ended the training
         self.unlearned = math.nan  # the validation loss of what needs no learning, as it was told last
         sent = iter(job.reports.get, None)
@@ -70,20 +69,18 @@ class Collector:
                         step, device = content
                         self._run.started(step)
                         self._run.tags({DEVICE: device})
-                        self._store.sample()  # what was spilled before is not this run's
                         self._bar.update(step, again=True)
                     case "record" | "kept":
                         step, path = int(content["step"]), content.pop("picture", None)
                         self.unlearned = unlearned(content, self.unlearned)
                         numbers = {name: value for name, value in content.items() if name != "step"}
-                        if new := step not in self._known:
-                            self._run.metrics(numbers | self._store.sample(), step)
+                        new = step not in self._known
+                        if new or kind == "record":  # steps that are done again are shown; the file tells old ones, too
+                            self._run.metrics(numbers, step)
+                            self._bar.update(step, progress(content))
+                        if new:
                             self._known.add(step)
                             self._log_picture(path, numbers)
-                        elif kind == "record":
-                            self._run.metrics(numbers, step)
-                        if new or kind == "record":  # steps that are done again are shown; the file tells old ones, too
-                            self._bar.update(step, progress(content))
                     case "skipped":
                         say(f"WARNING: not finite, skipped: {content}")
                     case "fatal":

@@ -1,6 +1,5 @@
 """What a running training uses, as MLflow's system metrics, and the line that a person watches."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +9,7 @@ from rich.console import Console
 from ssl_ray import console
 from ssl_ray.console import Bar
 from ssl_ray.pretrain.collector import progress
-from ssl_ray.training import meters
-from ssl_ray.training.meters import ObjectStore, arithmetic_rate, peak_memory
+from ssl_ray.training.meters import arithmetic_rate, peak_memory
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -21,22 +19,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still until it is told to go on."""
     time = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(console, "console", Console(get_time=lambda: time.now))
-    monkeypatch.setattr(meters, "time", SimpleNamespace(monotonic=lambda: time.now))
     return time
-
-
-def store(monkeypatch: pytest.MonkeyPatch, *answers: tuple[float, float, float] | Exception) -> ObjectStore:
-    """An object store whose statistics are these, in turn; an exception is raised."""
-    left = list(answers)
-
-    def statistics() -> dict[str, float]:
-        answer = left.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return dict(zip(("used", "capacity", "spilled"), answer, strict=True))
-
-    monkeypatch.setattr(meters, "object_store_statistics", statistics)
-    return ObjectStore()
 
 
 def test_memory_is_that_of_this_process() -> None:
@@ -60,53 +43,6 @@ def test_utilisation_is_a_share_of_the_known_peak(monkeypatch: pytest.MonkeyPatc
         assert set(arithmetic_rate(1e12, 1, torch.device(device), torch.bfloat16)) == {
             "system/teraflops_per_second_per_worker"
         }
-
-
-def test_the_object_store_is_asked_every_ten_seconds_at_most(
-    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
-) -> None:
-    """What was spilled before the first sample is not this run's."""
-    samples = store(monkeypatch, (5e6, 1e8, 7e6), (9e7, 1e8, 7e6))
-    first = samples.sample()
-    assert first["system/object_store_spilled_megabytes"] == 0
-    assert first["system/object_store_usage_percentage"] == 5
-    clock.now += 9
-    assert samples.sample() == {}
-    clock.now += 1.5
-    assert samples.sample()["system/object_store_usage_megabytes"] == 90
-
-
-def test_spilling_is_counted_from_the_first_sample(monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace) -> None:
-    """What the cluster spilled for others before is not this run's."""
-    samples = store(monkeypatch, *((1e8, 1e8, spilled) for spilled in (1e6, 3e6, 9e6)))
-    spilled = []
-    for _ in range(3):
-        spilled.append(samples.sample()["system/object_store_spilled_megabytes"])
-        clock.now += 11
-    assert spilled == [0, 2, 8]
-
-
-def test_a_ray_that_does_not_answer_stops_nothing(
-    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One warning, and it is not asked again."""
-    samples = store(monkeypatch, RuntimeError("gone"))
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert samples.sample() == {}
-            clock.now += 61
-    assert len(caplog.records) == 1
-
-
-def test_ray_itself_tells_of_its_object_store(ray_cluster: None) -> None:
-    """Through the part of Ray that is not public: a new version that lacks it must not go unnoticed."""
-    import ray
-
-    found = ObjectStore().sample()
-    assert found["system/object_store_spilled_megabytes"] == 0
-    total = ray.cluster_resources()["object_store_memory"] / 1e6
-    used = found["system/object_store_usage_megabytes"]
-    assert found["system/object_store_usage_percentage"] == pytest.approx(100 * used / total, abs=0.1)
 
 
 def test_the_time_that_is_left_counts_from_where_the_work_started(
