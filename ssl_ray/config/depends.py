@@ -15,7 +15,7 @@ from ssl_ray.config.schema import Finetune, Network, Preparation, Pretrain
 
 Stage = Literal["pretrain", "finetune"]
 
-VERSION: dict[Stage, int] = {"pretrain": 1, "finetune": 2}
+VERSION: dict[Stage, int] = {"pretrain": 1, "finetune": 3}
 """Of the code that trains. Raise it where the same settings and volumes give other weights or scores
 (`tests/test_versions.py` sees it); that of the preparation is in `ssl_ray.data.normalise`."""
 

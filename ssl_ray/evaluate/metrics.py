@@ -27,9 +27,12 @@ from torch import Tensor
 from ssl_ray.evaluate.scores import CaseScores, Scores
 from ssl_ray.evaluate.surface import Labels, surface_scores
 
-MIDDLE = 1e-6
-"""Voxels: an original voxel so close to the middle between two canonical ones takes the upper one. Otherwise rounding
-would decide, in its own way on every machine, and where one spacing is half the other, of every second voxel."""
+MIDDLE = 1e-8
+"""Share by which the grid of a file shrinks towards the last canonical centre, when its labels are looked up there: an
+original voxel in the middle between two canonical ones takes the upper one, and one on the outer face of the last takes
+that. Otherwise rounding would decide, in its own way on every machine, and where one spacing is half the other, of
+every second voxel. With 1,000 voxels along an axis it moves none by more than 1e-5, and one on the last face by 5e-9,
+which is far more than float64 rounds."""
 
 
 def evaluate_canonical(case: str, prediction: Tensor, truth: Tensor, classes: int) -> CaseScores:
@@ -84,11 +87,13 @@ def to_original_grid(
     """Nearest-neighbour resampling of a label volume through 4x4 affines, as nibabel's `resample_from_to(order=0)`.
 
     Unlike with nibabel's default, a canonical voxel reaches to its faces and not only to its centre (scipy's mode
-    `grid-constant`): a slice of the file that lies less than half a voxel beyond the last canonical centre keeps its
-    label. What lies outside the canonical grid is 0 (background). Orientation, rotation and spacing may all differ.
+    `grid-constant`): a slice of the file that lies up to half a voxel beyond the last canonical centre keeps its label.
+    Many last slices lie just there, as MONAI rounds the number of voxels half to even. What lies outside the canonical
+    grid is 0 (background). Orientation, rotation and spacing may all differ.
     """
     to_canonical = np.linalg.inv(np.asarray(canonical_affine, float)) @ np.asarray(original_affine, float)
-    to_canonical[:3, 3] += MIDDLE
+    to_canonical[:3] *= 1 - MIDDLE
+    to_canonical[:3, 3] += MIDDLE * (np.array(prediction.shape) - 1)
     resampled: NDArray[np.uint8] = ndimage.affine_transform(
         prediction, to_canonical, output_shape=tuple(original_shape), order=0, mode="grid-constant", cval=0
     )

@@ -19,6 +19,8 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from ssl_ray.config.schema import Preparation
+from ssl_ray.data.resample import canonical_grid
 from ssl_ray.evaluate.metrics import confusion, dice, evaluate, evaluate_canonical, to_original_grid
 from ssl_ray.evaluate.scores import PUBLISHED_DICE, CaseScores, Scores, aggregate, organ_keys, sided
 from ssl_ray.evaluate.surface import surface_scores
@@ -134,16 +136,39 @@ def test_last_slice_beyond_the_last_canonical_centre_keeps_its_label() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_in_the_middle_between_two_voxels_no_rounding_decides(seed: int) -> None:
-    """With twice the spacing, every second voxel of an oblique scan lies there: the upper one wins, on any machine."""
+    """With twice the spacing, every second voxel of an oblique scan lies there: the upper one wins, on any machine.
+
+    The last one has none above it, and takes its own.
+    """
     original = oblique(seed, SPACING, (2, 0, 1))
     canonical = original @ np.diag([2.0, 2, 2, 1])
     labels = blobs(seed, 6)
     shape = tuple(2 * side for side in SHAPE)
-    noise = 1e-9 * np.random.default_rng(seed).normal(size=(4, 4)) * [[1], [1], [1], [0]]
+    noise = 1e-11 * np.random.default_rng(seed).normal(size=(4, 4)) * [[1], [1], [1], [0]]
     found = to_original_grid(labels, canonical, shape, original)
     np.testing.assert_array_equal(found, to_original_grid(labels, canonical + noise, shape, original))
-    upper = np.minimum((np.indices(shape) + 1) // 2, np.array(SHAPE)[:, None, None, None])
-    np.testing.assert_array_equal(found, np.pad(labels, (0, 1))[tuple(upper)])
+    upper = np.minimum((np.indices(shape) + 1) // 2, np.array(SHAPE)[:, None, None, None] - 1)
+    np.testing.assert_array_equal(found, labels[tuple(upper)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([0.7, 1.0, 1.25, 1.5, 2.5, 3.0, 5.0]),
+    st.sampled_from([1.0, 1.4, 1.5, 2.0, 2.5, 4.0]),
+    st.integers(2, 80),
+    st.integers(0, 100),
+)
+def test_no_slice_of_a_file_is_lost(there: float, here: float, slices: int, seed: int) -> None:
+    """Canonical grids of all ones give ones to the last voxel, whatever number of voxels MONAI rounds to.
+
+    Spacings are in mm, and in headers in float32; of 12 slices 5 mm apart, the last one lies half a voxel beyond the
+    last centre of a grid of 2 mm.
+    """
+    straight = np.diag([-1.0, 1.1, there, 1]).astype(np.float32).astype(float)
+    for affine in (straight, oblique(seed, (1.0, 1.1, there), (0, 1, 2))):
+        grid = canonical_grid((9, 7, slices), affine, Preparation(spacing=(1, 2.2, here), hu_window=(0, 1)))
+        back = to_original_grid(np.ones(grid.shape, np.uint8), grid.affine, (9, 7, slices), affine)
+        np.testing.assert_array_equal(back, 1)
 
 
 def test_reoriented_grid_gives_back_every_label() -> None:
