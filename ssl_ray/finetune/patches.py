@@ -20,6 +20,9 @@ _ORDER, _PATCH = 11, 12
 """Streams of random numbers: for the order of the volumes, and for what a patch draws."""
 _TRIES = 200
 """Draws of a background voxel before any voxel is taken, as a volume may have none."""
+_ALIKE = 1.5
+"""How many times as long one side of a voxel may be as the other for `vary` to turn it in their plane. A rotation of 30
+degrees then stretches by 1.3 at most, less than `vary` scales by."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class PatchSampler:
         origin = crop_origin(self._centre(volume, image, label, random), volume.shape, size)
         seen = read_patch(image, origin, size).astype(np.float32) / np.float32(volume.levels)
         both = torch.from_numpy(seen.reshape(-1, *size)), torch.from_numpy(read_patch(label, origin, size)[None])
-        return augment(*both, self.config.augmentation, random)
+        return augment(*both, self.config.augmentation, self.config.preparation.spacing, random)
 
     def _centre(
         self, volume: Volume, image: Any, label: npt.NDArray[np.uint8], random: np.random.Generator
@@ -76,27 +79,37 @@ class PatchSampler:
         return voxel
 
 
-def augment(image: Tensor, label: Tensor, config: Augmentation, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+def augment(
+    image: Tensor, label: Tensor, config: Augmentation, spacing: Sequence[float], random: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """Flip (C, X, Y, Z), rotate by a multiple of 90° in the axial plane, and shift the intensity; then `vary`."""
     axes = [axis - 3 for axis in config.flip_axes if random.random() < config.flip_prob]
     turns = int(random.integers(1, 4)) if random.random() < config.rotate_prob else 0
     shift = random.uniform(-config.shift, config.shift) if random.random() < config.shift_prob else 0.0
-    if image.shape[-3] != image.shape[-2]:
-        turns = turns // 2 * 2  # a quarter turn would exchange unequal sides
+    if image.shape[-3] != image.shape[-2] or spacing[0] != spacing[1]:
+        turns = turns // 2 * 2  # a quarter turn would exchange unequal sides, of the patch or of its voxels
     image, label = (torch.rot90(torch.flip(volume, axes), turns, (-3, -2)) for volume in (image, label))
     image = image + shift
-    return vary(image, label, int(random.integers(2**32))) if config.vary else (image, label)
+    return vary(image, label, spacing, int(random.integers(2**32))) if config.vary else (image, label)
 
 
 def vary(
-    image: Tensor, label: Tensor, seed: int, odds: Sequence[float] = (0.2, 0.1, 0.2, 0.3)
+    image: Tensor,
+    label: Tensor,
+    spacing: Sequence[float],
+    seed: int,
+    odds: Sequence[float] = (0.2, 0.1, 0.2, 0.3),
 ) -> tuple[Tensor, Tensor]:
     """Rotate and scale image and label; then noise, blur, and another contrast, each by its `odds`; by MONAI.
 
     Odds, ranges and order are nnU-Net's (Isensee et al. 2021). What comes in from outside the patch is the patch,
-    reflected at its faces.
+    reflected at its faces. Voxel indices are rotated, which is a rotation in mm only where the sides of a voxel,
+    `spacing` in mm, are equal. So thick slices are turned within their plane alone, as nnU-Net does, too: between them
+    there is little to interpolate.
     """
-    both, modes, angles = ("image", "label"), ("bilinear", "nearest"), (math.radians(30),) * 3
+    both, modes = ("image", "label"), ("bilinear", "nearest")
+    planes = [[side for axis, side in enumerate(spacing) if axis != normal] for normal in range(3)]
+    angles = [math.radians(30) if max(plane) <= _ALIKE * min(plane) else 0.0 for plane in planes]
     scales = ((1 / 1.4 - 1, 1 / 0.7 - 1),) * 3  # MONAI scales the grid that is sampled, by 1 + this
     affine, noise, blur, gamma = odds
     steps = mt.Compose(

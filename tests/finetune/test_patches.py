@@ -96,13 +96,17 @@ def test_patches_are_moved_inside_as_monai_does(centre, size):
     assert crop_origin(centre, SHAPE, size) == tuple(int(c) - s // 2 for c, s in zip(corrected, size, strict=True))
 
 
+CUBES = (2.0, 2.0, 2.0)
+"""Spacing in mm."""
+
+
 def test_image_and_label_stay_together():
     """Flips and turns move image and label alike, and keep the shape of a patch with unequal sides."""
     random = np.random.default_rng(0)
     label = torch.arange(6 * 4 * 5).reshape(6, 4, 5)
     always = Augmentation(flip_prob=0.5, rotate_prob=1, shift_prob=0)
     for _ in range(20):
-        image, moved = augment(label.float(), label, always, random)
+        image, moved = augment(label.float(), label, always, CUBES, random)
         assert torch.equal(image, moved.float())
         assert image.shape == label.shape
         assert torch.equal(moved.flatten().sort().values, label.flatten())
@@ -114,8 +118,8 @@ def test_probabilities_of_the_recipe():
     patch = torch.zeros(4, 4, 4)
     label = torch.zeros(4, 4, 4, dtype=torch.long)
     quiet = Augmentation.model_validate(QUIET)
-    assert torch.equal(augment(patch, label, quiet, random)[0], patch)
-    shifts = np.array([float(augment(patch, label, Augmentation(), random)[0][0, 0, 0]) for _ in range(2000)])
+    assert torch.equal(augment(patch, label, quiet, CUBES, random)[0], patch)
+    shifts = np.array([float(augment(patch, label, Augmentation(), CUBES, random)[0][0, 0, 0]) for _ in range(2000)])
     assert abs((shifts != 0).mean() - 0.5) < 0.05
     assert abs(shifts).max() <= 0.1
     assert abs(shifts[shifts != 0].std() - 0.1 / np.sqrt(3)) < 0.005
@@ -136,7 +140,7 @@ def ball(side=24, radius=6.0):
 def test_the_recipe_draws_nothing_for_what_is_off():
     """The stream of random numbers, and with it the recipe's patches, stay what they were."""
     random, again = np.random.default_rng(0), np.random.default_rng(0)
-    augment(*ball(), OFF, random)
+    augment(*ball(), OFF, CUBES, random)
     again.random(5)  # three flips, a turn, a shift
     assert random.random() == again.random()
 
@@ -144,7 +148,7 @@ def test_the_recipe_draws_nothing_for_what_is_off():
 def test_varied_patches_are_a_function_of_the_stream():
     """The same seed gives the same patch, others mostly another; numpy's and torch's own generators are left alone."""
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    made, again = ([vary(*ball(), seed) for seed in range(12)] for _ in range(2))
+    made, again = ([vary(*ball(), CUBES, seed) for seed in range(12)] for _ in range(2))
     assert all(torch.equal(one[part], other[part]) for one, other in zip(made, again, strict=True) for part in (0, 1))
     assert len({float(image.sum()) for image, _ in made}) > 6
     for image, label in made:
@@ -160,16 +164,49 @@ def test_rotation_and_scaling_take_the_label_along():
     image = image.roll((4, -3, 2), (1, 2, 3))
     label = 3 * label.roll((4, -3, 2), (1, 2, 3))
     for seed in range(8):
-        moved, there = vary(image, label, seed, ALONE["affine"])
+        moved, there = vary(image, label, CUBES, seed, ALONE["affine"])
         assert set(there.unique().tolist()) == {0, 3}
         assert ((moved > 0.5) == (there == 3)).float().mean() > 0.99
         assert ((there == label).float().mean()) < 0.999
 
 
+@pytest.mark.parametrize(("spacing", "across"), [((0.8, 0.8, 5.0), 3), ((3.3, 0.8, 0.8), 1), ((1.0, 1.0, 1.6), 3)])
+def test_thick_slices_are_turned_within_their_plane(spacing, across):
+    """What changes across the slices alone, still does; what changes along y alone, changes across y, too."""
+    ramp, label = torch.linspace(0, 1, 16), torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
+    through, along_y = torch.zeros(1, 16, 16, 16), ramp[:, None].expand(1, 16, 16, 16)
+    through.swapaxes(across, 3)[:] = ramp
+    turned = []
+    for seed in range(12):
+        made = [vary(one, label, spacing, seed, ALONE["affine"])[0].swapaxes(across, 1) for one in (through, along_y)]
+        assert float((made[0].amax((2, 3)) - made[0].amin((2, 3))).max()) < 1e-5
+        assert float((made[1].amax(1) - made[1].amin(1)).max()) < 1e-5
+        turned.append(float(made[1].std(3).max()))
+    assert max(turned) > 0.05
+
+
+def test_nearly_cubic_voxels_are_turned_as_cubes_are():
+    """Up to a ratio of 1.5, patches are to the bit those of equal sides: kept studies stay what they were."""
+    for seed in range(6):
+        pairs = zip(vary(*ball(), CUBES, seed), vary(*ball(), (1.5, 1.5, 2.0), seed), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_quarter_turn_does_not_exchange_unequal_spacings():
+    """A pattern along the axis of 3.3 mm stays along it, though the patch has equal sides."""
+    pattern = torch.arange(8.0)[:, None, None].expand(8, 8, 8)
+    always = Augmentation(flip_prob=0, rotate_prob=1, shift_prob=0)
+    for spacing, kept in (((3.3, 0.8, 0.8), True), (CUBES, False)):
+        random = np.random.default_rng(0)
+        made = [augment(pattern, pattern, always, spacing, random)[0] for _ in range(20)]
+        assert all(float(one.std(1).max()) == 0 for one in made) == kept
+        assert not all(torch.equal(one, pattern) for one in made)
+
+
 def test_things_become_between_0_7_and_1_4_times_as_large():
     """A ball has between 0.7³ and 1.4³ times its voxels, and the range is used."""
     image, label = ball()
-    factors = [float(vary(image, label, seed, ALONE["affine"])[1].sum() / label.sum()) for seed in range(60)]
+    factors = [float(vary(image, label, CUBES, seed, ALONE["affine"])[1].sum() / label.sum()) for seed in range(60)]
     assert 0.9 * 0.7**3 < min(factors) < 0.7
     assert 1.4 < max(factors) < 1.1 * 1.4**3
 
@@ -180,7 +217,7 @@ def test_noise_blur_and_gamma_change_the_image_alone():
     for seed in range(20):
         made = {}
         for kind in ("noise", "blur", "gamma"):
-            made[kind], same = vary(image, label, seed, ALONE[kind])
+            made[kind], same = vary(image, label, CUBES, seed, ALONE[kind])
             assert torch.equal(same, label)
             assert not torch.equal(made[kind], image)
         assert float((made["noise"] - image).std()) < 0.105
@@ -201,7 +238,7 @@ def test_each_change_has_its_odds(kind):
     """One in four patches."""
     image, label = ball(12, 3.0)
     odds = [odd / 4 for odd in ALONE[kind]]
-    changed = [not torch.equal(vary(image, label, seed, odds)[0], image) for seed in range(300)]
+    changed = [not torch.equal(vary(image, label, CUBES, seed, odds)[0], image) for seed in range(300)]
     assert abs(np.mean(changed) - 0.25) < 0.08
 
 
