@@ -19,7 +19,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from nibabel.affines import voxel_sizes
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from torch import Tensor
@@ -69,8 +68,7 @@ def evaluate_original(
     """The scores on the grid of a NIfTI file, that of both label maps (X, Y, Z); the tolerance is in mm."""
     counts = confusion(torch.as_tensor(prediction), torch.as_tensor(truth), classes)
     true, found = counts.sum(1) > 0, counts.sum(0) > 0
-    spacing = voxel_sizes(np.asarray(affine, float))
-    hd95, surface_dice = surface_scores(prediction, truth, classes, spacing, tolerance)
+    hd95, surface_dice = surface_scores(prediction, truth, classes, np.asarray(affine, float), tolerance)
     return CaseScores(
         case,
         None,

@@ -1,21 +1,23 @@
 """How far the surfaces of predicted and true organs lie apart."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from monai.metrics.utils import create_table_neighbour_code_to_surface_area
+from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 Labels = NDArray[np.integer[Any]]
 """Class numbers (X, Y, Z)."""
 Points = NDArray[np.float64]
-"""Places (N, 3) in a volume, in mm along its axes."""
+"""Places (N, 3) in a volume in mm, along its axes or, where these are sheared, in space."""
+_STRAIGHT = 1e-4
+"""Cosine between axes that counts as a right angle: headers in float32 shear a rotation by up to 1e-5."""
 
 
 def surface_scores(
-    prediction: Labels, truth: Labels, classes: int, spacing: Sequence[float], tolerance: float
+    prediction: Labels, truth: Labels, classes: int, affine: NDArray[np.float64], tolerance: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """HD95 in mm and surface Dice, each (classes - 1,), organ 1 first, nan where the organ is absent from the truth.
 
@@ -27,13 +29,17 @@ def surface_scores(
     definition of DeepMind and of MONAI's `compute_surface_dice(use_subvoxels=True)`. Counting voxels would give a face
     between thick slices the weight of many.
 
-    Both volumes lie on the original grid, whose voxels have the sides `spacing` in mm (in an oblique one:
-    `nibabel.affines.voxel_sizes`).
+    Both volumes lie on the original grid, whose `affine` (4, 4) maps voxels to mm. On a sheared one (a tilted gantry)
+    distances are right, too, but areas, by which surface Dice is weighted, are those of voxels with right angles.
     """
     hd95, surface_dice = np.full(classes - 1, np.nan), np.full(classes - 1, np.nan)
+    spacing = voxel_sizes(affine)
+    units = affine[:3, :3] / spacing
+    sheared = (np.abs(units.T @ units - np.eye(3)) > _STRAIGHT).any()
+    to_mm = affine[:3, :3].T if sheared else np.diag(spacing)
     table, kernel = create_table_neighbour_code_to_surface_area(tuple(spacing))
     areas, weights = table.double().numpy(), kernel.numpy().astype(np.uint8).ravel()
-    surfaces = zip(*(_surfaces(volume, classes, weights, spacing) for volume in (prediction, truth)), strict=True)
+    surfaces = zip(*(_surfaces(volume, classes, weights, to_mm) for volume in (prediction, truth)), strict=True)
     for organ, ((borders, elements, codes), (true_borders, true_elements, true_codes)) in enumerate(surfaces):
         if not len(true_borders):
             continue
@@ -60,12 +66,12 @@ def _distances(points: Points, others: Points, bound: float = np.inf) -> NDArray
 
 
 def _surfaces(
-    volume: Labels, classes: int, weights: NDArray[np.uint8], spacing: Sequence[float]
+    volume: Labels, classes: int, weights: NDArray[np.uint8], to_mm: NDArray[np.float64]
 ) -> list[tuple[Points, Points, NDArray[np.uint8]]]:
     """Of every organ its border voxels, its surface elements, and the code of each element.
 
     Border voxels have a face to another class or to the outside. An element lies at the first of its 8 voxels, and its
-    code is the sum of the `weights` (8,) of those that are of the organ.
+    code is the sum of the `weights` (8,) of those that are of the organ. Indices times `to_mm` (3, 3) are places in mm.
 
     One pass over the volume finds all organs. MONAI goes organ by organ in a box around truth and prediction, and one
     stray voxel that was predicted far away makes that box the whole volume.
@@ -94,7 +100,7 @@ def _surfaces(
         parts.append((organs[first], candidates[first], np.tensordot(weights, own, 1)))
     organs, places, codes = (np.concatenate(part) for part in zip(*parts, strict=True))
     outer = codes < 255
-    at, elements = (np.transpose(np.unravel_index(p, padded.shape)) * spacing for p in (voxels, places[outer]))
+    at, elements = (np.transpose(np.unravel_index(p, padded.shape)) @ to_mm for p in (voxels, places[outer]))
     surfaces = _by_organ(organs[outer], classes, elements, codes[outer])
     return list(zip(*_by_organ(flat[voxels], classes, at), *surfaces, strict=True))
 

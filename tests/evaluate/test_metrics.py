@@ -47,6 +47,11 @@ def channels(labels: np.ndarray, classes: int) -> Tensor:
     return onehot  # (1, classes, X, Y, Z)
 
 
+def grid(spacing: tuple[float, ...]) -> np.ndarray:
+    """The affine of a grid along the axes of RAS+."""
+    return np.diag([*spacing, 1.0])
+
+
 def oblique(seed: int, spacing: tuple[float, float, float], axes: tuple[int, int, int]) -> np.ndarray:
     """A rotated affine whose columns are permuted and partly flipped."""
     random = np.random.default_rng(seed)
@@ -166,8 +171,8 @@ def test_no_slice_of_a_file_is_lost(there: float, here: float, slices: int, seed
     """
     straight = np.diag([-1.0, 1.1, there, 1]).astype(np.float32).astype(float)
     for affine in (straight, oblique(seed, (1.0, 1.1, there), (0, 1, 2))):
-        grid = canonical_grid((9, 7, slices), affine, Preparation(spacing=(1, 2.2, here), hu_window=(0, 1)))
-        back = to_original_grid(np.ones(grid.shape, np.uint8), grid.affine, (9, 7, slices), affine)
+        canonical = canonical_grid((9, 7, slices), affine, Preparation(spacing=(1, 2.2, here), hu_window=(0, 1)))
+        back = to_original_grid(np.ones(canonical.shape, np.uint8), canonical.affine, (9, 7, slices), affine)
         np.testing.assert_array_equal(back, 1)
 
 
@@ -204,7 +209,7 @@ def test_surface_scores_are_monais(
     truth, prediction = blobs(seed, 5, shape), blobs(seed, 5, shape)
     prediction = np.where(blobs(seed + 9, 3, shape) == 1, shifted(blobs(seed + 5, 5, shape), 1), prediction)
     assert set(np.unique(truth[0])) - {0}
-    found = surface_scores(prediction.astype(np.uint8), truth, 5, spacing, tolerance)
+    found = surface_scores(prediction.astype(np.uint8), truth, 5, grid(spacing), tolerance)
     for ours, monais in zip(found, monais_surface_scores(prediction, truth, 5, spacing, tolerance), strict=True):
         np.testing.assert_allclose(ours, monais, rtol=1e-5)
     assert (found[1] > 0).all()
@@ -217,9 +222,9 @@ def test_surfaces_of_stray_voxels_are_monais_in_any_order_of_memory() -> None:
     truth[:, :, 0] = 0
     truth[:, 5, 3] = 2
     prediction[0, 0, 0], prediction[-1, 0, -1], prediction[15, -1, 0] = 1, 2, 3
-    scores = surface_scores(prediction, truth, 4, SPACING, 2.0)
+    scores = surface_scores(prediction, truth, 4, grid(SPACING), 2.0)
     np.testing.assert_allclose(scores, monais_surface_scores(prediction, truth, 4, SPACING, 2.0), rtol=1e-5)
-    other = surface_scores(prediction, np.asfortranarray(truth), 4, SPACING, 2.0)
+    other = surface_scores(prediction, np.asfortranarray(truth), 4, grid(SPACING), 2.0)
     np.testing.assert_array_equal(other, scores)
 
 
@@ -230,7 +235,7 @@ def test_a_slice_too_many_is_one_face_of_a_cube_however_thick_slices_are() -> No
     prediction = truth.copy()
     prediction[5:55, 5:55, 11] = 1
     spacing = (0.8, 0.8, 5.0)
-    assert surface_scores(prediction, truth, 2, spacing, 2.0)[1] == pytest.approx(5 / 6, abs=0.01)
+    assert surface_scores(prediction, truth, 2, grid(spacing), 2.0)[1] == pytest.approx(5 / 6, abs=0.01)
     both = channels(prediction, 2), channels(truth, 2)
     assert compute_surface_dice(*both, [2.0], spacing=spacing).item() == pytest.approx(0.65, abs=0.01)
 
@@ -243,9 +248,25 @@ def test_distances_are_in_millimetres_along_each_axis(axis: int) -> None:
     truth.swapaxes(0, axis)[4] = 1
     prediction.swapaxes(0, axis)[7] = 1
     for spacings, share in ((1.99, 0), (2.01, 0.5), (2.99, 0.5), (3.01, 1)):
-        hd95, surface_dice = surface_scores(prediction, truth, 2, SPACING, spacings * SPACING[axis])
+        hd95, surface_dice = surface_scores(prediction, truth, 2, grid(SPACING), spacings * SPACING[axis])
         assert hd95 == pytest.approx([3 * SPACING[axis]])
         assert surface_dice == pytest.approx([share])
+
+
+@pytest.mark.parametrize("degrees", [-25, 25])
+def test_distances_are_those_in_space_where_a_gantry_was_tilted(degrees: float) -> None:
+    """Of two single voxels, HD95 is the length of what leads from one to the other, whichever way the slices slide."""
+    tilt = np.deg2rad(degrees)
+    affine = oblique(1, (1.0, 1.0, 1.0), (0, 1, 2))
+    affine[:3, 2] = affine[:3, :3] @ [0, 5 * np.sin(tilt), 5 * np.cos(tilt)]
+    truth = np.zeros((10, 40, 12), np.uint8)
+    prediction = truth.copy()
+    truth[4, 8, 3] = prediction[4, 28, 7] = 1
+    apart = float(np.linalg.norm(affine[:3, :3] @ [0, 20, 4]))
+    for tolerance in (apart - 0.1, apart + 0.1):
+        hd95, surface_dice = surface_scores(prediction, truth, 2, affine, tolerance)
+        assert hd95 == pytest.approx([apart])
+        assert (surface_dice == 1) == (tolerance > apart)
 
 
 def test_absent_missed_and_invented_organs() -> None:
