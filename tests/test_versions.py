@@ -22,7 +22,7 @@ from ssl_ray.finetune.learner import SegmentationLearner
 from ssl_ray.finetune.patches import PatchSampler
 
 EXPECTED: dict[str, tuple[int, object]] = {
-    "prepare": (4, "09f2e89ef36c750926e831271cf9138db6f29d31bd54f71ade3d122269b91c79"),
+    "prepare": (5, "09f2e89ef36c750926e831271cf9138db6f29d31bd54f71ade3d122269b91c79"),
     "pretrain": (1, [0.488073796, 0.488501877, 0.478133142, 0.478348911]),
     "finetune": (3, [1.833523989, 1.821411803, 1.728533506, 1.737327814]),
 }

@@ -21,7 +21,7 @@ from ssl_ray.data.nifti import Nifti
 from ssl_ray.data.normalisations.intensities import Intensities, measure
 from ssl_ray.errors import UserError
 
-VERSION = 4
+VERSION = 5
 """Part of the key in the store: raise it whenever `prepare` gives another result for the same input."""
 
 _MOST_VOXELS = 2**29

@@ -182,4 +182,5 @@ def _odd_organs(looks: Sequence[Look], organs: Sequence[str]) -> Iterator[Findin
         clipped = float(np.mean([look.clipped[value] for look in with_it]))
         if clipped > _CLIPPED:
             what = f"{clipped:.0%} of its voxels lie outside of what the normalisation keeps"
-            yield Finding(f"class {value}, {organ}", f"{what}: widen it (finetune.preparation)")
+            mend = "widen it, or without a unit take zscore (finetune.preparation.normalise)"
+            yield Finding(f"class {value}, {organ}", f"{what}: {mend}")

@@ -23,7 +23,7 @@ def metadata(**changes: Any) -> Metadata:
         "network": NETWORK,
         "patch_size": PATCH,
         "preparation": PREPARATION,
-        "preparation_version": 4,
+        "preparation_version": 5,
         "organs": ORGANS,
         "flip_axes": (0, 1, 2),
         "inference": Inference(overlap=0.25, batch=4, precision="float32"),

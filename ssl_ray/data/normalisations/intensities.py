@@ -11,8 +11,13 @@ from ssl_ray.errors import UserError
 
 _LEAST_VALUES, _LEAST_BODY = 32, 0.01
 """Distinct values that a scan has and a label map has not; and the share of the voxels that a body has at least."""
-_BRIGHT = 1000
-"""One voxel of so many may be brighter than any other: a few far brighter ones would be a class of their own."""
+_FEW = 1000
+"""One voxel of so many may be brighter or darker than any other: a few far ones would be a class of their own."""
+_SET, _AIR = 0.75, 0.15
+"""Share of a scan's faces that its lowest value fills where everything around the body was set to it: 0.81 and more in
+brains without their skulls. And how bright air is at most, as a share of the body: it is 0.02 to 0.07 in the phantom's
+MRI, tissue that Otsu's method splits is 0.3 and more.
+"""
 
 
 class Intensities(NamedTuple):
@@ -38,9 +43,13 @@ def sampled(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def of_body(voxels: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float]:
-    """The voxels above Otsu's threshold, and the threshold; a UserError for what is no scan by its values."""
-    sample = np.sort(sampled(voxels), axis=None)
-    floor, distinct = otsu(sample), 1 + np.count_nonzero(np.diff(sample))
+    """The voxels of the body, and what they lie above; a UserError for what is no scan by its values.
+
+    The rest is air, as Otsu's threshold tells it. Where there is none, as in a small field of view or once the
+    background was set to one value, it would split the tissue: then all that is above the lowest value is body.
+    """
+    sample = sampled(voxels)
+    floor, distinct = _air_ends(sample), 1 + np.count_nonzero(np.diff(np.sort(sample, axis=None)))
     body = voxels[voxels > floor]
     if distinct < _LEAST_VALUES or body.size < _LEAST_BODY * voxels.size:
         raise UserError(
@@ -51,6 +60,24 @@ def of_body(voxels: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], f
     return body, floor
 
 
+def _air_ends(sample: npt.NDArray[np.float32]) -> float:
+    """The value that air does not exceed; the lowest one where there is no air."""
+    lowest, inner = float(sample.min()), (slice(1, -1),) * 3
+    faces = np.ones(sample.shape, bool)
+    faces[inner] = False
+    if (sample == lowest)[faces].mean() >= _SET:
+        return lowest
+    values = np.sort(sample, axis=None)
+    if (padded := np.count_nonzero(values == lowest)) > len(values) // _FEW:  # set to it, too, but not all around
+        values = values[padded:]
+    floor, dark = otsu(values), min(0.0, float(values[len(values) // _FEW]))
+    split = int(np.searchsorted(values, floor, "right"))
+    if split == len(values):  # of one value
+        return lowest
+    air, body = (float(np.median(part)) - dark for part in (values[:split], values[split:]))
+    return floor if air < _AIR * body else lowest
+
+
 def otsu(values: npt.NDArray[np.float32]) -> float:
     """Otsu's threshold (1979, doi:10.1109/TSMC.1979.4310076, eq. 18) of the square roots of ascending values.
 
@@ -58,8 +85,9 @@ def otsu(values: npt.NDArray[np.float32]) -> float:
     of the phantom's MRI at least 97 % of fat and soft tissue lies above, and 0.02 % of the air at most; of the values'
     own threshold it is 57 %, of their mean 71 %.
     """
-    roots = np.sqrt(values.astype(np.float64) - float(values[0]))
-    roots = np.minimum(roots, roots[-1 - len(roots) // _BRIGHT])
+    few = len(values) // _FEW
+    within = np.clip(values.astype(np.float64), values[few], values[-1 - few])
+    roots = np.sqrt(within - within[0])
     below, sums = np.arange(1, len(roots)), roots.cumsum()
     above = len(roots) - below
     apart = sums[:-1] / below - (sums[-1] - sums[:-1]) / above  # means of the two classes

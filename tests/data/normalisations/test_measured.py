@@ -141,6 +141,50 @@ def test_the_crop_is_the_box_of_the_body(scans: list[tuple[Array, Array]], setti
         assert stored_body.sum() > 0.99 * above.sum()
 
 
+TISSUES = (110, 260, 330, 560, 800)  # of the prostate in T2: muscle, marrow, the gland, fat, bladder
+
+
+def parts(noise: float = 20) -> Array:
+    """Tissues beside each other, without air, in the noise of a magnitude image."""
+    random = np.random.default_rng(0)
+    clean = np.repeat(TISSUES, (9, 5, 4, 8, 4))[None, :, None] * np.ones((30, 1, 12))
+    return np.asarray(np.hypot(*(random.normal(mean, noise) for mean in (clean, clean * 0))), np.float32)
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_without_air_all_voxels_are_measured(settings: Settings) -> None:
+    """In a small field of view no tissue is taken for the air: the network sees what MONAI gives."""
+    found = seen(prepare(Nifti(parts(), AFFINE), None, whole(settings)))
+    expected = np.clip(monais(parts(), settings), *settings.storage.ends)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("settings", [Percentile(), ZScore()], ids=str)
+def test_where_the_background_was_set_to_0_the_rest_is_body(settings: Settings) -> None:
+    """A brain without its skull: dark ventricles are not taken for the air, and the body is what is not 0."""
+    voxels = np.zeros((40, 40, 20), np.float32)
+    inside = np.s_[5:-5, 5:-5, 4:-4]
+    voxels[inside] = parts()
+    voxels[15:25, 15:25, 5:15] *= 0.05
+    body = voxels > measure(voxels, settings).floor
+    assert (body == (voxels > 0)).all()
+    found = seen(prepare(Nifti(voxels, AFFINE), None, whole(settings)))
+    expected = np.clip(monais(voxels[inside], settings), *settings.storage.ends)
+    np.testing.assert_allclose(found[inside], expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("settings", [Percentile(), ZScore()], ids=str)
+def test_few_dark_voxels_and_padding_change_little(scans: list[tuple[Array, Array]], settings: Settings) -> None:
+    """A voxel of -32768, or planes of -1000 that somebody added, are no air beside which all else is body."""
+    for voxels, _ in scans:
+        clean = measure(voxels, settings)
+        spoilt = voxels.copy()
+        spoilt[0, 0, 0] = -32768
+        padded = np.pad(voxels, ((6, 0), (0, 0), (0, 0)), constant_values=-1000)
+        for other in (spoilt, padded):
+            np.testing.assert_allclose(measure(other, settings), clean, rtol=0.05)
+
+
 @given(st.lists(st.integers(0, 5000), min_size=3, max_size=40).filter(lambda values: len(set(values)) > 1))
 def test_otsu_leaves_least_variance_within_the_classes(values: list[int]) -> None:
     """Of all thresholds between square roots, tried one by one."""

@@ -6,7 +6,7 @@ from ssl_ray.config.common import Section, Storage, rule
 
 
 class Percentile(Section):
-    """Two percentiles of the body (what lies above Otsu's threshold) become 0 and 1; values outside are clipped."""
+    """Two percentiles of the body (all but the air, by Otsu's threshold) become 0 and 1; values outside are clipped."""
 
     kind: Literal["percentile"] = "percentile"
     percentiles: Annotated[

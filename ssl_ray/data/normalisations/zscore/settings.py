@@ -11,7 +11,7 @@ class ZScore(Section):
     """The mean becomes 0, the standard deviation 1; values more than 8 deviations from the mean are clipped."""
 
     kind: Literal["zscore"] = "zscore"
-    over: Literal["body", "all"] = Field("body", description="voxels that are counted; body: above Otsu's threshold")
+    over: Literal["body", "all"] = Field("body", description="voxels that are counted; body: all but air")
 
     @property
     def storage(self) -> Storage:
