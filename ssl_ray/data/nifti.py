@@ -48,6 +48,10 @@ _BLANK = b"\xef\xbb\xbf \t\r\n"
 """What may stand before it: blanks and a byte order mark."""
 _LONG_QUATERNION = 1.001
 """Scanners write unit quaternions in few digits; a longer one than this is no rotation."""
+_TO_MM = {1: 1e3, 3: 1e-3}
+"""Of the unit in a header: metre and micron (NIfTI-1's `xyzt_units`); what has no unit is in mm."""
+_TEXT = ("descrip", "aux_file", "db_name", "data_type", "unused_str")
+"""Fields of a header in which programs leave names of patients and files."""
 _SCALED = 1e-3
 """Labels that a program stored as floats, or with a slope, are this close to integers."""
 
@@ -76,7 +80,7 @@ def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
         raise UserError(f"{place}: cannot read: {error.strerror}") from error
     try:
         header, raw = _parse(raw, place)
-        affine = _checked_affine(header)
+        affine = _header_affine(header)
         with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, which is refused below
             voxels = np.asanyarray(ArrayProxy(io.BytesIO(raw), header), dtype=np.float32)
     except (HeaderDataError, ImageFileError, isal_zlib.error, EOFError, OSError, OverflowError, ValueError) as error:
@@ -106,13 +110,15 @@ def read_label(path: Path, content: bytes | None = None) -> Nifti:
 def write_labels(path: Path, labels: npt.NDArray[np.uint8], header: Any) -> None:
     """Write a label map (X, Y, Z) as .nii.gz, complete or not at all, under the header of the scan that it is of.
 
-    Grid, affines and their codes, and whatever else the header says, are the scan's; its extensions are left out.
+    Grid, affines and their codes are the scan's; its extensions and texts, which may name the patient, are left out.
     """
     header = header.copy()
     header.set_data_dtype(np.uint8)
     header.set_data_shape(labels.shape)
     header.set_intent("label")
     header["cal_min"] = header["cal_max"] = 0
+    for field in set(header.keys()).intersection(_TEXT):
+        header[field] = b""
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     # Neither the time nor a name in the gzip: the same labels are the same file.
     with appearing(path) as part, part.open("wb") as raw, igzip.IGzipFile("", "wb", fileobj=raw, mtime=0) as file:
@@ -134,7 +140,11 @@ def on_image_grid(image: Nifti, other: Nifti, place: Path, what: str = "label") 
     apart = nib.affines.apply_affine(image.affine, corners) - nib.affines.apply_affine(affine, corners)
     worst, voxel = float(np.linalg.norm(apart, axis=1).max()), float(nib.affines.voxel_sizes(image.affine).min())
     if worst > 0.1 * voxel:
-        raise UserError(f"{place}: the {what}'s affine puts its voxels up to {worst:.3g} mm from those of its image")
+        why = f"the {what}'s affine puts its voxels up to {worst:.3g} mm from those of its image"
+        turns = _turns_of_forms(image.header)
+        if turns is not None and not np.allclose(turns, np.eye(4), atol=1e-3):
+            why += ", whose sform and qform differ: was the other one read where it was made?"
+        raise UserError(f"{place}: {why}")
     return Nifti(voxels.copy(order="K"), image.affine)  # torch takes no axis that runs backwards in memory
 
 
@@ -206,14 +216,44 @@ def _check_header(header: Any, place: str) -> int:
     return int(start) + count * int(dtype.itemsize)
 
 
-def _checked_affine(header: Any) -> npt.NDArray[np.float64]:
-    """The affine (4, 4) of a header, in which a quaternion that is too long by rounding becomes a unit one."""
+def _header_affine(header: Any) -> npt.NDArray[np.float64]:
+    """The affine (4, 4) in mm of a header, which is brought to mm, and in which a quaternion that is too long by
+    rounding becomes a unit one. Refused are two forms between which programs differ in where left is.
+    """
+    if scale := _TO_MM.get(int(header["xyzt_units"]) & 7):
+        for field in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
+            header[field] = header[field] * scale
+        header["pixdim"][1:4] *= scale
+        header["xyzt_units"] = int(header["xyzt_units"]) & ~7 | 2
     quaternion = [f"quatern_{axis}" for axis in "bcd"]
     length = np.linalg.norm([float(header[part]) for part in quaternion])
     if header.quaternion_threshold < length**2 - 1 and length < _LONG_QUATERNION:  # nibabel would refuse it
         for part in quaternion:
             header[part] = header[part] / length
-    affine = np.asarray(header.get_best_affine(), np.float64)
+    affine = checked_affine(np.asarray(header.get_best_affine(), np.float64))
+    turns = _turns_of_forms(header)
+    if turns is not None and (nib.io_orientation(turns) != [[0, 1], [1, 1], [2, 1]]).any():
+        axes = ["".join(nib.aff2axcodes(form)) for form in (affine, affine @ turns)]
+        raise ValueError(
+            f"its sform has axes {axes[0]} and its qform {axes[1]}, and programs read the one or the other: set the "
+            "code of the wrong one to 0"
+        )
+    return affine
+
+
+def _turns_of_forms(header: Any) -> npt.NDArray[np.float64] | None:
+    """The affine (4, 4) from voxels by the qform to voxels by the sform; None where a header has not both."""
+    if header is None or min(header["sform_code"], header["qform_code"]) < 1:
+        return None
+    try:
+        turns: npt.NDArray[np.float64] = np.linalg.solve(header.get_sform(), header.get_qform())
+    except (HeaderDataError, np.linalg.LinAlgError):  # no rotation: no program reads it
+        return None
+    return turns if np.isfinite(turns).all() and abs(np.linalg.det(turns)) > 1e-9 else None
+
+
+def checked_affine(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """An affine (4, 4) from voxels to mm, or a ValueError where it is none that a scan has."""
     with np.errstate(all="ignore"):  # numbers that overflow are refused below
         sides, volume = nib.affines.voxel_sizes(affine), abs(np.linalg.det(affine[:3, :3]))
     apart = volume > 1e-9 and volume >= 1e-3 * sides.prod()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from volumes import Array, oblique_affine, organ_labels, smooth_ct, write_nifti
 
-from ssl_ray.data.nifti import Nifti, content_digest, on_image_grid, read_label, read_nifti
+from ssl_ray.data.nifti import Nifti, content_digest, on_image_grid, read_label, read_nifti, write_labels
 
 SHAPE = (22, 26, 19)
 
@@ -105,6 +105,69 @@ def test_the_world_is_that_of_nibabel_without_any_form() -> None:
         content = image.to_bytes()
         expected = nib.Nifti1Image.from_bytes(content).affine
         np.testing.assert_array_equal(read_nifti(Path("v.nii"), content).affine, expected)
+
+
+def with_forms(sform: Array, qform: Array) -> bytes:
+    """A small .nii with both forms; a qform holds no shear."""
+    image = nib.Nifti1Image(smooth_ct((9, 8, 7)), sform)
+    image.set_sform(sform, 2)
+    image.set_qform(qform, 1)
+    content: bytes = image.to_bytes()
+    return content
+
+
+def test_forms_that_mirror_or_turn_each_other_are_refused() -> None:
+    """Another program reads the qform: a label map that was drawn there would lie on the other side here."""
+    mirror = np.diag([-1.0, 1, 1, 1])
+    mirror[0, 3] = 8  # over the same box
+    for other in (mirror, np.eye(4)[[1, 0, 2, 3]]):
+        assert "its sform has axes" in refusal(with_forms(AFFINE, AFFINE @ other))
+    sheared = AFFINE.copy()
+    sheared[:3, 2] += 0.4 * AFFINE[:3, 1]
+    aligned = oblique_affine((0.8, 1.1, 2.5), 45)
+    for sform, qform in ((AFFINE, AFFINE + 1e-4), (sheared, sheared), (aligned, AFFINE), (AFFINE, aligned)):
+        np.testing.assert_allclose(read_nifti(Path("v.nii"), with_forms(sform, qform)).affine, sform, rtol=1e-6)
+
+
+def test_a_label_on_the_other_form_is_refused_with_the_cause() -> None:
+    """Where the forms of an image differ without turning it, a label map of the other one lies elsewhere."""
+    moved = AFFINE.copy()
+    moved[:3, 3] += 5
+    image = read_nifti(Path("i.nii"), with_forms(AFFINE, moved))
+    with pytest.raises(ValueError, match="from those of its image, whose sform and qform differ"):
+        on_image_grid(image, Nifti(image.voxels, moved), Path("l.nii"))
+    same = read_nifti(Path("i.nii"), with_forms(AFFINE, AFFINE))
+    with pytest.raises(ValueError, match=r"from those of its image$"):
+        on_image_grid(same, Nifti(image.voxels, moved), Path("l.nii"))
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("unknown", 1), ("mm", 1), ("meter", 1000), ("micron", 0.001)])
+@pytest.mark.parametrize("forms", [(1, 0), (0, 1), (0, 0)])
+def test_lengths_are_in_the_unit_of_the_header(tmp_path: Path, unit: str, mm: float, forms: tuple[int, int]) -> None:
+    """Whichever form says where the voxels lie; a label map of the scan lies there too, in mm."""
+    stored = AFFINE.copy()
+    stored[:3] /= mm
+    image = nib.Nifti1Image(smooth_ct((9, 8, 7)), stored)
+    image.set_sform(stored, forms[0])
+    image.set_qform(stored, forms[1])
+    image.header.set_xyzt_units(unit)
+    scan = read_nifti(Path("v.nii"), image.to_bytes())
+    np.testing.assert_allclose(scan.affine[:3] / mm, image.header.get_best_affine()[:3], rtol=1e-5)
+    write_labels(tmp_path / "l.nii.gz", np.ones((9, 8, 7), np.uint8), scan.header)
+    on_image_grid(scan, read_label(tmp_path / "l.nii.gz"), tmp_path)
+    np.testing.assert_allclose(nib.load(tmp_path / "l.nii.gz").affine, scan.affine, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_label_maps_do_not_name_the_patient(tmp_path: Path, kind: Any) -> None:
+    """No text of the scan's header is in that of a label map."""
+    image = kind(smooth_ct((9, 8, 7)), AFFINE)
+    for field in {"descrip", "aux_file", "db_name", "data_type", "intent_name"}.intersection(image.header.keys()):
+        image.header[field] = b"MUSTERMANN"
+    scan = read_nifti(Path("v.nii"), image.to_bytes())
+    write_labels(tmp_path / "l.nii.gz", np.ones((9, 8, 7), np.uint8), scan.header)
+    assert b"MUSTERMANN" in image.to_bytes()
+    assert b"MUSTERMANN" not in gzip.decompress((tmp_path / "l.nii.gz").read_bytes())
 
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
