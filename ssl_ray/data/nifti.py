@@ -80,7 +80,7 @@ def read_nifti(path: Path, content: bytes | None = None) -> Nifti:
         raise UserError(f"{place}: cannot read: {error.strerror}") from error
     try:
         header, raw = _parse(raw, place)
-        affine = _header_affine(header)
+        affine = header_affine(header)
         with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, which is refused below
             voxels = np.asanyarray(ArrayProxy(io.BytesIO(raw), header), dtype=np.float32)
     except (HeaderDataError, ImageFileError, isal_zlib.error, EOFError, OSError, OverflowError, ValueError) as error:
@@ -216,7 +216,7 @@ def _check_header(header: Any, place: str) -> int:
     return int(start) + count * int(dtype.itemsize)
 
 
-def _header_affine(header: Any) -> npt.NDArray[np.float64]:
+def header_affine(header: Any) -> npt.NDArray[np.float64]:
     """The affine (4, 4) in mm of a header, which is brought to mm, and in which a quaternion that is too long by
     rounding becomes a unit one. Refused are two forms between which programs differ in where left is.
     """

@@ -11,6 +11,7 @@ import numpy as np
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.data.consistency import SECTIONS, read_lists, sections
 from ssl_ray.data.datalist import Case
+from ssl_ray.data.nifti import header_affine
 from ssl_ray.data.prepare import known_volumes
 from ssl_ray.data.resample import canonical_grid
 from ssl_ray.data.store import Store
@@ -65,7 +66,7 @@ def _group(cases: Sequence[Case], preparation: Preparation, store: Store, skip: 
     for path in absent[:: 1 + len(absent) // _HEADERS]:
         try:
             image = nib.load(path)  # only its header
-            grids.append(canonical_grid(image.shape[:3], image.affine, preparation).shape)
+            grids.append(canonical_grid(image.shape[:3], header_affine(image.header), preparation).shape)
         except Exception as error:  # nibabel's, zlib's and the system's, of many types
             if not skip:
                 raise UserError(f"{path}: {reason(error)}") from error

@@ -16,7 +16,7 @@ from ssl_ray.console import say, track
 from ssl_ray.data.datalist import Case, read_datalist, subject_of
 from ssl_ray.data.layouts import Layout
 from ssl_ray.data.listing import find_scans, person, summary, write_datalists
-from ssl_ray.data.nifti import read_label
+from ssl_ray.data.nifti import header_affine, read_label
 from ssl_ray.errors import UserError
 from ssl_ray.estimate.look import look_at
 from ssl_ray.evaluate.scores import sided
@@ -105,15 +105,16 @@ def _grid(images: Sequence[Path], gpu: bool) -> dict[str, Any]:
     spacings, extents = [], []
     for path in images[:: 1 + len(images) // _HEADERS]:
         try:
-            header: Any = nib.load(path)
-            if len(header.shape) < 3:
-                raise ValueError(f"not a volume, got shape {header.shape}")
+            image: Any = nib.load(path)
+            if len(image.shape) < 3:
+                raise ValueError(f"not a volume, got shape {image.shape}")
+            affine = header_affine(image.header)
         except Exception as error:  # nibabel's, zlib's and the system's; `check` and `run` name every such file
             say(f"left out of the median spacing: {path}: {reason(error)}")
             continue
-        axes = nib.io_orientation(header.affine)[:, 0].argsort()
-        spacings.append(nib.affines.voxel_sizes(header.affine)[axes])
-        extents.append(spacings[-1] * np.array(header.shape[:3])[axes])
+        axes = nib.io_orientation(affine)[:, 0].argsort()
+        spacings.append(nib.affines.voxel_sizes(affine)[axes])
+        extents.append(spacings[-1] * np.array(image.shape[:3])[axes])
     if not spacings:
         raise UserError(f"{images[0].parent}: no header can be read")
     median, most = np.median(spacings, axis=0), 96 if gpu else 32

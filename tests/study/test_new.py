@@ -98,7 +98,10 @@ def test_without_a_dataset_json_the_values_are_read_and_mri_gets_percentiles(
     monkeypatch.chdir(tmp_path)
     for number in range(6):
         bright = np.clip(smooth_ct(SHAPE, number).astype(np.float32) + 1000, 0, None)
-        write_nifti(tmp_path / f"mr/images/p{number}.nii.gz", bright, AFFINE)
+        in_metres = nib.Nifti1Image(bright, AFFINE * [[1e-3], [1e-3], [1e-3], [1]])
+        in_metres.header.set_xyzt_units("meter")
+        (tmp_path / "mr/images").mkdir(parents=True, exist_ok=True)
+        nib.save(in_metres, tmp_path / f"mr/images/p{number}.nii.gz")
         write_nifti(tmp_path / f"mr/labels/p{number}.nii.gz", organ_labels(SHAPE, 4, number), AFFINE)
     (tmp_path / "mr/images/p5.nii.gz").write_bytes(b"<html>404</html>")
     write_nifti(tmp_path / "mr/images/scout.nii.gz", np.zeros((8, 8), np.float32), AFFINE)
@@ -112,6 +115,7 @@ def test_without_a_dataset_json_the_values_are_read_and_mri_gets_percentiles(
     assert "mr/images/p4.nii.gz: " in printed
     study = load("2024.yaml")
     assert study.name == "2024"
+    assert min(study.finetune.preparation.spacing) >= min(nib.affines.voxel_sizes(AFFINE)), "in mm"
     assert study.finetune.cohort.classes == 4
     assert study.finetune.preparation.normalise.kind == study.pretrain.preparation.normalise.kind == "percentile"
 
