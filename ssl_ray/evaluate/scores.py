@@ -30,9 +30,16 @@ ORIGINAL_FALSE_POSITIVES = "original_false_positives"
 """Original grid: mean over volumes of the number of absent organs that were predicted."""
 
 Scores = Sequence[float | None]
-_SIDED = re.compile(r"(?i)(?<!c)left|(?<!b)right|(?<![a-z])([lr](?![a-z\d])|(lt|rt|sin|dex)(?![a-z]))")
+_WORDS = (
+    "lt|rt|lft|rgt|sin|dex|sinist(er|ra|rum|ro)|dext(er|ra|rum)|destr[oa]|link(s|e[rs]?)|recht(s|e[rs]?)|gauche|droite?|"
+    "izquierd[oa]|derech[oa]|esquerd[oa]|direit[oa]"
+)
+"""Short, Latin, Italian, German, French, Spanish and Portuguese."""
+_SIDED = re.compile(rf"(?i)(?<!c)left|(?<!b)right|(?<![a-z])([lr](?![a-z\d])|({_WORDS})(?![a-z]))")
 """Names of organs of which there are two: kidney_left, LeftKidney, R lung, lt kidney; not the vertebra L1."""
 _OTHER_SIDE = {"l": "r", "r": "l"}
+_OTHER_WORD = {"li": ("re",), "re": ("li",), "dx": ("sx", "sin"), "sx": ("dx",), "od": ("os",), "os": ("od",)}
+"""What tells the side only beside its partner: a letter anywhere, and words: Niere li, rene dx, OD (the right eye)."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +114,17 @@ def organ_keys(organs: Sequence[str]) -> list[str]:
 def sided(organs: Sequence[str]) -> list[str]:
     """The organs whose names say that they are on one side, which a flip would turn into the other.
 
-    By a word, or by a partner that is called the same but for one letter: rkid and lkid, LungL and LungR.
+    By a word, or by a partner that is called the same but for one letter, rkid and lkid, or a short word, dx and sx.
     """
     known = {name.lower() for name in organs}
     return [name for name in organs if _SIDED.search(name) or not known.isdisjoint(_partners(name.lower()))]
 
 
 def _partners(name: str) -> set[str]:
-    """What the same organ of the other side may be called, if a letter says the side."""
-    return {f"{name[:at]}{_OTHER_SIDE[one]}{name[at + 1 :]}" for at, one in enumerate(name) if one in _OTHER_SIDE}
+    """What the same organ of the other side may be called, if a letter or a short word says the side."""
+    letters = {f"{name[:at]}{_OTHER_SIDE[one]}{name[at + 1 :]}" for at, one in enumerate(name) if one in _OTHER_SIDE}
+    words = [(one, other) for one in re.finditer("[a-z]+", name) for other in _OTHER_WORD.get(one[0], ())]
+    return letters | {f"{name[: one.start()]}{other}{name[one.end() :]}" for one, other in words}
 
 
 def _table(cases: Sequence[CaseScores], field: str, columns: int) -> NDArray[np.float64]:

@@ -455,11 +455,16 @@ def test_organs_of_one_side_are_known_by_their_names() -> None:
     """Whole words, their short forms and Latin ones; not what only holds such letters."""
     one_side = ["kidney_left", "Left lung", "LeftKidney", "Parotid L", "kidney_L", "lung-r", "Rt lung", "A. dex"]
     assert sided([*one_side, "liver", "clefts", "portal vein", "sinus"]) == one_side
+    foreign = "ren sinister;pulmo dextra;niere_links;linke Niere;rein gauche;rein droit;rene destro;riñon izquierdo"
+    assert sided([*foreign.split(";"), "Rechteck", "Gelenk", "adroit"]) == foreign.split(";")
+    assert not sided(["os pubis", "Niere re", "kidney dx", "li"]), "without a partner"
     assert not sided(["L1", "vertebrae_L1", "vertebrae_L5", "rib_l4", "lung", "lad"]), "lumbar, and no other side"
 
 
 @pytest.mark.parametrize(
-    "pair", ["rkid lkid", "rad lad", "LungL LungR", "RAG LAG", "RKidney lkidney", "LV RV", "LLL RLL", "rib_l4 rib_r4"]
+    "pair",
+    "rkid lkid;rad lad;LungL LungR;RAG LAG;RKidney lkidney;LV RV;LLL RLL;rib_l4 rib_r4;OD OS;niere_li niere_re;"
+    "kidney-dx kidney-sx;dx_rene sx_rene".split(";"),
 )
 def test_organs_of_one_side_are_known_by_the_other_one(pair: str) -> None:
     """As BTCV abbreviates them: their names differ in the letter of the side, whichever it is of the name."""
