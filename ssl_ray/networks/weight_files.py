@@ -17,13 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ssl_ray.config.schema import Network
+from ssl_ray.config.schema import Network, Preparation
 from ssl_ray.errors import UserError
 from ssl_ray.storage.files import appearing, open_file, write_file
 from ssl_ray.text import shown
 
 ENTRY = "ssl_ray"
 """The entry of a safetensors file that holds our metadata, as JSON."""
+
+_STATES = ("state_dict", "model_state_dict", "network_state_dict", "model", "network", "net", "network_weights")
+"""Under which names training programs keep the state dict beside others; the last one is nnU-Net's."""
 
 
 def describe(network: Network, patch_size: Sequence[int]) -> dict[str, str]:
@@ -57,9 +60,10 @@ def export(path: Path, autoencoder_state: Mapping[str, Tensor], metadata: Mappin
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, or one under `"state_dict"`, on the CPU, and remove DDP's prefix; no pickled code is ever run.
+    """Read a state dict, or one under a usual name like `"model"`, on the CPU, and remove DDP's prefix.
 
-    A file that cannot be read, or holds anything but named dense tensors of real numbers, is a UserError.
+    No pickled code is ever run. A file that cannot be read, or holds anything but named dense tensors of real numbers
+    and the counts of batches that BatchNorm keeps, which are left out, is a UserError.
     """
     try:
         with open_file(path) as file:  # torch would allocate what a zip promises; those that it writes promise no more
@@ -77,8 +81,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # which exception a damaged file raises depends on the damaged byte
         raise UserError(f"{path}: not a file of weights, or a damaged one: {shown(error, 200)}") from error
-    if isinstance(content, dict) and "state_dict" in content:
-        content = content["state_dict"]
+    if isinstance(content, dict):
+        nested = [content[name] for name in _STATES if isinstance(content.get(name), Mapping)]
+        content = content.get("state_dict", nested[0] if len(nested) == 1 else content)
     return _plain(content, str(path))
 
 
@@ -106,8 +111,27 @@ def read_entry(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot read the metadata, is it a safetensors file? {shown(error)}") from error
 
 
+def prepared_otherwise(path: Path, preparation: Preparation) -> list[str]:
+    """What differs between the scans that weights learned from and those they are to see; nothing where none is told.
+
+    Compared is what changes the look of a patch: axes, spacing, intensities.
+    """
+    told = read_entry(path).get("preparation") if path.suffix == ".safetensors" else None
+    try:
+        there = json.loads(told) if isinstance(told, str) else told
+    except ValueError:
+        return []
+    if not isinstance(there, dict):
+        return []
+    here = preparation.model_dump(mode="json", include={"orientation", "spacing", "normalise"})
+    differing = [key for key in here if there.get(key, here[key]) != here[key]]
+    return [f"{key} was {shown(spelled(there[key]))} there and is {spelled(here[key])} here" for key in differing]
+
+
 def _plain(state: object, source: str) -> dict[str, Tensor]:
-    """The state dict without DDP's prefix."""
+    """The state dict without DDP's prefix, and without BatchNorm's counts."""
+    if isinstance(state, Mapping):
+        state = {key: value for key, value in state.items() if not _is_count(key, value)}
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{source}: expected a state dict, got {type(state).__name__} without tensors")
     for key, value in state.items():
@@ -121,3 +145,8 @@ def _plain(state: object, source: str) -> dict[str, Tensor]:
             raise UserError(f"{source}: {shown(key, 80)}: not a dense tensor of real numbers")
     prefix = "module." if all(key.startswith("module.") for key in state) else ""
     return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _is_count(key: object, value: object) -> bool:
+    named = isinstance(key, str) and key.rpartition(".")[2] == "num_batches_tracked"
+    return named and isinstance(value, Tensor) and value.dtype == torch.int64

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssl_ray.cluster.connect import connect
-from ssl_ray.config.schema import Study
+from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.console import say
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
@@ -64,12 +64,22 @@ def _check_weights(study: Study) -> None:
         for file, prefix in check_given(study.finetune, study.network).items():
             if prefix:
                 say(f"{file}: the encoder's keys begin with {prefix!r}; only they are taken, without it")
+            _say_preparation(file, study.finetune.preparation)
     elif study.needs_weights and (given := study.pretrain.weights):
         from ssl_ray.pretrain.tasks.registry import check_start  # MONAI takes seconds to load
 
         whole = check_start(study.pretrain, study.network, given)
         decoder = "its decoder is taken too" if whole else "the decoder is new"
         say(f"pretraining goes on from {given}; {decoder}")
+        _say_preparation(given, study.pretrain.preparation)
+
+
+def _say_preparation(weights: str, preparation: Preparation) -> None:
+    """Say where given weights learned from scans that look otherwise; a study may want that, as the recipe does."""
+    from ssl_ray.networks.weight_files import prepared_otherwise  # it loads torch
+
+    if differing := prepared_otherwise(Path(weights), preparation):
+        say(f"WARNING: {weights} learned from scans that were prepared otherwise: {'; '.join(differing)}")
 
 
 def _meanwhile(study: Study, last: Step) -> "Tracker | None":

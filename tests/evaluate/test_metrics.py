@@ -463,8 +463,10 @@ def test_organs_of_one_side_are_known_by_their_names() -> None:
 
 @pytest.mark.parametrize(
     "pair",
-    "rkid lkid;rad lad;LungL LungR;RAG LAG;RKidney lkidney;LV RV;LLL RLL;rib_l4 rib_r4;OD OS;niere_li niere_re;"
-    "kidney-dx kidney-sx;dx_rene sx_rene".split(";"),
+    [
+        *("rkid lkid", "rad lad", "LungL LungR", "RAG LAG", "RKidney lkidney", "LV RV", "LLL RLL", "rib_l4 rib_r4"),
+        *("OD OS", "niere_li niere_re", "kidney-dx kidney-sx", "dx_rene sx_rene"),
+    ],
 )
 def test_organs_of_one_side_are_known_by_the_other_one(pair: str) -> None:
     """As BTCV abbreviates them: their names differ in the letter of the side, whichever it is of the name."""

@@ -14,10 +14,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ssl_ray.config.common import NetworkSettings
+from ssl_ray.config.schema import Preparation
+from ssl_ray.data.normalise import metadata
 from ssl_ray.errors import UserError
 from ssl_ray.networks.registry import build_autoencoder
 from ssl_ray.networks.unetr.settings import Unetr
-from ssl_ray.networks.weight_files import ENTRY, describe, export, load_metadata, load_weights, spelled
+from ssl_ray.networks.weight_files import (
+    ENTRY,
+    describe,
+    export,
+    load_metadata,
+    load_weights,
+    prepared_otherwise,
+    spelled,
+)
 
 TINY = Unetr(hidden_size=48, mlp_dim=96, num_heads=3, feature_size=4)
 CUBE, LONG = (32, 32, 32), (48, 32, 32)
@@ -101,7 +111,14 @@ def test_exported_files_are_small_and_shared(tmp_path: Path) -> None:
         assert path.stat().st_mode == mode
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"epoch": 3, "state_dict": s, "loss": 0.1}])
+WRAPPED = [
+    lambda s: s,
+    lambda s: {"epoch": 3, "state_dict": s, "loss": 0.1, "model": {"kind": "unetr"}},
+    *(lambda s, name=name: {name: s, "optimizer": {}} for name in ("model", "net", "model_state_dict")),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_torch_files_of_others_load(tmp_path: Path, wrap: Callable[[State], Any], prefix: str) -> None:
     """Plain state dicts, training checkpoints around one, and DDP's prefix all give plain names."""
@@ -110,10 +127,39 @@ def test_torch_files_of_others_load(tmp_path: Path, wrap: Callable[[State], Any]
     assert list(loaded) == ["norm.weight", "norm.bias"]
 
 
+def test_counts_of_batches_are_left_out(tmp_path: Path) -> None:
+    """BatchNorm keeps integers beside its weights, in parts of a network that a transfer does not take."""
+    norm = torch.nn.Sequential(torch.nn.BatchNorm3d(3))
+    torch.save(norm.state_dict(), tmp_path / "a.pt")
+    expected = norm.state_dict().keys() - {"0.num_batches_tracked"}
+    assert load_weights(tmp_path / "a.pt").keys() == expected
+    torch.save({"0.num_batches_tracked": torch.ones(1, dtype=torch.complex64)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="not a dense tensor of real numbers"):
+        load_weights(tmp_path / "a.pt")
+
+
+def test_scans_that_were_prepared_otherwise_are_told(tmp_path: Path) -> None:
+    """Axes, spacing and intensities of what weights learned from; nothing of a file that does not say."""
+    here = Preparation(spacing=2, hu_window=(-175, 250))
+    there = Preparation(spacing=2, orientation="LPS", normalise="zscore", crop_foreground=False)
+    for name, known, expected in (
+        ("same", metadata(here), []),
+        ("other", metadata(there), ["orientation was LPS there and is RAS here", "normalise was"]),
+        ("silent", {}, []),
+        ("odd", {"preparation": "{"}, []),
+    ):
+        export(tmp_path / f"{name}.safetensors", {"a": torch.ones(1)}, known)
+        found = prepared_otherwise(tmp_path / f"{name}.safetensors", here)
+        assert len(found) == len(expected)
+        assert all(one.startswith(start) for one, start in zip(found, expected, strict=True))
+        assert prepared_otherwise(tmp_path / f"{name}.pt", here) == []
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"model": {"a": torch.ones(1)}}, "'model' is not one"),
+        ({"teacher": {"a": torch.ones(1)}}, "'teacher' is not one"),
+        ({"model": {"a": torch.ones(1)}, "net": {"a": torch.ones(1)}}, "'model' is not one"),
         ({"state_dict": {"a": torch.ones(1), "step": 3}}, "'step' is not one"),
         ({"state_dict": []}, "got list"),
         ({}, "got dict without tensors"),
