@@ -16,7 +16,7 @@ from ssl_ray.config.schema import Study
 from ssl_ray.config.search import resolved
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import ORIGINAL_DICE_FOREGROUND
-from ssl_ray.report.page import literal, write_page
+from ssl_ray.report.page import fence, literal, write_page
 from ssl_ray.report.results import newest_parent
 from ssl_ray.report.style import GREY, legend_above, panels, save
 from ssl_ray.report.tables import Table
@@ -46,6 +46,7 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
     table = Table(["number", "status", *keys, "last step", search.metric, "note"], rows, 2)
     values: dict[str, Any] = {"study": study, "search": search, "config": config, "best": best, "cells": table}
     values |= {"keys": keys, "statuses": list(map(status, trials)), "importances": {}, "test": None}
+    values["fence"] = fence
     if len(finished) >= 20:
         values["importances"] = optuna.importance.get_param_importances(drawn, params=keys)
     files: list[Path] = []

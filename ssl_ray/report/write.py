@@ -17,7 +17,7 @@ from ssl_ray.report.answers import answers, verdict
 from ssl_ray.report.comparison import FOREGROUND, SELECTION
 from ssl_ray.report.examples import read_examples
 from ssl_ray.report.figures import draw_figures
-from ssl_ray.report.page import TEMPLATES, literal, write_page
+from ssl_ray.report.page import TEMPLATES, code, fence, literal, write_page
 from ssl_ray.report.results import Results, read_curves, read_results
 from ssl_ray.text import count_of, reason, without_password
 from ssl_ray.tracking.client import MlflowException
@@ -65,7 +65,7 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         "dice_of": partial(tables.over_runs, results, measure=FOREGROUND),
         "figures": {path.stem for path in figures},
     }
-    values |= {function.__name__: function for function in (count_of, day, literal, without_password)}
+    values |= {function.__name__: function for function in (code, count_of, day, fence, literal, without_password)}
     pages = write_page("report.md.j2", values, folder, f"{study.name}: does pretraining help?")
     for path in (*pages, *figures):
         tracker.attach(results.grid.info.run_id, path, "report/figures" if path in figures else "report")

@@ -347,11 +347,17 @@ def test_text_from_outside_is_shown_as_it_is(tmp_path: Path) -> None:
     failure = r"a <b> *c* `d` __e__ ![f](http://g) <http://h> \[i\] &amp; "
     failed = Cell.of(6, "random", 1e-4, 0)
     outcomes[failed].status, outcomes[failed].failure = "FAILED", failure
-    record(study, outcomes, tmp_path)
-    page = Page(report_on(study, tmp_path / "report").html.read_text())
+    volume = "![a](http:&sol;&sol;b&sol;c.png)"
+    command = "ssl-ray run a.yaml --set 'name=` ![x](http://y/z.png) `'"
+    tracker = record(study, outcomes, tmp_path, [{"part": "training", "id": volume, "reason": "empty"}])
+    grid = read_results(study, tracker).grid.info.run_id
+    MlflowClient(str(study.tracking.uri)).set_tag(grid, "mlflow.source.name", command)
+    report = report_on(study, tmp_path / "report")
+    page = Page(report.html.read_text())
     assert "script" not in page.tags
+    assert page.tags.count("img") == len(re.findall(r"^!\[", report.markdown.read_text(), re.MULTILINE))
     assert all(reference.startswith("data:image/png;base64,") for reference in page.references)
-    for text in (*organs, f"failed: {failure.strip()}"):
+    for text in (*organs, volume, command, f"failed: {failure.strip()}"):
         assert text in page.text
 
 
