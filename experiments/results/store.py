@@ -44,6 +44,7 @@ def restore(file: Path, output: Path) -> None:
         packed.extractall(output)
     script = output / "mlflow.sql"
     with closing(sqlite3.connect(output / "mlflow.db")) as database:
+        database.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)  # SQL from anywhere is to reach no other file
         database.executescript(_moved(script.read_text(), _PLACE, output.absolute()))
     script.unlink()
 

@@ -2,9 +2,12 @@
 
 import json
 import re
+import sqlite3
 import subprocess
 import sys
+import tarfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -515,6 +518,22 @@ def test_a_store_without_weights_gives_the_same_report_elsewhere(tmp_path: Path)
     assert answers[0] == answers[1]
     with pytest.raises(SystemExit, match="has a store of its own"):
         restore(tmp_path / "kept.tar.xz", here / "output")
+
+
+@pytest.mark.parametrize("script", ["ATTACH '{0}' AS o; DROP TABLE o.runs;", "VACUUM INTO '{0}.new';"])
+def test_a_kept_store_reaches_no_other_database(tmp_path: Path, script: str) -> None:
+    """The SQL in it may come from anybody."""
+    other = tmp_path / "other.db"
+    with closing(sqlite3.connect(other)) as database:
+        database.execute("CREATE TABLE runs(x)")
+    (path := tmp_path / "mlflow.sql").write_text(script.format(other))
+    with tarfile.open(tmp_path / "kept.tar.xz", "w:xz") as packed:
+        packed.add(path, path.name)
+    with pytest.raises(sqlite3.OperationalError, match="attached"):
+        restore(tmp_path / "kept.tar.xz", tmp_path / "output")
+    with closing(sqlite3.connect(other)) as database:
+        assert database.execute("SELECT name FROM sqlite_master").fetchall() == [("runs",)]
+    assert not Path(f"{other}.new").exists()
 
 
 def test_a_study_without_a_grid_says_so(tmp_path: Path) -> None:
