@@ -149,6 +149,24 @@ def transfer() -> Reader:
 
 
 @reader
+def model() -> Reader:
+    import ssl_ray.networks.primus.network
+    import ssl_ray.networks.unetr.network  # noqa: F401  # MONAI
+    from ssl_ray.predict.model import read_model
+
+    return lambda path: {"kind": type(read_model(str(path)).network).__name__}
+
+
+@reader
+def embedder() -> Reader:
+    import ssl_ray.networks.primus.network
+    import ssl_ray.networks.unetr.network  # noqa: F401  # MONAI
+    from ssl_ray.predict.embed import read_embedder
+
+    return lambda path: {"grid": read_embedder(str(path))[0].encoder.grid}
+
+
+@reader
 def state() -> Reader:
     from ssl_ray.training.checkpoint import load_state
 

@@ -1,5 +1,6 @@
 """What the sections of an experiment share: types of fields, kinds of a section, optimizer."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -45,6 +46,9 @@ def _as_text(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+_MOST_VOXELS = 2**28
+"""Of a patch: 1 GB in float32. What a model file asks for is to fit into some machine."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -53,8 +57,14 @@ OnNonfinite = Literal["skip", "stop"]
 """What happens after a step whose loss or gradient is not finite; either way it does not change the weights."""
 Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeValidator(_three)]
 """Millimetres along the three axes; one number in the YAML means three equal ones."""
-PatchSize = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_three)]
+PatchSize = Annotated[
+    tuple[PositiveInt, PositiveInt, PositiveInt],
+    BeforeValidator(_three),
+    rule(lambda sides: math.prod(sides) <= _MOST_VOXELS, f"at most {_MOST_VOXELS:,} voxels"),
+]
 """Voxels along the three axes; one number in the YAML means three equal ones. The network says what fits."""
+WindowBatch = Annotated[int, Field(ge=1, le=1024)]
+"""Sliding windows at a time."""
 
 _HOW = {"compile", "on_nonfinite", "max_skipped", "max_failures", "checkpoint_minutes"}
 """Fields that say how a stage is carried out, not what it computes: they may change before it goes on."""

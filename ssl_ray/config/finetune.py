@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from ssl_ray.config.common import Optimizer, Section, Share, one_or_more, rule
+from ssl_ray.config.common import Optimizer, Section, Share, WindowBatch, one_or_more, rule
 from ssl_ray.config.preparation import Stage
 
 _Sizes = Annotated[tuple[PositiveInt, ...], one_or_more]
@@ -94,7 +94,7 @@ class Finetune(Stage):
     balance_organs: bool = Field(False, description="centre on every organ equally often, not by its volume")
     steps: PositiveInt = 30_000
     validate_every: PositiveInt = Field(100, description="steps")
-    sliding_window_batch: PositiveInt = 4
+    sliding_window_batch: WindowBatch = 4
     sliding_window_overlap: float = Field(0.25, ge=0, lt=1)
     surface_tolerance: PositiveFloat = Field(2.0, description="mm, for surface Dice")
     augmentation: Augmentation = Augmentation()

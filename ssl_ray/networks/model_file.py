@@ -10,11 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
-from ssl_ray.config.common import PatchSize, Section
+from ssl_ray.config.common import PatchSize, Section, WindowBatch
 from ssl_ray.config.schema import Network, Preparation
 from ssl_ray.errors import UserError
 from ssl_ray.networks.weight_files import ENTRY, read_entry
@@ -36,7 +36,7 @@ class Inference(Section):
 
     overlap: float = Field(ge=0, lt=1)
     weighting: Literal["constant", "gaussian"] = "constant"
-    batch: PositiveInt
+    batch: WindowBatch
     precision: Literal["float32", "bfloat16"]
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import yaml
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import TypeAdapter
 
+from ssl_ray.config.common import PatchSize
 from ssl_ray.config.schema import Network, Preparation
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.normalise import CanonicalVolume
@@ -25,7 +26,7 @@ from ssl_ray.networks.registry import build_encoder
 from ssl_ray.networks.transfer import transfer
 from ssl_ray.networks.weight_files import load_metadata, load_weights, read_entry
 from ssl_ray.predict.inputs import read_prepared
-from ssl_ray.predict.model import find, read_model
+from ssl_ray.predict.model import find, fitted, read_model
 from ssl_ray.storage.files import appearing, open_file
 from ssl_ray.text import shown
 
@@ -96,16 +97,26 @@ def read_embedder(place: str) -> tuple[Embedder, Path]:
     kinds = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(Network)[0])}
     try:
         kind = kinds[entry["kind"]]
-        # `describe` wrote them as JSON, which is YAML, and strings as they are.
-        network = kind.model_validate({key: yaml.safe_load(entry[key]) for key in kind.model_fields if key in entry})
+        network = kind.model_validate({key: _read(entry[key]) for key in kind.model_fields if key in entry})
         prepared = json.loads(entry["preparation"])
         preparation = Preparation.model_validate({key: prepared[key] for key in prepared if key != "version"})
-        encoder = build_encoder(network, json.loads(entry["patch_size"]), preparation.channels)
-    except (KeyError, ValueError, TypeError, AttributeError, ValidationError, yaml.YAMLError) as error:
+        patch_size = TypeAdapter(PatchSize).validate_python(json.loads(entry["patch_size"]))
+        network.check_patch("patch_size", patch_size)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         told = "its metadata do not say which encoder it is and how volumes are prepared for it"
         raise UserError(f"{path}: {told}, as a pretraining writes them: {shown(error, 200)}") from error
-    transfer(load_weights(path), encoder, str(path), load_metadata(path))
+    build = partial(build_encoder, network, patch_size, preparation.channels)
+    weights, metadata = load_weights(path), load_metadata(path)
+    encoder = fitted(path, network.kind, build, lambda encoder: transfer(weights, encoder, str(path), metadata))
     return Embedder(encoder.eval(), preparation), path
+
+
+def _read(value: str) -> Any:
+    """A setting out of metadata, where `describe` wrote a string as it is, and anything else as JSON."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def write_features(

@@ -4,10 +4,14 @@ import atexit
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import nn
 
 from ssl_ray.errors import UserError
@@ -15,6 +19,7 @@ from ssl_ray.networks.model_file import MODEL_FILE, Metadata, read_metadata
 from ssl_ray.networks.weight_files import load_weights
 from ssl_ray.text import shown
 
+_Network = TypeVar("_Network", bound=nn.Module)
 _REMOTE = ("runs:/", "models:/", "mlflow-artifacts:/")
 
 
@@ -30,13 +35,26 @@ class Model:
         """From patches to logits, with all weights or a UserError; once read, it goes along to other machines."""
         from ssl_ray.networks.registry import build_segmentation  # MONAI takes seconds to load
 
-        told = self.metadata
-        network = build_segmentation(told.network, told.patch_size, told.preparation.channels, told.classes)
-        try:
-            network.load_state_dict(load_weights(self.path))
-        except RuntimeError as error:
-            raise UserError(f"{self.path}: not the weights of its {told.network.kind}: {shown(error)}") from error
-        return network
+        told, weights = self.metadata, load_weights(self.path)
+        build = partial(build_segmentation, told.network, told.patch_size, told.preparation.channels, told.classes)
+        return fitted(self.path, told.network.kind, build, lambda network: network.load_state_dict(weights))
+
+
+def fitted(path: Path, kind: str, build: Callable[[], _Network], load: Callable[[_Network], object]) -> _Network:
+    """The network that `build` makes of what a file says, with the weights that `load` takes into it out of the file.
+
+    A few bytes can promise a network of any size: a UserError where the weights do not fit one that has no memory yet.
+    """
+    try:
+        with torch.device("meta"):
+            promised = build()
+        with warnings.catch_warnings(action="ignore"):  # that nothing is copied into it
+            load(promised)
+        network = build()
+        load(network)
+    except (RuntimeError, TypeError) as error:  # the latter by torch, of a side beyond 64 bits
+        raise UserError(f"{path}: not the weights of its {kind}: {shown(error)}") from error
+    return network
 
 
 def read_model(place: str) -> Model:

@@ -112,6 +112,51 @@ for name, build, rule, reader in (
     ROWS.add(name, build, rule, reader)
 
 
+WINDOW = {"spacing": [1, 1, 1], "normalise": {"kind": "window", "hu_window": [-100, 100]}}
+MODEL = {
+    **{"format": 1, "patch_size": [16, 16, 16], "preparation": WINDOW, "preparation_version": 4, "organs": ["liver"]},
+    **{"inference": {"overlap": 0.25, "batch": 1, "precision": "float32"}, "surface_tolerance": 1.0},
+    **{"versions": {}, "lineage": {}, "scores": {}},
+}
+PRETRAINED = {
+    **{"kind": "primus", "hidden_size": "6", "num_heads": "1"},
+    **{"patch_size": "[16, 16, 16]", "preparation": json.dumps(WINDOW)},
+}
+BOMB = f"[&x0 [{'1,' * 10}]" + "".join(f",&x{n} [{f'*x{n - 1},' * 10}]" for n in range(1, 9)) + "]"
+
+
+def promising(name: str, told: dict[str, Any]) -> Build:
+    """A file of one number whose metadata promise something else."""
+    content = save({"a": torch.zeros(1)}, {"ssl_ray": json.dumps(told)})
+    return other(name, lambda path: path.write_bytes(content))
+
+
+def model(**changes: Any) -> Build:
+    return promising("m.safetensors", MODEL | changes)
+
+
+def encoder(**changes: str) -> Build:
+    return promising("best.safetensors", PRETRAINED | changes)
+
+
+def wide(width: int, kind: str = "unetr") -> dict[str, Any]:
+    return {"kind": kind, "hidden_size": width, "num_heads": 1} | ({"mlp_dim": width} if kind == "unetr" else {})
+
+
+for name, build, rule, reader in (
+    ("model of 3 GB", model(network=wide(3000)), "not the weights of", "model"),
+    ("model beyond 64 bits", model(network=wide(10**30)), "not the weights of", "model"),
+    ("model of many layers", model(network=wide(6, "primus") | {"layers": 10**8}), "equal to 1000", "model"),
+    ("model of a huge patch", model(network=wide(6), patch_size=[1600] * 3), "at most 268,435,456 voxels", "model"),
+    ("encoder of 3 GB", encoder(hidden_size="3000"), "not the weights of", "embedder"),
+    ("encoder of a huge patch", encoder(patch_size="[1600, 1600, 1600]"), "at most 268,435,456 voxels", "embedder"),
+    ("encoder of a patch below zero", encoder(patch_size="[-16, 16, 16]"), "greater than 0", "embedder"),
+    ("encoder of shared lists", encoder(hidden_size=BOMB), "do not say which encoder", "embedder"),
+    ("encoder of deep lists", encoder(hidden_size="[" * 10**5), "do not say which encoder", "embedder"),
+):  # fmt: skip
+    ROWS.add(name, build, rule, reader)
+
+
 def cut(path: Path, build: Build, share: float) -> bytes:
     build(path)
     content = path.read_bytes()
