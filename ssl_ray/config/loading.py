@@ -1,8 +1,10 @@
 """From an experiment's YAML to a `Study`, with errors that name file, key, rule and value; and back to YAML."""
 
+import math
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from io import StringIO
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -21,7 +23,7 @@ def parse(text: str, name: str, overrides: Iterable[str] = ()) -> Study:
     Each of `overrides` replaces or adds one value, as `key.of.value=yaml`, e.g. `pretrain.optimizer.lr=2e-4`. A
     UserError has a line for each mistake: file, key, rule and value; for an unknown key, the nearest valid one.
     """
-    tree = _read_yaml(text, f"{name}: not valid YAML")
+    tree = read_yaml(text, f"{name}: not valid YAML")
     if not isinstance(tree, dict):
         raise UserError(f"{name}: an experiment is a mapping of sections, got {type(tree).__name__}")
     for override in overrides:
@@ -49,8 +51,29 @@ def flatten(section: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[st
     return flat
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that appears twice in a mapping, of which YAML would silently keep the last."""
+_MOST = 1_000_000
+"""Characters and values of a YAML with every alias written out: a few hundred bytes of them can make billions."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases without bound, and a key that appears twice in a mapping, of which YAML would keep the last."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and self._length(node, {}) > _MOST:
+            rule = f"with its aliases written out it has more than {_MOST:,} characters, or no end"
+            raise yaml.composer.ComposerError(None, None, rule, node.start_mark)
+        return node
+
+    def _length(self, node: yaml.Node, known: dict[int, float]) -> float:
+        """Characters of a node and its inner ones, and one for each of them; infinite where one of them is itself."""
+        if isinstance(node, yaml.ScalarNode):
+            return 1 + len(node.value)
+        if id(node) not in known:
+            known[id(node)] = math.inf
+            inner = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            known[id(node)] = 1 + sum(self._length(one, known) for one in inner)
+        return known[id(node)]
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -63,9 +86,10 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(text: str, place: str) -> Any:
+def read_yaml(text: str, place: str) -> Any:
+    """What a YAML says; a UserError that begins with `place` where it is not valid."""
     try:
-        return yaml.load(StringIO(text), _UniqueKeys)  # of a stream, errors quote nothing: a password may look out
+        return yaml.load(StringIO(text), _Loader)  # of a stream, errors quote nothing: a password may look out
     except Exception as error:  # PyYAML's own, and what Python says of 2024-13-45, !!int '' or !!bool perhaps
         raise UserError(f"{place}: {shown(' '.join(str(error).split()))}") from error
 
@@ -74,7 +98,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected key=value, e.g. pretrain.optimizer.lr=2e-4")
-    value = _read_yaml(text, f"--set {override}: the value is not valid YAML")
+    value = read_yaml(text, f"--set {override}: the value is not valid YAML")
     parents, last = _parts(key.strip())
     node: Any = tree
     known: list[type[BaseModel]] = [Study]

@@ -1,7 +1,7 @@
 """The labelled cohort: which volumes each number of labels means, in published lists or drawn from a pool."""
 
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -11,6 +11,7 @@ from ssl_ray.console import say
 from ssl_ray.data.datalist import Case, Datalist, read_datalist, subject_of
 from ssl_ray.errors import UserError
 from ssl_ray.random import number
+from ssl_ray.text import shown
 
 _Cases = tuple[Case, ...]
 
@@ -154,16 +155,20 @@ def _split(cohort: LabelledCohort, size: int) -> Datalist:
     assert cohort.datalist is not None
     listed = read_datalist(cohort.root, cohort.datalist, labelled=True)
     by_id = {case.id: case for case in listed.training}
-    wanted = [name for entry in split for name in _expand(entry)]
-    if unknown := [name for name in wanted if name not in by_id]:
-        raise UserError(f"{listed.path}: splits.{size}: no training volume has the id {unknown[0]!r}")
-    return replace(listed, training=tuple(by_id[name] for name in dict.fromkeys(wanted)))
+    wanted = dict[str, Case]()
+    for name in chain.from_iterable(map(_expand, split)):  # one by one: a range may go on far beyond the list
+        if name not in by_id:
+            raise UserError(f"{listed.path}: splits.{size}: no training volume has the id {shown(repr(name), 80)}")
+        wanted[name] = by_id[name]
+    return replace(listed, training=tuple(wanted.values()))
 
 
-def _expand(entry: str) -> list[str]:
+def _expand(entry: str) -> Iterator[str]:
     """`img0001..img0006` is a range over the trailing number."""
-    match = re.fullmatch(r"(.*?)(\d+)\.\.\1(\d+)", entry)
+    match = re.fullmatch(r"(.*?)(\d{1,18})\.\.\1(\d{1,18})", entry)
     if not match:
-        return [entry]
+        yield entry
+        return
     width = len(match[2])
-    return [f"{match[1]}{number:0{width}d}" for number in range(int(match[2]), int(match[3]) + 1)]
+    for at in range(int(match[2]), int(match[3]) + 1):
+        yield f"{match[1]}{at:0{width}d}"

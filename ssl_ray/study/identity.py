@@ -12,7 +12,7 @@ import yaml
 
 from ssl_ray.config import depends
 from ssl_ray.config.depends import Stage, digest
-from ssl_ray.config.loading import flatten
+from ssl_ray.config.loading import flatten, read_yaml
 from ssl_ray.config.schema import Study
 from ssl_ray.data.normalise import VERSION
 from ssl_ray.data.store import Volume
@@ -82,7 +82,7 @@ def _begun(folders: Folders, stage: Stage) -> dict[str, Any] | None:
     path = folders.study / f"{stage}.yaml"
     if not folders.output.pull(path):
         return None
-    tree: dict[str, Any] = yaml.safe_load(path.read_text())
+    tree: dict[str, Any] = read_yaml(path.read_text(), f"{path}: not valid YAML")
     if "settings" not in tree:
         raise UserError(
             f"{path}: begun by an older version of ssl_ray, whose results this one does not go on from; give the study "

@@ -19,6 +19,10 @@ finetune:
 """
 
 
+BOMB = "".join(f"- &x{n} [{', '.join([f'*x{n - 1}' if n else '1'] * 10)}]\n" for n in range(9))
+"""Each line is ten times the one before: the last is a billion numbers."""
+MERGED = "".join(f"- &x{n} {{<<: [{', '.join([f'*x{n - 1}'] * 10)}]}}\n" for n in range(1, 9))
+
 for name, text, rule in (
     ("whole", STUDY, {}), ("empty", "", ""), ("comment", "# nothing\n", ""), ("list", "- a\n", ""), ("number", "5", ""),
     ("two documents", STUDY + "---\n" + STUDY, ""), ("tabs", "name:\n\tx: 1\n", ""), ("NULs", bytes(100), ""),
@@ -30,6 +34,11 @@ for name, text, rule in (
     ("binary tag", "name: !!binary é\n", ""), ("set tag", STUDY + "seed: !!set {a, b}\n", "seed: "),
     ("omap tag", STUDY + "seed: !!omap [a]\n", ""), ("map tag", "name: !!map 5\n", ""),
     ("400 brackets", STUDY + "seed: " + "[" * 400 + "]" * 400, ""),
+    ("anchors", STUDY.replace("spacing: 2", "spacing: &one 2") + "seed: *one\n", {}),
+    ("aliases of aliases", f"{STUDY}seed:\n{BOMB}", "with its aliases written out"),
+    ("merges of merges", f"{STUDY}seed:\n- &x0 {{a: 1}}\n{MERGED}", "with its aliases written out"),
+    ("a long text again and again", f"{STUDY}seed: [&x {'a' * 10**4}{', *x' * 10**4}]\n", "written out"),
+    ("a list of itself", STUDY + "seed: &x [*x]\n", "written out"),
     ("NaN", STUDY.replace("spacing: 2", "spacing: .nan"), "spacing"),
     ("-inf", STUDY.replace("-57", "-.inf"), "hu_window"),
     ("1e999", STUDY.replace("spacing: 2", "spacing: 1e999"), "spacing"),

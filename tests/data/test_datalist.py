@@ -390,6 +390,8 @@ def test_ids_keep_their_order(root: Path, ids: tuple[str, ...], expected: list[s
     [
         (("v1", "v9"), "splits.2: no training volume has the id 'v9'"),
         (("v1..w2",), "splits.2: no training volume has the id 'v1..w2'"),
+        (("v7..v99999999999",), "splits.2: no training volume has the id 'v9'"),
+        (("v7..v9999999999999999999",), "splits.2: no training volume has the id 'v7..v9999999999999999999'"),
         (("v7..v9",), "splits.2: no training volume has the id 'v9'"),
         (("v1", "v1..v1"), "the split of 2 volumes lists 1 for training"),
         (("v1..v3",), "the split of 2 volumes lists 3 for training"),
