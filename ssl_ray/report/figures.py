@@ -19,6 +19,7 @@ from ssl_ray.report.results import Curves, Results
 from ssl_ray.report.statistics import estimate
 from ssl_ray.report.style import COLOUR, GREY, LINE, MARKER, ink, legend_above, panels, save
 from ssl_ray.report.trials import PretrainingRun, means
+from ssl_ray.storage.files import write_file
 from ssl_ray.text import count_of
 
 
@@ -44,7 +45,7 @@ def draw_figures(
     paths = [path for name, draw in figures.items() for path in save(draw, folder / f"{name}.png")]
     for name, content in pictures.items():
         if content:
-            (folder / f"{name}.png").write_bytes(content)
+            write_file(folder / f"{name}.png", content)
             paths.append(folder / f"{name}.png")
     return tuple(paths)
 

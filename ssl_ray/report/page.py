@@ -11,6 +11,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
+from ssl_ray.storage.files import write_file
+
 
 def templates(package: str) -> Environment:
     """The templates in a package's folder `templates`."""
@@ -74,8 +76,8 @@ def write_page(template: str, values: Mapping[str, Any], folder: Path, title: st
     """Write what a template gives as `report.md`, and as `report.html`, into the folder -> both."""
     text = TEMPLATES.get_template(template).render(values)
     markdown, html = folder / "report.md", folder / "report.html"
-    markdown.write_text(text, encoding="utf-8")
-    html.write_text(to_html(text, folder, title), encoding="utf-8")
+    write_file(markdown, text.encode())
+    write_file(html, to_html(text, folder, title).encode())
     return markdown, html
 
 

@@ -23,6 +23,7 @@ from ssl_ray.report.tables import Table
 from ssl_ray.report.write import Report, register_best
 from ssl_ray.search.cells import JOURNAL
 from ssl_ray.search.proposals import open_journal, status
+from ssl_ray.storage.files import write_file
 from ssl_ray.tracking.tracker import KEY, NOTE, Tracker
 from ssl_ray.tracking.view import picture
 
@@ -57,7 +58,7 @@ def write_search_report(study: Study, tracker: Tracker, folder: Path) -> Report:
         own = resolved(ran, best.user_attrs["cell"]).model_copy(update={"name": f"{study.name}-best"})
         values["yaml"] = dump(own)
         files.append(folder / "best.yaml")
-        files[-1].write_text(values["yaml"], encoding="utf-8")
+        write_file(files[-1], values["yaml"].encode())
         for run in tracker.runs(kind="trial", key=best.user_attrs["key"])[:1]:
             values["test"] = run.data.metrics.get(f"selected/test/{ORIGINAL_DICE_FOREGROUND}")
             chosen = f"best of {len(finished)} in a search, on validation: {search.metric} {best.value:.3f}"

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.style import library
 
 from ssl_ray.evaluate.overlay import WIDTH
+from ssl_ray.storage.files import appearing
 
 _EVERYWHERE = {
     "font.size": 10,
@@ -51,8 +52,8 @@ def save(draw: Callable[[], Figure], path: Path) -> list[Path]:
     """Draw and write a figure for light pages, and beside it `<name>_dark.png` for dark ones -> both paths."""
     paths = [path.with_stem(path.stem + theme) for theme in _THEMES]
     for place, theme in zip(paths, _THEMES.values(), strict=True):
-        with rc_context({**theme, **_EVERYWHERE}):
-            draw().savefig(place, dpi=200, metadata={"Software": None})
+        with rc_context({**theme, **_EVERYWHERE}), appearing(place) as part:
+            draw().savefig(part, format="png", dpi=200, metadata={"Software": None})
     return paths
 
 

@@ -19,6 +19,7 @@ from ssl_ray.report.examples import read_examples
 from ssl_ray.report.figures import draw_figures
 from ssl_ray.report.page import TEMPLATES, code, fence, literal, write_page
 from ssl_ray.report.results import Results, read_curves, read_results
+from ssl_ray.storage.files import appearing
 from ssl_ray.text import count_of, reason, without_password
 from ssl_ray.tracking.client import MlflowException
 from ssl_ray.tracking.tracker import NOTE, Tracker
@@ -78,7 +79,7 @@ def write_report(study: Study, tracker: Tracker, folder: Path) -> Report:
 def _show_answer(results: Results, tracker: Tracker, found: Sequence[str], table: tables.Table, folder: Path) -> str:
     """Log `answer.csv` and the figure with the grid's run, describe the experiment -> the run's description."""
     run_id, figure = results.grid.info.run_id, folder / "figures" / "label_efficiency.png"
-    with (folder / "answer.csv").open("w", encoding="utf-8", newline="") as file:
+    with appearing(folder / "answer.csv") as part, part.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([table.header, *([cell.replace("*", "") for cell in row] for row in table.rows)])
     tracker.attach(run_id, folder / "answer.csv")
     text = ["\n".join(f"- {answer}" for answer in found)]

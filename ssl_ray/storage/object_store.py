@@ -7,6 +7,7 @@ AWS_ENDPOINT_URL, AWS_REGION or AWS_DEFAULT_REGION. Any store that speaks S3 wil
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,13 +31,15 @@ _CHUNK = 2**25
 def default_scratch() -> Path:
     """The user's own folder among this machine's temporary files, for copies of what is kept elsewhere.
 
-    It is refused where another user has made a folder of that name and could slip in what is trained on.
+    It is refused where another user has made a folder or link of that name and could slip in what is trained on.
     """
     folder = Path(tempfile.gettempdir()) / f"ssl_ray-{os.getuid()}"
     with _naming(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise UserError(f"{folder}: belongs to another user; name another folder in `scratch`")
+        there = folder.lstat()
+        if there.st_uid != os.getuid() or not stat.S_ISDIR(there.st_mode):
+            raise UserError(f"{folder}: is a link or belongs to another user; name another folder in `scratch`")
+        folder.chmod(0o700)
     return folder
 
 

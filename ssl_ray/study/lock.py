@@ -22,7 +22,7 @@ def only_one(folders: Folders) -> Iterator[None]:
     path = _lock(folders)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a+")
+        lock = open(path, "a+", opener=_no_link)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"output: {error.filename}: {error.strerror}") from error
     with lock as file:
@@ -44,12 +44,17 @@ def only_one(folders: Folders) -> Iterator[None]:
 
 def holder(folders: Folders) -> tuple[str, float] | None:
     """Which process works on the study, as host and number, and since when (seconds since 1970); None: none does."""
-    with suppress(FileNotFoundError), _lock(folders).open() as file:
+    with suppress(FileNotFoundError), open(_lock(folders), opener=_no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return file.read().strip(), os.fstat(file.fileno()).st_mtime
     return None
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open the lock, and no file of this process's user that somebody's link of its name leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _lock(folders: Folders) -> Path:

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from jinja2 import DictLoader
 
-from ssl_ray.report.page import code, fence, to_html
+from ssl_ray.report.page import TEMPLATES, code, fence, to_html, write_page
 
 PNG = b"\x89PNG\r\n\x1a\n of some picture"
 FIGURE = "![a figure]({})\\\n*Its caption.*\n"
@@ -52,3 +53,14 @@ def test_code_and_listings_end_where_their_text_does(tmp_path: Path, text: str) 
     line, page = " ".join(text.split()), body(f"- {code(text)}.", tmp_path)
     assert f"<li>\n<p><code>{line}</code>.</p>\n</li>" in page or f"<li><code>{line}</code>.</li>" in page
     assert f"<pre><code>{text}\n</code></pre>" in body(f"# a\n\n{fence(text)}", tmp_path)
+
+
+def test_a_link_in_place_of_the_page_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leads to stays as it is."""
+    monkeypatch.setattr(TEMPLATES, "loader", DictLoader({"a.md.j2": "# a", "page.html.j2": "{{ body }}"}))
+    (precious := tmp_path / "precious.txt").write_text("mine")
+    for name in ("report.md", "report.html"):
+        (tmp_path / name).symlink_to(precious)
+    pages = write_page("a.md.j2", {}, tmp_path, "title")
+    assert [page.is_symlink() for page in pages] == [False, False]
+    assert precious.read_text() == "mine"

@@ -361,6 +361,19 @@ def test_a_uri_alone_opens_arrays(uri: str, tmp_path: Path, monkeypatch: pytest.
     assert own.stat().st_mode & 0o777 == 0o700
 
 
+def test_nobody_else_gets_at_the_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by a link that they have made there, nor where the folder was open before."""
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    (mine := tmp_path / "public").mkdir()
+    scratch = tmp_path / f"ssl_ray-{os.getuid()}"
+    scratch.symlink_to(mine)
+    with pytest.raises(UserError, match="is a link or belongs to another user; name another folder in `scratch`"):
+        storage.default_scratch()
+    scratch.unlink()
+    scratch.mkdir(mode=0o755)
+    assert storage.default_scratch().stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("survive", [1, 3])
 def test_an_upload_that_was_killed_is_invisible_and_healed(uri: str, tmp_path: Path, survive: int) -> None:
     """Without its manifest a volume does not exist, however much of it is there."""

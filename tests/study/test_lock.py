@@ -46,3 +46,15 @@ def test_whoever_asks_is_told_and_does_not_disturb(tmp_path: Path) -> None:
     assert (tmp_path / ".a.lock").read_text(), "a killed process leaves its name"
     with only_one(folders):
         assert holder(folders)
+
+
+def test_a_link_in_place_of_the_lock_leads_nowhere(tmp_path: Path) -> None:
+    """In an output that several people write to, it could lead to a file of whoever runs the study."""
+    folders, precious = Folders.of("a", str(tmp_path)), tmp_path / "precious.txt"
+    precious.write_text("mine")
+    (tmp_path / ".a.lock").symlink_to(precious)
+    with pytest.raises(UserError, match=r"\.a\.lock: Too many levels of symbolic links"), only_one(folders):
+        pass
+    with pytest.raises(OSError, match=r"symbolic links: .*\.a\.lock"):
+        holder(folders)
+    assert precious.read_text() == "mine"
