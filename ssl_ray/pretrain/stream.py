@@ -82,8 +82,10 @@ def blocks_of(table: SampleTable, segment: range, rank: int, world: int) -> list
 def open_segment(table: SampleTable, feed: Any, segment: range, rank: int, world: int, held: float) -> Any:
     """The Ray Data iterator of one rank; `feed` refers to a `Feed` in the object store.
 
-    `held` is the number of CPUs that training workers hold. Where they leave none, e.g. after a node was lost, the
-    reading tasks ask for none and run beside them; else they would wait for ever.
+    `held` is the number of CPUs that training workers hold. A rank reads by as many tasks as it has a share of the
+    others, by two where it has none. They ask for no CPU: where a node is lost, another job comes, or every node has
+    half a CPU left, they would wait for ever; and of a node with fewer CPUs left than there are datasets Ray Data gives
+    each none, and then reads nothing ahead.
     """
     import pyarrow as pa
     import ray  # the tasks import this module only to read patches
@@ -102,9 +104,10 @@ def open_segment(table: SampleTable, feed: Any, segment: range, rank: int, world
         # Not `ray.data.range`, whose own tasks cannot be told to ask for no CPU.
         blocks = [pa.table({"index": indices}) for indices in blocks_of(table, segment, rank, world)]
         dataset = ray.data.from_blocks(blocks)
-        spare = resources.get("CPU", 0.0) - held >= 1
-        how = {"num_cpus": 1} if spare else {"num_cpus": 0, "compute": TaskPoolStrategy(size=min(len(blocks), 2))}
-        dataset = dataset.map_batches(partial(_read_block, feed=feed), batch_size=None, **how)
+        share = int(max(0.0, resources.get("CPU", 0.0) - held) // world)
+        pool = TaskPoolStrategy(size=min(len(blocks), share or 2))
+        read = partial(_read_block, feed=feed)
+        dataset = dataset.map_batches(read, batch_size=None, num_cpus=0, compute=pool)
         return dataset.streaming_split(1)[0]  # unlike `dataset.iterator()`, with its loop outside of this process
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from runs import wait_for
 
 from ssl_ray.data.patch import read_patch
 from ssl_ray.data.store import Store
@@ -61,6 +63,34 @@ def test_every_rank_gets_its_samples_of_the_table(
     for stream in ranks:
         with pytest.raises(StopIteration):
             next(stream)
+
+
+def test_every_rank_reads_ahead_where_another_job_holds_all_cpus(
+    ray_cluster: None, feed: Feed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks of a segment that fit into memory are read before anybody takes the first batch."""
+    import ray
+
+    class Job:
+        def ready(self) -> None: ...
+
+    another = ray.remote(num_cpus=2)(Job).remote()
+    ray.get(another.ready.remote())
+    read, marks = streaming._read_block, tmp_path / "marks"
+    marks.mkdir()
+
+    def marking(rows: dict[str, Any], feed: Any) -> dict[str, Any]:
+        (marks / str(rows["index"].min())).touch()
+        return read(rows, feed)
+
+    monkeypatch.setattr(streaming, "_read_block", marking)
+    try:
+        ranks, schedule = streams(feed, 3, block_bytes=1)
+        (segment,) = schedule
+        wait_for(lambda: len(list(marks.iterdir())) == 3 * len(segment), "the blocks of three ranks", 90)
+        assert all(len(list(stream)) == feed.table.steps for stream in ranks)
+    finally:
+        ray.kill(another)
 
 
 def patch(feed: Feed, index: int) -> np.ndarray:
