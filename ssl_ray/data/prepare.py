@@ -23,7 +23,7 @@ from ssl_ray.data.nifti import Nifti, content_digest, on_image_grid, read_label,
 from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import read_file, remove_stale, write_file
+from ssl_ray.storage.files import UNIQUE, read_file, remove_stale, write_file
 
 _STALE_SECONDS = 24 * 3600
 _LOOKED_UP, _AT_ONCE = 2000, 32
@@ -119,7 +119,7 @@ def prepare_cohort(
     `classes` is None for unlabelled cases; labels must be in 0..classes-1. Returns volumes by image path, those that
     cannot be used, and how many were prepared now. A store that cannot be read or written is a UserError.
     """
-    remove_stale(store.folder, "tmp-*", _STALE_SECONDS)
+    remove_stale(store.folder, f"tmp-{UNIQUE}", _STALE_SECONDS)
     few = not verify and len(cases) <= _LOOKED_UP
     known = known_volumes(cases, preparation, store) if few else [None] * len(cases)
     found = list(zip(cases, known, strict=True))

@@ -23,7 +23,7 @@ from ssl_ray.config.schema import PhantomCohort
 from ssl_ray.console import track
 from ssl_ray.errors import UserError
 from ssl_ray.phantom.anatomy import ORGANS, draw
-from ssl_ray.storage.files import remove_stale, write_file
+from ssl_ray.storage.files import UNIQUE, remove_stale, write_file
 
 VERSION = 2
 """Part of phantom.json: raise it when the same parameters give other bytes."""
@@ -154,7 +154,7 @@ def _write_volumes(cohort: PhantomCohort, cases: list[dict[str, Any]]) -> None:
     """Synthesize the volumes of which a file is missing."""
     root = Path(cohort.root)
     for folder in ("images", "labels"):
-        remove_stale(root / folder, "*.part", 24 * 3600)
+        remove_stale(root / folder, rf"\..+\.{UNIQUE}\.part", 24 * 3600)
     files = {i: [name for part in case.values() for name in np.ravel(part).tolist()] for i, case in enumerate(cases)}
     missing = {i: names for i, names in files.items() if not all((root / name).exists() for name in names)}
     with ProcessPoolExecutor() as pool:  # an error or Ctrl-C cancels the rest

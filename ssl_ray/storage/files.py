@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import time
@@ -14,6 +15,9 @@ from uuid import uuid4
 
 MANIFEST = "manifest.json"
 """Name of the file that is written last into a folder: a folder that should have one, and has not, is not complete."""
+
+UNIQUE = "[0-9a-f]{32}"
+"""What a name of something half written has of `uuid4`: nothing of a user's is called so."""
 
 
 def open_file(path: Path, most: int | None = None) -> BufferedReader:
@@ -103,8 +107,13 @@ def manifest_last(path: Path) -> tuple[bool, Path]:
 
 
 def remove_stale(folder: Path, pattern: str, seconds: float) -> None:
-    """Remove files and folders that killed processes left half written: those that match and are `seconds` old."""
-    for path in folder.glob(pattern):
+    """Remove files and folders that killed processes left half written and that are `seconds` old.
+
+    `pattern` is a regular expression for the whole name, with `UNIQUE` in it: the folder may be one that a user chose.
+    """
+    for path in folder.glob("*"):
+        if not re.fullmatch(pattern, path.name):
+            continue
         with suppress(OSError):  # most likely its process lives, and has just renamed it
             if time.time() - path.stat().st_mtime > seconds:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

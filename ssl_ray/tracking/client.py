@@ -31,7 +31,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from requests.exceptions import HTTPError
 
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import appearing, remove_stale
+from ssl_ray.storage.files import UNIQUE, appearing, remove_stale
 from ssl_ray.text import without_password
 from ssl_ray.tracking.uri import sqlite_file
 
@@ -88,7 +88,8 @@ def _begin(database: Path) -> None:
     By itself MLflow makes them in the file, in some fifty steps that are each for good: cut off between two of them, or
     where two processes do it at once, no MLflow ever opens the file again.
     """
-    remove_stale(database.parent, f".{database.name}.*.part*", seconds=3600)  # the * at the end: its journal
+    # At the end: its journal.
+    remove_stale(database.parent, rf"\.{re.escape(database.name)}\.{UNIQUE}\.part(-\w+)?", seconds=3600)
     if database.exists():
         return
     from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import torch
 
-from ssl_ray.storage.files import MANIFEST, open_file, read_file, remove_stale, settle
+from ssl_ray.storage.files import MANIFEST, UNIQUE, open_file, read_file, remove_stale, settle
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.text import shown
 
@@ -61,7 +61,7 @@ def save_latest(folder: Path, state: Mapping[str, Any], mirror: Mirror, keep: in
     whole = [name for name in until if mirror.kept(folder / name / MANIFEST).list()]
     for name in set(until) - set(whole[-keep:]):
         mirror.drop(folder / name)
-    remove_stale(folder, ".*", seconds=3600)
+    remove_stale(folder, rf"\..+{UNIQUE}(\.part)?", seconds=3600)
 
 
 def saved_steps(folder: Path, mirror: Mirror) -> dict[int, Path]:

@@ -32,9 +32,9 @@ from volumes import (
 from ssl_ray.data import store as store_module
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.patch import open_array, read_patch
-from ssl_ray.data.prepare import prepare_case
+from ssl_ray.data.prepare import prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume, foreground_index
-from ssl_ray.storage.files import remove_stale
+from ssl_ray.storage.files import UNIQUE, remove_stale
 from ssl_ray.storage.object_store import Place
 
 
@@ -86,12 +86,16 @@ def test_a_killed_put_leaves_no_volume(store: Store, case: Case) -> None:
     assert left.name.startswith("tmp-")
     volume, fresh = prepare_case(case, PREPARATION, store)
     assert fresh
-    remove_stale(store.folder, "tmp-*", 24 * 3600)
+    theirs = store.folder / "tmp-results-of-anna"
+    theirs.mkdir()
+    remove_stale(store.folder, f"tmp-{UNIQUE}", 24 * 3600)
     assert left.is_dir(), "it might be the work of a run that goes on"
     yesterday = time.time() - 25 * 3600
     os.utime(left, (yesterday, yesterday))
-    remove_stale(store.folder, "tmp-*", 24 * 3600)
+    os.utime(theirs, (yesterday, yesterday))
+    prepare_cohort([], PREPARATION, store)
     assert not left.exists()
+    assert theirs.exists()
     assert store.get(volume.key) == volume
 
 

@@ -182,7 +182,7 @@ def test_an_interrupted_call_is_completed_to_the_same_bytes(
     for name in ("labels/phantom0000.nii.gz", "images/phantom0002.nii.gz", "images/phantom0007.nii.gz"):
         (root / name).unlink()
     (root / "unlabelled.json").unlink()
-    old, new = (root / "images" / f".phantom0002.nii.gz.{name}.part" for name in ("old", "new"))
+    old, new = (root / "images" / f".phantom0002.nii.gz.{digit * 32}.part" for digit in "ab")
     for part in (old, new):
         part.write_bytes(b"half a volume")
     os.utime(old, (time.time() - 25 * 3600,) * 2)
