@@ -1,9 +1,13 @@
-"""How a process of Ray begins: loggers that say what matters, and memory that stays. Every one of them imports this."""
+"""How a process of Ray begins: loggers that say what matters, and memory that stays. Every one of them imports this.
+
+And how often a piece of work was begun in any of them, as Ray Data tries one that kills its process for ever.
+"""
 
 import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from typing import Any
 
 import ray
@@ -39,3 +43,27 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     # Of weights with dimensions of one element, whose strides may be anything: torch's DDP compares them all the same.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+
+class Tries:
+    """How often each piece of work was begun, by its name; an actor, which `count_tries` starts."""
+
+    def __init__(self) -> None:
+        self._begun = Counter[str]()
+
+    def begin(self, name: str) -> int:
+        """It is begun now -> how often it was, this time included."""
+        self._begun[name] += 1
+        return self._begun[name]
+
+
+def count_tries() -> Any:
+    """A handle of `Tries`, for `begun` in other processes; `ray.kill` it in the end."""
+    # Where its machine is lost, it counts from zero again.
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Tries).remote()
+
+
+def begun(tries: Any, name: str) -> int:
+    """In any process: the work of this name is begun now -> how often it was."""
+    found: int = ray.get(tries.begin.remote(name))
+    return found

@@ -29,6 +29,8 @@ _STALE_SECONDS = 24 * 3600
 _LOOKED_UP, _AT_ONCE = 2000, 32
 """Volumes that are looked up in the store without Ray, whose processes are worth their start for more of them; and how
 many at once, as the store may lie on a network."""
+_TRIES = 5
+"""Of a volume whose process is killed meanwhile; where memory is short, another one's may have taken it."""
 _SETTLED_NS = 2 * 10**9
 """A younger file could be written to again within the grain of its time of modification, so it is not remembered."""
 
@@ -151,12 +153,17 @@ def _prepared_on_cluster(
     """Each case with what `prepare_case` gives or raises, in the order in which they get ready."""
     import ray  # not above: it takes a second, and `prepare_case` does without
 
-    rows = [{"case": pickle.dumps(case)} for case in cases]
+    from ssl_ray.cluster.worker import begun, count_tries
+
+    rows, tries = [{"case": pickle.dumps(case)} for case in cases], count_tries()
 
     def work(row: dict[str, Any]) -> dict[str, Any]:
         case = pickle.loads(row["case"])
         outcome: Any
         try:
+            if begun(tries, f"{case.image} {case.label}") > _TRIES:
+                killed = f"its process was killed {_TRIES} times: is it too large for this machine's memory?"
+                raise UserError(f"{case.image}: {killed}")
             outcome = prepare_case(case, preparation, store, verify)
         except (OSError, ValueError) as error:  # given back, as one bad volume must not end the others
             outcome = error
@@ -165,8 +172,11 @@ def _prepared_on_cluster(
         return {"outcome": pickle.dumps((case, outcome))}
 
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map(work, num_cpus=1)
-    for row in dataset.iter_rows():
-        yield pickle.loads(row["outcome"])
+    try:
+        for row in dataset.iter_rows():
+            yield pickle.loads(row["outcome"])
+    finally:
+        ray.kill(tries)
 
 
 def usable(cases: Sequence[Case], volumes: Mapping[str, Volume]) -> tuple[Volume, ...]:

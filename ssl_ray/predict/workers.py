@@ -1,7 +1,6 @@
 """Cases over all GPUs or CPUs of the cluster, by workers that each load the models once."""
 
 import pickle
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -9,6 +8,7 @@ import ray
 import torch
 
 from ssl_ray.cluster.connect import check_resources, connect
+from ssl_ray.cluster.worker import begun, count_tries
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.console import track
 from ssl_ray.data.datalist import Case
@@ -47,7 +47,7 @@ def over_cases(
     room = min(on_gpus or sum(nodes), sum(node // cpus for node in nodes)) or 1
     count = min(workers or room, room, len(cases))
     rows = [{"case": pickle.dumps(case)} for case in cases]
-    tries = ray.remote(num_cpus=0)(_Tries).remote()
+    tries = count_tries()
     outcomes = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _Worker,
         fn_constructor_args=(ray.put((make, "cuda" if on_gpus else "cpu", cpus, tries)),),
@@ -65,17 +65,6 @@ def over_cases(
         ray.kill(tries)
 
 
-class _Tries:
-    """How often each case was begun. Ray Data tries a volume that kills its workers for ever."""
-
-    def __init__(self) -> None:
-        self._begun = Counter[str]()
-
-    def begin(self, case: str) -> int:
-        self._begun[case] += 1
-        return self._begun[case]
-
-
 class _Worker:
     def __init__(self, given: Any) -> None:
         make, device, threads, self.tries = ray.get(given)
@@ -85,7 +74,7 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         case, outcome = pickle.loads(row["case"]), None
         try:
-            if ray.get(self.tries.begin.remote(case.id)) > _TRIES:
+            if begun(self.tries, case.id) > _TRIES:
                 raise UserError(
                     f"{case.image}: its worker was killed twice: is it too large for this machine's memory?"
                 )

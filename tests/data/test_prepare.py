@@ -67,6 +67,23 @@ def test_an_unlabelled_volume_has_no_label_files(store: Store, tmp_path: Path) -
     assert (volume.label_voxels, volume.largest_label) == ({}, 0)
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_volume_that_kills_its_process_is_a_bad_one(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that the memory does not hold: the others are prepared all the same, and it is named."""
+    cases = [make_case(tmp_path, name, seed) for seed, name in enumerate("ab")]
+
+    def deadly(case: Case, *given: Any) -> Any:
+        return os.kill(os.getpid(), 9) if case.id == "b" else prepare_case(case, *given)
+
+    monkeypatch.setattr(cache, "prepare_case", deadly)
+    volumes, bad, fresh = prepare_cohort(cases, PREPARATION, store, classes=4)
+    assert ([*volumes], fresh) == ([str(cases[0].image)], 1)
+    assert [one.image for one in bad] == [str(cases[1].image)]
+    assert "its process was killed 5 times" in bad[0].reason
+
+
 def test_a_prepared_volume_is_found_again(store: Store, case: Case) -> None:
     """The second time nothing is written."""
     volume, _ = prepare_case(case, PREPARATION, store)
