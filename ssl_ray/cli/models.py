@@ -62,7 +62,7 @@ def predict(
 
     models = [read_model(place) for place in (model, *ensemble)]
     told = models[0].metadata
-    cases, left_out = cases_of(inputs, told.preparation.channels, part)
+    cases, left_out = cases_of(inputs, told.preparation.channels, part, output)
     _tell_left_out(left_out)
     from ssl_ray.predict.case import Outputs
     from ssl_ray.predict.run import SIZES, predict_all

@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ssl_ray.config.schema import Preparation
@@ -21,13 +21,16 @@ _CHANNEL = re.compile(r"(?P<name>.+)_(?P<channel>\d{4})")
 """nnU-Net's name of an image: `liver_003_0000` is the first channel of `liver_003`."""
 
 
-def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) -> tuple[list[Case], dict[str, str]]:
+def cases_of(
+    inputs: Sequence[Path], channels: int, part: Part | None = None, output: Path | None = None
+) -> tuple[list[Case], dict[str, str]]:
     """The volumes to read, each once, by name, and files of the folders that are left out, with the reason.
 
-    A folder stands for all images below it. A file is a volume, or a channel of one where its name ends as nnU-Net's
-    do, in `_0000`, `_0001`; a datalist says which images are one volume, and `part` which of its volumes are meant.
-    The name, which may hold folders, is that of the file without suffix and channel; a part's volumes are called as
-    they are among all of their list, as the datalist gives the names to `pairs_of`, too.
+    A folder stands for all images below it, but for those below `output`, which may be label maps of an earlier run. A
+    file is a volume, or a channel of one where its name ends as nnU-Net's do, in `_0000`, `_0001`; a datalist says
+    which images are one volume, and `part` which of its volumes are meant. The name, which may hold folders, is that of
+    the file without suffix and channel; a part's volumes are called as they are among all of their list, as the
+    datalist gives the names to `pairs_of`, too.
 
     Raises:
         UserError: for an input that is not there, no volume at all, another number of channels, names that collide, and
@@ -41,11 +44,9 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
     left_out: dict[str, str] = {}
     for place in inputs:
         if place.is_dir():
-            found, unusable = usable_files(place)
-            labels = [path for path in found if is_label_map(place.resolve().name / path)]
+            found, unusable = _images_below(place, channels, output)
+            files += [place / path for path in found]
             left_out |= {str(place / path): why for path, why in unusable.items()}
-            left_out |= {str(place / path): "a label map, by its name or folder" for path in labels}
-            files += [place / path for path in found if path not in labels]
         elif place.suffix == ".json":
             for one, listed in listed_in(place).items():
                 cases += listed
@@ -69,6 +70,35 @@ def cases_of(inputs: Sequence[Path], channels: int, part: Part | None = None) ->
                 "by a datalist, or by names that end in _0000, _0001 and so on"
             )
     return cases, left_out
+
+
+def _images_below(place: Path, channels: int, output: Path | None) -> tuple[list[PurePosixPath], dict[str, str]]:
+    """The images below a folder, and what is left out with the reason; both relative to it."""
+    found, left_out = usable_files(place)
+    root, written = place.resolve(), output and output.resolve()
+    if written and written != root and written.is_relative_to(root):
+        inside = PurePosixPath(written.relative_to(root))
+        here = [path for path in found if inside not in path.parents]
+        if len(here) < len(found):
+            left_out = {path: why for path, why in left_out.items() if inside not in PurePosixPath(path).parents}
+            left_out[str(inside)] = "the folder that the output goes to"
+        found = here
+    labels = [path for path in found if is_label_map(root.name / path)]
+    left_out |= {str(path): "a label map, by its name or folder" for path in labels}
+    images = [path for path in found if path not in labels]
+    further = _further_channels(images) if channels == 1 else set()
+    left_out |= {str(path): "a further channel of a volume, of which the model takes one" for path in further}
+    return [path for path in images if path not in further], left_out
+
+
+def _further_channels(images: Sequence[PurePosixPath]) -> set[PurePosixPath]:
+    """Those of nnU-Net's second channel and up; where one name alone has numbers, they may be those of patients."""
+    matches = {path: match for path in images if (match := _CHANNEL.fullmatch(stem(path)))}
+    first = {(path.parent, match["name"]) for path, match in matches.items() if match["channel"] == "0000"}
+    if len(first) < 2:
+        return set()
+    others = {path: match["name"] for path, match in matches.items() if match["channel"] != "0000"}
+    return {path for path, name in others.items() if (path.parent, name) in first}
 
 
 def listed_in(place: Path) -> dict[Part, tuple[Case, ...]]:

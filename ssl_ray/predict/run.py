@@ -93,15 +93,15 @@ def _begin(outputs: Outputs, told: dict[str, Any], cases: Sequence[Case], resume
     if not path.is_file() and sizes.exists():
         raise UserError(f"{sizes}: is no file of ours; take another folder")
     earlier, begun = _read_told(path)
+    header, *lines = csv.reader(io.StringIO(sizes.read_text() if sizes.is_file() else "\n"))
     rows = defaultdict(list)
-    if sizes.is_file():
-        for row in csv.reader(io.StringIO(sizes.read_text())):
-            rows["".join(row[:1])].append(row)
+    for row in lines:
+        rows["".join(row[:1])].append(row)
     count = len(told["labels"]) - 1
     whole = [name for name, lines in rows.items() if [len(row) for row in lines] == [len(_COLUMNS)] * count]
     done = {name for name in whole if (outputs.folder / LABELS.format(name)).is_file()}
     # Of a run of ours in which every case failed, there is nothing to keep; a dataset.json alone is somebody's own.
-    if path.is_file() and (resume or done or rows["case"] != [[*_COLUMNS]]):
+    if path.is_file() and (resume or done or header != [*_COLUMNS]):
         if not resume:
             raise UserError(f"{path}: an earlier run wrote into this folder: --continue goes on with it")
         if earlier != told:

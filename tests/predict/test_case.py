@@ -233,6 +233,15 @@ def test_scans_and_true_labels_are_never_replaced(tmp_path: Path, model: Model) 
     assert predict(model, out, scan) == 1, "probabilities that are not asked for are in nobody's way"
 
 
+def test_a_scan_may_be_called_as_the_first_column(tmp_path: Path, model: Model) -> None:
+    """Once it is complete, it is left out as any other."""
+    write(tmp_path / "case.nii.gz", smooth_ct(SHAPE))
+    assert predict(model, tmp_path / "out", tmp_path / "case.nii.gz") == 1
+    assert predict(model, tmp_path / "out", tmp_path / "case.nii.gz", resume=True) == 0
+    with pytest.raises(UserError, match="--continue goes on with it"):
+        predict(model, tmp_path / "out", tmp_path / "case.nii.gz")
+
+
 def test_what_a_run_was_writing_when_it_was_cut_off_is_written_again(tmp_path: Path, model: Model) -> None:
     """A label map without rows is ours if the run began its case, and somebody's own if it did not, or failed in it."""
     for name in ("a", "b"):

@@ -24,6 +24,27 @@ def test_files_and_folders(tmp_path: Path) -> None:
     assert {Path(path).name for path in left_out} == {"a.nii.gz", "c_seg.nii.gz"}
 
 
+def test_the_output_is_no_input(tmp_path: Path) -> None:
+    """Label maps of an earlier run below the scans are no scans; what lies in the same folder as a scan is one."""
+    touch(tmp_path, "a.nii.gz", "sub/b.nii.gz", "sub/out/a.nii.gz", "sub/out/labelsTs/b.nii.gz")
+    cases, left_out = cases_of([tmp_path], 1, output=tmp_path / "sub" / "out")
+    assert [case.id for case in cases] == ["a", "b"]
+    assert left_out == {str(tmp_path / "sub" / "out"): "the folder that the output goes to"}
+    for output in (tmp_path, tmp_path / "new", tmp_path.parent):
+        assert len(cases_of([tmp_path], 1, output=output)[0]) == 3
+
+
+def test_further_channels_are_no_volumes(tmp_path: Path) -> None:
+    """Where the model takes one; numbers of one series are its patients'."""
+    touch(tmp_path, "two/p_0000.nii.gz", "two/p_0001.nii.gz", "two/q_0000.nii.gz", "two/q_0001.nii.gz")
+    touch(tmp_path, "one/case_0000.nii.gz", "one/case_0001.nii.gz", "one/case_0002.nii.gz")
+    cases, left_out = cases_of([tmp_path / "two"], 1)
+    assert [case.id for case in cases] == ["p", "q"]
+    assert {Path(path).name for path in left_out} == {"p_0001.nii.gz", "q_0001.nii.gz"}
+    assert len(cases_of([tmp_path / "one"], 1)[0]) == 3
+    assert names(tmp_path / "two" / "p_0001.nii.gz") == {"p_0001": ["p_0001.nii.gz"]}
+
+
 def test_nnunets_names(tmp_path: Path) -> None:
     """Channels are one volume where the model takes several; the name goes without the channel."""
     touch(tmp_path, "p_1_0000.nii.gz", "p_1_0001.nii.gz", "p_2_0001.nii.gz", "p_2_0000.nii.gz")
