@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ssl_ray.config.schema import Preparation
-from ssl_ray.data.nifti import Nifti
+from ssl_ray.data.nifti import Nifti, checked_affine
 from ssl_ray.data.normalise import CanonicalVolume, prepare
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import to_original_grid
@@ -37,7 +37,14 @@ class Scanner:
         along the axes of RAS.
         """
         channels, axes = self.preparation.channels, np.diag([*self.preparation.spacing, 1.0])
-        affine = np.array((params or {}).get("affine", axes), float).reshape(4, 4)
+        affine = np.array((params or {}).get("affine", axes), float)
+        if affine.size != 16 or (affine.reshape(4, 4)[3] != [0, 0, 0, 1]).any():
+            rule = "affine must be the sixteen numbers of a matrix row by row, of which the last are 0, 0, 0, 1"
+            raise UserError(f"{rule}, got {affine.tolist()}")
+        try:
+            affine = checked_affine(affine.reshape(4, 4))
+        except ValueError as error:
+            raise UserError(str(error)) from error
         shape = ("X", "Y", "Z") if channels == 1 else (channels, "X", "Y", "Z")
         if scan.ndim != len(shape) or scan.shape[:-3] != shape[:-3] or not np.isfinite(scan).all():
             raise UserError(f"a scan must have shape ({', '.join(map(str, shape))}) and be finite, got {scan.shape}")

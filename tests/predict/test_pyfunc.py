@@ -72,6 +72,24 @@ def test_what_is_no_scan_is_refused(model_file: Path, scan: np.ndarray) -> None:
         _load_pyfunc(str(model_file)).predict(scan)
 
 
+@pytest.mark.parametrize(
+    ("affine", "rule"),
+    [
+        (np.zeros(16), "sixteen numbers"),
+        (np.eye(4)[:3].ravel(), "sixteen numbers"),
+        (OBLIQUE.T.ravel(), "row by row"),
+        (np.full(16, np.nan), "row by row"),
+        (np.diag([0, 1, 1, 1.0]).ravel(), "must be finite"),
+        (np.where(OBLIQUE == 90, np.nan, OBLIQUE).ravel(), "must be finite"),
+        (np.diag([1e-4, 1e-4, 1e-4, 1]).ravel(), "voxel sides"),
+    ],
+)
+def test_what_is_no_affine_is_refused(model_file: Path, affine: np.ndarray, rule: str) -> None:
+    """As that of a file is, and with the order of its numbers."""
+    with pytest.raises(UserError, match=rule):
+        _load_pyfunc(str(model_file)).predict(scan_of(OBLIQUE), {"affine": affine.tolist()})
+
+
 def test_an_encoder_gives_the_mean_of_its_tokens(tmp_path: Path) -> None:
     """One vector a scan, as `ssl-ray embed` has it for the file."""
     torch.manual_seed(0)
