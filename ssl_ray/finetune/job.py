@@ -49,7 +49,7 @@ class TrialJob:
     made_by: id of the MLflow run that made them, where it is known.
     permuted: whether to shuffle them within each tensor, as a control.
     lineage: which study and cell it is, for the metadata of the model.
-    arms: folders of the cells that this one may be compared with; its own may be among them.
+    settled: folder of the precision that all cells compute in with which this one may be compared; None: its own.
     """
 
     config: Finetune
@@ -62,7 +62,7 @@ class TrialJob:
     key: str
     made_by: str | None = None
     permuted: bool = False
-    arms: tuple[Path, ...] = ()
+    settled: Path | None = None
     lineage: Mapping[str, str | int | float | None] = field(default_factory=dict)
 
     @property

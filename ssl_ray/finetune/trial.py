@@ -16,7 +16,6 @@ from ssl_ray.data.nifti import read_label
 from ssl_ray.data.normalise import VERSION
 from ssl_ray.data.patch import open_array
 from ssl_ray.data.store import Volume
-from ssl_ray.errors import UserError
 from ssl_ray.evaluate.metrics import evaluate, evaluate_canonical
 from ssl_ray.evaluate.planes import FILE, Planes, cut, to_npz
 from ssl_ray.evaluate.scores import DICE_FOREGROUND, CaseScores, aggregate
@@ -31,7 +30,7 @@ from ssl_ray.training.checkpoint import load_latest, save_latest, snapshot
 from ssl_ray.training.meters import PREFIX, RATE, WAIT, WORKER_MEMORY, arithmetic_rate, device_name, peak_memory
 from ssl_ray.training.nonfinite import Fault, FiniteSum, Watch, keep
 from ssl_ray.training.optimizer import learning_rate
-from ssl_ray.training.precision import named, settle, settled
+from ssl_ray.training.precision import named, settle
 from ssl_ray.training.prefetch import ahead
 
 
@@ -43,10 +42,11 @@ class Trial:
     """
 
     def __init__(self, job: TrialJob, device: torch.device) -> None:
-        """A UserError where pretrained weights do not match the network, or the other arm has another precision."""
+        """A UserError where pretrained weights do not match the network."""
         self.job = job
         here = named(precision_of(job.config, job.network, device))
-        self.config = job.config.model_copy(update={"precision": _settle(job, here)})
+        precision = settle(job.config.precision, here, job.settled or job.folder, job.mirror)
+        self.config = job.config.model_copy(update={"precision": precision})
         self.learner = SegmentationLearner(self.config, job.network, device, job.seed, job.weights, job.permuted)
         self.sampler = PatchSampler(job.data.training, job.data.store, job.config, job.seed)
         shapes = self.config.patch_size, self.config.preparation.channels, self.config.cohort.classes
@@ -266,17 +266,3 @@ class Trial:
         self.best, self.best_step, self.best_weights = (state[n] for n in ("best", "best_step", "best_weights"))
         self.watch.row, self.records = state["row"], (state["records"], [])
         return int(state["step"])
-
-
-def _settle(job: TrialJob, here: str) -> str:
-    """The precision of a trial, which is that of the trials it may be compared with, on whatever machine."""
-    setting, mirror = job.config.precision, job.mirror
-    arms = {arm: known for arm in job.arms if (known := settled(setting, arm, mirror))}
-    mine = settled(setting, job.folder, mirror) or next(iter(arms.values()), here)
-    for arm, other in arms.items():
-        if other != mine:
-            raise UserError(
-                f"finetune.precision: auto is {mine} for {job.folder.name}, but {other} for {arm.name}, which it may "
-                "be compared with: train both on one kind of machine, or name the precision"
-            )
-    return settle(setting, mine, job.folder, mirror)

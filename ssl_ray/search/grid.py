@@ -1,7 +1,6 @@
 """Ray Tune over the cells of the fine-tuning grid: labelled volumes x initialisation x learning rate x run (x fold)."""
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -133,12 +132,10 @@ def trial_jobs(
             key=cell_key,
             made_by=start.run_id if start else None,
             permuted=cell.init == "permuted",
+            settled=folders.study / "finetune-precision" / f"{cell.size}-{cell.run}",
             lineage=cell.lineage | {"study": folders.name, "pretraining": start.key if start else None},
         )
-    compared: dict[tuple[int, int], list[Path]] = defaultdict(list)
-    for cell, job in jobs.items():
-        compared[cell.size, cell.run].append(job.folder)
-    return grid_key, {cell: replace(job, arms=tuple(compared[cell.size, cell.run])) for cell, job in jobs.items()}
+    return grid_key, jobs
 
 
 def _told(held_out: Sequence[Sequence[Volume]]) -> list[list[tuple[str, str]]]:

@@ -76,10 +76,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def write_file(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file, in place of the one before, and wait until it is on the disk; missing folders are made."""
+def write_file(path: Path, *parts: bytes | memoryview, replace: bool = True) -> None:
+    """Write a file, in place of the one before, and wait until it is on the disk; missing folders are made.
+
+    Without `replace`, the one before stays, and is what there is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as part, part.open("wb") as file:
+    with appearing(path, replace) as part, part.open("wb") as file:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())

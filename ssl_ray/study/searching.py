@@ -7,7 +7,7 @@ a place that a trial leaves is taken by the next cell that needs nothing made.
 import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -94,7 +94,9 @@ class Rounds:
             name = f"pretrain-{key[:6]}"
             start = [pretrain(recipe, *volumes, self.folders, self.tracker, params, dump(own), name, there.probed)]
         labelled = own.seed, there.splits, there.labelled
-        return next(iter(trial_jobs(own.finetune, own.network, *labelled, start, self.folders)[1].values()))
+        jobs = trial_jobs(own.finetune, own.network, *labelled, start, self.folders)[1]
+        # Other cells have settings of their own, and are no arms of a comparison with it.
+        return replace(next(iter(jobs.values())), settled=None)
 
 
 def _preparations(study: Study) -> Any:

@@ -32,19 +32,24 @@ def named(dtype: torch.dtype) -> str:
 
 
 def settled(setting: Precision, folder: Path, mirror: Mirror) -> str | None:
-    """The type that the training in a folder computes in, on whatever machine; None before it has begun."""
+    """The type that trainings compute in for which a folder stands, on whatever machine; None before one has begun."""
     if setting != "auto":
         return setting
     return (folder / _FILE).read_text() if mirror.pull(folder / _FILE) else None
 
 
 def settle(setting: Precision, here: str, folder: Path, mirror: Mirror) -> str:
-    """The same once it begins: what `auto` comes to `here`, where the first step is taken, is written down."""
+    """The same once one begins: what `auto` comes to `here`, where the first step is taken, is written down.
+
+    Of several that begin at once, all get what the first of them wrote; in an object store, where the last writer wins,
+    all that look after it.
+    """
     known = settled(setting, folder, mirror)
     if known is None:
-        known = here
-        write_file(folder / _FILE, known.encode())
+        write_file(folder / _FILE, here.encode(), replace=False)
         mirror.push(folder / _FILE)
+        known = settled(setting, folder, mirror)
+        assert known
     return known
 
 

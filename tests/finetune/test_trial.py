@@ -29,7 +29,6 @@ from ssl_ray.data.datalist import Case
 from ssl_ray.data.patch import open_array
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
-from ssl_ray.errors import UserError
 from ssl_ray.evaluate.planes import cut as cut_planes
 from ssl_ray.evaluate.planes import from_npz
 from ssl_ray.evaluate.scores import CaseScores
@@ -38,6 +37,7 @@ from ssl_ray.finetune.trial import Trial
 from ssl_ray.networks.flops import network_cost
 from ssl_ray.networks.registry import build_autoencoder, build_segmentation
 from ssl_ray.networks.weight_files import describe, export
+from ssl_ray.storage.files import write_file
 from ssl_ray.storage.mirror import Mirror
 
 CPU = torch.device("cpu")
@@ -599,13 +599,12 @@ def test_a_trial_keeps_the_precision_it_was_begun_in(
 def test_arms_compute_in_one_precision(
     study: Study, data: TrialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On whatever machine, as their difference would not be that of the weights they start from; two that were begun
-    apart, each in its own, are refused."""
-    study = changed(study, precision="auto")
-    make(study, data, tmp_path / "random")
-    arm = replace(job(study, data, tmp_path / "pretrained"), arms=(tmp_path / "random",))
+    """On whatever machine, as their difference would not be that of the weights they start from; also where both begin
+    at once, and the one that has looked in vain finds what the other has written meanwhile."""
+    study, both = changed(study, precision="auto"), tmp_path / "both"
+    arms = [replace(job(study, data, tmp_path / name), settled=both) for name in ("random", "pretrained")]
     monkeypatch.setattr("ssl_ray.finetune.trial.precision_of", lambda *_: torch.bfloat16)
-    assert Trial(arm, CPU).config.precision == "float32"
-    (tmp_path / "pretrained" / "precision.txt").write_text("bfloat16")
-    with pytest.raises(UserError, match="auto is bfloat16 for pretrained, but float32 for random"):
-        Trial(arm, CPU)
+    with on_open(f"{both}/.*.part", lambda _: write_file(both / "precision.txt", b"float32")):
+        assert Trial(arms[0], CPU).config.precision == "float32"
+    assert Trial(arms[1], CPU).config.precision == "float32"
+    assert make(study, data, tmp_path / "alone").config.precision == "bfloat16"

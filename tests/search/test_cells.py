@@ -105,7 +105,10 @@ def test_the_grid_is_every_combination_in_every_run() -> None:
 
 
 def test_the_arms_of_a_pair_share_seed_and_draw() -> None:
-    """Runs differ in both; only the pretrained arm has weights, with one pretraining or with one for each run."""
+    """Runs differ in both; only the pretrained arm has weights, with one pretraining or with one for each run.
+
+    And the arms share what settles their precision.
+    """
     for weights in (1, 3):
         made = jobs({"cohort": {"splits": None, "pool": "p", "sizes": [2, 4]}, "runs": 3}, pool(POOL), weights)[1]
         pairs: dict[tuple[int, float, int], list[TrialJob]] = {}
@@ -116,6 +119,8 @@ def test_the_arms_of_a_pair_share_seed_and_draw() -> None:
         assert len(pairs) == 6
         for random, pretrained in pairs.values():
             assert (random.seed, random.data.training) == (pretrained.seed, pretrained.data.training)
+            assert random.settled == pretrained.settled != random.folder
+        assert len({job.settled for job in made.values()}) == 6
         assert len({job.seed for job in made.values()}) == 3
         assert len({tuple(one.id for one in job.data.training) for cell, job in made.items() if cell.size == 4}) == 3
 
@@ -213,7 +218,7 @@ def test_a_run_in_folds_is_a_cell_for_each() -> None:
         assert (random.seed, random.data) == (pretrained.seed, pretrained.data)
     for size, run in itertools.product((2, 4), (0, 1)):
         folds = [by_fold[size, run, fold][0] for fold in range(4)]
-        assert len({job.seed for job in folds}) == 1
+        assert len({job.seed for job in folds}) == len({job.settled for job in folds}) == 1
         assert sorted(one.id for job in folds for one in job.data.test) == sorted(one.id for one in POOL)
     unfolded = {**FOLDED, "cohort": {**FOLDED["cohort"], "folds": None}}
     assert {replace(cell, fold=None) for cell in made} == set(jobs(unfolded, pool(POOL))[1])
