@@ -53,19 +53,19 @@ def train_loop(job: Job, beginning: Beginning) -> None:
         lr = learning_rate(config.optimizer, batch.step, table.steps)
         loss, norm = learner.step(batch.images, batch.indices, lr)
         done, last = batch.step + 1, batch.step + 1 == table.steps
+        validate = done in validations
+        save = last or (config.checkpoint_every is not None and done % config.checkpoint_every == 0)
+        due = save or validate or done % config.log_every == 0
 
         # All ranks see the same faults, as the gradient norm is that of all of them. The driver raises for a fatal one:
-        # an error here would have Ray start again, into the same fault.
-        for fault in (watch.look(batch.step, loss, norm), watch.last() if last else None):
+        # an error here would have Ray start again, into the same fault. A checkpoint has counted its own step, too.
+        for fault in (watch.look(batch.step, loss, norm), watch.last() if due else None):
             if fault:
                 reporter.fault(_keep_fault(learner, fault, rank, world), fault.fatal)
                 if fault.fatal:
                     return
         totals.add(loss, len(batch.indices), batch.waited)
-
-        validate = done in validations
-        save = last or (config.checkpoint_every is not None and done % config.checkpoint_every == 0)
-        if not (save or validate or done % config.log_every == 0):
+        if not due:
             continue
         record: dict[str, Any] = {"step": done, "epoch": table.epoch(done), "lr": lr, "grad_norm": float(norm)}
         overdue = time.monotonic() - saved >= 60 * config.checkpoint_minutes
@@ -105,7 +105,7 @@ def _keep_fault(learner: PretrainingLearner, fault: Fault, rank: int, world: int
     tensors = {"images": torch.from_numpy(images), "indices": torch.tensor(indices)}
     if rank == 0:
         tensors |= {f"model.{name}": value for name, value in model.items()}
-    # On a GPU it is the step before the one that was done last, with its own learning rate.
+    # On a GPU it may be the step before the one that was done last, with its own learning rate.
     lr = learning_rate(config.optimizer, fault.step, feed.table.steps)
     facts = {"lr": lr, "world": world, "rank": rank, "samples": places, "seed": job.recipe.seed}
     facts |= {"precision": str(learner.dtype)}

@@ -1,4 +1,4 @@
-"""Records of a pretraining on their way from rank 0 to the run's journal."""
+"""What rank 0 of a pretraining tells: records on their way to the run's journal, and faults before its checkpoints."""
 
 import json
 from collections.abc import Callable
@@ -7,13 +7,22 @@ from threading import Condition
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from ray.exceptions import ActorDiedError
+from tiny_learner import BATCH, CPU, images_of, make
+from torch import Tensor
 
 from ssl_ray.console import Bar
+from ssl_ray.pretrain import worker
+from ssl_ray.pretrain.begin import Beginning
 from ssl_ray.pretrain.collector import Collector
+from ssl_ray.pretrain.learner import PretrainingLearner
+from ssl_ray.pretrain.stream import Batch
 from ssl_ray.storage.mirror import Mirror
 from ssl_ray.tracking.run import Run
+from ssl_ray.training.nonfinite import Fault, Watch
 
 SPEED = {"system/patches_per_second": 5.0, "system/data_wait_percentage": 0.0}
 
@@ -85,3 +94,38 @@ def test_the_bar_does_not_go_back_to_what_the_file_repeats(tmp_path: Path, monke
     run = collect(tmp_path / "again", *live, raising(ActorDiedError()), lines=lines)
     assert run.logged("loss") == {1, 2, 3, 4}
     assert shown == [1, 2, 3, 4, 0, 1, 2, 1, 2, 3]
+
+
+class LateWatch(Watch):
+    """As on a GPU: a step is looked at while the next one runs."""
+
+    def look(self, step: int, loss: Tensor, norm: Tensor) -> Fault | None:
+        before = self.last()
+        self._pending = step, torch.stack([loss, norm]), SimpleNamespace(synchronize=lambda: None)
+        return before
+
+
+@pytest.mark.parametrize("watch", [Watch, LateWatch])
+def test_a_checkpoint_has_counted_its_own_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, watch: type[Watch]
+) -> None:
+    """The fault of a step is told before the checkpoint that a restart would go on from, and counts in its row."""
+    made, told, nan = make(tmp_path, checkpoint_every=1, log_every=1), list[Any](), torch.tensor(float("nan"))
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    saver = SimpleNamespace(save=lambda state: told.append(state["row_not_finite"]), wait=lambda: None)
+    reporter = SimpleNamespace(start=lambda *_: None, record=lambda _: None, fault=lambda text, _: told.append(text))
+    monkeypatch.setattr(worker.train, "get_context", lambda: context)
+    fakes = {
+        "get_device": lambda: CPU,
+        "Watch": watch,
+        "Saver": lambda *_, **__: saver,
+        "_Reporter": lambda *_: reporter,
+        "_keep_fault": lambda _, fault, *__: f"step {fault.step}",
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(worker, name, fake)
+    monkeypatch.setattr(PretrainingLearner, "step", lambda *_: (nan, nan))
+    monkeypatch.setattr(PretrainingLearner, "validate", lambda *_: {})
+    stream = (Batch(step, images_of(made, step), np.arange(BATCH), 0.0) for step in range(2))
+    worker.train_loop(made.job, Beginning(0, {}, stream))
+    assert told == ["step 0", 1, "step 1", 2]
