@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ssl_ray.data.normalise import VERSION
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import sided
 from ssl_ray.evaluate.sliding_window import Weighting, Window, predict
@@ -43,6 +44,10 @@ def manner_of(
     weighting: Weighting = "gaussian" if gaussian else scored.weighting
     chosen = Manner(scored.overlap if overlap is None else overlap, weighting, scored.batch)
     notes = []
+    if told.preparation_version != VERSION:
+        notes.append(
+            f"scans are prepared by version {VERSION} of the preparation, scored by {told.preparation_version}"
+        )
     if chosen.weighting != scored.weighting:
         notes.append(f"windows are weighted {chosen.weighting}, scored {scored.weighting}")
     if chosen.overlap != scored.overlap:

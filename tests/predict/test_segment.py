@@ -86,6 +86,7 @@ def test_a_model_is_used_as_it_was_scored_unless_told_otherwise() -> None:
     manner, notes = manner_of(told, gaussian=True, overlap=0.5)
     assert manner == Manner(0.5, "gaussian", 4)
     assert notes == ["windows are weighted gaussian, scored constant", "windows overlap by 0.5, scored by 0.25"]
+    assert "preparation, scored by 1" in manner_of(metadata(preparation_version=1))[1][0]
 
 
 def test_left_and_right_are_not_exchanged() -> None:
