@@ -46,7 +46,7 @@ def manner_of(
     notes = []
     if told.preparation_version != VERSION:
         notes.append(
-            f"scans are prepared by version {VERSION} of the preparation, scored by {told.preparation_version}"
+            f"prepared by version {VERSION} of the preparation, scored by {told.preparation_version}"
         )
     if chosen.weighting != scored.weighting:
         notes.append(f"windows are weighted {chosen.weighting}, scored {scored.weighting}")
