@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ssl_ray.console import say
 from ssl_ray.errors import UserError
 from ssl_ray.storage.folders import Folders
 
@@ -36,6 +37,12 @@ def only_one(folders: Folders) -> Iterator[None]:
                     who = file.read().strip()
                     raise UserError(f"{folders.study}: another process works on this study: {who}") from error
                 time.sleep(0.2)  # `holder` may have looked just now
+            except OSError as error:  # e.g. Lustre that was mounted without `flock`
+                say(
+                    f"WARNING: {path}: cannot be locked here ({error.strerror}): nothing keeps a second process off "
+                    "this study, so start none"
+                )
+                break
         file.truncate(0)
         file.write(f"{socket.gethostname()}, process {os.getpid()}")
         file.flush()
@@ -49,6 +56,8 @@ def holder(folders: Folders) -> tuple[str, float] | None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return file.read().strip(), os.fstat(file.fileno()).st_mtime
+        except OSError:  # nothing can be locked here
+            return None
     return None
 
 

@@ -1,5 +1,6 @@
 """One process at a time works on a study, and another one can ask which."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -21,6 +22,22 @@ def test_the_second_on_a_study_is_refused_with_the_name_of_the_first(tmp_path: P
         pass
     with only_one(folders):
         pass
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a Lustre that was mounted without them: work goes on, and whoever asks is told of nobody."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    folders = Folders.of("a", str(tmp_path))
+    with only_one(folders):
+        assert holder(folders) is None
+    out = capsys.readouterr()
+    assert f"WARNING: {tmp_path / '.a.lock'}: cannot be locked here (Function not implemented)" in out.out + out.err
 
 
 def test_whoever_asks_is_told_and_does_not_disturb(tmp_path: Path) -> None:
