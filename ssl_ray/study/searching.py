@@ -22,7 +22,7 @@ from ssl_ray.config.search import resolved
 from ssl_ray.console import Bar, say
 from ssl_ray.errors import UserError
 from ssl_ray.finetune.job import TrialJob
-from ssl_ray.pretrain.driver import Pretrained, pretrain, pretraining_key
+from ssl_ray.pretrain.driver import Pretrained, known_pretraining, pretrain
 from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import JOURNAL, Cell
 from ssl_ray.search.grid import trial_jobs, tune_cells
@@ -87,11 +87,11 @@ class Rounds:
         start = self.given
         if own.pretrains:
             recipe, volumes = recipe_of(own), (there.training, there.validation)
-            key = pretraining_key(recipe, *volumes)  # others may share it
-            if not make and not self.tracker.finished("pretraining", key):
+            known = known_pretraining(recipe, *volumes, self.folders, self.tracker)  # others may share it
+            if not make and not (known.run_id and self.folders.output.kept(known.weights).list()):
                 return None
             params = run_params(own, "pretrain") | {"seed": str(recipe.seed), "run": "0"}
-            name = f"pretrain-{key[:6]}"
+            name = f"pretrain-{known.key[:6]}"
             start = [pretrain(recipe, *volumes, self.folders, self.tracker, params, dump(own), name, there.probed)]
         labelled = own.seed, there.splits, there.labelled
         jobs = trial_jobs(own.finetune, own.network, *labelled, start, self.folders)[1]

@@ -10,6 +10,7 @@ from studies import small_study
 
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
+from ssl_ray.pretrain.driver import Pretrained
 from ssl_ray.search.cells import JOURNAL, Cell
 from ssl_ray.search.proposals import Proposals
 from ssl_ray.storage.mirror import Mirror
@@ -104,6 +105,23 @@ def test_what_fails_otherwise_is_tried_again_by_the_next_command(tmp_path: Path,
     again = rounds_of(tmp_path)
     assert [cell for cells in train(again) for cell in cells] == left
     assert again.proposals.counts() == {"finished": 9}
+
+
+def test_a_round_makes_no_weights_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials hold the CPUs that a pretraining would wait for, so that it comes before the next round."""
+    weights = tmp_path / "best.safetensors"
+    monkeypatch.setattr(searching, "known_pretraining", lambda *_: Pretrained(weights, "key", "finished"))
+    monkeypatch.setattr(searching, "pretrain", lambda *_: pytest.fail("a pretraining begins"))
+    monkeypatch.setattr(searching, "trial_jobs", lambda *_: ("grid", {"cell": "a job"}))
+    rounds: Any = rounds_of(tmp_path)
+    there = SimpleNamespace(training=(), validation=(), probed=None, splits=None, labelled={})
+    rounds._volumes = {searching._preparations(rounds.study): there}
+    rounds.folders = SimpleNamespace(output=Mirror(tmp_path))
+    own = rounds.study.model_copy(update={"search": None})
+    assert Rounds._job(rounds, own, make=False) is None
+    weights.touch()
+    with pytest.raises(pytest.fail.Exception, match="a pretraining begins"):  # which finds that it is done
+        Rounds._job(rounds, own, make=False)
 
 
 def test_settings_that_do_not_go_together_end_their_cell(tmp_path: Path) -> None:
