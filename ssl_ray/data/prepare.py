@@ -23,7 +23,8 @@ from ssl_ray.data.nifti import Nifti, content_digest, on_image_grid, read_label,
 from ssl_ray.data.normalise import VERSION, prepare
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
-from ssl_ray.storage.files import UNIQUE, read_file, remove_stale, write_file
+from ssl_ray.storage.files import UNIQUE, read_file, remove_stale
+from ssl_ray.storage.object_store import Place
 
 _STALE_SECONDS = 24 * 3600
 _LOOKED_UP, _AT_ONCE = 2000, 32
@@ -95,7 +96,8 @@ def known_volume(case: Case, preparation: Preparation, store: Store) -> Volume |
     A store that cannot be read is an OSError, as there.
     """
     try:
-        digests = {name: _remembered(file, file.stat(), store).read_text() for name, file in _files(case).items()}
+        known = {name: _remembered(file, file.stat(), store) for name, file in _files(case).items()}
+        digests = {name: place.read_bytes().decode() for name, place in known.items()}
     except OSError:  # the source was never read, or cannot be now, which `prepare_case` tells
         return None
     found = store.get(_key(preparation, digests))
@@ -212,14 +214,14 @@ def _read_source(file: Path, store: Store) -> tuple[str, bytes]:
     digest = hashlib.sha256(content).hexdigest()
     if time.time_ns() - status.st_mtime_ns >= _SETTLED_NS:
         with suppress(OSError):  # without it, the next run reads the source again
-            write_file(_remembered(file, status, store), digest.encode())
+            _remembered(file, status, store).write_bytes(digest.encode())
     return digest, content
 
 
-def _remembered(file: Path, status: os.stat_result, store: Store) -> Path:
+def _remembered(file: Path, status: os.stat_result, store: Store) -> Place:
     """Where the store has the digest of a source of this path, size and time of modification, if it was read once."""
     stamp = os.fsencode(f"{file} {status.st_size} {status.st_mtime_ns}")
-    return store.folder / "sources" / hashlib.sha256(stamp).hexdigest()
+    return store.mirror.kept(store.folder / "sources" / hashlib.sha256(stamp).hexdigest())
 
 
 def _key(preparation: Preparation, digests: Mapping[str, str]) -> str:

@@ -45,9 +45,7 @@ def manner_of(
     chosen = Manner(scored.overlap if overlap is None else overlap, weighting, scored.batch)
     notes = []
     if told.preparation_version != VERSION:
-        notes.append(
-            f"prepared by version {VERSION} of the preparation, scored by {told.preparation_version}"
-        )
+        notes.append(f"prepared by version {VERSION} of the preparation, scored by {told.preparation_version}")
     if chosen.weighting != scored.weighting:
         notes.append(f"windows are weighted {chosen.weighting}, scored {scored.weighting}")
     if chosen.overlap != scored.overlap:

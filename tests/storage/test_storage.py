@@ -21,7 +21,7 @@ from volumes import PREPARATION, make_case, small_disk
 from ssl_ray.data.nifti import read_label, read_nifti
 from ssl_ray.data.normalise import prepare
 from ssl_ray.data.patch import open_array, read_patch
-from ssl_ray.data.prepare import prepare_case, prepare_cohort
+from ssl_ray.data.prepare import known_volume, prepare_case, prepare_cohort
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.errors import UserError
 from ssl_ray.storage import object_store as storage
@@ -332,7 +332,7 @@ def test_a_cohort_in_an_object_store_is_the_same_as_in_a_folder(
     volumes, bad, fresh = prepare_cohort(cases, PREPARATION, far)
     assert (volumes, bad, fresh) == (expected, [], 3)
     assert prepare_cohort(cases, PREPARATION, far, verify=True) == (volumes, [], 0)
-    stored = Place.parse(uri).list()
+    stored = arrays_in(uri)
     assert sorted(stored) == sorted(path.relative_to(near.folder).as_posix() for path in near.folder.glob("*/*/*"))
     assert not list((tmp_path / "scratch").rglob("*.npy")), "the mirror has only what was read"
     for volume in volumes.values():
@@ -350,6 +350,20 @@ def test_a_cohort_in_an_object_store_is_the_same_as_in_a_folder(
     open_array.cache_clear()
     for volume in volumes.values():
         files_of(far, volume)
+
+
+def arrays_in(uri: str) -> list[str]:
+    """Files of a store, without what it remembers of sources that were not written a moment ago."""
+    return [name for name in Place.parse(uri).list() if not name.startswith("sources/")]
+
+
+def test_sources_that_one_machine_has_read_are_known_to_all(uri: str, tmp_path: Path) -> None:
+    """By the store itself: a machine's own disk is not asked what was read where the volume was prepared."""
+    case = make_case(tmp_path)
+    for path in filter(None, (case.image, case.label)):
+        os.utime(path, (1e9, 1e9))
+    volume, _ = prepare_case(case, PREPARATION, Store(uri, tmp_path / "one"))
+    assert known_volume(case, PREPARATION, Store(uri, tmp_path / "another")) == volume
 
 
 def test_a_uri_alone_opens_arrays(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,11 +400,11 @@ def test_an_upload_that_was_killed_is_invisible_and_healed(uri: str, tmp_path: P
     process.start()
     process.join()
     assert process.exitcode == 9
-    assert len(Place.parse(uri).list()) == survive
+    assert len(arrays_in(uri)) == survive
     assert store.get(expected.key) is None
     assert prepare_case(case, PREPARATION, store) == (expected, True)
     assert store.get(expected.key, verify=True) == expected
-    assert len(Place.parse(uri).list()) == 4
+    assert len(arrays_in(uri)) == 4
 
 
 def test_processes_fill_the_mirror_at_once(uri: str, tmp_path: Path) -> None:
