@@ -12,9 +12,11 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --gpus-per-node=4
 #SBATCH --time=24:00:00
-# One Ray a machine, and no other job there: at its end, `ray symmetric-run` stops all Ray that it finds.
+# One Ray a machine, and no other job there: at its end, `ray symmetric-run` stops all Ray that it finds. --exclusive
+# gives all CPUs, but only the memory that is asked for: 0 means all of it.
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --requeue
 #SBATCH --job-name=ssl-ray
 #SBATCH --output=ssl-ray-%j.log
