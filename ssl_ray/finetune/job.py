@@ -17,6 +17,7 @@ from pathlib import Path
 from ssl_ray.config.schema import Finetune, Network
 from ssl_ray.data.store import Store, Volume
 from ssl_ray.storage.mirror import Mirror
+from ssl_ray.storage.object_store import Place
 
 EVALUATION = "evaluation.json"
 Record = tuple[int, dict[str, float]]
@@ -69,6 +70,12 @@ class TrialJob:
     def checkpoints(self) -> Path:
         """Folder of the training states, by step."""
         return self.folder / "checkpoints"
+
+    def clear_copies(self) -> None:
+        """Delete this machine's copies of the training states that are kept elsewhere: nobody else reaches its disk."""
+        if self.mirror.origin:
+            with suppress(OSError):
+                Place(str(self.checkpoints)).remove()
 
     def clear(self) -> None:
         """Delete what a finished trial no longer needs."""

@@ -217,6 +217,7 @@ def tune_cells(
                 tune.report({"step": step, "metrics": metrics, **trial.facts})
             found = trial.evaluate()
             digest = file_digest(job.folder / MODEL_FILE)
+            job.clear_copies()
             tune.report({"step": job.config.steps, "metrics": found, "digest": digest})
         except FloatingPointError as error:  # the same; anything else, such as a disk that is away, may pass
             tune.report({"failure": str(error), "nonfinite": True})

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,15 @@ from studies import small_study
 from ssl_ray.data.splits import Splits
 from ssl_ray.data.store import Store
 from ssl_ray.finetune import trial
+from ssl_ray.networks.model_file import MODEL_FILE
 from ssl_ray.search import grid
 from ssl_ray.search.callbacks import TrialCallback
 from ssl_ray.search.cells import CELLS, JOURNAL, Cell
 from ssl_ray.search.proposals import Proposals
+from ssl_ray.storage.files import write_file
 from ssl_ray.storage.folders import Folders
 from ssl_ray.storage.mirror import Mirror
+from ssl_ray.storage.object_store import Place
 
 
 class Away:
@@ -46,6 +50,36 @@ def test_cells_of_a_wider_grid_stay_known_while_mlflow_is_away(tmp_path: Path) -
     for some in (jobs, dict(list(jobs.items())[:1])):
         grid._open("grid", some, folders, tracker, {}, "")  # type: ignore[arg-type]
         assert set(json.loads(tracker.texts[CELLS]).values()) == {"key0", "key1"}
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_trial_that_ends_leaves_no_copies_of_what_is_kept_elsewhere(
+    elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the disk of its node, which the driver does not reach; in a shared folder they stay until the driver knows."""
+    folders, given = Folders.of("x", str(tmp_path / "out")), dict[str, Any]()
+    config = small_study(finetune={"grid": {"init": ["random"]}}).finetune
+    monkeypatch.setattr(grid, "check_resources", lambda *_: None)
+    monkeypatch.setattr(tune, "Tuner", lambda trainable, **how: given.update(trainable=trainable) or mock.Mock())
+    reports: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", reports.append)
+    splits = Splits({2: ()}, (), (), ("organ",))
+    cell, job = next(iter(grid.trial_jobs(config, small_study().network, 0, splits, {}, [], folders)[1].items()))
+    mirror = Mirror(tmp_path / "out", Place(str(tmp_path / "kept")) if elsewhere else None)
+    job = replace(job, mirror=mirror)
+
+    def train() -> list[Any]:
+        write_file(job.checkpoints / "4" / "state.pt", b"state")
+        write_file(job.folder / MODEL_FILE, b"model")
+        mirror.push(job.checkpoints)
+        return []
+
+    monkeypatch.setattr(trial, "Trial", lambda *_: SimpleNamespace(train=train, evaluate=dict, facts={}))
+    grid.tune_cells(config, iter([(cell, job)]), 1, folders, "key", mock.MagicMock(TrialCallback))
+    given["trainable"]({"cell": cell, "job": job})
+    assert reports[-1]["digest"]
+    assert job.checkpoints.exists() is not elsewhere
+    assert mirror.kept(job.checkpoints).list() == {"4/state.pt": 5}
 
 
 @pytest.mark.parametrize("cache", ["s3://me:hunter@bucket/cache?region=here", "/here/cache"])
