@@ -14,6 +14,7 @@ from ssl_ray.networks.model_file import MODEL_FILE
 from ssl_ray.networks.weight_files import ENTRY, export, load_weights, read_entry
 from ssl_ray.predict.model import Model, find, read_model
 from ssl_ray.storage.files import appearing, read_file, write_file
+from ssl_ray.storage.object_store import Place
 
 Format = Literal["bundle", "onnx", "safetensors"]
 
@@ -31,6 +32,8 @@ _ENCODER_FILE = "best.safetensors"
 def export_model(place: str, form: Format, folder: Path, authors: str = "") -> list[Path]:
     """Write the model at a place (`predict.model.find`) into an empty folder -> the files that a user opens.
 
+    After an error the folder is empty, or not there, as before.
+
     Raises:
         UserError: where there is no such model, the folder holds something, or a package of the extra is missing.
     """
@@ -39,6 +42,16 @@ def export_model(place: str, form: Format, folder: Path, authors: str = "") -> l
         raise UserError(f"--format {form} needs {', '.join(missing)}: pip install 'ssl-ray[export]'")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: must be a new or an empty folder")
+    new = not folder.exists()
+    try:
+        return _write(place, form, folder, authors)
+    except BaseException:  # Ctrl-C, too
+        for path in [folder] if new else [*folder.iterdir()]:
+            Place(str(path)).remove()
+        raise
+
+
+def _write(place: str, form: Format, folder: Path, authors: str) -> list[Path]:
     if form == "safetensors":
         return _safetensors(place, folder)
     model = read_model(place)

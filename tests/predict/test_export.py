@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,13 @@ def our_labels(place: Path, images: list[Path], output: Path) -> Any:
     return nib.load(output / "case.nii.gz")
 
 
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
 def run_bundle(bundle: Path, scans: Path, output: Path) -> None:
     """By MONAI's own command, in a Python that cannot import our package."""
     blocked = output.parent / "blocked"
@@ -180,6 +188,38 @@ def test_the_card_says_what_is_known(tmp_path: Path) -> None:
     assert "selected the weights" not in card
     tables = [line for line in card.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in tables} == {3}
+
+
+@pytest.mark.parametrize("scores", [{}, {"validation": {"original_dice_foreground": 0.7}, "test": {}}])
+def test_a_model_without_test_scores_has_a_card(tmp_path: Path, scores: dict[str, dict[str, float]]) -> None:
+    """Which says what its scores are of, and that no other volume was looked at."""
+    facts = {"patch_size": PATCH, "preparation": CT, "organs": ORGANS, "scores": scores}
+    place = write_model(tmp_path / "cell", network=NETWORKS["dynunet"], **facts).path
+    export_model(str(place), "bundle", tmp_path / "bundle")
+    card = (tmp_path / "bundle" / "docs" / "README.md").read_text()
+    assert "**Any volume that had no part in it**" in card
+    assert ("the validation volumes above selected the weights" in card) == ("validation" in scores)
+    assert ("It was not scored." in card) == (not scores)
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("form", ["bundle", "safetensors"])
+def test_an_export_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: exporting.Format, there: bool
+) -> None:
+    """So that the same command may be given again; a folder that was there, empty, stays."""
+    encoder = tmp_path / "best.safetensors"
+    export(encoder, build_autoencoder(NETWORKS["unetr"], PATCH).state_dict(), {})
+    place, out = make_model(tmp_path / "cell", "dynunet") if form == "bundle" else encoder, tmp_path / "out"
+    if there:
+        out.mkdir()
+    with monkeypatch.context() as broken:
+        broken.setattr("ssl_ray.predict.bundle.model_card", raising(OSError("full")))
+        broken.setattr("ssl_ray.networks.weight_files.write_file", raising(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            export_model(str(place), form, out)
+    assert (list(out.iterdir()) == []) if there else not out.exists()
+    assert all(path.is_file() for path in export_model(str(place), form, out))
 
 
 @pytest.mark.slow
