@@ -1,4 +1,4 @@
-"""The lists of a study together: who is held out is trained on nowhere, and no two lists contradict each other."""
+"""The lists of a study together: who is scored is trained on nowhere, and no two lists contradict each other."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -32,12 +32,12 @@ def check_lists(training: Sequence[Case], validation: Sequence[Case], splits: Sp
     """Check all lists of a study together, by names alone; `training` and `validation` are the unlabelled volumes.
 
     A scan is known by its file, whatever links lead to it and whether it is compressed or not; a patient by the subject
-    in the lists. Labelled training patients may be among the unlabelled ones, their labels are what is asked about,
-    unless they are scored in some fold.
+    in the lists. Labelled training patients may be among the unlabelled ones, to train or to validate on, as their
+    labels are what is asked about, unless they are scored in some fold.
 
-    A UserError names lists, entries and both values, where a patient or scan is held out in one list and trained on in
-    another, two lists give an image different labels, patients or further channels, or a volume has more or fewer
-    images than `channels`.
+    A UserError names lists, entries and both values, where a patient or scan of the labelled validation or test is in
+    any other list, one is both trained and validated on without labels, two lists give an image different labels,
+    patients or further channels, or a volume has more or fewer images than `channels`.
     """
     labelled = [case for cases in splits.training.values() for case in cases]
     for case in (*training, *validation, *labelled, *splits.validation, *splits.test):

@@ -61,8 +61,11 @@ def refusal(root: Path, **changes: dict[str, Any]) -> str:
 
 
 def test_lists_that_agree_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A labelled training patient may be among the unlabelled ones; nested splits are nothing to speak of."""
+    """A labelled training patient may be among the unlabelled ones, in both parts of a study; nested splits are nothing
+    to speak of."""
     training, _, splits = read_cohorts(study_of(tmp_path))
+    labelled = {"training": [scan("a"), scan("b", "p1"), scan("c", "p7")]}
+    assert read_cohorts(study_of(tmp_path, free={"validation": [bare("u3", "p7")]}, three=labelled))
     assert [case.subject for case in training] == ["p1", "p2"]
     assert [case.subject for case in splits.training[3]] == ["", "p1", ""]
     assert not_nested(splits) is None
