@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import secrets
 import signal
 import threading
 from contextlib import nullcontext
@@ -21,10 +22,13 @@ from ssl_ray.cluster.worker import quiet, runtime_env
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.console import say
 from ssl_ray.errors import UserError
+from ssl_ray.storage.object_store import default_scratch
 from ssl_ray.text import count_of
 
 _SECONDS = 10.0
 """How long an address is tried, e.g. while a cluster starts."""
+_SOCKET, _LONGEST_SOCKET = "/ray/session_2026-01-31_12-00-00_123456_4194304/sockets/plasma_store", 103
+"""A socket of Ray's in a folder, and the bytes that the path of one may have on every system."""
 
 
 def connect(settings: LocalCluster) -> None:
@@ -57,6 +61,8 @@ def connect(settings: LocalCluster) -> None:
                 "include_dashboard": False,
             }
         try:
+            if named == "local":
+                _keep_from_other_users()
             with for_this_machine_alone() if named == "local" else nullcontext():
                 ray.init(runtime_env=runtime_env(), **options)
         except OSError as error:
@@ -65,6 +71,19 @@ def connect(settings: LocalCluster) -> None:
         # `ray job stop` sends SIGTERM, which is to end the study as Ctrl-C does. This comes after `ray.init`, because
         # Ray's own handler aborts the process.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _keep_from_other_users() -> None:
+    """Have nobody else on this machine look into the Ray that is started from now on, or run anything in it.
+
+    By itself, Ray writes its token, and voxels that do not fit into its memory, into files that everybody can read, in
+    a folder that everybody can change. Processes inherit this one's token, which no file has.
+    """
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    folder = default_scratch()
+    if "RAY_TMPDIR" not in os.environ and len(os.fsencode(f"{folder}{_SOCKET}")) <= _LONGEST_SOCKET:
+        os.environ["RAY_TMPDIR"] = str(folder)
 
 
 def _lead_to_this_package() -> None:

@@ -38,7 +38,9 @@ def default_scratch() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         there = folder.lstat()
         if there.st_uid != os.getuid() or not stat.S_ISDIR(there.st_mode):
-            raise UserError(f"{folder}: is a link or belongs to another user; name another folder in `scratch`")
+            raise UserError(
+                f"{folder}: is a link or belongs to another user; name another folder in `scratch`, or set TMPDIR"
+            )
         folder.chmod(0o700)
     return folder
 

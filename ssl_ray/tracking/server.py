@@ -36,7 +36,7 @@ def look(tracker: Tracker, artifacts: Path, port: int | None, browser: bool) -> 
         return
     with suppress(KeyboardInterrupt), serving(tracker.uri, artifacts, port) as (server, process):
         show(server)
-        say("Ctrl-C ends it")
+        say("Ctrl-C ends it. It has no password: whoever can log in to this machine can use it, too")
         process.wait()
         raise UserError(f"MLflow's server at {server} has ended")
 

@@ -197,10 +197,15 @@ def test_a_process_of_ray_begins_with_little() -> None:
 
 
 @pytest.mark.slow
-def test_a_ray_for_this_machine_is_reached_from_no_other() -> None:
-    """All of it listens on loopback, and no part asks for a port that another Ray may have."""
+def test_a_ray_for_this_machine_is_reached_by_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it listens on loopback, and no part asks for a port that another Ray may have.
+
+    No file has its token, and no other user on the machine gets at its files.
+    """
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
     code = (
-        "import psutil, ray\n"
+        "import os, pathlib, psutil, ray\n"
         "from ssl_ray.cluster.connect import connect; from ssl_ray.config.schema import LocalCluster\n"
         "connect(LocalCluster(cpus=1, object_store_gigabytes=0.1))\n"
         "@ray.remote\n"
@@ -212,14 +217,22 @@ def test_a_ray_for_this_machine_is_reached_from_no_other() -> None:
         "for one in [me, *me.children(recursive=True)]:\n"
         "    for port in one.net_connections():\n"
         "        if port.status == 'LISTEN': print(one.name(), port.laddr.ip)\n"
-        "print('agent', ray.nodes()[0]['DashboardAgentListenPort'])"
+        "print('agent', ray.nodes()[0]['DashboardAgentListenPort'])\n"
+        "session = pathlib.Path(ray._private.worker._global_node.get_session_dir_path())\n"
+        "token, folder = os.environ['RAY_AUTH_TOKEN'].encode(), session.parents[1]\n"
+        "files = [path for path in session.rglob('*') if path.is_file()]\n"
+        "words = [word for one in me.children(recursive=True) for word in one.cmdline()]\n"
+        "print(len(files) > 5, any(token in path.read_bytes() for path in files), token.decode() in ' '.join(words))\n"
+        "print(oct(folder.stat().st_mode & 0o777), folder.owner() == me.username(), 'session')\n"
     )
-    done = drive(code)
+    done = drive(code, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = [line.rsplit(" ", 1) for line in done.stdout.splitlines() if line.count(" ") == 1]
     assert {"raylet", "gcs_server", "ray::Worker", "agent"} <= {name for name, _ in found}
     assert {where.removeprefix("::ffff:") for name, where in found if name != "agent"} == {"127.0.0.1"}
     assert int(dict(found)["agent"]) not in (-1, 0, 52365)
+    assert "True False False\n0o700 True session\n" in done.stdout
+    assert not (tmp_path / ".ray").exists()
 
 
 @pytest.mark.slow

@@ -381,7 +381,7 @@ def test_nobody_else_gets_at_the_scratch(tmp_path: Path, monkeypatch: pytest.Mon
     (mine := tmp_path / "public").mkdir()
     scratch = tmp_path / f"ssl_ray-{os.getuid()}"
     scratch.symlink_to(mine)
-    with pytest.raises(UserError, match="is a link or belongs to another user; name another folder in `scratch`"):
+    with pytest.raises(UserError, match="is a link or belongs to another user; name another folder in `scratch`, or"):
         storage.default_scratch()
     scratch.unlink()
     scratch.mkdir(mode=0o755)
