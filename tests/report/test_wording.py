@@ -82,7 +82,7 @@ def test_one_size_is_not_corrected(tmp_path: Path) -> None:
     """There is one question."""
     study = make_study(tmp_path, sizes=[6], lr=[1e-4], runs=3)
     text = page(study, outcomes_of(study), tmp_path)
-    assert "**Clear**: p < 0.05. **No difference" in text
+    assert "**Clear**: p < 0.05, and the interval reaches beyond the margin. **No difference" in text
     assert "Holm" not in text
 
 

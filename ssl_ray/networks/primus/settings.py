@@ -13,7 +13,7 @@ class Primus(NetworkSettings):
     kind: Literal["primus"] = "primus"
     token: Literal[2, 4, 8, 16, 32] = Field(8, description="side of a token in voxels")
     hidden_size: PositiveInt = 792
-    layers: int = Field(12, ge=1, le=1000)
+    layers: int = Field(12, gt=0, le=1000)
     num_heads: PositiveInt = 12
 
     @property
