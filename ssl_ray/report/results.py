@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import yaml
 
-from ssl_ray.config.loading import dump
+from ssl_ray.config.loading import dump, read_yaml
 from ssl_ray.config.schema import Study
 from ssl_ray.errors import UserError
 from ssl_ray.evaluate.scores import organ_keys
@@ -173,7 +172,11 @@ def newest_parent(study: Study, tracker: Tracker, kind: str) -> tuple[MlflowRun,
 
 def _asked(config: str) -> dict[str, Any]:
     """An experiment's YAML without where its output lies, on which nothing depends."""
-    return {key: value for key, value in (yaml.safe_load(config) or {}).items() if key not in _PLACES}
+    return {
+        key: value
+        for key, value in (read_yaml(config, "experiment.yaml, as MLflow has it") or {}).items()
+        if key not in _PLACES
+    }
 
 
 def read_results(study: Study, tracker: Tracker) -> Results:
