@@ -99,12 +99,15 @@ def _lead_to_this_package() -> None:
 
 def check_address(named: str) -> None:
     """A UserError unless Ray answers at what RAY_ADDRESS names; `ray.init` alone takes 11 minutes to give up."""
+    if named.startswith("ray://"):
+        rule = "Ray's client drives no training; submit a job with `ray job submit`, or say host:port on a node"
+        raise UserError(f"RAY_ADDRESS: {named!r}: {rule}")
     address = (cluster_of_this_machine() or named) if named == "auto" else named
-    found = re.fullmatch(r"(?:ray://)?([^/\s]+:\d{1,5})", address)
+    found = re.fullmatch(r"([^/\s]+:\d{1,5})", address)
     if not found or not answers(found[1], _SECONDS):
         raise UserError(
-            f"RAY_ADDRESS: no Ray answers at {address!r}; must be host:port, ray://host:port, auto or local (without "
-            "it a Ray is started on this machine)"
+            f"RAY_ADDRESS: no Ray answers at {address!r}; must be host:port, auto or local (without it a Ray is "
+            "started on this machine)"
         )
 
 

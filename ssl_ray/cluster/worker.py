@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections import Counter
+from ipaddress import ip_address
 from typing import Any
 
 import ray
@@ -33,6 +34,20 @@ def set_up_worker() -> None:
     # Actors of Ray's own, such as Ray Train's cleaner of placement groups, look for their cluster on the machine. Where
     # there is another one, they end with a long traceback, or take a training for dead of which that knows nothing.
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    if network := _interface_of(ray.util.get_node_ip_address()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface that has a node's address; None for loopback, and where none has it.
+
+    By itself gloo tells other workers the address of this machine's name, which on Debian and Ubuntu is 127.0.1.1.
+    """
+    import psutil  # Ray brings it
+
+    found = psutil.net_if_addrs().items()
+    named = [name for name, known in found if address in {one.address.partition("%")[0] for one in known}]
+    return named[0] if named and not ip_address(address).is_loopback else None
 
 
 def quiet() -> None:

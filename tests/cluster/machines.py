@@ -77,9 +77,6 @@ def machines(folder: Path, *names: str) -> Iterator[tuple[Machine, list[Machine]
         pytest.skip("needs Linux namespaces: root, unshare and ip")
     _TMP.mkdir(exist_ok=True)
     addresses = {name: f"{NETWORK}.{number}" for number, name in enumerate(names, 1)}
-    hosts = folder / "hosts"
-    hosts.parent.mkdir(parents=True, exist_ok=True)
-    hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in addresses.items()))
     holders = []
     try:
         holders.append(subprocess.Popen(["unshare", "--net", "sleep", "infinity"]))
@@ -94,8 +91,10 @@ def machines(folder: Path, *names: str) -> Iterator[tuple[Machine, list[Machine]
         )
         made = []
         for name, address in addresses.items():
-            tmp = folder / name
-            tmp.mkdir()
+            tmp, hosts = folder / name, folder / f"{name}.hosts"
+            tmp.mkdir(parents=True)
+            others = [f"{known} {other}\n" for other, known in addresses.items() if other != name]
+            hosts.write_text("".join(["127.0.0.1 localhost\n", f"127.0.1.1 {name}\n", *others]))  # as Debian has it
             holders.append(subprocess.Popen(["unshare", *_ISOLATED, "--fork", "--mount-proc", "--kill-child", *_INIT]))
             holder = psutil.Process(holders[-1].pid)
             (init,) = wait_for(lambda holder=holder: [p for p in holder.children() if p.name() == "bash"], name, 10)

@@ -19,6 +19,7 @@ from ray._private.ray_logging import global_worker_stdstream_dispatcher as print
 from ray.dashboard import utils
 
 from ssl_ray.cluster import connect as module
+from ssl_ray.cluster import worker
 from ssl_ray.cluster.connect import check_address, connect
 from ssl_ray.cluster.private import leave_out_actors, leave_out_harmless_lines
 from ssl_ray.cluster.worker import set_up_worker
@@ -64,12 +65,11 @@ def drive(code: str, folder: Path | None = None, **environment: str) -> subproce
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_a_dead_address_is_named_at_once(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_address_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray itself would try for eleven minutes; it is not even asked."""
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked Ray"))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    address = f"{scheme}127.0.0.1:{closed_port()}"
+    address = f"127.0.0.1:{closed_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     begin = time.monotonic()
     with pytest.raises(UserError, match=rf"^RAY_ADDRESS: no Ray answers at '{address}'"):
@@ -92,17 +92,29 @@ def test_a_server_of_grpc_answers() -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     check_address(f"127.0.0.1:{port}")
-    check_address(f"ray://localhost:{port}")
     server.stop(None)
 
 
-@pytest.mark.parametrize("named", ["http://head:8265", "head", "head:port", "ray://", "host:123456"])
+@pytest.mark.parametrize("named", ["http://head:8265", "head", "head:port", "host:123456"])
 def test_what_is_no_address_is_told_the_form(named: str) -> None:
     """E.g. the address of the job server, which `ray job submit` takes."""
-    with pytest.raises(
-        UserError, match=rf"RAY_ADDRESS: .* at '{named}'; must be host:port, ray://host:port, auto or local"
-    ):
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS: .* at '{named}'; must be host:port, auto or local"):
         check_address(named)
+
+
+def test_an_address_of_rays_client_is_told_what_to_do_instead() -> None:
+    """`ray.init` would end with a TypeError, as a client sets up no worker processes."""
+    with pytest.raises(UserError, match=r"RAY_ADDRESS: 'ray://head:10001': .*`ray job submit`, or say host:port"):
+        check_address("ray://head:10001")
+
+
+def test_gloo_meets_other_workers_on_the_network_of_their_cluster() -> None:
+    """The interface of a node's address; loopback is left to gloo, and so is an address that no interface has."""
+    card = {"eth0": [SimpleNamespace(address="10.0.0.7")], "lo": [SimpleNamespace(address="127.0.0.1")]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psutil.net_if_addrs", lambda: card)
+        found = [worker._interface_of(address) for address in ("10.0.0.7", "127.0.0.1", "10.0.0.8")]
+    assert found == ["eth0", None, None]
 
 
 def test_auto_without_a_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
