@@ -12,6 +12,7 @@ from ipaddress import ip_address
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from ssl_ray.cluster import malloc
 from ssl_ray.cluster.private import LOG_LEVELS
@@ -79,6 +80,8 @@ def count_tries() -> Any:
 
 
 def begun(tries: Any, name: str) -> int:
-    """In any process: the work of this name is begun now -> how often it was."""
-    found: int = ray.get(tries.begin.remote(name))
-    return found
+    """In any process: the work of this name is begun now -> how often it was, 1 where the count is lost."""
+    try:
+        return int(ray.get(tries.begin.remote(name)))
+    except RayError:
+        return 1

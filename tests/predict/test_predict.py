@@ -1,3 +1,5 @@
+from ssl_ray.cluster.worker import begun, count_tries
+
 """`ssl-ray predict` and `embed` on a Ray cluster."""
 
 import csv
@@ -24,7 +26,7 @@ from ssl_ray.finetune.trial import Trial
 from ssl_ray.predict.case import LABELS
 from ssl_ray.predict.model import read_model
 from ssl_ray.predict.run import SIZES
-from ssl_ray.predict.workers import over_cases
+from ssl_ray.predict.workers import _Worker, over_cases
 from ssl_ray.storage.mirror import Mirror
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -205,6 +207,20 @@ def test_a_volume_that_kills_its_worker_is_a_bad_one() -> None:
     found = {case.id: outcome for case, outcome in over_cases("killing", cases, make, "cpu", 1)}
     assert {name: found[name] for name in "acd"} == {"a": "aa", "c": "cc", "d": "dd"}
     assert "b.nii.gz: its worker was killed twice" in str(found["b"])
+
+
+def test_no_case_fails_because_the_count_of_tries_is_lost(ray_cluster: None, tmp_path: Path) -> None:
+    """Its node was taken away: each case counts as begun for the first time."""
+    import pickle
+
+    import ray
+
+    tries = count_tries()
+    begun(tries, "a")
+    worker = _Worker(ray.put((lambda device: lambda case: case.id.upper(), "cpu", 1, tries)))
+    ray.kill(tries)
+    case = Case("a", tmp_path / "a.nii.gz")
+    assert pickle.loads(worker({"case": pickle.dumps(case)})["outcome"]) == (case, "A")
 
 
 def test_a_volume_that_raises_is_a_bad_one() -> None:
