@@ -1,5 +1,3 @@
-from ssl_ray.cluster.worker import begun, count_tries
-
 """`ssl-ray predict` and `embed` on a Ray cluster."""
 
 import csv
@@ -17,6 +15,7 @@ from studies import small_study
 from volumes import oblique_affine, organ_labels, smooth_ct, write_nifti
 
 from ssl_ray.cli.main import main
+from ssl_ray.cluster.worker import begun, count_tries
 from ssl_ray.data.datalist import Case
 from ssl_ray.data.prepare import prepare_case
 from ssl_ray.data.store import Store
