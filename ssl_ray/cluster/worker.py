@@ -44,11 +44,12 @@ def _interface_of(address: str) -> str | None:
 
     By itself gloo tells other workers the address of this machine's name, which on Debian and Ubuntu is 127.0.1.1.
     """
+    if ip_address(address).is_loopback:
+        return None
     import psutil  # Ray brings it
 
     found = psutil.net_if_addrs().items()
-    named = [name for name, known in found if address in {one.address.partition("%")[0] for one in known}]
-    return named[0] if named and not ip_address(address).is_loopback else None
+    return next((name for name, known in found if address in {one.address.partition("%")[0] for one in known}), None)
 
 
 def quiet() -> None:
