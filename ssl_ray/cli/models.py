@@ -64,6 +64,7 @@ def predict(
     told = models[0].metadata
     cases, left_out = cases_of(inputs, told.preparation.channels, part, output)
     _tell_left_out(left_out)
+    from ssl_ray.cluster.connect import tell_if_passing
     from ssl_ray.predict.case import Outputs
     from ssl_ray.predict.run import SIZES, predict_all
     from ssl_ray.predict.segment import check_agree, manner_of, numbers_of
@@ -72,6 +73,7 @@ def predict(
     manner, notes = manner_of(told, gaussian, overlap, tta)
     for note in notes:
         say(f"other than the model was scored: {note}")
+    tell_if_passing("the output folder", output)
     outputs = Outputs(output.absolute(), probabilities, numbers_of(keep_largest, told.organs))
     with writable(output):
         count, bad = predict_all(models, manner, cases, outputs, device=device, workers=workers, resume=resume)
@@ -129,6 +131,7 @@ def embed(
     quiet: Quiet = False,
 ) -> None:
     """Write the encoder's features of whole volumes, the mean over their tokens."""
+    from ssl_ray.cluster.connect import tell_if_passing
     from ssl_ray.predict.embed import read_embedder, write_features
     from ssl_ray.predict.inputs import cases_of
     from ssl_ray.predict.workers import over_cases
@@ -137,6 +140,7 @@ def embed(
     embedder, path = read_embedder(model)
     cases, left_out = cases_of(inputs, embedder.preparation.channels, part)
     _tell_left_out(left_out)
+    tell_if_passing("the output", output)
     outcomes = over_cases("embedding", cases, embedder.on, device, workers)
     with writable(output.parent):
         rows, bad = write_features(outcomes, file_digest(path), output, tokens)

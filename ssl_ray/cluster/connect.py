@@ -6,11 +6,15 @@ import re
 import secrets
 import signal
 import threading
-from contextlib import nullcontext
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssl_ray.cluster.private import (
     answers,
@@ -120,12 +124,63 @@ def hardware() -> str:
     return f"{count_of(nodes, 'node')}, {found.get('CPU', 0):g} CPUs, {gpus}{found.get('memory', 0) / 1e9:.0f} GB"
 
 
-def check_resources(key: str, what: str, cpus: float, gpus: float) -> None:
-    """Refuse a cluster that is too small for `what`, e.g. "2 workers", where Ray itself would wait without end."""
-    there = ray.cluster_resources()
-    for name, needed in (("CPU", cpus), ("GPU", gpus)):
-        if there.get(name, 0.0) < needed:
-            raise UserError(f"{key}: {what} need {needed:g} {name}s, the cluster has {there.get(name, 0.0):g}")
+def check_resources(key: str, what: str, count: int, cpus: float, gpus: float) -> None:
+    """Refuse a cluster in which `what`, e.g. "2 workers", `count` of so many CPUs and GPUs each, do not find room.
+
+    Ray itself would wait without end. Each needs all of its own on one node.
+    """
+    there, share = ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}
+    for name, needed in share.items():
+        if there.get(name, 0.0) < count * needed:
+            raise UserError(f"{key}: {what} need {count * needed:g} {name}s, the cluster has {there.get(name, 0.0):g}")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fit = [min(node.get(name, 0.0) / needed for name, needed in share.items() if needed) + 1e-9 for node in nodes]
+    if (room := sum(map(int, fit))) < count:
+        each = " and ".join(f"{needed:g} {name}s" for name, needed in share.items() if needed)
+        has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise UserError(f"{key}: {what} need {each} on one node, each; there is room for {room} (nodes: {has})")
+
+
+def check_shared(**folders: Path) -> None:
+    """Refuse a local folder, by its key, that on some node is another one: what is written there nobody would find.
+
+    A node that has not answered within a minute is not waited for.
+    """
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(nodes) < 2:
+        return
+    marks = {key: folder / f".ssl_ray-{uuid4().hex}" for key, folder in folders.items()}
+
+    def unseen() -> list[str]:
+        for _ in range(20):  # a file system on a network may show a new file late
+            if not (found := [key for key, mark in marks.items() if not mark.exists()]):
+                break
+            time.sleep(0.5)
+        return found
+
+    try:
+        for mark in marks.values():
+            mark.touch()
+        there = {name: NodeAffinitySchedulingStrategy(name, soft=False) for name in nodes}
+        look = ray.remote(num_cpus=0)(unseen)
+        asked = {look.options(scheduling_strategy=there[name]).remote(): nodes[name] for name in nodes}
+        for answer in ray.wait([*asked], num_returns=len(asked), timeout=60)[0]:
+            with suppress(RayError):  # of a node that has died meanwhile
+                for key in ray.get(answer):
+                    rule = "must be on a disk that all nodes share, or in an object store"
+                    raise UserError(f"{key}: {folders[key]} is another folder on the node {asked[answer]}; {rule}")
+    finally:
+        for mark in marks.values():
+            mark.unlink(missing_ok=True)
+
+
+def tell_if_passing(what: str, path: str | Path) -> None:
+    """Warn of a relative path of output in a submitted job, whose working directory is a copy that Ray removes."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(path).is_absolute():
+        say(
+            f"WARNING: in a submitted job {what} {str(path)!r} lies in Ray's copy of the working directory, which does "
+            "not last; give an absolute one, e.g. /shared/output"
+        )
 
 
 def first_error(text: str) -> str | None:

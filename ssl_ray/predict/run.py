@@ -55,7 +55,8 @@ def predict_all(
 
     bad: dict[str, str] = {}
     with (outputs.folder / SIZES).open("a", newline="") as file:
-        for case, outcome in over_cases("segmenting", waiting, make, device, workers) if waiting else ():
+        work = "segmenting", waiting, make, device, workers, outputs.folder
+        for case, outcome in over_cases(*work) if waiting else ():
             if isinstance(outcome, UserError):
                 bad[str(case.image)] = str(outcome)
                 begun.discard(case.id)

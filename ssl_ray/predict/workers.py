@@ -1,13 +1,14 @@
 """Cases over all GPUs or CPUs of the cluster, by workers that each load the models once."""
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import ray
 import torch
 
-from ssl_ray.cluster.connect import check_resources, connect
+from ssl_ray.cluster.connect import check_resources, check_shared, connect
 from ssl_ray.cluster.worker import begun, count_tries
 from ssl_ray.config.schema import LocalCluster
 from ssl_ray.console import track
@@ -27,24 +28,31 @@ _TRIES = 2
 
 
 def over_cases(
-    title: str, cases: Sequence[Case], make: Callable[[torch.device], Work[Result]], device: Device, workers: int | None
+    title: str,
+    cases: Sequence[Case],
+    make: Callable[[torch.device], Work[Result]],
+    device: Device,
+    workers: int | None,
+    output: Path | None = None,
 ) -> Iterator[tuple[Case, Result | UserError]]:
     """Each case with what `make(device)` makes of it in some worker, or with the reason why it makes nothing of it.
 
     They come in the order in which they end. The workers are on the Ray cluster, which is joined or started when the
     first case is asked for; a worker calls `make` once, and has one case at a time. If `workers` is None, there are two
-    for each GPU, or, without GPUs or on `cpu`, one for every four CPUs of a node.
+    for each GPU, or, without GPUs or on `cpu`, one for every four CPUs of a node. They write to `output`.
 
     Raises:
-        UserError: where `cuda` is asked for in a cluster without, and where the output cannot be written (OSError).
+        UserError: where `cuda` is asked for in a cluster without, and where the output cannot be written (OSError) or
+            is another folder on some node.
     """
     connect(LocalCluster())
+    if output:
+        check_shared(output=output)
     if device == "cuda":
-        check_resources("--device", "workers on cuda", 1, 1)
-    on_gpus = _ON_A_GPU * int(ray.cluster_resources().get("GPU", 0)) if device != "cpu" else 0
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cpus = max(1, min(_CPUS, max(nodes), sum(nodes) // (workers or on_gpus or 1)))
-    room = min(on_gpus or sum(nodes), sum(node // cpus for node in nodes)) or 1
+        check_resources("--device", "workers on cuda", 1, 1, 1)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    on_gpus = device != "cpu" and any(int(node.get("GPU", 0)) for node in nodes)
+    cpus, room = _spread(nodes, on_gpus, workers)
     count = min(workers or room, room, len(cases))
     rows = [{"case": pickle.dumps(case)} for case in cases]
     tries = count_tries()
@@ -63,6 +71,16 @@ def over_cases(
             yield case, outcome
     finally:
         ray.kill(tries)
+
+
+def _spread(nodes: Sequence[Mapping[str, float]], on_gpus: bool, workers: int | None) -> tuple[int, int]:
+    """CPUs of a worker, and how many workers find room: each has its CPUs and its share of a GPU on one node."""
+    there = [(int(node.get("CPU", 0)), _ON_A_GPU * int(node.get("GPU", 0))) for node in nodes]
+    if on_gpus:
+        there = [one for one in there if one[1]]
+    total, most = sum(cpus for cpus, _ in there), max(cpus for cpus, _ in there)
+    cpus = max(1, min(_CPUS, most, total // (workers or (sum(gpus for _, gpus in there) if on_gpus else 1))))
+    return cpus, sum(min(own // cpus, gpus if on_gpus else own) for own, gpus in there) or 1
 
 
 class _Worker:

@@ -81,8 +81,8 @@ def pretrain(
     if known.run_id and folders.output.pull(known.weights):
         return replace(known, precision=settled(recipe.settings.precision, folder, folders.output))
     workers = recipe.settings.worker_range[0]
-    cpus, gpus = workers * recipe.settings.cpus_per_worker, workers * recipe.settings.gpu
-    check_resources("pretrain.workers", f"{workers} workers", cpus, gpus)
+    share = recipe.settings.cpus_per_worker, float(recipe.settings.gpu)
+    check_resources("pretrain.workers", f"{workers} workers", workers, *share)
     # On the driver's node: when another one dies, the records do not die with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})

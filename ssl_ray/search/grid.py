@@ -185,6 +185,12 @@ class _Cells(Searcher):
         return {}  # Tune pickles it for `Tuner.restore`, which we do not use
 
 
+def check_room(config: Finetune) -> None:
+    """Refuse a cluster in which a trial does not find room."""
+    share = config.cpus_per_trial, config.gpus_per_trial
+    check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", 1, *share)
+
+
 def tune_cells(
     config: Finetune,
     cells: Iterator[tuple[Cell, TrialJob]],
@@ -195,8 +201,7 @@ def tune_cells(
     stop: Callable[[str, dict[str, Any]], bool] | None = None,
 ) -> None:
     """Have Ray Tune train these cells, so many at once where there is room; `stop` ends a trial at a record of its."""
-    needed = {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}
-    check_resources("finetune.cpus_per_trial, finetune.gpus_per_trial", "the steps of a trial", *needed.values())
+    check_room(config)
 
     def trainable(space: Mapping[str, Any], store: Store) -> None:
         import torch
@@ -225,7 +230,7 @@ def tune_cells(
     # Through Ray's memory, into no file of Tune's: the store's place may hold a password.
     opened = tune.with_parameters(trainable, store=Store(folders.cache, folders.scratch))
     tuner = tune.Tuner(
-        tune.with_resources(opened, needed),
+        tune.with_resources(opened, {"cpu": config.cpus_per_trial, "gpu": config.gpus_per_trial}),
         tune_config=tune.TuneConfig(
             search_alg=_Cells(cells),
             num_samples=-1,

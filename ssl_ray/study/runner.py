@@ -1,13 +1,12 @@
 """A study from its volumes to its answer; each step finds out what is done already and does the rest."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssl_ray.cluster.connect import connect
+from ssl_ray.cluster.connect import connect, tell_if_passing
 from ssl_ray.config.schema import Preparation, Study
 from ssl_ray.console import say
 from ssl_ray.errors import UserError
@@ -105,10 +104,6 @@ def check_places(study: Study, fresh: bool = False) -> Folders:
                 raise UserError(f"{file}: {rule} study another name")
     else:
         identity.check_unchanged(study, folders)
-    lasts = folders.output.origin or Path(study.output).is_absolute()
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not lasts:
-        say(
-            f"WARNING: in a submitted job the output folder {study.output!r} lies in Ray's copy of the working "
-            "directory, which does not last; give an absolute one, e.g. --set output=/shared/output"
-        )
+    if not folders.output.origin:
+        tell_if_passing("the output folder", study.output)
     return folders

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_ray.cluster.connect import hardware
+from ssl_ray.cluster.connect import check_shared, hardware
 from ssl_ray.config.loading import dump
 from ssl_ray.config.schema import Study
 from ssl_ray.console import say
@@ -13,9 +13,10 @@ from ssl_ray.errors import UserError
 from ssl_ray.networks.model_file import versions
 from ssl_ray.pretrain.driver import Pretrained, known_pretraining, pretrain
 from ssl_ray.search.cells import cells
-from ssl_ray.search.grid import finetune, trial_jobs
+from ssl_ray.search.grid import check_room, finetune, trial_jobs
 from ssl_ray.storage.files import file_digest
 from ssl_ray.storage.folders import Folders
+from ssl_ray.storage.object_store import Place
 from ssl_ray.study import identity
 from ssl_ray.study.cohorts import PreparedCohorts, prepare_cohorts
 from ssl_ray.study.experiment import Step
@@ -31,18 +32,25 @@ def carry_out_stages(
     Without a `tracker` volumes are prepared, and no more.
     """
     if tracker is None:
-        prepare_cohorts(study, folders, cohorts, verify)
+        _prepare(study, folders, cohorts, verify)
         return ()
     tracker.facts |= {"ssl_ray.versions": ", ".join(f"{name} {one}" for name, one in versions().items())}
     tracker.facts |= {"ssl_ray.hardware": hardware()}
     try:
-        prepared = prepare_cohorts(study, folders, cohorts, verify)
+        prepared = _prepare(study, folders, cohorts, verify)
         trials = last != "pretrain"
         pretrained = _make_weights(study, folders, tracker, prepared, trials) if study.needs_weights else []
         return () if last == "pretrain" else _fine_tune(study, folders, tracker, prepared, pretrained)
     finally:
         tracker.settle()
         tracker.stop()
+
+
+def _prepare(study: Study, folders: Folders, cohorts: Cohorts, verify: bool) -> PreparedCohorts:
+    """All volumes, once it is known that the nodes share the folders that they are to write to."""
+    cache, output = Place.parse(folders.cache).local, folders.output
+    check_shared(**({"cache": cache} if cache else {}), **({} if output.origin else {"output": output.folder}))
+    return prepare_cohorts(study, folders, cohorts, verify)
 
 
 def _make_weights(
@@ -74,6 +82,8 @@ def _make_weights(
                 f"pretraining of run {number} was done already, and so were its cells: its weights are gone, not needed"
             )
             continue
+        if trials and not made[number].run_id:
+            check_room(study.finetune)  # not only after days of pretraining
         name = f"pretrain-run{number}" if number else "pretrain"
         own = params | {"seed": str(recipe.seed), "run": str(number)}
         made[number] = done = pretrain(recipe, *volumes, folders, tracker, own, resolved, name, prepared.probed)

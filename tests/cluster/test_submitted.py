@@ -136,13 +136,20 @@ def test_a_study_submitted_stopped_and_submitted_again(
 
 
 def test_predict_as_a_job(cluster: Cluster, cohort: Path, tmp_path: Path) -> None:
-    """Scans are spread over the nodes, which do not see the model; each label map lies on its scan's grid."""
+    """Scans are spread over the nodes, which do not see the model; each label map lies on its scan's grid.
+
+    A folder that every node would have for itself is refused.
+    """
     write_model(cluster.head.tmp / "model")
     scans = [str(path) for path in sorted((cohort / "images").iterdir())[:3]]
-    options = ["--device", "cpu", "--workers", "2", "--output"]
-    command = ["ssl-ray", "predict", "/tmp/ray/model", *scans, *options, str(tmp_path / "cluster")]
-    job = cluster.submit(tmp_path / "predict.log", "predict", *command)
+    command = ["ssl-ray", "predict", "/tmp/ray/model", *scans, "--device", "cpu", "--workers", "2", "--output"]
+    job = cluster.submit(tmp_path / "predict.log", "predict", *command, str(tmp_path / "cluster"))
     assert job.wait(120) == 0, (tmp_path / "predict.log").read_text()
+    apart = cluster.submit(tmp_path / "apart.log", "apart", *command, "labels")
+    assert apart.wait(120) == 1
+    text = (tmp_path / "apart.log").read_text()
+    assert "WARNING: in a submitted job the output folder 'labels' lies in Ray's copy of the working directory" in text
+    assert re.search(r"output: /tmp/ray/\S+/labels is another folder on the node 10\.77\.0\.", text)
     written = sorted((tmp_path / "cluster").glob("*.nii.gz"))
     assert len(written) == 3
     for labels, scan in zip(written, scans, strict=True):

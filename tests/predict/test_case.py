@@ -41,7 +41,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """For `predict_all`, whose work is done in this process."""
 
-    def here(title: str, cases: Sequence[Case], make: Any, device: str, workers: None) -> Iterator[tuple[Case, Any]]:
+    def here(title: str, cases: Sequence[Case], make: Any, *how: Any) -> Iterator[tuple[Case, Any]]:
         for case in cases:
             try:
                 yield case, make(torch.device("cpu"))(case)

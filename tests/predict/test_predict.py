@@ -25,7 +25,7 @@ from ssl_ray.finetune.trial import Trial
 from ssl_ray.predict.case import LABELS
 from ssl_ray.predict.model import read_model
 from ssl_ray.predict.run import SIZES
-from ssl_ray.predict.workers import _Worker, over_cases
+from ssl_ray.predict.workers import _spread, _Worker, over_cases
 from ssl_ray.storage.mirror import Mirror
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -206,6 +206,25 @@ def test_a_volume_that_kills_its_worker_is_a_bad_one() -> None:
     found = {case.id: outcome for case, outcome in over_cases("killing", cases, make, "cpu", 1)}
     assert {name: found[name] for name in "acd"} == {"a": "aa", "c": "cc", "d": "dd"}
     assert "b.nii.gz: its worker was killed twice" in str(found["b"])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "on_gpus", "workers", "expected"),
+    [
+        ([(2, 0)], False, None, (2, 1)),
+        ([(16, 0), (16, 0)], False, None, (4, 8)),
+        ([(16, 0)], False, 8, (2, 8)),
+        ([(16, 1)], True, None, (4, 2)),
+        ([(2, 1), (16, 0)], True, None, (1, 2)),
+        ([(2, 1), (64, 1)], True, None, (4, 2)),
+        ([(16, 1)], False, None, (4, 4)),
+    ],
+)
+def test_a_worker_asks_for_what_one_node_has(
+    nodes: list[tuple[float, float]], on_gpus: bool, workers: int | None, expected: tuple[int, int]
+) -> None:
+    """Ray would wait for ever for four CPUs beside a GPU on a node of two, whatever nodes without GPUs have."""
+    assert _spread([{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes], on_gpus, workers) == expected
 
 
 def test_no_case_fails_because_the_count_of_tries_is_lost(ray_cluster: None, tmp_path: Path) -> None:
