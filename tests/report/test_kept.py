@@ -34,6 +34,7 @@ CNN = {"name": "real_ct_cnn", "network": "{kind: dynunet, filters: [16, 32, 64, 
             ["random", "pretrained", "permuted"],
             {"name": "real_ct_frozen", "finetune.encoder.freeze": "all"},
         ),
+        ("real_ct_control12", 3, [12], ["random", "pretrained", "permuted"], {}),
         ("real_ct", 3, [6], ["random"], CNN),
         ("real_ct_cnn12", 3, [12], ["random"], CNN),
         ("real_ct", 3, [24], ["random"], CNN),
@@ -60,7 +61,7 @@ def test_the_kept_store_gives_the_table_that_is_told(
         f"finetune.grid.init={inits}",
         *(f"{key}={value}" for key, value in more.items()),
     )
-    experiment = re.sub("_(h200|slow|cnn12)$", "", file)
+    experiment = re.sub("_(h200|slow|cnn12|control12)$", "", file)
     command = ["report", str(ROOT / "experiments" / f"{experiment}.yaml")]
     for setting in (f"output={tmp_path}", *asked):
         command += ["--set", setting]
