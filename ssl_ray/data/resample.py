@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
+from scipy.linalg import polar
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.nifti import Nifti
@@ -26,7 +27,9 @@ AXIS_CODES = (("L", "R"), ("P", "A"), ("I", "S"))
 _UNCHANGED = 1e-3
 """MONAI takes affines that are closer than this for the same (`AFFINE_TOL`), and does not resample."""
 _STRAIGHT = 1e-7
-"""Voxels by which shear may move a coordinate; rotations in float32, as headers have them, shear by up to 1e-5."""
+"""Voxels by which shear may move a coordinate."""
+ROUNDED = 5e-5
+"""How far rounding moves a header's direction cosines from those of a rotation; float32 alone does by up to 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def by_monai(volume: Nifti, preparation: Preparation, mode: Literal["bilinear", 
 
 def canonical_grid(shape: Sequence[int], affine: npt.NDArray[np.float64], preparation: Preparation) -> VoxelGrid:
     """The grid of a source whose `shape` is in voxels, and whose `affine` (4, 4) maps voxels to mm."""
-    there = MetaTensor(torch.empty(1).expand(1, *shape), affine=torch.from_numpy(affine))
+    exact = _right_angled(affine)
+    there = MetaTensor(torch.empty(1).expand(1, *shape), affine=torch.from_numpy(exact))
     if preparation.orientation:
         there = Orientation(preparation.orientation, labels=AXIS_CODES, lazy=True)(there)
     turned, sides = there.peek_pending_affine().numpy(), tuple(there.peek_pending_shape())
@@ -65,13 +69,27 @@ def canonical_grid(shape: Sequence[int], affine: npt.NDArray[np.float64], prepar
     step = np.linalg.solve(turned, target)
     if new == sides and (np.allclose(turned, target, atol=_UNCHANGED) or np.allclose(step, np.eye(4), atol=_UNCHANGED)):
         target = turned
-    source = np.linalg.solve(affine, target)
+    source = np.linalg.solve(exact, target)
     axes = np.abs(source[:3, :3]).argmax(axis=0)
     scale = source[axes, [0, 1, 2]]
     shear = np.abs(source[:3, :3])
     shear[axes, [0, 1, 2]] = 0
     straight = sorted(axes) == [0, 1, 2] and bool((shear @ new <= _STRAIGHT).all())
+    target = target + (affine - exact) @ source  # the new voxels lie in the file's own, where the file says
     return VoxelGrid(target, new, tuple(axes.tolist()), tuple(scale), tuple(source[axes, 3]), straight)
+
+
+def _right_angled(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The affine (4, 4) with exactly orthogonal axes, where they are so up to a header's rounding; else as it is.
+
+    `Spacing` lays its first voxel on the source's where axes are orthogonal to 1e-8. Elsewhere its grid is off by half
+    the difference of the spacings, and the first of thick slices would lie outside of it.
+    """
+    sides = np.linalg.norm(affine[:3, :3], axis=0)
+    apart = polar(affine[:3, :3] / sides)[0] - affine[:3, :3] / sides
+    exact = affine.copy()
+    exact[:3, :3] += apart * sides * (np.abs(apart).max() <= ROUNDED)
+    return exact
 
 
 def resample(

@@ -20,7 +20,7 @@ import torch
 from monai.networks import nets
 from torch import Tensor, nn
 
-from ssl_ray.data.resample import AXIS_CODES
+from ssl_ray.data.resample import AXIS_CODES, ROUNDED
 from ssl_ray.evaluate.metrics import MIDDLE
 from ssl_ray.networks.model_file import Metadata
 from ssl_ray.networks.registry import module_of
@@ -116,9 +116,12 @@ def _inference(told: Metadata, network: dict[str, Any], before: list[Any], after
         tree["datalist"] = f"$[{every} for one in sorted(glob.glob(@dataset_dir + '/*_0000.nii*'))]"
     turned = [_image("Orientationd", axcodes=prepared.orientation, labels=AXIS_CODES)] if prepared.orientation else []
     resampled = _image("Spacingd", pixdim=prepared.spacing, mode="bilinear")
-    read = [_image("LoadImaged"), _image("EnsureChannelFirstd")]
+    why = "A rotation that the header rounded becomes one again: Spacing would lay the grid of another elsewhere."
+    func = "$lambda image: image.meta.update(affine=@right_angled(image.affine)) or image"
+    straight = _image("Lambdad", _desc_=why, func=func)
+    read = [_image("LoadImaged"), _image("EnsureChannelFirstd"), straight]
     tree["preprocessing"]["transforms"] = [*read, *before, *turned, resampled, *after]
-    tree["network_def"], tree["middle"] = network, MIDDLE
+    tree["network_def"], tree["middle"], tree["rounded"] = network, MIDDLE, ROUNDED
     windows = {"roi_size": told.patch_size, "sw_batch_size": used.batch, "overlap": used.overlap}
     tree["inferer"] = {"_target_": "SlidingWindowInferer", **windows, "mode": used.weighting}
     tree["evaluator"]["amp"] = "$@device.type == 'cuda'" if used.precision == "bfloat16" else False

@@ -14,6 +14,7 @@ from volumes import oblique_affine, smooth_ct
 
 from ssl_ray.config.schema import Preparation
 from ssl_ray.data.resample import AXIS_CODES, canonical_grid, resample
+from ssl_ray.evaluate.metrics import to_original_grid
 
 sides = st.floats(0.4, 4.0)
 
@@ -86,3 +87,17 @@ def test_a_sheared_grid_is_left_to_monai(shear: float) -> None:
         source = np.zeros(3)
         source[list(grid.axes)] = np.array(grid.scale) * middle + grid.shift
         np.testing.assert_allclose(apply_affine(affine, source), apply_affine(grid.affine, middle), atol=1e-6)
+
+
+@pytest.mark.parametrize(("thick", "target"), [(5, 1), (5, 2), (3, 1), (2, 3)])
+@pytest.mark.parametrize("orientation", [None, "RAS"])
+@pytest.mark.parametrize("digits", [None, 5])
+def test_no_slice_of_an_oblique_scan_is_lost(thick: float, target: float, orientation: Any, digits: int | None) -> None:
+    """Every voxel of the file lies in the prepared grid, though a header holds rotations in float32 or few digits."""
+    preparation = Preparation(spacing=(1.5, 1.5, target), hu_window=(-57, 164), orientation=orientation)
+    for slices in range(8, 24):
+        affine = oblique_affine((1, 1, 1), 3 * slices - 35, flip=slices % 3 == 0)
+        affine[:3, :3] = affine[:3, :3].round(digits) if digits else affine[:3, :3]
+        affine = (affine * [0.7, 0.8, thick, 1]).astype(np.float32).astype(float)
+        grid = canonical_grid((12, 11, slices), affine, preparation)
+        assert to_original_grid(np.ones(grid.shape, np.uint8), grid.affine, (12, 11, slices), affine).all(), slices

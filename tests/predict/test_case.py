@@ -151,7 +151,7 @@ def test_what_is_written_of_a_case(tmp_path: Path, segmenter: Segmenter) -> None
 
 def test_the_largest_component_is_kept(tmp_path: Path, segmenter: Segmenter) -> None:
     """Of the organs that are named; of the others all."""
-    write(tmp_path / "scan.nii.gz", smooth_ct(SHAPE))
+    write(tmp_path / "scan.nii.gz", smooth_ct(SHAPE, 1))
     whole = np.asarray(labels_of(tmp_path / "scan.nii.gz", segmenter, tmp_path / "a").dataobj)
     kept = np.asarray(labels_of(tmp_path / "scan.nii.gz", segmenter, tmp_path / "b", largest=(2,)).dataobj)
     parts, count = ndimage.label(whole == 2, np.ones((3, 3, 3)))
