@@ -58,7 +58,7 @@ def answer(results: Results, size: int) -> str:
         runs, patients = found.differences.shape
         scored = f"{count_of(runs, 'run')}, {count_of(patients, f'{results.part} {results.subjects}')}"
         words, scope = verdict(results, size)
-        change = f"{_interval(found.found)[:-1]}; {scored})"
+        change = _interval(found.found, f"; {scored}")
         text = f"{start}, pretraining changes foreground Dice by {change}: **{words}**{scope}."
     return " ".join([text, *_notes(results, size)])
 
@@ -149,10 +149,10 @@ def _needed(found: Comparison, results: Results) -> str:
     return f"{known}, {'; '.join([*shown, *([refused] if unable else [])])}."
 
 
-def _interval(found: Estimate) -> str:
-    """Like `+0.012 (95 % CI -0.003 to +0.027)`."""
+def _interval(found: Estimate, over: str = "") -> str:
+    """Like `+0.012 (95 % CI -0.003 to +0.027; 3 runs)`, where `over` is `; 3 runs`; the mean alone without interval."""
     bounds = f"{FOREGROUND.signed(found.low)} to {FOREGROUND.signed(found.high)}"
-    return FOREGROUND.signed(found.mean) + ("" if math.isnan(found.low) else f" (95 % CI {bounds})")
+    return FOREGROUND.signed(found.mean) + ("" if math.isnan(found.low) else f" (95 % CI {bounds}{over})")
 
 
 def _times(worth: Multiplier) -> str:

@@ -129,7 +129,7 @@ class Results:
 
     def controlled(self, size: int) -> tuple[Estimate, Estimate] | None:
         """Foreground Dice, permuted - random and pretrained - permuted, over what all three arms share."""
-        arms = [*self.arms[size].values(), *([self.controls[size]] if size in self.controls else [])]
+        arms = [*self.arms[size].values(), *filter(None, [self.controls.get(size)])]
         if len(arms) < 3 or not all(arm.trials for arm in arms):
             return None
         over = shared(arms, self.part)
@@ -172,11 +172,8 @@ def newest_parent(study: Study, tracker: Tracker, kind: str) -> tuple[MlflowRun,
 
 def _asked(config: str) -> dict[str, Any]:
     """An experiment's YAML without where its output lies, on which nothing depends."""
-    return {
-        key: value
-        for key, value in (read_yaml(config, "experiment.yaml, as MLflow has it") or {}).items()
-        if key not in _PLACES
-    }
+    tree = read_yaml(config, "experiment.yaml, as MLflow has it") or {}
+    return {key: value for key, value in tree.items() if key not in _PLACES}
 
 
 def read_results(study: Study, tracker: Tracker) -> Results:

@@ -49,7 +49,8 @@ def of_body(voxels: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], f
     background was set to one value, it would split the tissue: then all that is above the lowest value is body.
     """
     sample = sampled(voxels)
-    floor, distinct = _air_ends(sample), 1 + np.count_nonzero(np.diff(np.sort(sample, axis=None)))
+    values = np.sort(sample, axis=None)
+    floor, distinct = _air_ends(sample, values), 1 + np.count_nonzero(np.diff(values))
     body = voxels[voxels > floor]
     if distinct < _LEAST_VALUES or body.size < _LEAST_BODY * voxels.size:
         raise UserError(
@@ -60,14 +61,13 @@ def of_body(voxels: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], f
     return body, floor
 
 
-def _air_ends(sample: npt.NDArray[np.float32]) -> float:
-    """The value that air does not exceed; the lowest one where there is no air."""
-    lowest, inner = float(sample.min()), (slice(1, -1),) * 3
+def _air_ends(sample: npt.NDArray[np.float32], values: npt.NDArray[np.float32]) -> float:
+    """The value that air does not exceed, the lowest where there is no air; `values` are the sample's, ascending."""
+    lowest, inner = float(values[0]), (slice(1, -1),) * 3
     faces = np.ones(sample.shape, bool)
     faces[inner] = False
     if (sample == lowest)[faces].mean() >= _SET:
         return lowest
-    values = np.sort(sample, axis=None)
     if (padded := np.count_nonzero(values == lowest)) > len(values) // _FEW:  # set to it, too, but not all around
         values = values[padded:]
     floor, dark = otsu(values), min(0.0, float(values[len(values) // _FEW]))
